@@ -31,7 +31,7 @@ _MODULE_OF = {
     "prepare": "prepare",
 }
 
-__all__ = [  # noqa: F822 (resolved by __getattr__)
+__all__ = [
     "Batch",
     "BatchLoader",
     "PackedBatch",

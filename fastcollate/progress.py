@@ -21,8 +21,15 @@ def progress_bar(*columns: str, unit: str = "", disable: bool = False) -> Iterat
         disable: show nothing (scripts, `--json`).
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
-    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     layout: list[ProgressColumn] = [
         TextColumn("{task.description}"),
@@ -46,7 +53,5 @@ def print_summary(title: str, rows: Mapping[str, object]) -> None:
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in rows.items():
-        table.add_row(
-            name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        )
+        table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
     Console().print(table)

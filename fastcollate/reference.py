@@ -63,9 +63,7 @@ class InstructionDataset(Dataset[list[int]]):
 
     def __init__(self, data: Sequence[Record], tokenizer: Encoder) -> None:
         self.data = data
-        self.encoded_texts = [
-            tokenizer.encode(format_input(entry) + format_response(entry)) for entry in data
-        ]
+        self.encoded_texts = [tokenizer.encode(format_input(entry) + format_response(entry)) for entry in data]
 
     def __getitem__(self, index: int) -> list[int]:
         return self.encoded_texts[index]

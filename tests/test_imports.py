@@ -15,9 +15,7 @@ OPEN_TO_ALL = {"errors", "progress"}
 
 def table() -> dict[str, set[str]]:
     """Room -> rooms it may import, from the table; `all` is every room."""
-    rows = re.findall(
-        r"^\| `([\w/]+?)(?:\.py|/)` \|.*\| (.+?) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M
-    )
+    rows = re.findall(r"^\| `([\w/]+?)(?:\.py|/)` \|.*\| (.+?) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
     return {room: set(re.findall(r"\w+", re.sub(r"\[.*?\]", "", allowed))) for room, allowed in rows}
 
 
@@ -40,9 +38,7 @@ def room_of(path: Path) -> str:
 
 
 FILES = [
-    p
-    for p in sorted(PACKAGE.rglob("*.py"))
-    if p.relative_to(PACKAGE).parts[0] not in ("__init__.py", "__main__.py")
+    p for p in sorted(PACKAGE.rglob("*.py")) if p.relative_to(PACKAGE).parts[0] not in ("__init__.py", "__main__.py")
 ]
 
 

@@ -68,9 +68,7 @@ def test_a_literal_end_of_text_is_kept_and_the_real_one_ignored() -> None:
 
 
 def test_masking_ignores_the_prompt() -> None:
-    _, targets = custom_collate_with_masking_fn(
-        [(3, [0, 1, 2, 3, 4]), (1, [5, 6]), (0, [7, 8, 9]), (9, [1, 2])]
-    )
+    _, targets = custom_collate_with_masking_fn([(3, [0, 1, 2, 3, 4]), (1, [5, 6]), (0, [7, 8, 9]), (9, [1, 2])])
     assert targets.tolist() == [
         [-100, -100, 3, 4, 50256],
         [6, 50256, -100, -100, -100],
