@@ -349,18 +349,22 @@ def _cell(values: npt.NDArray[Any], offsets: npt.NDArray[np.int64], row: int, pa
 
 
 def _record_batch(columns: ShardColumns) -> tuple[pa.Schema, pa.RecordBatch]:
+    schema = _schema(columns.input_ids.dtype)
     arrays = [
-        pa.LargeListArray.from_arrays(pa.array(columns.offsets), pa.array(columns.input_ids)),
-        pa.LargeListArray.from_arrays(pa.array(columns.span_offsets), pa.array(columns.spans)),
+        pa.LargeListArray.from_arrays(pa.array(columns.offsets), pa.array(columns.input_ids), schema.field(0).type),
+        pa.LargeListArray.from_arrays(pa.array(columns.span_offsets), pa.array(columns.spans), schema.field(1).type),
         pa.array(columns.source_row),
     ]
+    return schema, pa.record_batch(arrays, schema=schema)
+
+
+def _schema(dtype: npt.DTypeLike) -> pa.Schema:
     types = [
-        pa.large_list(pa.field("item", arrays[0].type.value_type, nullable=False)),
+        pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)),
         pa.large_list(pa.field("item", pa.uint32(), nullable=False)),
         pa.uint64(),
     ]
-    schema = pa.schema([pa.field(name, type_, nullable=False) for name, type_ in zip(_COLUMNS, types, strict=True)])
-    return schema, pa.record_batch([a.cast(t) for a, t in zip(arrays, types, strict=True)], schema=schema)
+    return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in zip(_COLUMNS, types, strict=True)])
 
 
 def _open_shard(root: Path, info: ShardInfo, dtype: type[np.uint16] | type[np.uint32]) -> ShardColumns:
@@ -373,12 +377,12 @@ def _open_shard(root: Path, info: ShardInfo, dtype: type[np.uint16] | type[np.ui
             )
         with pa.memory_map(str(path)) as source:  # the views keep the map alive, the descriptor is closed
             reader = pa.ipc.open_file(source)
-            if reader.num_record_batches != 1 or tuple(reader.schema.names) != _COLUMNS:
+            if reader.num_record_batches != 1 or not reader.schema.equals(_schema(dtype)):
                 raise InputError(f"{path}: not a shard of a token store; prepare the store again")
             batch = reader.get_batch(0)
     except OSError as error:
         raise InputError(f"{path}: cannot be opened ({error.strerror or error}); prepare the store again") from error
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise InputError(f"{path}: damaged ({error}); prepare the store again") from error
     ids, spans, source_row = batch.columns
     columns = ShardColumns(
