@@ -1,0 +1,61 @@
+"""Every code block of the README and of `docs/` runs here, in the order of the page, in an empty directory.
+
+`bash` blocks run line by line as they stand, except that installing is left out (the CI script does that) and that
+`python` means this interpreter. `python` blocks run each in a fresh process. Other blocks are output or text.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEST_COMMAND = "<!-- test command -->"
+
+
+def blocks(page: Path) -> list[tuple[int, str, str]]:
+    """(line, language, text) of each fenced block to run; the block that runs these tests is left out."""
+    text = page.read_text()
+    found = []
+    for match in re.finditer(r"^```(bash|python)\n(.*?)^```$", text, re.M | re.S):
+        if not text[: match.start()].rstrip().endswith(TEST_COMMAND):
+            found.append((text[: match.start()].count("\n") + 1, match[1], match[2]))
+    return found
+
+
+def without_install(line: str) -> str:
+    """The line from behind its `pip install ... &&`, empty if it only installs."""
+    return re.sub(r"^(python -m )?pip install [^&]*(&&\s*)?", "", line)
+
+
+def run(language: str, text: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if language == "bash":
+        lines = "\n".join(without_install(line) for line in text.splitlines())
+        command = ["bash", "-euo", "pipefail", "-c", lines]
+    else:
+        script = cwd / "block.py"
+        script.write_text(text)
+        command = [sys.executable, str(script)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
+    for line, language, text in blocks(page):
+        result = run(language, text, tmp_path)
+        assert result.returncode == 0, f"{page.name}, block at line {line}:\n{text}\n{result.stdout}{result.stderr}"
+
+
+def test_the_install_commands_are_left_out_and_nothing_else() -> None:
+    assert without_install('python -m pip install ".[vocab]" && fastcollate train') == "fastcollate train"
+    assert without_install("pip install fastcollate") == ""
+    assert without_install("fastcollate sample records.jsonl") == "fastcollate sample records.jsonl"
