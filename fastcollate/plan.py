@@ -1,0 +1,285 @@
+"""Which rows make which batch: a pure function of (lengths, policy, sizes, window, seed, epoch, rank, world size).
+
+An epoch is planned window by window. The permutation is computed, not stored (`kernels.permuted_rows`), so the plan of
+a billion rows takes as long to start as that of a thousand windows' neighbour, and resuming costs one window.
+
+Randomness: where all rows fit one window they are shuffled by Fisher-Yates. Beyond that a keyed bijection spreads the
+rows over the windows; from `BLOCK_FROM` rows on it moves blocks of `BLOCK` neighbouring rows, whose rows then always
+fall into the same window, though not into the same batch: a window's rows are mixed again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate import kernels
+from fastcollate.errors import InputError
+
+Int64Array = npt.NDArray[np.int64]
+
+POLICIES = ("sequential", "shuffled", "bucketed", "packed")
+TAILS = ("repeat", "uneven")
+BLOCK = 64
+BLOCK_FROM = 1 << 22
+WINDOW_BATCHES = 1024
+MIN_WINDOW, MAX_WINDOW = 1 << 14, 1 << 18
+_ROWS_KEY, _MIX_KEY, _ORDER_KEY, _ROTATION_KEY = range(4)
+
+
+class Window(NamedTuple):
+    """One rank's batches of one window.
+
+    Attributes:
+        rows: int64, row numbers, batch after batch.
+        bounds: int64 `(num_batches + 1,)`: batch `b` is `rows[bounds[b]:bounds[b + 1]]`.
+    """
+
+    rows: Int64Array
+    bounds: Int64Array
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in this window."""
+        return len(self.bounds) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """One rank's batches of one epoch; see `plan_epoch`. Iterates over int64 row numbers, a batch each."""
+
+    lengths: npt.NDArray[Any] = field(repr=False)
+    batch_size: int | None
+    max_tokens: int | None
+    policy: str
+    window_rows: int
+    block: int
+    seed: int
+    epoch: int
+    rank: int
+    world_size: int
+    shares: int
+    max_length: int | None
+    drop_last: bool
+    tail: str
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the data set."""
+        return len(self.lengths)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows in the epoch."""
+        return -(-self.num_rows // self.window_rows)
+
+    @property
+    def _group(self) -> int:
+        """Rows that every rank's batch together hold, or come in multiples of."""
+        return self.shares if self.batch_size is None else self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        """The exact number of batches; with `max_tokens` this plans the whole epoch once."""
+        if self.batch_size is None:
+            return sum(self.window(index).num_batches for index in range(self.num_windows))
+        if self.num_rows == 0:
+            return 0
+        last = self.num_rows - (self.num_windows - 1) * self.window_rows
+        return (self.num_windows - 1) * (self.window_rows // self._group) + self._last_batches(last)
+
+    def _last_batches(self, num_rows: int) -> int:
+        full, rest = divmod(num_rows, self._group)
+        if rest == 0 or self.drop_last:
+            return full
+        return full + 1 if self.tail == "repeat" or rest > self.rank else full
+
+    def __iter__(self) -> Iterator[Int64Array]:
+        for index in range(self.num_windows):
+            rows, bounds = self.window(index)
+            edges = bounds.tolist()
+            for start, stop in itertools.pairwise(edges):
+                yield rows[start:stop]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The window and the batch within it that the epoch's batch number `step` is; needs `batch_size`."""
+        assert self.batch_size is not None
+        return divmod(step, self.window_rows // self._group)
+
+    def window(self, index: int) -> Window:
+        """Plan one window; costs the same wherever it lies.
+
+        Raises:
+            InputError: a row is longer than `max_tokens`.
+        """
+        if not 0 <= index < self.num_windows:
+            raise IndexError(f"window {index} of a plan with {self.num_windows}")
+        with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
+            rows = self._rows(index)
+            if self.policy == "bucketed":
+                rows, lengths = self._sorted(rows)
+            else:
+                lengths = self._lengths(rows) if self.batch_size is None else np.empty(0, np.int32)
+            bounds = self._cut(rows, lengths)
+            return self._deal(index, rows, bounds)
+
+    def _key(self, purpose: int, index: int = 0) -> np.uint64:
+        key = np.uint64(self.seed & 0xFFFFFFFFFFFFFFFF)
+        for part in (self.epoch, purpose, index):
+            key = np.uint64(kernels.mix(key, np.uint64(part)))
+        return key
+
+    def _rows(self, index: int) -> Int64Array:
+        """The window's rows in the policy's order, of a number that the tail policy makes right."""
+        first = index * self.window_rows
+        count = min(self.window_rows, self.num_rows - first)
+        if self.drop_last:
+            count -= count % self._group
+        rows = np.arange(first, first + count)
+        if self.policy != "sequential":
+            if self.num_windows > 1:
+                rotation = int(self._key(_ROTATION_KEY)) % self.num_rows
+                kernels.permuted_rows(first, self.num_rows, self.block, self._key(_ROWS_KEY), rotation, rows)
+            if self.num_windows == 1 or self.block > 1:
+                kernels.shuffle(rows, self._key(_MIX_KEY, index))
+        missing = -count % (self.shares if self.batch_size is None else self.world_size)
+        if missing and self.tail == "repeat":
+            rows = np.concatenate([rows, np.resize(rows, missing)])
+        return rows
+
+    def _lengths(self, rows: Int64Array) -> npt.NDArray[np.int32]:
+        lengths = np.empty(len(rows), np.int32)
+        limit = 2**31 - 1 if self.max_length is None else self.max_length
+        kernels.gather_lengths(self.lengths, rows, limit, lengths)
+        return lengths
+
+    def _sorted(self, rows: Int64Array) -> tuple[Int64Array, npt.NDArray[np.int32]]:
+        lengths = self._lengths(rows)
+        longest = int(lengths.max(initial=0))
+        if longest > 16 * self.window_rows:  # a counting sort would count mostly zeros
+            order = np.argsort(lengths, kind="stable")
+            return rows[order], lengths[order]
+        result = np.empty_like(rows), np.empty_like(lengths)
+        kernels.sort_by_length(rows, lengths, longest, *result)
+        return result
+
+    def _cut(self, rows: Int64Array, lengths: npt.NDArray[np.int32]) -> Int64Array:
+        if self.max_tokens is None:
+            return np.append(np.arange(0, len(rows), self._group), len(rows)) if len(rows) else np.zeros(1, np.int64)
+        bounds = np.empty(len(rows) // self.shares + 2, np.int64)
+        count = kernels.cut_by_tokens(lengths, self.max_tokens * self.world_size, self.shares, bounds)
+        if count < 0:
+            row, length = int(rows[-1 - count]), int(lengths[-1 - count])
+            raise InputError(
+                f"row {row} has {length} tokens, more than max_tokens={self.max_tokens} allows a batch; "
+                "raise max_tokens, or give a max_length that cuts such rows"
+            )
+        return bounds[: count + 1]
+
+    def _deal(self, index: int, rows: Int64Array, bounds: Int64Array) -> Window:
+        order = np.arange(len(bounds) - 1)
+        if self.policy == "bucketed":
+            whole = order
+            if self.batch_size is not None and len(rows) % self._group:
+                whole = order[:-1]  # a last, smaller batch comes last
+            kernels.shuffle(whole, self._key(_ORDER_KEY, index))
+        out = np.empty(len(rows) // self.world_size + len(order), np.int64)
+        out_bounds = np.empty(len(bounds), np.int64)
+        kernels.deal(rows, bounds, order, self.rank, self.world_size, out, out_bounds)
+        if len(order) and out_bounds[-1] == out_bounds[-2]:
+            out_bounds = out_bounds[:-1]  # an uneven tail of fewer rows than ranks leaves this one without
+        return Window(out[: out_bounds[-1]], out_bounds)
+
+
+def plan_epoch(
+    lengths: npt.ArrayLike,
+    *,
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+    policy: str = "bucketed",
+    window: int | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    max_length: int | None = None,
+    drop_last: bool = False,
+    tail: str = "repeat",
+    shares: int | None = None,
+    block: int | None = None,
+) -> EpochPlan:
+    """Plan one epoch.
+
+    Args:
+        lengths: each row's length in tokens, integers `(num_rows,)`; a memory map is read a window at a time.
+        batch_size: rows a batch on each rank; or
+        max_tokens: cells a batch on each rank at most, padding included.
+        policy: `"sequential"`, `"shuffled"`, or `"bucketed"` (rows are shuffled, sorted by length inside a window,
+            cut into batches, and the batches shuffled).
+        window: rows a window, rounded up to whole steps; by default 1,024 steps, at least 16,384 and at most
+            262,144 rows.
+        seed: with `epoch` it decides every random choice.
+        epoch: see `seed`.
+        rank: which of `world_size` shares to plan. All ranks get the same number of batches and, in each step, rows
+            of similar length. A step's rows depend on `batch_size * world_size` only.
+        world_size: number of ranks.
+        max_length: rows count as no longer than this.
+        drop_last: leave out the rows that do not fill a step on every rank; others in each epoch.
+        tail: what happens to those rows otherwise: `"repeat"` repeats some rows so that every rank gets as many rows
+            as the others, `"uneven"` gives each row once and some ranks fewer rows, or one batch fewer.
+        shares: with `max_tokens`, a step's rows are a multiple of this (by default `world_size`); a plan continues at
+            any world size that divides it, with the same `max_tokens * world_size`.
+        block: rows that the permutation moves together where the data set has more than one window; by default 1, and
+            64 from 4,194,304 rows on.
+
+    Raises:
+        InputError: a value or a combination is wrong.
+    """
+    array = np.asarray(lengths)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer a row")
+    if array.size == 0:
+        array = np.zeros(0, np.int64)
+    if policy not in POLICIES:
+        raise InputError(f"policy={policy!r}: choose one of {', '.join(map(repr, POLICIES))}")
+    if (batch_size is None) == (max_tokens is None):
+        raise InputError("give either batch_size (rows) or max_tokens (cells, padding included), not both or none")
+    if tail not in TAILS:
+        raise InputError(f"tail={tail!r}: choose one of {', '.join(map(repr, TAILS))}")
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank={rank} of world_size={world_size}: ranks count from 0 to world_size - 1")
+    shares = world_size if shares is None else shares
+    for name, value in (
+        ("batch_size", batch_size), ("max_tokens", max_tokens), ("window", window), ("shares", shares),
+        ("max_length", max_length), ("block", block),
+    ):  # fmt: skip
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value}: give at least 1")
+    if shares % world_size:
+        raise InputError(f"shares={shares} cannot be divided among world_size={world_size} ranks")
+    group = shares if batch_size is None else batch_size * world_size
+    if window is None:
+        window = min(max(WINDOW_BATCHES * group, MIN_WINDOW), MAX_WINDOW)
+    if block is None:
+        block = BLOCK if len(array) >= BLOCK_FROM else 1
+    return EpochPlan(
+        lengths=array,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        policy=policy,
+        window_rows=math.ceil(window / group) * group,
+        block=block,
+        seed=seed,
+        epoch=epoch,
+        rank=rank,
+        world_size=world_size,
+        shares=shares,
+        max_length=max_length,
+        drop_last=drop_last,
+        tail=tail,
+    )

@@ -1,0 +1,71 @@
+"""The loader against the reference collate over the plan's rows, and its position."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stores import make_store
+
+from fastcollate.errors import InputError
+from fastcollate.loader import BatchLoader
+from fastcollate.plan import plan_epoch
+from fastcollate.reference import custom_collate_fn
+
+
+def rows_of(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 50256, n).tolist() for n in np.clip(rng.lognormal(2, 0.7, count), 1, 60).astype(int)]
+
+
+def same(found: Any, expected: Any) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+ROWS = rows_of(203)
+
+
+@pytest.mark.parametrize("policy", ["sequential", "shuffled", "bucketed"])
+@pytest.mark.parametrize("sizes", [{"batch_size": 8}, {"max_tokens": 300}], ids=str)
+def test_batches_equal_the_reference_over_the_plan(policy: str, sizes: dict[str, int]) -> None:
+    store = make_store(ROWS, num_shards=3)
+    loader = BatchLoader(store, policy=policy, seed=3, max_length=40, **sizes)
+    plan = plan_epoch(store.lengths, policy=policy, seed=3, max_length=40, **sizes)
+    count = 0
+    for batch, rows in zip(loader, plan, strict=True):
+        assert same(batch, custom_collate_fn([ROWS[i] for i in rows], allowed_max_length=40))
+        count += 1
+    assert count == len(plan)
+
+
+def test_resume_is_exact_to_the_batch() -> None:
+    store = make_store(ROWS)
+    whole = [tuple(t.clone() for t in b) for b in BatchLoader(store, batch_size=8, seed=1, window=32)]
+    for step in (0, 1, 3, 4, 5, 24, 25, len(whole)):
+        loader = BatchLoader(store, batch_size=8, seed=1, window=32)
+        iterator = iter(loader)
+        for _ in range(step):
+            next(iterator)
+        state = json.loads(json.dumps(loader.state_dict()))
+        other = BatchLoader(store, batch_size=8, seed=1, window=32)
+        other.load_state_dict(state)
+        rest = list(other)
+        assert len(rest) == len(whole) - step
+        assert all(same(a, b) for a, b in zip(rest, whole[step:], strict=True))
+
+
+def test_a_range_of_rows() -> None:
+    store = make_store(ROWS)
+    loader = BatchLoader(store, policy="sequential", batch_size=4, rows=range(10, 21))
+    batches = list(loader)
+    assert len(loader) == len(batches) == 3
+    assert same(batches[2], custom_collate_fn(ROWS[18:21]))
+
+
+def test_wrong_ranges_are_named() -> None:
+    for rows in (range(300), range(0, 10, 2), range(5, 5)):
+        with pytest.raises(InputError, match="rows"):
+            BatchLoader(make_store(ROWS), batch_size=4, rows=rows)
