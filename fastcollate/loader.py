@@ -201,8 +201,8 @@ class BatchLoader:
         return {
             "version": STATE_VERSION,
             "epoch": self.epoch,
-            "window": window,
-            "batch": batch,
+            "next_window": window,
+            "next_batch": batch,
             "num_rows": len(self._lengths),
             "first_row": self._first_row,
             **self._plan_options,
@@ -215,14 +215,14 @@ class BatchLoader:
             InputError: the state is of another version, store or order of rows.
         """
         own = self.state_dict()
-        for name in own.keys() - {"epoch", "window", "batch", "rank"}:
+        for name in own.keys() - {"epoch", "next_window", "next_batch", "rank"}:
             if name not in state or state[name] != own[name]:
                 raise InputError(
                     f"the saved loader state has {name}={state.get(name)!r}, this loader {own[name]!r}; "
                     "make the loader with the saved value, or start afresh"
                 )
         self.epoch = state["epoch"]
-        self._position = (state["window"], state["batch"])
+        self._position = (state["next_window"], state["next_batch"])
         self._resume = True
 
     def stats_dict(self) -> dict[str, Any]:

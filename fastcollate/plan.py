@@ -129,7 +129,7 @@ class EpochPlan:
             return self._deal(index, rows, bounds)
 
     def _key(self, purpose: int, index: int = 0) -> np.uint64:
-        key = np.uint64(self.seed & 0xFFFFFFFFFFFFFFFF)
+        key: np.uint64 = np.uint64(self.seed & 0xFFFFFFFFFFFFFFFF)
         for part in (self.epoch, purpose, index):
             key = np.uint64(kernels.mix(key, np.uint64(part)))
         return key
