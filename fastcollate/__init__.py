@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fastcollate.collate import Batch as Batch
     from fastcollate.collate import PackedBatch as PackedBatch
     from fastcollate.collate import collate_fn as collate_fn
+    from fastcollate.integrations.pytorch import BucketBatchSampler as BucketBatchSampler
+    from fastcollate.integrations.pytorch import StoreDataset as StoreDataset
     from fastcollate.loader import BatchLoader as BatchLoader
     from fastcollate.plan import pack_lengths as pack_lengths
     from fastcollate.plan import plan_epoch as plan_epoch
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Batch": "collate",
     "BatchLoader": "loader",
+    "BucketBatchSampler": "integrations.pytorch",
     "PackedBatch": "collate",
+    "StoreDataset": "integrations.pytorch",
     "TokenStore": "store",
     "collate_fn": "collate",
     "pack_lengths": "plan",
@@ -34,7 +38,9 @@ _MODULE_OF = {
 __all__ = [
     "Batch",
     "BatchLoader",
+    "BucketBatchSampler",
     "PackedBatch",
+    "StoreDataset",
     "TokenStore",
     "collate_fn",
     "pack_lengths",

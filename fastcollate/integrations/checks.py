@@ -1,0 +1,95 @@
+"""What several adapters check before training starts: that model, tokenizer and store speak of the same ids."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fastcollate.errors import InputError
+from fastcollate.tokenizer import load_tokenizer
+
+_PROBE = "Below is an instruction: add 12,345 and 67; spell 'naïve café'.\n\n### Response:\n"
+
+
+class Vocabulary(Protocol):
+    """What is checked of a store."""
+
+    @property
+    def path(self) -> Any:
+        """Where it lies."""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The encoding's name."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+
+
+def check_model(store: Vocabulary, model: nn.Module) -> None:
+    """Compare a store's ids with a model's token embedding.
+
+    Raises:
+        InputError: the embedding has fewer entries than the store has ids.
+    """
+    num_ids = _num_embeddings(model)
+    if num_ids is not None and num_ids < store.vocab_size:
+        raise InputError(
+            f"{store.path} is tokenized by {store.tokenizer_name} ({store.vocab_size:,} ids), but the model embeds "
+            f"{num_ids:,} ids: it was made for another tokenizer; prepare the store again with the model's own "
+            "(--tokenizer), or load the model that belongs to this one"
+        )
+
+
+def check_tokenizer(store: Vocabulary, tokenizer: Any) -> None:
+    """Compare a store's tokenizer with one of Hugging Face, by size and by the ids of a probe text.
+
+    Raises:
+        InputError: they differ.
+    """
+    found = tokenizer.encode(_PROBE, add_special_tokens=False)
+    if len(tokenizer) >= store.vocab_size:
+        try:
+            expected = load_tokenizer(store.tokenizer_name).encode(_PROBE)
+        except InputError:
+            return  # its vocabulary cannot be had here; the sizes agree
+        if found == expected:
+            return
+    raise InputError(
+        f"{store.path} is tokenized by {store.tokenizer_name} ({store.vocab_size:,} ids), and the tokenizer given "
+        f"({type(tokenizer).__name__}, {len(tokenizer):,} ids) encodes differently: prepare the store again with the "
+        "model's own tokenizer.json (--tokenizer), or give the tokenizer that the store was made with"
+    )
+
+
+def check_unshifted(input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+    """Refuse labels that are shifted already, for a model that shifts them itself.
+
+    Args:
+        input_ids: int64 `(rows, width)`.
+        labels: int64 `(rows, width)`, -100 where not trained.
+
+    Raises:
+        InputError: most trained labels are the next input instead of the input at their own place.
+    """
+    labels, same, following = labels[:, :-1], input_ids[:, :-1], input_ids[:, 1:]
+    trained = labels != -100
+    moved = trained & (labels != same)
+    if 2 * int(moved.sum()) > int(trained.sum()) and bool((labels == following)[moved].all()):
+        raise InputError(
+            "the labels are shifted by one already (label i is input i + 1), and models of Hugging Face shift them "
+            "again: give labels at the place of their own token, or train with fastcollate.BatchLoader and your own "
+            "cross-entropy, which want shifted targets"
+        )
+
+
+def _num_embeddings(model: nn.Module) -> int | None:
+    """Entries of the token embedding: what the model says, else its largest embedding."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if embedding is not None:
+        return int(embedding.weight.shape[0])
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    return max(sizes, default=None)

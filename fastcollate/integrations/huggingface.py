@@ -1,0 +1,286 @@
+"""Hugging Face: a collator, the batch order for `Trainer` and TRL, and `datasets` in and out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch.utils.data import DataLoader
+
+from fastcollate.collate import collate_fn
+from fastcollate.errors import InputError, import_extra
+from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted
+from fastcollate.integrations.pytorch import BucketBatchSampler, StoreDataset, StoreRow, row_numbers
+from fastcollate.store import TokenStore
+
+IGNORE = -100
+LAYOUTS = ("padded", "flattened")
+
+
+class DataCollator:
+    """The `data_collator` of a `Trainer`: over rows of a `StoreDataset` in one kernel call, or over tokenized features.
+
+    The labels are unshifted, as models of Hugging Face want them: label `i` belongs to token `i`.
+
+    From a `StoreDataset` each row is its tokens and the end-of-text; its options (`mask_prompt`, `max_length`, ...)
+    decide the labels and the cut, `max_length` counting columns of `input_ids`. Features are mappings with `input_ids`
+    and either `labels`, `completion_mask` or nothing more (then all tokens are trained); they are taken as they are,
+    and other keys are left out.
+
+    Args:
+        layout: `"padded"` gives `input_ids`, `labels` and `attention_mask`, int64 `(rows, width)`, as
+            `DataCollatorForSeq2Seq` does; `"flattened"` gives one long row without padding, `input_ids`, `labels`
+            (-100 where a row begins) and `position_ids` (from 0 in each row), int64 `(1, num_tokens)`, with
+            `cu_seq_lens_q` and `cu_seq_lens_k` (int32 `(rows + 1,)`) and `max_length_q` and `max_length_k` (int), as
+            `DataCollatorWithFlattening` does.
+        pad_token_id: what fills `input_ids`; by default the tokenizer's, else the store's end-of-text, else 0 (the
+            attention mask excludes it).
+        pad_to_multiple_of: the padded width is a multiple of this.
+        tokenizer: the model's; a store made with another one is refused.
+
+    Raises:
+        InputError: an unknown layout, or an option that it does not have.
+    """
+
+    def __init__(
+        self,
+        layout: str = "padded",
+        *,
+        pad_token_id: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise InputError(f"layout={layout!r}: choose one of {', '.join(map(repr, LAYOUTS))}")
+        if pad_to_multiple_of is not None and (layout == "flattened" or pad_to_multiple_of < 1):
+            raise InputError(f"pad_to_multiple_of={pad_to_multiple_of}: at least 1, and for layout='padded' only")
+        self.layout = layout
+        self.pad_token_id = getattr(tokenizer, "pad_token_id", None) if pad_token_id is None else pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.tokenizer = tokenizer
+        self._checked: set[str] = set()
+
+    def __call__(self, features: Sequence[Any], return_tensors: str = "pt") -> dict[str, Any]:
+        """Collate a batch.
+
+        Raises:
+            InputError: the batch is empty or of something else, its labels are shifted already, or the store was made
+                with another tokenizer.
+        """
+        if return_tensors != "pt":
+            raise InputError(f"return_tensors={return_tensors!r}: only 'pt'")
+        if not len(features):
+            raise InputError("the batch has no rows; a data set of length 0, or a sampler that yields nothing")
+        if isinstance(features[0], StoreRow):
+            input_ids, labels, mask = self._from_store(features)
+        elif isinstance(features[0], Mapping):
+            input_ids, labels, mask = self._from_features(features)
+        else:
+            raise InputError(
+                f"the batch holds {type(features[0]).__name__}: give rows of a StoreDataset, or mappings with "
+                "'input_ids' (inputs and targets of fastcollate.collate_fn are shifted already; do not pass them here)"
+            )
+        if self.layout == "flattened":
+            return _flatten(input_ids, labels, mask)
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+
+    def _from_store(self, features: Sequence[StoreRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dataset, rows = row_numbers(features)
+        if self.tokenizer is not None and "tokenizer" not in self._checked:
+            check_tokenizer(dataset.store, self.tokenizer)
+            self._checked.add("tokenizer")
+        limit, end = dataset.options["max_length"], dataset.store.pad_token_id
+        if limit is not None and dataset.options["truncation"] == "left":
+            inputs, targets = dataset.collator(max_length=limit - 1)(rows) if limit > 1 else _no_columns(len(rows))
+        else:
+            inputs, targets = dataset.collator()(rows)
+        width = inputs.shape[1] + 1 if limit is None else min(inputs.shape[1] + 1, limit)
+        shape = (len(rows), self._padded(width))
+        input_ids = torch.full(shape, end)
+        input_ids[:, : inputs.shape[1]] = inputs[:, :width]
+        labels = torch.full(shape, IGNORE)
+        labels[:, 1:width] = targets[:, : width - 1]
+        ignored = dataset.options["ignore_index"]
+        if ignored != IGNORE:
+            labels[labels == ignored] = IGNORE
+        labels[:, 0] = _first_labels(dataset, rows, input_ids, labels)
+        lengths = torch.from_numpy(dataset.lengths[rows].astype(np.int64)) + 1
+        mask = (torch.arange(shape[1]) < lengths.clamp(max=width)[:, None]).long()
+        if self.pad_token_id is not None and self.pad_token_id != end:
+            input_ids[mask == 0] = self.pad_token_id
+        return input_ids, labels, mask
+
+    def _from_features(self, features: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if "input_ids" not in features[0]:
+            raise InputError(f"the rows have {sorted(features[0])} and no 'input_ids': tokenize the data set first")
+        rows = [feature["input_ids"] for feature in features]
+        input_ids = _pad(rows, self.pad_token_id or 0)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        if "attention_mask" in features[0]:
+            mask = _pad([feature["attention_mask"] for feature in features], 0)
+        if "labels" in features[0]:
+            labels = _pad([feature["labels"] for feature in features], IGNORE)
+        elif "completion_mask" in features[0]:
+            labels = input_ids.masked_fill(_pad([feature["completion_mask"] for feature in features], 0) == 0, IGNORE)
+        else:
+            labels = input_ids.masked_fill(mask == 0, IGNORE)
+        if labels.shape != input_ids.shape or mask.shape != input_ids.shape:
+            raise InputError("labels, masks and input_ids of a row must have the same length")
+        if "shift" not in self._checked:
+            check_unshifted(input_ids, labels)
+            self._checked.add("shift")
+        missing = self._padded(input_ids.shape[1]) - input_ids.shape[1]
+        fills = (self.pad_token_id or 0, IGNORE, 0)
+        input_ids, labels, mask = (
+            torch.nn.functional.pad(tensor, (0, missing), value=value)
+            for tensor, value in zip((input_ids, labels, mask), fills, strict=True)
+        )
+        return input_ids, labels, mask
+
+    def _padded(self, width: int) -> int:
+        step = self.pad_to_multiple_of or 1
+        return -(-width // step) * step
+
+
+def _pad(rows: Sequence[Any], value: int) -> torch.Tensor:
+    """The rows, padded on the right: what the kernel gives as inputs."""
+    return collate_fn(rows, pad_token_id=value).inputs
+
+
+def _no_columns(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    empty = torch.empty((num_rows, 0), dtype=torch.int64)
+    return empty, empty
+
+
+def _first_labels(
+    dataset: StoreDataset, rows: npt.NDArray[np.int64], input_ids: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Labels of the first column, which no model trains: the token itself, -100 where it belongs to a prompt."""
+    first = input_ids[:, 0].clone()
+    if dataset.options["mask_prompt"]:
+        if labels.shape[1] > 1:
+            first[labels[:, 1] == IGNORE] = IGNORE  # a prompt of two tokens or more
+        for place in torch.nonzero(first != IGNORE).flatten().tolist():
+            spans = dataset.store[int(rows[place])].spans
+            if len(spans) and spans[0]:
+                first[place] = IGNORE
+    return first
+
+
+def _flatten(input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """The rows end to end, without padding."""
+    real = mask.bool()
+    lengths = mask.sum(1)
+    keep = lengths > 0
+    bounds = torch.nn.functional.pad(lengths[keep].cumsum(0), (1, 0)).to(torch.int32)
+    labels[:, 0] = IGNORE
+    longest = int(lengths.max())
+    return {
+        "input_ids": input_ids[real][None],
+        "labels": labels[real][None],
+        "position_ids": torch.arange(real.shape[1]).expand(real.shape)[real][None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+class BucketedTrainerMixin:
+    """Gives a `Trainer` (or `SFTTrainer`) batches of similar length: `class Mine(BucketedTrainerMixin, Trainer): ...`.
+
+    Works over a `StoreDataset` (with `DataCollator`) and over a tokenized `datasets.Dataset` (with any collator). The
+    batch size, the seed (`data_seed`, else `seed`), the workers and the ranks are the training arguments'; an
+    interrupted run continues with the batches that are left.
+    """
+
+    batching: Mapping[str, Any] = {}
+    """Options of `BucketBatchSampler` to set or override, such as `{"max_tokens": 8192, "batch_size": None}`."""
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The training batches, planned by `BucketBatchSampler`.
+
+        Raises:
+            InputError: the data set is not tokenized, a `StoreDataset` meets another collator or a model of another
+                vocabulary, or the training arguments ask for an order of their own.
+        """
+        trainer: Any = self
+        args, dataset, collator = trainer.args, trainer.train_dataset, trainer.data_collator
+        strategy = getattr(args, "train_sampling_strategy", "random")
+        if strategy not in ("random", None) or getattr(args, "group_by_length", False):
+            raise InputError(
+                f"train_sampling_strategy={strategy!r} (or group_by_length) and BucketedTrainerMixin both decide the "
+                "order: leave it out of the training arguments, or train with the plain Trainer"
+            )
+        if isinstance(dataset, StoreDataset):
+            if not isinstance(collator, DataCollator):
+                raise InputError(
+                    f"data_collator is a {type(collator).__name__}, which cannot read rows of a StoreDataset: "
+                    "give data_collator=fastcollate.integrations.huggingface.DataCollator()"
+                )
+            check_model(dataset.store, trainer.model)
+        else:
+            dataset = trainer._remove_unused_columns(dataset, description="training")
+        sampler = BucketBatchSampler(
+            lengths_of(dataset),
+            **{
+                "batch_size": trainer._train_batch_size,
+                "drop_last": args.dataloader_drop_last,
+                "seed": args.seed if args.data_seed is None else args.data_seed,
+                "rank": args.process_index,
+                "world_size": args.world_size,
+                **self.batching,
+            },
+        )
+        shard = import_extra("accelerate.data_loader", "hf").DataLoaderShard
+        loader: DataLoader[Any] = shard(
+            dataset,
+            device=trainer.accelerator.device,
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return loader
+
+
+def lengths_of(dataset: Any) -> npt.NDArray[np.int64]:
+    """Tokens in each row that a model will see: of a `StoreDataset` with the end-of-text, or a `datasets.Dataset`.
+
+    Raises:
+        InputError: the data set has no tokenized column `input_ids`.
+    """
+    if isinstance(dataset, StoreDataset):
+        return dataset.lengths.astype(np.int64) + 1
+    if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
+        raise InputError(
+            f"{type(dataset).__name__} without a column 'input_ids': give a StoreDataset (make its store with "
+            "store_from_dataset), or a tokenized datasets.Dataset"
+        )
+    table = dataset.select_columns(["input_ids"]).with_format("arrow")[:]
+    lengths: npt.NDArray[np.int64] = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+    return lengths
+
+
+def open_dataset(store: TokenStore | str | os.PathLike[str]) -> Any:
+    """A store as a `datasets.Dataset`, memory-mapped: nothing is copied.
+
+    Its columns are the store's: `input_ids` (without the end-of-text), `spans`, `source_row`.
+    """
+    datasets = import_extra("datasets", "hf")
+    store = store if isinstance(store, TokenStore) else TokenStore(store)
+    tables = []
+    for entry in store.manifest["shards"]:
+        with pa.memory_map(str(store.path / entry["name"])) as source:
+            tables.append(pa.ipc.open_file(source).read_all())
+    # given a fingerprint, `datasets` does not read the whole table to compute one
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables)), fingerprint=store.fingerprint[:16])

@@ -1,0 +1,169 @@
+"""Lightning: a data module over stores, which a `Trainer` stops and resumes to the batch by its own checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastcollate.collate import Batch
+from fastcollate.errors import InputError, import_extra
+from fastcollate.integrations.checks import check_model
+from fastcollate.integrations.pytorch import BucketBatchSampler, StoreDataset
+from fastcollate.mixing import MixedStore
+from fastcollate.splits import split_rows
+from fastcollate.store import TokenStore
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
+else:
+    LightningDataModule = import_extra("lightning.pytorch", "lightning").LightningDataModule
+
+Source = TokenStore | MixedStore | str | os.PathLike[str]
+
+
+class StoreBatches:
+    """Batches of a data set in the order of a sampler; Lightning saves and restores its position.
+
+    A batch is one kernel call on the loop's own thread, tens of microseconds.
+    """
+
+    def __init__(self, dataset: StoreDataset, sampler: BucketBatchSampler) -> None:
+        self.dataset = dataset
+        self.sampler = sampler  # Lightning calls its set_epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.dataset.collate(self.dataset.__getitems__(rows)) for rows in self.sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch is."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue there."""
+        self.sampler.load_state_dict(state)
+
+
+class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional package, Any where it is not installed
+    """Training, validation and test batches of stores: `Trainer().fit(module, datamodule=DataModule(store, ...))`.
+
+    A step gets `Batch(inputs, targets)`, targets shifted by one. Ranks, epochs and the position within an epoch are
+    handled here: leave `use_distributed_sampler` and `reload_dataloaders_every_n_epochs` alone.
+
+    Args:
+        train: a store, its directory, or a `MixedStore`.
+        val: a store of its own, or `None`.
+        test: a store of its own, or `None`.
+        split: shares of `train`, such as `{"train": 0.9, "val": 0.1}`, instead of stores of their own.
+        split_key: see `split_rows`.
+        batch_size: rows a batch on each rank; or
+        max_tokens: cells a batch on each rank at most, padding included.
+        policy: order of training batches, see `plan_epoch`; validation and test are bucketed.
+        window: see `plan_epoch`.
+        seed: decides order and split.
+        drop_last: leave out the training rows that do not fill a step on every rank.
+        max_length: columns kept of a row.
+        mask_prompt: train the responses only.
+        mode: `"reference"` or `"positional"`, see `Collator`.
+        truncation: `"right"` or `"left"`.
+        shuffle: not an option: `policy` says it.
+
+    Raises:
+        InputError: there is no such store, or an option is wrong.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        val: Source | None = None,
+        test: Source | None = None,
+        *,
+        split: Mapping[str, float] | None = None,
+        split_key: Any = "row",
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
+        policy: str = "bucketed",
+        window: int | None = None,
+        seed: int = 0,
+        drop_last: bool = False,
+        max_length: int | None = None,
+        mask_prompt: bool = False,
+        mode: str = "reference",
+        truncation: str = "right",
+        shuffle: bool | None = None,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {
+            "max_length": max_length, "mask_prompt": mask_prompt, "mode": mode, "truncation": truncation,
+        }  # fmt: skip
+        stores = {"train": train, "val": val, "test": test}
+        self.datasets = {name: StoreDataset(store, **options) for name, store in stores.items() if store is not None}
+        self._rows: dict[str, Any] = {}
+        if split is not None:
+            self._split(split, split_key, seed)
+        self._order: dict[str, Any] = {"seed": seed, "window": window, "max_length": max_length}
+        self._sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
+        self._training: dict[str, Any] = {"policy": policy, "drop_last": drop_last}
+        BucketBatchSampler(
+            self.datasets["train"], rows=self._rows.get("train"), shuffle=shuffle, rank=0, world_size=1,
+            **self._order, **self._sizes, **self._training,
+        )  # fmt: skip
+
+    def _split(self, split: Mapping[str, float], key: Any, seed: int) -> None:
+        dataset = self.datasets["train"]
+        if "train" not in split or set(split) - {"train", "val", "test"}:
+            raise InputError(f"split={dict(split)}: name its parts train, val and test; train is needed")
+        twice = sorted((set(split) & set(self.datasets)) - {"train"})
+        if twice or isinstance(dataset.store, MixedStore):
+            raise InputError(
+                f"split cannot be combined with a store of its own for {twice}"
+                if twice
+                else "split and a MixedStore: split each store with split_rows, and give MixedStore(rows=...) a part"
+            )
+        self._rows = dict(split_rows(dataset.store, split, key=key, seed=seed))
+        self.datasets.update(dict.fromkeys(split, dataset))
+
+    def setup(self, stage: str) -> None:
+        """Compare the stores with the model.
+
+        Raises:
+            InputError: the model was made for another vocabulary.
+        """
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if module is not None:
+            for dataset in self.datasets.values():
+                check_model(dataset.store, module)
+
+    def _batches(self, name: str, **options: Any) -> StoreBatches:
+        assert self.trainer is not None
+        sampler = BucketBatchSampler(
+            self.datasets[name],
+            rows=self._rows.get(name),
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            **self._order,
+            **self._sizes,
+            **options,
+        )
+        return StoreBatches(self.datasets[name], sampler)
+
+    def train_dataloader(self) -> StoreBatches:
+        """Training batches, from the current epoch on."""
+        batches = self._batches("train", **self._training)
+        assert self.trainer is not None
+        batches.sampler.set_epoch(self.trainer.current_epoch)
+        return batches
+
+    def val_dataloader(self) -> StoreBatches | list[Any]:
+        """Validation batches, the same in each epoch; none without a store or a share for them."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> StoreBatches | list[Any]:
+        """Test batches."""
+        return self._evaluation("test")
+
+    def _evaluation(self, name: str) -> StoreBatches | list[Any]:
+        return self._batches(name) if name in self.datasets else []
