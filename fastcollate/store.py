@@ -416,10 +416,15 @@ def _write_lengths(directory: Path, shards: Sequence[ShardInfo]) -> FileInfo:
     def fill(file: IO[bytes]) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         for shard in shards:
-            offsets = _open_shard(directory, shard, _id_dtype(directory / shard.name)).offsets
-            file.write(np.diff(offsets).astype(dtype).tobytes())
+            file.write(shard_lengths(directory, shard).astype(dtype).tobytes())
 
     return _write_atomically(directory / LENGTHS, fill)
+
+
+def shard_lengths(directory: Path, shard: ShardInfo) -> npt.NDArray[np.int64]:
+    """Each row's length in tokens in a finished shard, int64 `(num_rows,)`."""
+    lengths: npt.NDArray[np.int64] = np.diff(_open_shard(directory, shard, _id_dtype(directory / shard.name)).offsets)
+    return lengths
 
 
 def _id_dtype(path: Path) -> type[np.uint16] | type[np.uint32]:

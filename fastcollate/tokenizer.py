@@ -141,9 +141,23 @@ class Tokenizer:
             positions: ascending.
         """
         ends = self._token_ends(text, ids)
-        if self._ends_in_bytes:
-            positions = [len(text[:position].encode()) for position in positions]
-        return [int(np.searchsorted(ends, position, side="right")) for position in positions]
+        return [int(np.searchsorted(ends, place, side="right")) for place in self._places(text, positions)]
+
+    def count_begun(self, text: str, ids: npt.NDArray[Any], positions: Sequence[int]) -> list[int]:
+        """Like `count_before`, but tokens that begin before the position and end after it count as well."""
+        ends = self._token_ends(text, ids)
+        return [int(np.searchsorted(ends, place, side="left")) + (place > 0) for place in self._places(text, positions)]
+
+    def _places(self, text: str, positions: Sequence[int]) -> list[int]:
+        return [len(text[:position].encode()) for position in positions] if self._ends_in_bytes else list(positions)
+
+    def joins(self, lefts: Sequence[str], rights: Sequence[str]) -> list[int]:
+        """The pairs' numbers that `parts_at` does not clear."""
+        pairs = zip(lefts, rights, strict=True)
+        if self._scheme == "gpt2":  # most pairs are cleared by the first rule: look only at the others
+            suspects = [i for i, (a, b) in enumerate(pairs) if a[-1:].isspace() or not b[:1].isspace()]
+            return [i for i in suspects if not self.parts_at(lefts[i], rights[i])]
+        return [i for i, (left, right) in enumerate(pairs) if not self.parts_at(left, right)]
 
     def parts_at(self, left: str, right: str) -> bool:
         """Whether `left` and `right` provably tokenize apart: the ids of `left + right` are theirs, end to end.

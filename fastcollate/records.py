@@ -1,0 +1,143 @@
+"""Blocks -> records, each with its position in the sources; what cannot be parsed is named, never dropped silently."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+
+from fastcollate.scanner import scan_array
+from fastcollate.sources import BAD_ROW, Block
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be used: its position in all sources, its line (0 where unknown), the reason."""
+
+    row: int
+    line: int
+    reason: str
+
+
+class Records(NamedTuple):
+    """A parsed block.
+
+    Attributes:
+        records: the records that could be parsed.
+        rows: their positions in the sources.
+        bad: what could not be parsed.
+    """
+
+    records: list[Any]
+    rows: Sequence[int]
+    bad: list[BadRecord]
+
+
+def parse_block(block: Block, data: bytes) -> Records:
+    """The records of a block; `data` is what `block.read()` gave."""
+    if block.kind == "arrow":
+        with pa.ipc.open_stream(data) as reader:
+            records = reader.read_all().to_pylist()
+        return Records(records, range(block.first_row, block.first_row + len(records)), [])
+    try:
+        if block.kind != "lines":
+            records = orjson.loads(b"[%b]" % data)
+        else:
+            records = list(map(orjson.loads, data.split(b"\n") if data[-1:] != b"\n" else data[:-1].split(b"\n")))
+        if block.kind == "rows" and any(BAD_ROW in record for record in records):
+            return _without_bad_rows(block, records)
+        if len(records) == block.num_rows:
+            return Records(records, range(block.first_row, block.first_row + len(records)), [])
+    except ValueError:
+        pass  # one of them is bad, or a line is blank: find out which
+    return _parse_one_by_one(block, _cut_lines(data) if block.kind == "lines" else _cut_array(data))
+
+
+def lines_of(block: Block, data: bytes, rows: Collection[int]) -> dict[int, int]:
+    """The lines on which some records begin, counted from 1; empty where the source has no lines."""
+    if not block.first_line or not rows:
+        return {}
+    lines, line, counted = {}, block.first_line, 0
+    for number, (start, piece) in enumerate(_cut_lines(data) if block.kind == "lines" else _cut_array(data)):
+        if block.first_row + number in rows:
+            start += len(piece) - len(piece.lstrip())
+            line += data.count(b"\n", counted, start)
+            counted = start
+            lines[block.first_row + number] = line
+    return lines
+
+
+def _without_bad_rows(block: Block, records: list[Any]) -> Records:
+    rows = [block.first_row + number for number, record in enumerate(records) if BAD_ROW not in record]
+    bad = [
+        BadRecord(block.first_row + number, 0, record[BAD_ROW])
+        for number, record in enumerate(records)
+        if BAD_ROW in record
+    ]
+    return Records([record for record in records if BAD_ROW not in record], rows, bad)
+
+
+def _parse_one_by_one(block: Block, pieces: Iterator[tuple[int, bytes]]) -> Records:
+    records, rows, bad = [], [], []
+    for number, (_, piece) in enumerate(pieces):
+        row = block.first_row + number
+        try:
+            records.append(parse_record(piece))
+            rows.append(row)
+        except ValueError as error:
+            bad.append(BadRecord(row, 0, str(error)))
+    return Records(records, rows, bad)
+
+
+def parse_record(piece: bytes) -> Any:
+    """One JSON value; lone surrogates become U+FFFD.
+
+    Raises:
+        ValueError: it is not JSON; the message says why.
+    """
+    try:
+        return orjson.loads(piece)
+    except orjson.JSONDecodeError as error:
+        if "surrogate" not in str(error):
+            where = f" (column {error.colno})" if error.lineno == 1 else ""
+            raise ValueError(f"not valid JSON: {error.msg}{where}") from None
+    try:
+        return _mend(json.loads(piece.decode(), parse_constant=_refuse_constant))
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"not valid JSON: {name}")
+
+
+def _mend(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_mend(item) for item in value]
+    if isinstance(value, dict):
+        return {_mend(key): _mend(item) for key, item in value.items()}
+    return value
+
+
+def _cut_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Start and content of each line that is not blank."""
+    start = 0
+    while start < len(data):
+        stop = data.find(b"\n", start)
+        stop = len(data) if stop < 0 else stop
+        line = data[start:stop]
+        if line.strip(b" \t\r"):
+            yield start, line
+        start = stop + 1
+
+
+def _cut_array(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Start and content of each element of a JSON array's inside."""
+    start = 0
+    for comma in [*scan_array(data).commas, len(data)]:
+        yield start, data[start:comma]
+        start = comma + 1
