@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
 from fastcollate.errors import InputError, MissingExtraError
+from fastcollate.options import TrainOptions
 
 app = typer.Typer(
     name="fastcollate",
@@ -21,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+_SAMPLE_RECORDS = 2000  # one epoch of them is the README's first run
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object and show no progress.")]
 
@@ -90,3 +96,248 @@ def _parse_fields(pairs: list[str] | None) -> dict[str, str] | None:
             raise InputError(f"--field {pair!r}: write it as NAME=SOURCE, such as instruction=question")
         fields[name] = source
     return fields or None
+
+
+MaxLength = Annotated[Optional[int], typer.Option(help="Columns kept of a row; all by default.")]  # noqa: UP045
+MaskPrompt = Annotated[bool, typer.Option("--mask-prompt/--train-prompt", help="Train the responses only, or all.")]
+Mode = Annotated[str, typer.Option(help="reference (as the chapter's collate) or positional (what you mean).")]
+
+
+@app.command()
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Directory of the token store.")],
+    row: Annotated[Optional[int], typer.Option(help="Show this row: text, ids, targets.")] = None,  # noqa: UP045
+    report: Annotated[Optional[Path], typer.Option(help="Write a page for the browser to this file.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(help="Rows in a batch of the page's picture of an epoch.")] = 8,
+    max_length: MaxLength = None,
+    mask_prompt: MaskPrompt = True,
+    mode: Mode = "reference",
+    json_output: Json = False,
+) -> None:
+    """Show what is in a store: counts, lengths, and what is trained."""
+    from fastcollate import inspect as room
+    from fastcollate.progress import print_summary
+    from fastcollate.store import TokenStore
+
+    opened = TokenStore(store)
+    options = room.MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
+    if row is not None:
+        view = room.view_row(opened, row, options)
+        if json_output:
+            arrays = {"inputs": view.inputs.tolist(), "targets": view.targets.tolist()}
+            _print_json({**view._asdict(), **arrays})
+        else:
+            tokenizer, problem = room.tokenizer_of(opened)
+            room.print_row(view, tokenizer)
+            if problem:
+                print(f"note: ids only, {problem}", file=sys.stderr)
+        return
+    found = room.inspect_store(opened, options, silent=json_output)
+    if report is not None:
+        from fastcollate.report import write_report
+
+        write_report(opened, report, found, batch_size=batch_size)
+    if json_output:
+        _print_json(asdict(found))
+        return
+    print_summary(str(store), room.summary_of(found))
+    print(f"\nrows by length in tokens\n{room.render_histogram(found.lengths)}")
+    if report is not None:
+        print(f"\nwrote {report}")
+
+
+def _takes_train_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give `function(**values)` an option for each field of `TrainOptions`, behind its own."""
+    own = [p for p in inspect_module.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    types = get_type_hints(TrainOptions)
+    added = [
+        inspect_module.Parameter(
+            item.name,
+            inspect_module.Parameter.KEYWORD_ONLY,
+            default=item.default,
+            annotation=Annotated[types[item.name], typer.Option(help=item.metadata["help"])],
+        )
+        for item in fields(TrainOptions)
+    ]
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        function(**values)
+
+    parameters = [p.replace(annotation=get_type_hints(function, include_extras=True)[p.name]) for p in own] + added
+    command.__signature__ = inspect_module.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+@app.command()
+@_takes_train_options
+def train(
+    *,
+    data: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+        typer.Option(help="Files of records; repeatable. Without --data and --store: a built-in sample."),
+    ] = None,
+    store: Annotated[Optional[Path], typer.Option(help="A prepared token store, in place of --data.")] = None,  # noqa: UP045
+    template: Annotated[str, typer.Option(help="How a record of --data becomes text: alpaca or phi3.")] = "alpaca",
+    field: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Where a template field comes from, as instruction=question; repeatable."),
+    ] = None,
+    json_output: Json = False,
+    **values: Any,
+) -> None:
+    """Train GPT-2 on instruction data; everything is written under OUT. Ctrl-C leaves a checkpoint to resume from."""
+    from fastcollate.parallel import join_ranks
+    from fastcollate.progress import print_summary
+    from fastcollate.train import find_checkpoint
+    from fastcollate.train import train as run
+
+    options = TrainOptions(**values)
+    find_checkpoint(options)  # before anything is written
+    ranks = join_ranks(options.device)
+    try:
+        if store is None:
+            store = options.out / "store"
+            if ranks.is_first:
+                _prepare_for_training(data, store, template, field, options, silent=json_output)
+            ranks.barrier()
+        elif data:
+            raise InputError("--data and --store: give one of them")
+        report = run(store, options, ranks=ranks, show=not json_output)
+    finally:
+        ranks.close()
+    if ranks.is_first:
+        if json_output:
+            _print_json(asdict(report))
+        else:
+            print_summary("training", {name: value for name, value in asdict(report).items() if value is not None})
+    if report.ended == "interrupted":
+        _fail(f"interrupted after step {report.steps}; continue with the same command and --resume", status=130)
+
+
+def _prepare_for_training(
+    data: list[str] | None,
+    store: Path,
+    template: str,
+    field: list[str] | None,
+    options: TrainOptions,
+    *,
+    silent: bool,
+) -> None:
+    from fastcollate.prepare import prepare as run
+
+    if not data:
+        from fastcollate.sample import sample_records
+
+        options.out.mkdir(parents=True, exist_ok=True)
+        sample = options.out / "sample.jsonl"
+        sample.write_text("".join(json.dumps(record) + "\n" for record in sample_records(_SAMPLE_RECORDS)))
+        data = [str(sample)]
+    run(data, store, template=template, fields=_parse_fields(field))
+
+
+def train_under_torchrun() -> None:
+    """`python -m fastcollate.train`, as `torchrun` starts it on each rank: the options of `fastcollate train`."""
+    sys.argv[:1] = ["fastcollate", "train"]
+    main()
+
+
+Run = Annotated[Path, typer.Option("--checkpoint", help="A run's directory, or a checkpoint file in it.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Length of an answer, at most.")]
+TopK = Annotated[Optional[int], typer.Option(help="Draw only from the K most probable tokens.")]  # noqa: UP045
+Temperature = Annotated[float, typer.Option(help="0 takes the most probable token; higher is more varied.")]
+Seed = Annotated[int, typer.Option(help="Decides what is drawn.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+@app.command()
+def generate(
+    checkpoint: Run,
+    prompt: Annotated[str, typer.Option(help="The instruction.")],
+    text: Annotated[str, typer.Option("--input", help="The instruction's input, if it has one.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the run's template.")] = False,
+    max_new_tokens: MaxNewTokens = 256,
+    top_k: TopK = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Answer one instruction with a trained model."""
+    import torch
+
+    from fastcollate.checkpoint import load_model
+    from fastcollate.generate import clean_response
+    from fastcollate.generate import generate as run
+    from fastcollate.parallel import choose_device
+    from fastcollate.templates import load_template
+    from fastcollate.tokenizer import load_tokenizer
+
+    where = choose_device(device)
+    model, saved = load_model(checkpoint, where)
+    tokenizer = load_tokenizer(saved.data["tokenizer"])
+    template = saved.data["template"]
+    if not raw:
+        prompt = load_template(template).parts({"instruction": prompt, "input": text, "output": "-"})[0]
+    answer = run(
+        model,
+        tokenizer.encode(prompt),
+        max_new_tokens=max_new_tokens,
+        top_k=top_k,
+        temperature=temperature,
+        stop_at=tokenizer.pad_token_id,
+        generator=torch.Generator(where).manual_seed(seed),
+    )
+    response = tokenizer.decode(answer)
+    response = response if raw else clean_response(response, template)
+    if json_output:
+        _print_json({"prompt": prompt, "model_response": response, "tokens": len(answer)})
+    else:
+        print(response)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Run,
+    store: Annotated[Optional[Path], typer.Option(help="The token store; by default the run's own.")] = None,  # noqa: UP045
+    split: Annotated[str, typer.Option(help="train, test or validation, as the run split its rows.")] = "test",
+    limit: Annotated[Optional[int], typer.Option(help="Answer only so many rows.")] = None,  # noqa: UP045
+    answers_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", help="The JSON file to write; by default answers-SPLIT.json beside the checkpoint."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    top_k: TopK = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Answer a split's instructions with a trained model and write the answers as JSON."""
+    from fastcollate.checkpoint import load_model
+    from fastcollate.evaluate import open_split, write_answers
+    from fastcollate.parallel import choose_device
+    from fastcollate.progress import progress_bar
+
+    model, saved = load_model(checkpoint, choose_device(device))
+    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    opened, rows = open_split(saved, beside, store=store, split=split, limit=limit)
+    path = answers_file or beside / f"answers-{split}.json"
+    with progress_bar(unit="rows", disable=json_output) as progress:
+        task = progress.add_task("answering", total=len(rows))
+        summary = write_answers(
+            path,
+            model,
+            opened,
+            rows,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            top_k=top_k,
+            temperature=temperature,
+            on_row=lambda: progress.advance(task),
+        )
+    if json_output:
+        _print_json(summary)
+    else:
+        print(f"wrote {summary['rows']} answers to {path}; {summary['exact']} equal the record's own")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -333,11 +332,20 @@ def _read_tensors(path: Path) -> Mapping[str, Tensor]:
                 raise
             raise InputError(f"{path}: not a safetensors file ({error}); download it again") from error
         return loaded
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a PyTorch file of tensors alone ({first_line})") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    found = read_torch_file(path)
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise InputError(f"{path}: holds something else than named tensors; give a state dictionary")
-    return loaded
+    return found
+
+
+def read_torch_file(path: Path) -> Any:
+    """What `torch.save` wrote, onto the CPU: tensors and plain values only, no code is run.
+
+    Raises:
+        InputError: the file is damaged, of another kind, or holds code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # arbitrary bytes make the unpickler raise errors of any type
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: damaged, or not a PyTorch file of tensors alone ({first_line})") from error

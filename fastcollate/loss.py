@@ -14,20 +14,29 @@ from torch import Tensor
 from torch.nn import functional
 
 IGNORE_INDEX = -100
+# On CUDA from 2.7 on; before, only on the CPU.
+_HAS_STATIC_NONZERO = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)
 
 
-def trained_cells(targets: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
+def trained_cells(
+    targets: Tensor, ignore_index: int = IGNORE_INDEX, *, num_trained: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The cells that carry a target.
 
     Args:
         targets: int64, any shape.
         ignore_index: marks a cell without target.
+        num_trained: how many carry one, if that is known: then nothing waits for a GPU.
 
     Returns:
         positions in the flattened targets, and the targets there, int64 `(cells,)` each.
     """
     flat = targets.reshape(-1)
-    cells = (flat != ignore_index).nonzero().squeeze(1)
+    is_trained = flat != ignore_index
+    if flat.is_cuda and num_trained is not None and _HAS_STATIC_NONZERO:
+        cells = torch.nonzero_static(is_trained, size=num_trained).squeeze(1)
+    else:
+        cells = is_trained.nonzero().squeeze(1)
     return cells, flat[cells]
 
 

@@ -63,7 +63,7 @@ def test_wrong_files_are_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         load_published(tmp_path / "absent.bin", SMALL)
     path.write_bytes(b"no weights")
-    with pytest.raises(InputError, match="not a PyTorch file"):
+    with pytest.raises(InputError, match="not a PyTorch file of tensors"):
         load_published(path, SMALL)
     (tmp_path / "bad.safetensors").write_bytes(b"no weights")
     pytest.importorskip("safetensors")

@@ -20,9 +20,11 @@ def table() -> dict[str, set[str]]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """The rooms of this package that a file names in an import, at any depth."""
+    """The rooms of this package that a file names in an import, at any depth; not what it does run as a script."""
     rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and "__main__" in ast.unparse(n.test))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastcollate":
             parts = node.module.split(".")
             rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
