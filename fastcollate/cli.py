@@ -68,24 +68,73 @@ def _options(
 
 @app.command()
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="Files of records: JSON array or JSON Lines.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, patterns or URLs of records: JSON, JSON Lines, CSV, Parquet, Arrow; also .gz, .zst."
+        ),
+    ],
     store: Annotated[Path, typer.Argument(help="Directory of the token store to write (the last argument).")],
-    template: Annotated[str, typer.Option(help="How a record becomes text: alpaca or phi3.")] = "alpaca",
-    tokenizer: Annotated[str, typer.Option(help="Vocabulary: gpt2.")] = "gpt2",
+    template: Annotated[
+        str, typer.Option(help="How a record becomes text: alpaca, phi3, completion, chat, or a .jinja file.")
+    ] = "alpaca",
+    tokenizer: Annotated[
+        str, typer.Option(help="gpt2, r50k_base, p50k_base, cl100k_base, o200k_base, or a tokenizer.json.")
+    ] = "gpt2",
+    backend: Annotated[
+        str, typer.Option(help="auto, tiktoken or gigatoken (faster, checked against tiktoken); the ids are the same.")
+    ] = "auto",
     field: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
         typer.Option(help="Where a template field comes from, as instruction=question; repeatable."),
     ] = None,
+    boundary: Annotated[
+        str, typer.Option(help="reference: the prompt tokenized by itself; exact: the first token of the response.")
+    ] = "reference",
+    on_error: Annotated[
+        str, typer.Option(help="raise: stop at the first bad record; skip: list it in skipped.txt.")
+    ] = "raise",
+    max_length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Limit in columns for --long-prompt and the counts; rows are stored whole."),
+    ] = None,
+    long_prompt: Annotated[
+        str, typer.Option(help="A prompt that fills the limit: reject (a bad record), keep, or cut from the left.")
+    ] = "reject",
+    special_text: Annotated[
+        str, typer.Option(help="A text like <|endoftext|>: reject (a bad record), or encode as ordinary text.")
+    ] = "reject",
+    engine: Annotated[str, typer.Option(help="local processes, or ray for a cluster.")] = "local",
+    workers: Annotated[Optional[int], typer.Option(help="Worker processes; the usable cores by default.")] = None,  # noqa: UP045
     json_output: Json = False,
 ) -> None:
-    """Tokenize records once into a memory-mapped store."""
+    """Tokenize records once into a memory-mapped store; a job that was stopped continues."""
     from fastcollate.prepare import prepare as run
+    from fastcollate.progress import print_summary
 
-    report = run(sources, store, template=template, tokenizer=tokenizer, fields=_parse_fields(field))
+    report = run(
+        sources,
+        store,
+        template=template,
+        tokenizer=tokenizer,
+        backend=backend,
+        fields=_parse_fields(field),
+        boundary=boundary,
+        on_error=on_error,
+        max_length=max_length,
+        long_prompt=long_prompt,
+        special_text=special_text,
+        engine=engine,
+        workers=workers,
+        progress=not json_output,
+    )
     if json_output:
         _print_json(asdict(report))
     else:
-        print(report)
+        title = f"{report.store}: " + ("found unchanged" if report.reused else f"finished in {report.seconds:.1f} s")
+        print_summary(title, {name.replace("_", " "): value for name, value in report.summary.items()})
+        if report.skipped_report:
+            print(f"skipped records are listed in {report.skipped_report}")
 
 
 def _parse_fields(pairs: list[str] | None) -> dict[str, str] | None:

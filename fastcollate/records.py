@@ -105,7 +105,9 @@ def parse_record(piece: bytes) -> Any:
             raise ValueError(f"not valid JSON: {error.msg}{where}") from None
     try:
         return _mend(json.loads(piece.decode(), parse_constant=_refuse_constant))
-    except (UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a byte that is not UTF-8 (byte {error.start} of the record)") from None
+    except RecursionError as error:
         raise ValueError(f"not valid JSON: {error}") from None
 
 
