@@ -167,7 +167,7 @@ def test_single_rows(dataset: StoreDataset) -> None:
 
 
 def test_a_shuffle_flag_is_refused(dataset: StoreDataset) -> None:
-    with pytest.raises(InputError, match='policy="bucketed"|policy=.bucketed'):
+    with pytest.raises(InputError, match="choose policy='bucketed'"):
         BucketBatchSampler(dataset, batch_size=8, shuffle=True)
     with pytest.raises(ValueError, match="mutually exclusive"):  # PyTorch's own check comes first
         DataLoader(dataset, shuffle=True, batch_sampler=BucketBatchSampler(dataset, batch_size=8))
@@ -175,7 +175,7 @@ def test_a_shuffle_flag_is_refused(dataset: StoreDataset) -> None:
 
 def test_mistakes_are_named(dataset: StoreDataset) -> None:
     sampler = BucketBatchSampler(dataset, batch_size=8)
-    with pytest.raises(InputError, match="batch_sampler=..."):
+    with pytest.raises(InputError, match=r"batch_sampler=\.\.\."):
         next(iter(DataLoader(dataset, sampler=sampler, collate_fn=dataset.collate)))
     with pytest.raises(InputError, match="not rows of a StoreDataset"):
         dataset.collate([[1, 2]])  # type: ignore[list-item]

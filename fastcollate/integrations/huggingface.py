@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -201,7 +201,7 @@ class BucketedTrainerMixin:
     interrupted run continues with the batches that are left.
     """
 
-    batching: Mapping[str, Any] = {}
+    batching: ClassVar[Mapping[str, Any]] = {}
     """Options of `BucketBatchSampler` to set or override, such as `{"max_tokens": 8192, "batch_size": None}`."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -30,21 +30,21 @@ class StoreBatches:
 
     def __init__(self, dataset: StoreDataset, sampler: BucketBatchSampler) -> None:
         self.dataset = dataset
-        self.sampler = sampler  # Lightning calls its set_epoch
+        self.batch_sampler = sampler  # Lightning looks here for what to tell the epoch
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.dataset.collate(self.dataset.__getitems__(rows)) for rows in self.sampler)
+        return (self.dataset.collate(self.dataset.__getitems__(rows)) for rows in self.batch_sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is."""
-        return self.sampler.state_dict()
+        return self.batch_sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there."""
-        self.sampler.load_state_dict(state)
+        self.batch_sampler.load_state_dict(state)
 
 
 class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional package, Any where it is not installed
@@ -154,7 +154,7 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
         """Training batches, from the current epoch on."""
         batches = self._batches("train", **self._training)
         assert self.trainer is not None
-        batches.sampler.set_epoch(self.trainer.current_epoch)
+        batches.batch_sampler.set_epoch(self.trainer.current_epoch)
         return batches
 
     def val_dataloader(self) -> StoreBatches | list[Any]:

@@ -104,6 +104,11 @@ class BucketBatchSampler(Sampler[list[int]]):
         """Batches in the current epoch, exactly; with `max_tokens` this plans the epoch once."""
         return len(self._plan()[0])
 
+    @property
+    def sampler(self) -> BucketBatchSampler:
+        """Itself: Lightning and others look for `batch_sampler.sampler` to tell it the epoch."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration runs; setting the current one keeps a loaded position."""
         if epoch != self.epoch:
