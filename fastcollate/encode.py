@@ -6,6 +6,7 @@ provably tokenize apart they are encoded once, end to end; elsewhere the whole t
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import re
 import time
@@ -111,6 +112,18 @@ def encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
         OSError: the shard cannot be written.
         RuntimeError: the backend's ids differ from tiktoken's.
     """
+    collects = gc.isenabled()
+    gc.disable()  # a block makes a hundred thousand objects and no cycle
+    try:
+        result = _encode_block(block, spec, directory)
+    finally:
+        if collects:
+            gc.enable()
+    load_tokenizer(spec.tokenizer, spec.backend).trim()  # now that the block's own memory is free
+    return result
+
+
+def _encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
     tokenizer = load_tokenizer(spec.tokenizer, spec.backend)
     template = load_template(spec.template, spec.fields)
     data = block.read()
@@ -134,7 +147,6 @@ def encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
     digest = hashlib.sha256(data).hexdigest()
     lines = lines_of(block, data, {record.row for record in bad if not record.line})
     bad = sorted(record._replace(line=lines.get(record.row, record.line)) for record in bad)
-    tokenizer.trim()
     return BlockResult(block.index, block.source, digest, shard, counts, bad, seconds)
 
 
@@ -144,7 +156,9 @@ def _texts(parsed: Records, template: Template, guarded: Tokenizer | None, bad: 
     columns = template.columns(parsed.records) if parsed.records else None
     if columns is not None:
         texts = list(chain.from_iterable(zip(columns.prompts, columns.responses, strict=True)))
-        if special is None or not any("<|" in text and special.search(text) for text in texts):
+        joined = "" if guarded is None else "\0".join(texts)
+        if guarded is None or not any(name in joined for name in guarded.special_texts):
+            del joined
             return _Parts(texts, np.arange(len(parsed.records) + 1, dtype=np.int64) * 2, parsed.rows)
     texts, starts, rows = [], [0], []
     for record, row in zip(parsed.records, parsed.rows, strict=True):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import numpy as np
 import orjson
 import pyarrow as pa
 
@@ -264,9 +265,10 @@ class _Reader:
                 "quotation mark that is never closed; mend or split it"
             )
 
-    def take(self, size: int, kind: str, num_rows: int, fault: str = "") -> dict[str, Any]:
+    def take(
+        self, size: int, kind: str, num_rows: int, fault: str = "", *, num_breaks: int | None = None
+    ) -> dict[str, Any]:
         """Cut a block of `size` bytes off the front."""
-        data = self.buffer[:size]
         piece = {
             "kind": kind,
             "num_rows": num_rows,
@@ -274,16 +276,16 @@ class _Reader:
             "num_bytes": size,
             "source_bytes": self._stored_position(size),
             "fault": fault,
-            "data": None if self.source.local else data,
+            "data": None if self.source.local else self.buffer[:size],
             "path": self.source.local or "",
             "start": self.position,
         }
-        self.skip(size)
+        self.skip(size, num_breaks)
         return piece
 
-    def skip(self, size: int) -> None:
+    def skip(self, size: int, num_breaks: int | None = None) -> None:
         """Drop bytes off the front."""
-        self.line += self.buffer.count(b"\n", 0, size)
+        self.line += self.buffer.count(b"\n", 0, size) if num_breaks is None else num_breaks
         self.position += size
         self.buffer = self.buffer[size:]
 
@@ -308,19 +310,23 @@ def _line_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
             continue
         size = stop if stop and not reader.at_end else len(reader.buffer)
         searched = 0
-        num_rows = _count_lines(reader.buffer[:size])
+        num_rows, num_breaks = _count_lines(reader.buffer[:size])
         if num_rows:
-            yield reader.take(size, "lines", num_rows)
+            yield reader.take(size, "lines", num_rows, num_breaks=num_breaks)
         else:
             reader.skip(size)
         reader.fill_block()
 
 
-def _count_lines(data: bytes) -> int:
-    count = data.count(b"\n") + (data[-1:] != b"\n")
-    if data[:1] in b" \t\r\n" or any(mark in data for mark in (b"\n\n", b"\n\r", b"\n ", b"\n\t")):
+def _count_lines(data: bytes) -> tuple[int, int]:
+    """The number of lines that are not blank, and of line breaks."""
+    values = np.frombuffer(data, np.uint8)
+    breaks = np.flatnonzero(values == ord("\n"))
+    count = len(breaks) + (data[-1:] != b"\n")
+    behind = values[breaks[:-1] + 1] if data[-1:] == b"\n" else values[breaks + 1]
+    if data[:1] in b" \t\r\n" or (behind <= ord(" ")).any():
         count -= sum(1 for match in _BLANK_LINE.finditer(data) if match.start() < len(data))
-    return count
+    return count, len(breaks)
 
 
 def _array_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:

@@ -181,7 +181,9 @@ def write_manifest(
         "shards": [asdict(shard) for shard in shards],
     }
     manifest["checksum"] = hashlib.sha256(_canonical(manifest)).hexdigest()
+    _sync_directory(directory)  # every shard's new name is on disk before the manifest speaks of it
     _write_atomically(directory / MANIFEST, lambda file: file.write(_pretty(manifest)))
+    _sync_directory(directory)
 
 
 def write_file(path: Path, lines: Iterable[str]) -> FileInfo:
@@ -458,7 +460,6 @@ def _write_atomically(path: Path, fill: Callable[[IO[bytes]], object]) -> FileIn
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
     return FileInfo(path.name, size, digest)
 
 

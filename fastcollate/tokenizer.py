@@ -10,6 +10,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import operator
 import os
 import random
 import tempfile
@@ -31,6 +32,7 @@ _SCHEMES = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_ba
 _ALIASES = {"r50k": "r50k_base", "p50k": "p50k_base", "cl100k": "cl100k_base", "o200k": "o200k_base"}
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _DOWNLOAD_SECONDS = 20.0
+_FIRST, _LAST = operator.itemgetter(0), operator.itemgetter(-1)
 _CACHE_GROWTH = 96 << 20  # bytes by which a gigatoken cache may grow before it is thrown away
 _GUARD_CHARACTERS = 16_384  # text re-encoded by tiktoken per block: about 1% of what the block costs
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -153,11 +155,12 @@ class Tokenizer:
 
     def joins(self, lefts: Sequence[str], rights: Sequence[str]) -> list[int]:
         """The pairs' numbers that `parts_at` does not clear."""
-        pairs = zip(lefts, rights, strict=True)
-        if self._scheme == "gpt2":  # most pairs are cleared by the first rule: look only at the others
-            suspects = [i for i, (a, b) in enumerate(pairs) if a[-1:].isspace() or not b[:1].isspace()]
-            return [i for i in suspects if not self.parts_at(lefts[i], rights[i])]
-        return [i for i, (left, right) in enumerate(pairs) if not self.parts_at(left, right)]
+        suspects: Iterable[int] = range(len(lefts))
+        if self._scheme == "gpt2" and "" not in lefts and all(map(str.isspace, set(map(_FIRST, filter(None, rights))))):
+            lasts = list(map(_LAST, lefts))  # only what ends in white space is not cleared by the first rule
+            blanks = {last for last in set(lasts) if last.isspace()}
+            suspects = [i for i, last in enumerate(lasts) if last in blanks] if blanks else ()
+        return [i for i in suspects if not self.parts_at(lefts[i], rights[i])]
 
     def parts_at(self, left: str, right: str) -> bool:
         """Whether `left` and `right` provably tokenize apart: the ids of `left + right` are theirs, end to end.
