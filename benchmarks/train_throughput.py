@@ -1,0 +1,251 @@
+"""Useful tokens a second of a training step on the CPU: the chapter's loop against bucketed and packed batches.
+
+Run as `python -m benchmarks.train_throughput [GSM8K_FILE]`; writes `bench_results/train_throughput.json`. One model,
+one precision, one optimizer (fused AdamW) for all; the contenders take turns, a few steps each.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from benchmarks.harness import save
+from fastcollate.collate import PackedBatch
+from fastcollate.feed import as_micro_batch
+from fastcollate.gpt2 import GPT2, GPT2Config
+from fastcollate.loader import BatchLoader
+from fastcollate.options import TrainOptions
+from fastcollate.parallel import Ranks
+from fastcollate.plan import plan_epoch
+from fastcollate.prepare import prepare
+from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
+from fastcollate.step import MicroBatch, Stepper, make_optimizer, recycle_freed_memory
+from fastcollate.store import ShardColumns, StoreIdentity, TokenStore, shard_name, write_manifest, write_shard
+
+MODEL = GPT2Config(num_layers=4, num_heads=4, width=128)
+BATCH = 8
+RATE = 1e-4
+ROUNDS, STEPS = 5, 2
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
+
+
+class Timed(NamedTuple):
+    loss: float
+    useful: int
+    cells: int
+    wait_s: float
+    step_s: float
+
+
+def t0_like(path: Path, num_rows: int = 4000) -> TokenStore:
+    """Log-normal lengths: median 146, mean 278 before they are cut at 1,024."""
+    random = np.random.default_rng(0)
+    lengths = (
+        np.exp(random.normal(np.log(146), np.sqrt(2 * np.log(278 / 146)), num_rows)).astype(np.int64).clip(2, 1024)
+    )
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    prompts = lengths // 2
+    columns = ShardColumns(
+        random.integers(0, 50256, offsets[-1]).astype(np.uint16),
+        offsets,
+        np.stack([prompts, lengths - prompts], 1).reshape(-1).astype(np.uint32),
+        np.arange(num_rows + 1) * 2,
+        np.arange(num_rows, dtype=np.uint64),
+    )
+    path.mkdir()
+    tokenizer = {"name": "gpt2", "fingerprint": "synthetic", "vocab_size": 50257, "pad_token_id": 50256}
+    identity = StoreIdentity([{"name": "T0-like lengths"}], tokenizer, {"name": "alpaca"}, {})
+    write_manifest(path, identity, [write_shard(path, shard_name(0), columns)])
+    return TokenStore(path)
+
+
+def new_model() -> GPT2:
+    torch.manual_seed(0)
+    return GPT2(MODEL)
+
+
+def chapter_collate(rows: list[Any], mask_prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if mask_prompt:
+        return custom_collate_with_masking_fn(rows, allowed_max_length=1024)
+    return custom_collate_fn([ids for _, ids in rows], allowed_max_length=1024)
+
+
+def chapter(store: TokenStore, mask_prompt: bool) -> tuple[list[Any], Callable[[Any], float], Iterator[Any]]:
+    """The chapter's rows in memory, its step, and its loader."""
+    rows = [(int(row.spans[0]), row.input_ids.tolist()) for row in store]
+    model = new_model()
+    optimizer = make_optimizer(model, 0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+
+    def step(batch: Any) -> float:
+        inputs, targets = batch
+        optimizer.zero_grad()
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    loader = DataLoader(
+        rows, batch_size=BATCH, shuffle=True, drop_last=True, collate_fn=lambda part: chapter_collate(part, mask_prompt)
+    )
+    return rows, step, (batch for _ in range(99) for batch in loader)
+
+
+def end_to_end(store: TokenStore, rows: np.ndarray, mask_prompt: bool) -> MicroBatch:
+    """A batch's rows end to end, as one pack without unused cells."""
+    lengths = np.minimum(store.lengths[rows].astype(np.int64), 1024)
+    plain = next(iter(_fixed(store, rows, mask_prompt)))
+    held = torch.arange(plain[0].shape[1]) < torch.from_numpy(lengths)[:, None]
+    positions = torch.arange(plain[0].shape[1]).expand_as(held)[held][None]
+    bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    targets = plain[1][held][None]
+    return MicroBatch(
+        plain[0][held][None], targets, positions, bounds, int(lengths.sum()), int((targets != -100).sum())
+    )
+
+
+def _fixed(store: TokenStore, rows: np.ndarray, mask_prompt: bool) -> Iterator[Any]:
+    from fastcollate.collate import Collator
+
+    yield Collator(store.shards, max_length=1024, mask_prompt=mask_prompt)(rows)
+
+
+def fast_step(stepper: Stepper) -> Callable[[MicroBatch], float]:
+    return lambda batch: stepper.step([batch], batch.num_trained, RATE).item()
+
+
+def stepper() -> Stepper:
+    return Stepper(new_model(), TrainOptions(clip=0.0, warmup=0, device="cpu"), ALONE)
+
+
+def bucketed(store: TokenStore, mask_prompt: bool) -> Iterator[MicroBatch]:
+    loader = BatchLoader(store, policy="bucketed", batch_size=BATCH, max_length=1024, mask_prompt=mask_prompt)
+    return loaded(loader)
+
+
+def loaded(loader: BatchLoader) -> Iterator[MicroBatch]:
+    useful = trained = 0
+    while True:
+        for batch in loader:
+            stats = loader.stats
+            yield as_micro_batch(batch, stats.real_cells - useful, stats.trained_tokens - trained)
+            useful, trained = stats.real_cells, stats.trained_tokens
+
+
+def packed(store: TokenStore, mask_prompt: bool) -> tuple[str, Iterator[MicroBatch]]:
+    """The loader's packs if it has them, else shuffled rows put end to end here."""
+    budget = -(-int(np.minimum(store.lengths, 1024).mean() * BATCH) // 1024) * 1024
+    try:
+        loader = BatchLoader(store, policy="packed", max_tokens=budget, max_length=1024, mask_prompt=mask_prompt)
+        if isinstance(next(iter(loader)), PackedBatch):
+            loader = BatchLoader(store, policy="packed", max_tokens=budget, max_length=1024, mask_prompt=mask_prompt)
+            return f"BatchLoader, policy packed, {budget} cells a step", loaded(loader)
+    except (ValueError, NotImplementedError, KeyError):
+        pass
+    plan = plan_epoch(store.lengths, batch_size=BATCH, policy="shuffled", max_length=1024)
+    return "8 shuffled rows end to end, put together by this script", (
+        end_to_end(store, rows, mask_prompt) for _ in range(99) for rows in plan
+    )
+
+
+def same_losses(store: TokenStore, mask_prompt: bool) -> dict[str, Any]:
+    """Two steps on the same rows from the same weights: the losses of each way."""
+    plan = list(plan_epoch(store.lengths, batch_size=BATCH, policy="shuffled", seed=1, max_length=1024))[:2]
+    rows, step, _ = chapter(store, mask_prompt)
+    found: dict[str, list[float]] = {
+        "chapter": [step(chapter_collate([rows[r] for r in p], mask_prompt)) for p in plan]
+    }
+    padded, flat = fast_step(stepper()), fast_step(stepper())
+    found["padded"], found["packed"] = [], []
+    for part in plan:
+        inputs, targets = next(_fixed(store, part, mask_prompt))
+        batch = MicroBatch(inputs, targets, None, None, 0, int((targets != -100).sum()))
+        found["padded"].append(padded(batch))
+        found["packed"].append(flat(end_to_end(store, part, mask_prompt)))
+    worst = max(abs(a - b) for name in ("padded", "packed") for a, b in zip(found["chapter"], found[name], strict=True))
+    assert worst < 1e-4, found
+    return {"losses": found, "largest_difference": worst}
+
+
+def run(batches: Iterator[Any], step: Callable[[Any], float], useful_of: Callable[[Any], int]) -> Timed:
+    start = time.perf_counter()
+    batch = next(batches)
+    waited = time.perf_counter()
+    loss = step(batch)
+    end = time.perf_counter()
+    return Timed(loss, useful_of(batch), batch[0].numel(), waited - start, end - start)
+
+
+def compare(name: str, store: TokenStore, mask_prompt: bool) -> dict[str, Any]:
+    print(f"{name}, {'responses only' if mask_prompt else 'all tokens'}", flush=True)
+    equal = same_losses(store, mask_prompt)
+    torch.manual_seed(123)
+    _, chapter_step, chapter_batches = chapter(store, mask_prompt)
+    how, packs = packed(store, mask_prompt)
+    contenders: dict[str, tuple[Iterator[Any], Callable[[Any], float], Callable[[Any], int]]] = {
+        "chapter": (chapter_batches, chapter_step, lambda batch: _useful(batch[0])),
+        "bucketed": (bucketed(store, mask_prompt), fast_step(stepper()), lambda batch: batch.num_useful),
+        "packed": (packs, fast_step(stepper()), lambda batch: batch.num_useful),
+    }
+    rounds: dict[str, list[list[Timed]]] = {key: [] for key in contenders}
+    for number in range(ROUNDS + 1):  # the first is a warm-up
+        for key, parts in contenders.items():
+            steps = [run(*parts) for _ in range(STEPS)]
+            if number:
+                rounds[key].append(steps)
+    result: dict[str, Any] = {"equal_losses": equal, "packed_is": how}
+    rates = {key: [sum(s.useful for s in r) / sum(s.step_s for s in r) for r in found] for key, found in rounds.items()}
+    for key, found in rounds.items():
+        every = [step for part in found for step in part]
+        result[key] = {
+            "useful_tokens_per_s": round(statistics.median(rates[key])),
+            "by_round": [round(rate) for rate in rates[key]],
+            "useful_tokens_per_s_overall": round(sum(s.useful for s in every) / sum(s.step_s for s in every)),
+            "padding_share": round(1 - sum(s.useful for s in every) / sum(s.cells for s in every), 4),
+            "wait_share": round(sum(s.wait_s for s in every) / sum(s.step_s for s in every), 5),
+            "times_chapter": round(statistics.median(rates[key]) / statistics.median(rates["chapter"]), 2),
+        }
+        print("  ", key, result[key], flush=True)
+    return result
+
+
+def _useful(inputs: torch.Tensor) -> int:
+    """Cells before a row's padding; the rows here hold no end-of-text themselves."""
+    return int((inputs != 50256).sum())
+
+
+def main() -> None:
+    recycle_freed_memory()  # for all contenders alike
+    gsm8k = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "shared/data/gsm8k_train.jsonl"
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        results["t0_like"] = compare("T0-like lengths", t0_like(Path(folder) / "t0"), False)
+        if gsm8k.is_file():
+            prepare([str(gsm8k)], Path(folder) / "gsm8k")
+            store = TokenStore(Path(folder) / "gsm8k")
+            results["gsm8k"] = compare("gsm8k", store, False)
+            results["gsm8k_masked"] = compare("gsm8k", store, True)
+    save(
+        "train_throughput",
+        {
+            "model": "GPT-2, 4 layers, 4 heads, width 128, vocabulary 50,257, float32, fused AdamW for all",
+            "steps": f"medians of {ROUNDS} rounds of {STEPS} steps, contenders in turn; chapter and bucketed: {BATCH} rows",
+            "threads": torch.get_num_threads(),
+            **results,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
