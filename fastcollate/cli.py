@@ -67,6 +67,22 @@ def _options(
 
 
 @app.command()
+def sample(
+    out: Annotated[Path, typer.Argument(help="JSON Lines file to write.")],
+    num_records: Annotated[int, typer.Option(min=1, help="How many records.")] = _SAMPLE_RECORDS,
+) -> None:
+    """Write the built-in sample: generated instruction records to try everything with."""
+    _write_sample(out, num_records)
+    print(f"wrote {num_records:,} records to {out}")
+
+
+def _write_sample(path: Path, num_records: int) -> None:
+    from fastcollate.sample import sample_records
+
+    path.write_text("".join(json.dumps(record) + "\n" for record in sample_records(num_records)))
+
+
+@app.command()
 def prepare(
     sources: Annotated[
         list[str],
@@ -195,6 +211,44 @@ def inspect(
         print(f"\nwrote {report}")
 
 
+@app.command()
+def verify(
+    store: Annotated[Path, typer.Argument(help="Directory of the token store.")],
+    source: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+        typer.Option(help="A file it was prepared from, to be tokenized again with tiktoken; repeatable, in order."),
+    ] = None,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Read every file and check its checksum.")] = False,
+    policy: Annotated[str, typer.Option(help="Order of the epoch: sequential, shuffled or bucketed.")] = "bucketed",
+    batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the epoch's order.")] = 0,
+    max_length: MaxLength = None,
+    mask_prompt: MaskPrompt = True,
+    mode: Mode = "reference",
+    json_output: Json = False,
+) -> None:
+    """Compare every batch of an epoch with the plain Python reference; status 1 where anything differs."""
+    from fastcollate.inspect import MaskOptions
+    from fastcollate.progress import print_summary
+    from fastcollate.store import TokenStore
+    from fastcollate.verify import verify as run
+
+    options = MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
+    found = run(
+        TokenStore(store), options, policy=policy, batch_size=batch_size, seed=seed,
+        sources=source or [], checksums=checksums, silent=json_output,
+    )  # fmt: skip
+    if json_output:
+        _print_json({"ok": found.ok, **asdict(found)})
+    else:
+        shown = {name: value for name, value in asdict(found).items() if value is not None and name != "problems"}
+        print_summary("verified, all identical" if found.ok else "NOT identical", shown)
+        for problem in found.problems:
+            print(problem, file=sys.stderr)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
 def _takes_train_options(function: Callable[..., None]) -> Callable[..., None]:
     """Give `function(**values)` an option for each field of `TrainOptions`, behind its own."""
     own = [p for p in inspect_module.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -277,12 +331,10 @@ def _prepare_for_training(
     from fastcollate.prepare import prepare as run
 
     if not data:
-        from fastcollate.sample import sample_records
-
         options.out.mkdir(parents=True, exist_ok=True)
-        sample = options.out / "sample.jsonl"
-        sample.write_text("".join(json.dumps(record) + "\n" for record in sample_records(_SAMPLE_RECORDS)))
-        data = [str(sample)]
+        path = options.out / "sample.jsonl"
+        _write_sample(path, _SAMPLE_RECORDS)
+        data = [str(path)]
     run(data, store, template=template, fields=_parse_fields(field))
 
 
