@@ -35,7 +35,7 @@ from fastcollate.store import ShardColumns, StoreIdentity, TokenStore, shard_nam
 MODEL = GPT2Config(num_layers=4, num_heads=4, width=128)
 BATCH = 8
 RATE = 1e-4
-ROUNDS, STEPS = 5, 2
+ROUNDS, STEPS = 3, 2
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
@@ -240,7 +240,7 @@ def main() -> None:
         "train_throughput",
         {
             "model": "GPT-2, 4 layers, 4 heads, width 128, vocabulary 50,257, float32, fused AdamW for all",
-            "steps": f"medians of {ROUNDS} rounds of {STEPS} steps, contenders in turn; chapter and bucketed: {BATCH} rows",
+            "steps": f"medians of {ROUNDS} rounds of {STEPS} steps in turn; chapter and bucketed: {BATCH} rows",
             "threads": torch.get_num_threads(),
             **results,
         },
