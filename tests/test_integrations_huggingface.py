@@ -15,7 +15,13 @@ from store_files import random_rows, write_store
 
 from fastcollate import StoreDataset
 from fastcollate.errors import InputError
-from fastcollate.integrations.huggingface import BucketedTrainerMixin, DataCollator, lengths_of, open_dataset
+from fastcollate.integrations.huggingface import (
+    BucketedTrainerMixin,
+    DataCollator,
+    lengths_of,
+    open_dataset,
+    store_from_dataset,
+)
 from fastcollate.integrations.pytorch import BucketBatchSampler
 from fastcollate.store import TokenStore
 
@@ -261,6 +267,30 @@ def test_datasets_opens_a_store_without_copying(store: TokenStore) -> None:
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "shard-00000" in line]
     ranges = [[int(part, 16) for part in fields[0].split("-")] for fields in mapped]
     assert any(start <= buffer.address < stop for start, stop in ranges)
+
+
+def test_a_tokenized_dataset_becomes_a_store(tmp_path: Path) -> None:
+    chats = [
+        {"input_ids": [1, 2, 3, 4, 5, 6, EOS], "labels": [-100, -100, 3, -100, 5, 6, EOS]},
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, -100]},
+        {"input_ids": [1, 2], "labels": [-100, -100]},
+        {"input_ids": [7, EOS], "labels": [7, EOS]},
+    ]
+    made = store_from_dataset(table(FEATURES + chats), tmp_path / "made", make_tokenizer())
+    assert [row.input_ids.tolist() for row in made] == [*ROWS, [1, 2, 3, 4, 5, 6], [1, 2, 3], [1, 2], [7]]
+    assert [row.spans.tolist() for row in made] == [*SPANS, [2, 1, 1, 2], [1, 1, 2], [3], [0, 1]]
+    found = DataCollator(tokenizer=make_tokenizer())(StoreDataset(made, mask_prompt=True).__getitems__([60, 61]))
+    assert found["labels"].tolist() == [[-100, -100, 3, -100, 5, 6, EOS], [-100, 2, *[-100] * 5]]
+    masks = [
+        {"input_ids": f["input_ids"], "completion_mask": [int(label != -100) for label in f["labels"]]}
+        for f in FEATURES
+    ]
+    again = store_from_dataset(datasets.Dataset.from_list(masks), tmp_path / "again", make_tokenizer())
+    assert [row.spans.tolist() for row in again] == SPANS
+    with pytest.raises(InputError, match="a store already"):
+        store_from_dataset(table(FEATURES), tmp_path / "again", make_tokenizer())
+    with pytest.raises(InputError, match="it made other ids"):
+        store_from_dataset(table(FEATURES), tmp_path / "small", make_tokenizer(50))
 
 
 def test_wrong_use_is_named(store: TokenStore, tmp_path: Path) -> None:
