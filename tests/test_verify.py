@@ -207,3 +207,11 @@ def test_the_command_fails_on_damage(
     assert "SHA-256" in printed.err
     assert run_cli(monkeypatch, "verify", tmp_path / "s", "--source", source, "--json") == 1
     assert json.loads(capsys.readouterr().out)["num_problems"] == 1
+
+
+def test_random_batches_of_the_long_check() -> None:
+    from million_batches import run_round
+
+    comparisons, cells = run_round(np.random.default_rng(5), 300, 5, 0)
+    assert 300 < comparisons < 600
+    assert cells > 10_000
