@@ -183,6 +183,8 @@ def test_mistakes_are_named(dataset: StoreDataset) -> None:
         BucketBatchSampler(dataset, batch_size=8, rows=[203])
     with pytest.raises(InputError, match="either batch_size"):
         BucketBatchSampler(dataset)
+    with pytest.raises(InputError, match="use max_tokens here"):
+        BucketBatchSampler(dataset, batch_size=8, policy="packed")
     with pytest.raises(InputError, match="has 26 batches"):
         sampler.set_position(0, 27)
     with pytest.raises(InputError, match="seed=0, this sampler 1"):

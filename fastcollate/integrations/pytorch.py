@@ -69,6 +69,11 @@ class BucketBatchSampler(Sampler[list[int]]):
                 f"shuffle={shuffle}: a batch sampler decides the order by itself; leave the flag out here and in "
                 f"DataLoader, and choose policy={'bucketed' if shuffle else 'sequential'!r}"
             )
+        if policy == "packed":
+            raise InputError(
+                "policy='packed': a batch sampler gives rows, not packs; use max_tokens here (with "
+                "huggingface.DataCollator('flattened') there is no padding either), or fastcollate.BatchLoader"
+            )
         store = getattr(source, "store", source)
         self._mix = store if isinstance(store, MixedStore) and rows is None else None
         self._lengths = np.asarray(getattr(store, "lengths", store))
