@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import save
-from fastcollate.collate import PackedBatch
+from fastcollate.collate import Collator, PackedBatch
 from fastcollate.feed import as_micro_batch
 from fastcollate.gpt2 import GPT2, GPT2Config
 from fastcollate.loader import BatchLoader
@@ -29,7 +29,7 @@ from fastcollate.parallel import Ranks
 from fastcollate.plan import plan_epoch
 from fastcollate.prepare import prepare
 from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
-from fastcollate.step import MicroBatch, Stepper, make_optimizer, recycle_freed_memory
+from fastcollate.step import MicroBatch, Stepper, make_optimizer, recycle_freed_memory, without_padding
 from fastcollate.store import ShardColumns, StoreIdentity, TokenStore, shard_name, write_manifest, write_shard
 
 MODEL = GPT2Config(num_layers=4, num_heads=4, width=128)
@@ -102,23 +102,10 @@ def chapter(store: TokenStore, mask_prompt: bool) -> tuple[list[Any], Callable[[
     return rows, step, (batch for _ in range(99) for batch in loader)
 
 
-def end_to_end(store: TokenStore, rows: np.ndarray, mask_prompt: bool) -> MicroBatch:
-    """A batch's rows end to end, as one pack without unused cells."""
-    lengths = np.minimum(store.lengths[rows].astype(np.int64), 1024)
-    plain = next(iter(_fixed(store, rows, mask_prompt)))
-    held = torch.arange(plain[0].shape[1]) < torch.from_numpy(lengths)[:, None]
-    positions = torch.arange(plain[0].shape[1]).expand_as(held)[held][None]
-    bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    targets = plain[1][held][None]
-    return MicroBatch(
-        plain[0][held][None], targets, positions, bounds, int(lengths.sum()), int((targets != -100).sum())
-    )
-
-
-def _fixed(store: TokenStore, rows: np.ndarray, mask_prompt: bool) -> Iterator[Any]:
-    from fastcollate.collate import Collator
-
-    yield Collator(store.shards, max_length=1024, mask_prompt=mask_prompt)(rows)
+def collated(store: TokenStore, rows: np.ndarray, mask_prompt: bool) -> MicroBatch:
+    inputs, targets = Collator(store.shards, max_length=1024, mask_prompt=mask_prompt)(rows)
+    useful = int(np.minimum(store.lengths[rows].astype(np.int64), 1024).sum())
+    return MicroBatch(inputs, targets, None, None, useful, int((targets != -100).sum()))
 
 
 def fast_step(stepper: Stepper) -> Callable[[MicroBatch], float]:
@@ -144,19 +131,15 @@ def loaded(loader: BatchLoader) -> Iterator[MicroBatch]:
 
 
 def packed(store: TokenStore, mask_prompt: bool) -> tuple[str, Iterator[MicroBatch]]:
-    """The loader's packs if it has them, else shuffled rows put end to end here."""
-    budget = -(-int(np.minimum(store.lengths, 1024).mean() * BATCH) // 1024) * 1024
-    try:
+    """As `fastcollate train --policy packed`: the loader's packs, or its rows put end to end."""
+    loader = BatchLoader(store, policy="packed", batch_size=BATCH, max_length=1024, mask_prompt=mask_prompt)
+    if isinstance(next(iter(loader)), PackedBatch):
+        budget = -(-int(np.minimum(store.lengths, 1024).mean() * BATCH) // 1024) * 1024
         loader = BatchLoader(store, policy="packed", max_tokens=budget, max_length=1024, mask_prompt=mask_prompt)
-        if isinstance(next(iter(loader)), PackedBatch):
-            loader = BatchLoader(store, policy="packed", max_tokens=budget, max_length=1024, mask_prompt=mask_prompt)
-            return f"BatchLoader, policy packed, {budget} cells a step", loaded(loader)
-    except (ValueError, NotImplementedError, KeyError):
-        pass
-    plan = plan_epoch(store.lengths, batch_size=BATCH, policy="shuffled", max_length=1024)
-    return "8 shuffled rows end to end, put together by this script", (
-        end_to_end(store, rows, mask_prompt) for _ in range(99) for rows in plan
-    )
+        return f"the loader's packs, {budget} cells a step", loaded(loader)
+    loader = BatchLoader(store, policy="packed", batch_size=BATCH, max_length=1024, mask_prompt=mask_prompt)
+    how = f"{BATCH} shuffled rows a step, put end to end by the training loop"
+    return how, (without_padding(batch, store.pad_token_id) for batch in loaded(loader))
 
 
 def same_losses(store: TokenStore, mask_prompt: bool) -> dict[str, Any]:
@@ -169,10 +152,11 @@ def same_losses(store: TokenStore, mask_prompt: bool) -> dict[str, Any]:
     padded, flat = fast_step(stepper()), fast_step(stepper())
     found["padded"], found["packed"] = [], []
     for part in plan:
-        inputs, targets = next(_fixed(store, part, mask_prompt))
-        batch = MicroBatch(inputs, targets, None, None, 0, int((targets != -100).sum()))
+        batch = collated(store, part, mask_prompt)
+        end_to_end = without_padding(batch, store.pad_token_id)
+        assert end_to_end.inputs.numel() == batch.num_useful
         found["padded"].append(padded(batch))
-        found["packed"].append(flat(end_to_end(store, part, mask_prompt)))
+        found["packed"].append(flat(end_to_end))
     worst = max(abs(a - b) for name in ("padded", "packed") for a, b in zip(found["chapter"], found[name], strict=True))
     assert worst < 1e-4, found
     return {"losses": found, "largest_difference": worst}

@@ -11,7 +11,7 @@ from fastcollate.errors import InputError
 from fastcollate.loader import BatchLoader
 from fastcollate.options import TrainOptions
 from fastcollate.parallel import Ranks
-from fastcollate.step import MicroBatch, empty_batch
+from fastcollate.step import MicroBatch, empty_batch, without_padding
 from fastcollate.store import TokenStore
 
 
@@ -40,9 +40,11 @@ class Feed:
         loader: of this rank.
         accumulate: batches an optimizer step.
         ranks: who trains together.
+        unpad: the padding token, to put each padded batch's rows end to end; `None` leaves batches as they come.
     """
 
-    def __init__(self, loader: BatchLoader, accumulate: int, ranks: Ranks) -> None:
+    def __init__(self, loader: BatchLoader, accumulate: int, ranks: Ranks, *, unpad: int | None = None) -> None:
+        self._unpad = unpad
         self._loader = loader
         self._accumulate = accumulate
         self._ranks = ranks
@@ -98,7 +100,8 @@ class Feed:
             if batch is None:
                 break
             stats = self._loader.stats
-            taken.append(as_micro_batch(batch, stats.real_cells - useful, stats.trained_tokens - trained))
+            micro = as_micro_batch(batch, stats.real_cells - useful, stats.trained_tokens - trained)
+            taken.append(micro if self._unpad is None else without_padding(micro, self._unpad))
         return taken
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fastcollate.options import TrainOptions
 from fastcollate.parallel import Ranks
 from fastcollate.plan import plan_epoch
 from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
-from fastcollate.step import MicroBatch, Stepper, learning_rate_at
+from fastcollate.step import MicroBatch, Stepper, learning_rate_at, without_padding
 from fastcollate.store import TokenStore
 from fastcollate.train import train
 
@@ -110,6 +110,35 @@ def test_the_mean_is_over_the_trained_tokens_of_the_whole_step(tmp_path: Path, r
     train(random_store, whole, show=False)
     train(random_store, parts, show=False)
     assert losses(whole.out) == pytest.approx(losses(parts.out), abs=1e-5)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("mask_prompt", [False, True])
+def test_packed_training_gives_the_losses_of_the_same_rows_padded(
+    tmp_path: Path, random_store: TokenStore, mask_prompt: bool
+) -> None:
+    padded = options(tmp_path / "padded", policy="shuffled", epochs=1, mask_prompt=mask_prompt, mode="positional")
+    packed = replace(padded, out=tmp_path / "packed", policy="packed")
+    train(random_store, padded, show=False)
+    report = train(random_store, packed, show=False)
+    assert losses(packed.out) == pytest.approx(losses(padded.out), abs=1e-4)
+    assert report.tokens_seen == int(random_store.lengths[:102].sum())
+
+
+def test_rows_are_put_end_to_end_unless_padding_cannot_be_told() -> None:
+    inputs = torch.tensor([[1, 2, 9, 9], [3, 4, 5, 6], [7, 9, 9, 9]])
+    targets = torch.tensor([[2, 9, -100, -100], [-100, 5, 6, 9], [9, -100, -100, -100]])
+    batch = MicroBatch(inputs, targets, None, None, 7, 6)
+    packed = without_padding(batch, 9)
+    assert packed.inputs.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert packed.targets.tolist() == [[2, 9, -100, 5, 6, 9, 9]]
+    assert packed.position_ids is not None
+    assert packed.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, 0]]
+    assert packed.cu_seqlens is not None
+    assert (packed.cu_seqlens.tolist(), packed.cu_seqlens.dtype) == ([0, 2, 6, 7], torch.int32)
+    assert without_padding(batch._replace(num_useful=8), 9).cu_seqlens is None  # a row ends in the padding token
+    empty = torch.tensor([[-100, -100, -100, -100]])
+    assert without_padding(MicroBatch(inputs[:1], empty, None, None, 2, 1), 9).cu_seqlens is None
 
 
 @pytest.mark.usefixtures("small")
