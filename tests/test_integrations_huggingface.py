@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,7 @@ from store_files import random_rows, write_store
 
 from fastcollate import StoreDataset
 from fastcollate.errors import InputError
+from fastcollate.integrations.checks import check_tokenizer
 from fastcollate.integrations.huggingface import (
     BucketedTrainerMixin,
     DataCollator,
@@ -24,6 +26,7 @@ from fastcollate.integrations.huggingface import (
 )
 from fastcollate.integrations.pytorch import BucketBatchSampler
 from fastcollate.store import TokenStore
+from fastcollate.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
@@ -291,6 +294,15 @@ def test_a_tokenized_dataset_becomes_a_store(tmp_path: Path) -> None:
         store_from_dataset(table(FEATURES), tmp_path / "again", make_tokenizer())
     with pytest.raises(InputError, match="it made other ids"):
         store_from_dataset(table(FEATURES), tmp_path / "small", make_tokenizer(50))
+
+
+def test_a_tokenizer_of_the_same_size_with_other_ids_is_refused() -> None:
+    store = SimpleNamespace(path="store", tokenizer_name="gpt2", vocab_size=50257)
+    with pytest.raises(InputError, match="encodes differently"):
+        check_tokenizer(store, make_tokenizer(50257))
+    encoding = load_tokenizer("gpt2")
+    same_ids = SimpleNamespace(encode=lambda text, add_special_tokens: encoding.encode(text))
+    check_tokenizer(store, type("Same", (), {"encode": staticmethod(same_ids.encode), "__len__": lambda self: 50257})())
 
 
 def test_wrong_use_is_named(store: TokenStore, tmp_path: Path) -> None:
