@@ -249,6 +249,38 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    store: Annotated[Path, typer.Argument(help="Directory of the token store.")],
+    step_ms: Annotated[Optional[float], typer.Option(help="A training step in milliseconds.")] = None,  # noqa: UP045
+    model: Annotated[
+        Optional[str],  # noqa: UP045 (typer on Python 3.10)
+        typer.Option(help="Measure the step of this bundled GPT-2 on this machine's CPU, such as tiny."),
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Order of the epoch: sequential, shuffled or bucketed.")] = "bucketed",
+    batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 8,
+    max_length: MaxLength = None,
+    mask_prompt: MaskPrompt = True,
+    rounds: Annotated[int, typer.Option(help="Turns of each contender; the median counts.")] = 5,
+    json_output: Json = False,
+) -> None:
+    """Is the loop data-bound? Batches a second, beside the reference loop and torch's DataLoader."""
+    from fastcollate.bench import bench as run
+    from fastcollate.bench import print_report
+    from fastcollate.inspect import MaskOptions
+    from fastcollate.store import TokenStore
+
+    options = MaskOptions(max_length=max_length, mask_prompt=mask_prompt)
+    report = run(
+        TokenStore(store), options, policy=policy, batch_size=batch_size, step_ms=step_ms, model=model,
+        rounds=rounds, silent=json_output,
+    )  # fmt: skip
+    if json_output:
+        _print_json(asdict(report))
+    else:
+        print_report(report)
+
+
 def _takes_train_options(function: Callable[..., None]) -> Callable[..., None]:
     """Give `function(**values)` an option for each field of `TrainOptions`, behind its own."""
     own = [p for p in inspect_module.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
