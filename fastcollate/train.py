@@ -189,6 +189,8 @@ class _Run:
                 self._evaluate()
             if options.checkpoint_every and counters.step % options.checkpoint_every == 0:
                 self._save(CHECKPOINT)
+        if self.steps_in_epoch and self.report.ended != "interrupted":
+            self._print_sample(progress, f"after step {counters.step}")
         self._flush()
         progress.update(task, completed=counters.step, **self._shown())
 
@@ -273,6 +275,10 @@ class _Run:
             raise InputError("an epoch has no batch; give more rows, or a smaller --batch-size")
         self.steps_in_epoch = 0
         self.report.epochs = self.feed.epoch
+        self._print_sample(progress, f"after epoch {self.feed.epoch}")
+
+    def _print_sample(self, progress: Progress, when: str) -> None:
+        """Show how the model now continues a row's prompt."""
         if not self.options.sample_tokens or not self.ranks.is_first:
             return
         rows = self.splits["validation"] or self.splits["train"]
@@ -283,7 +289,7 @@ class _Run:
             self.stepper.model, prompt or [stop_at], max_new_tokens=self.options.sample_tokens, stop_at=stop_at
         )
         text = load_tokenizer(self.store.tokenizer_name).decode([*prompt, *answer])
-        progress.console.print(f"--- sample after epoch {self.feed.epoch}\n{text}\n---", markup=False, highlight=False)
+        progress.console.print(f"--- sample {when}\n{text}\n---", markup=False, highlight=False)
 
     def _save(self, name: str) -> None:
         self._flush()
