@@ -166,7 +166,7 @@ def _check_equal(sources: dict[str, Callable[[], Iterable[Any]]]) -> None:
 
 
 def _batches_per_second(source: Callable[[], Iterable[Any]], seconds: float) -> float:
-    """Batches a second for about `seconds`, epoch after epoch; starting workers and each first batch are not counted."""
+    """Batches a second for about `seconds`, over epochs; starting workers and first batches are not counted."""
     count, spent = 0, 0.0
     while spent < seconds:
         batches = iter(source())

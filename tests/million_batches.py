@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +66,10 @@ def check(got: Any, expected: Any, what: str) -> int:
     return int(got[0].numel() * 2)
 
 
-def run_round(random: np.random.Generator, num_batches: int, seed: int, first: int) -> tuple[int, int]:
-    """Compare some batches; returns comparisons and cells."""
+def run_round(seed: int, first: int, num_batches: int) -> tuple[int, int]:
+    """Compare some batches, the same for a seed and a first batch; returns comparisons and cells."""
+    torch.set_num_threads(1)
+    random = np.random.default_rng([seed, first])
     rows, prompts = random_rows(random)
     shards = as_shards(rows, prompts, random.choice([np.uint16, np.uint32]))
     comparisons = cells = 0
@@ -101,17 +106,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=20260)
+    parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    random = np.random.default_rng(options.seed)
     digest = code_digest()  # before anything runs: the code that is compared is the code that was imported
     comparisons = cells = 0
     start = time.perf_counter()
-    with progress_bar(unit="batches") as progress:
+    firsts = range(0, options.batches, BATCHES_PER_ROUND)
+    counts = [min(BATCHES_PER_ROUND, options.batches - first) for first in firsts]
+    with progress_bar(unit="batches") as progress, ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
         task = progress.add_task("compare", total=options.batches)
-        for first in range(0, options.batches, BATCHES_PER_ROUND):
-            count = min(BATCHES_PER_ROUND, options.batches - first)
-            done = run_round(random, count, options.seed, first)
+        rounds = pool.map(run_round, repeat(options.seed), firsts, counts)  # a difference raises here and ends it all
+        for count, done in zip(counts, rounds, strict=True):
             comparisons, cells = comparisons + done[0], cells + done[1]
             progress.update(task, advance=count)
     save(

@@ -212,6 +212,6 @@ def test_the_command_fails_on_damage(
 def test_random_batches_of_the_long_check() -> None:
     from million_batches import run_round
 
-    comparisons, cells = run_round(np.random.default_rng(5), 300, 5, 0)
+    comparisons, cells = run_round(5, 0, 300)
     assert 300 < comparisons < 600
     assert cells > 10_000
