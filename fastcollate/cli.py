@@ -312,7 +312,7 @@ def train(
     *,
     data: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
-        typer.Option(help="Files of records; repeatable. Without --data and --store: a built-in sample, 120 steps of it."),
+        typer.Option(help="Files of records; repeatable. Without --data and --store: 120 steps of a built-in sample."),
     ] = None,
     store: Annotated[Optional[Path], typer.Option(help="A prepared token store, in place of --data.")] = None,  # noqa: UP045
     template: Annotated[str, typer.Option(help="How a record of --data becomes text: alpaca or phi3.")] = "alpaca",
