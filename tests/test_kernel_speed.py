@@ -1,0 +1,89 @@
+"""Each kernel timed by pytest-benchmark, its result checked first; timed only with `--benchmark-enable`.
+
+    pytest tests/test_kernel_speed.py --benchmark-enable --benchmark-storage=bench_results/kernels --benchmark-compare
+
+compares with the saved baseline; `--benchmark-save=baseline` writes one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from numba.core import config
+from stores import make_shards
+
+from fastcollate import kernels
+from fastcollate.collate import Collator
+
+pytestmark = pytest.mark.skipif(bool(config.DISABLE_JIT), reason="times compiled kernels")
+NUM_ROWS = 512
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 50256, random.integers(40, 300)).tolist() for _ in range(NUM_ROWS)]
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["all tokens", "masked"])
+def test_fill_padded(benchmark: Any, rows: list[list[int]], mask: bool) -> None:
+    collator = Collator(make_shards(rows, [[30, len(row) - 30] for row in rows], num_shards=3), mask_prompt=mask)
+    numbers = np.arange(64) * 7
+    width = max(len(rows[i]) for i in numbers)
+    out = np.empty(kernels.cells_of(64, width, 0)[1], np.int64)
+    report = np.empty(kernels.REPORT_COLUMNS, np.int64)
+    found = benchmark(kernels.fill_padded, collator.table.array, collator.settings, numbers, out, report)
+    assert found == width
+    assert report[kernels.REAL] == sum(len(rows[i]) for i in numbers)
+    assert report[kernels.TRAINED] == sum(len(rows[i]) - 29 * mask for i in numbers)
+
+
+def test_parse_rows(benchmark: Any, rows: list[list[int]]) -> None:
+    text = np.frombuffer(orjson.dumps(rows), np.uint8)
+    tokens, bounds = np.empty(len(text) // 2 + 1, np.int64), np.empty(NUM_ROWS + 1, np.int64)
+    assert benchmark(kernels.parse_rows, text, False, tokens, bounds, np.zeros(NUM_ROWS, np.int64))
+    assert tokens[: bounds[-1]].tolist() == [token for row in rows for token in row]
+
+
+def test_sort_by_length(benchmark: Any) -> None:
+    lengths = np.random.default_rng(1).integers(40, 464, 1 << 16).astype(np.int32)
+    rows = np.arange(len(lengths))
+    out = np.empty_like(rows), np.empty_like(lengths)
+    benchmark(kernels.sort_by_length, rows, lengths, int(lengths.max()), *out)
+    assert out[0].tolist() == np.argsort(lengths, kind="stable").tolist()
+    assert (out[1] == np.sort(lengths)).all()
+
+
+@pytest.mark.parametrize("block", [1, 64])
+def test_permuted_rows(benchmark: Any, block: int) -> None:
+    out = np.empty(1 << 16, np.int64)
+    benchmark(kernels.permuted_rows, 0, len(out), block, np.uint64(5), 11, out)
+    assert np.array_equal(np.sort(out), np.arange(len(out)))
+
+
+def test_gather_lengths(benchmark: Any) -> None:
+    random = np.random.default_rng(2)
+    lengths, rows = random.integers(0, 500, 1 << 16).astype(np.uint16), random.permutation(1 << 16)
+    out = np.empty(len(rows), np.int32)
+    benchmark(kernels.gather_lengths, lengths, rows, 300, out)
+    assert np.array_equal(out, np.minimum(lengths[rows], 300))
+
+
+def test_cut_by_tokens(benchmark: Any) -> None:
+    lengths = np.sort(np.random.default_rng(3).integers(40, 464, 1 << 16)).astype(np.int32)
+    bounds = np.empty(len(lengths) + 2, np.int64)
+    count = benchmark(kernels.cut_by_tokens, lengths, 8192, 1, bounds)
+    for start, stop in zip(bounds[:count].tolist(), bounds[1 : count + 1].tolist(), strict=True):
+        assert (stop - start) * lengths[start:stop].max() <= 8192
+    assert bounds[count] == len(lengths)
+
+
+def test_deal(benchmark: Any) -> None:
+    items, bounds = np.arange(1 << 16), np.arange(0, (1 << 16) + 1, 64)
+    order = np.random.default_rng(4).permutation(len(bounds) - 1)
+    out, out_bounds = np.empty(len(items) // 4, np.int64), np.empty(len(bounds), np.int64)
+    benchmark(kernels.deal, items, bounds, order, 1, 4, out, out_bounds)
+    assert out.tolist() == [row for g in order for row in range(64 * g + 1, 64 * g + 64, 4)]
