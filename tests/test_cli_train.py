@@ -1,0 +1,104 @@
+"""`fastcollate train`, `generate` and `evaluate` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from stores import run_cli
+from training import losses, metrics
+
+from fastcollate.gpt2 import CONFIGS, GPT2
+from fastcollate.sample import sample_records
+
+QUICK = ["--max-steps", 3, "--batch-size", 4, "--eval-batches", 1, "--device", "cpu", "--no-tensorboard"]
+MATRICES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("records") / "records.json"
+    path.write_text(json.dumps(sample_records(60)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, records: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_cli(patch, "train", "--data", records, "--out", out, *QUICK, "--json") == 0
+    return out
+
+
+def test_everything_lies_under_out(finished: Path) -> None:
+    assert [step["step"] for step in metrics(finished)] == [1, 2, 3]
+    names = {path.name for path in finished.iterdir()}
+    assert {"checkpoint.pt", "metrics.jsonl", "evaluations.jsonl", "store"} <= names
+
+
+def test_resuming_with_the_same_data_goes_on(
+    tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--data", records, "--out", tmp_path / "run", *QUICK, "--schedule", "constant", "--json"]
+    assert run_cli(monkeypatch, *arguments) == 0
+    assert run_cli(monkeypatch, *arguments) == 1
+    assert "continue it with --resume" in capsys.readouterr().err
+    assert run_cli(monkeypatch, *arguments, "--max-steps", 5, "--resume") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 5
+    assert len(losses(tmp_path / "run")) == 5
+
+
+def test_generate_and_evaluate(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--checkpoint", finished, "--max-new-tokens", 5, "--top-k", 10, "--temperature", 1.0, "--device", "cpu"]
+    found = []
+    for seed in (1, 1, 2):
+        assert run_cli(monkeypatch, "generate", *common, "--prompt", "Add 1 and 2.", "--seed", seed, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert found[0]["prompt"].endswith("### Instruction:\nAdd 1 and 2.")
+    assert run_cli(monkeypatch, "evaluate", *common, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 6
+    answers = json.loads((finished / "answers-test.json").read_text())
+    assert [answer["row"] for answer in answers] == list(range(51, 57))
+    expected = sample_records(60)[51]
+    assert answers[0]["output"] == expected["output"]
+    assert expected["instruction"] in answers[0]["prompt"]
+    assert isinstance(answers[0]["model_response"], str)
+    assert run_cli(monkeypatch, "evaluate", *common, "--split", "exam") == 1
+    assert "--split exam: choose one of train, test, validation" in capsys.readouterr().err
+
+
+def test_published_weights_are_where_training_starts(
+    tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(7)
+    tensors = GPT2(CONFIGS["tiny"]).state_dict()
+    published = {
+        f"transformer.{name}": tensor.T.contiguous() if name.endswith(MATRICES) else tensor
+        for name, tensor in tensors.items()
+    }
+    torch.save(published, tmp_path / "pytorch_model.bin")
+    arguments = ["train", "--data", records, *QUICK, "--max-steps", 1, "--json"]
+    assert run_cli(monkeypatch, *arguments, "--out", tmp_path / "a", "--weights", tmp_path / "pytorch_model.bin") == 0
+    assert run_cli(monkeypatch, *arguments, "--out", tmp_path / "b") == 0
+    assert losses(tmp_path / "a") != losses(tmp_path / "b")
+    wrong = [*arguments, "--out", tmp_path / "c", "--weights", tmp_path / "pytorch_model.bin", "--model", "124M"]
+    capsys.readouterr()
+    assert run_cli(monkeypatch, *wrong) == 1
+    assert "a model of width 64 with 2 layers: --model tiny" in capsys.readouterr().err
+
+
+def test_a_malformed_file_is_one_line_and_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text('[{"instruction": "x", "input": "", "output": "y"}, {"instruction": ')
+    assert run_cli(monkeypatch, "train", "--data", bad, "--out", tmp_path / "run", *QUICK, "--json") == 1
+    error = capsys.readouterr().err
+    assert "bad.json" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run" / "store" / "manifest.json").exists()
