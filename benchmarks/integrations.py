@@ -24,7 +24,7 @@ import transformers
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import interleave, medians, save
-from benchmarks.integrations_trainer import DATA, EOS, PadOnly, as_dataset, make_model
+from benchmarks.integrations_trainer import DATA, PadOnly, as_dataset, make_model
 from fastcollate import BucketBatchSampler, StoreDataset, TokenStore, prepare
 from fastcollate.integrations.huggingface import BucketedTrainerMixin, DataCollator
 from fastcollate.integrations.lightning import StoreBatches
@@ -43,7 +43,7 @@ def trainer_batches(kind: Any, data: Any, collator: Any, path: str) -> Batches:
     args = transformers.TrainingArguments(
         path, per_device_train_batch_size=BATCH, report_to=[], use_cpu=True, disable_tqdm=True
     )
-    loader = kind(make_model(), args, train_dataset=data, data_collator=collator).get_train_dataloader()
+    loader = kind(make_model(50257), args, train_dataset=data, data_collator=collator).get_train_dataloader()
     return lambda: loader
 
 
@@ -56,12 +56,15 @@ def contenders(store: TokenStore, path: str) -> dict[str, tuple[Batches, Batches
     ours = DataLoader(dataset, batch_sampler=bucketed, collate_fn=dataset.collate)
     module = StoreBatches(dataset, BucketBatchSampler(dataset, batch_size=BATCH))
     features = as_dataset(store)
-    theirs = transformers.DataCollatorForSeq2Seq(PadOnly())
+    theirs = transformers.DataCollatorForSeq2Seq(PadOnly(store.pad_token_id))
     own = trainer_batches(transformers.Trainer, features, theirs, path)
     return {
         "DataLoader": (lambda: plain, lambda: ours),
         "Trainer": (own, trainer_batches(Bucketed, dataset, DataCollator(), path)),
-        "SFTTrainer (own data set)": (own, trainer_batches(Bucketed, features, DataCollator(pad_token_id=EOS), path)),
+        "SFTTrainer (own data set)": (
+            own,
+            trainer_batches(Bucketed, features, DataCollator(pad_token_id=store.pad_token_id), path),
+        ),
         "Lightning": (lambda: plain, lambda: module),
     }
 

@@ -1,7 +1,8 @@
 """`transformers.Trainer` with its own collator and order against ours, on GSM8K with a tiny GPT-2, interleaved.
 
 Three contenders over the same rows: Hugging Face's collator over a `datasets.Dataset`; our collator over the store in
-the same random order (its losses must be equal, step by step); our collator over bucketed batches.
+the same random order (its losses must be equal, step by step); our collator over bucketed batches. A tiny model has a
+tiny vocabulary: a byte-pair encoding of 2,000 tokens, trained on the records first.
 
     python -m benchmarks.integrations_trainer
 """
@@ -9,6 +10,7 @@ the same random order (its losses must be equal, step by step); our collator ove
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -18,6 +20,7 @@ from typing import Any, ClassVar
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets
+import tokenizers
 import torch
 import transformers
 
@@ -26,7 +29,8 @@ from fastcollate import StoreDataset, TokenStore, prepare
 from fastcollate.integrations.huggingface import BucketedTrainerMixin, DataCollator
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "gsm8k_train.jsonl"
-EOS = 50256
+END_OF_TEXT = "<|endoftext|>"
+VOCAB = 2000
 
 
 class Timed:
@@ -56,9 +60,12 @@ class PadOnly:
     padding_side = "right"
     deprecation_warnings: ClassVar[dict[str, bool]] = {}
 
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
     def pad(self, features: list[dict[str, Any]], return_tensors: str = "pt", **_: Any) -> Any:
         width = max(len(feature["input_ids"]) for feature in features)
-        fills = {"input_ids": EOS, "attention_mask": 0}
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0}
         return transformers.BatchEncoding(
             {
                 name: torch.tensor([[*f[name], *[fill] * (width - len(f[name]))] for f in features])
@@ -67,10 +74,32 @@ class PadOnly:
         )
 
 
-def make_model() -> Any:
+def make_tokenizer(path: str) -> str:
+    """Train a byte-pair encoding on the records; returns its file."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    texts = [text for line in DATA.read_text().splitlines() for text in json.loads(line).values()]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(f"{path}/tokenizer.json")
+    return f"{path}/tokenizer.json"
+
+
+def make_model(vocab_size: int = VOCAB) -> Any:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_embd=64, n_layer=2, n_head=2, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        vocab_size=vocab_size,
+        n_embd=128,
+        n_layer=2,
+        n_head=2,
+        n_positions=1024,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -79,7 +108,7 @@ def as_dataset(store: TokenStore) -> Any:
     """The same rows as trainer-ready features: end-of-text appended, prompts masked."""
     features = []
     for row in store:
-        ids = [*row.input_ids.tolist(), EOS]
+        ids = [*row.input_ids.tolist(), store.pad_token_id]
         prompt = int(row.spans[0])
         features.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "attention_mask": [1] * len(ids)})
     return datasets.Dataset.from_list(features)
@@ -90,7 +119,7 @@ def run(name: str, path: str, parts: dict[str, Any], steps: int, batch_size: int
         output_dir=path, per_device_train_batch_size=batch_size, max_steps=steps, logging_steps=1, save_strategy="no",
         report_to=[], disable_tqdm=True, use_cpu=True, seed=1, learning_rate=1e-3,
     )  # fmt: skip
-    theirs = transformers.DataCollatorForSeq2Seq(PadOnly())
+    theirs = transformers.DataCollatorForSeq2Seq(PadOnly(parts["store"].store.pad_token_id))
     contenders = {
         "own": (Own, theirs, parts["dataset"]),
         "our_collator": (Own, DataCollator(), parts["store"]),
@@ -113,14 +142,17 @@ def run(name: str, path: str, parts: dict[str, Any], steps: int, batch_size: int
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as path:
-        prepare(DATA, f"{path}/store", fields={"instruction": "question", "output": "answer"})
+        fields = {"instruction": "question", "output": "answer"}
+        prepare(DATA, f"{path}/store", fields=fields, tokenizer=make_tokenizer(path))
         store = TokenStore(f"{path}/store")
         parts = {"dataset": as_dataset(store), "store": StoreDataset(store, mask_prompt=True)}
         names = ("own", "our_collator", "our_collator_bucketed")
@@ -136,7 +168,7 @@ def main() -> None:
     rate = medians({name: [r["useful"] / r["seconds"] for r in of] for name, of in runs.items()})
     share = medians({name: [r["data_s"] / r["seconds"] for r in of] for name, of in runs.items()})
     result = {
-        "records": "gsm8k_train.jsonl", "batch_size": options.batch_size, "steps": options.steps,
+        "records": "gsm8k_train.jsonl", "vocabulary": VOCAB, "batch_size": options.batch_size, "steps": options.steps,
         "repeats": options.repeats, "threads": torch.get_num_threads(),
         "largest_loss_difference_same_order": difference,
         "useful_tokens_per_second": {name: round(value) for name, value in rate.items()},
