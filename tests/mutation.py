@@ -24,9 +24,15 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "kernels": ["test_collate.py", "test_plan.py", "test_loader.py", "test_kernels.py", "test_verify.py"],
-    "collate": ["test_collate.py", "test_loader.py", "test_kernels.py", "test_verify.py"],
-    "plan": ["test_plan.py", "test_loader.py", "test_integrations_pytorch.py"],
+    "kernels": [
+        "test_collate.py",
+        "test_plan_properties.py",
+        "test_loader.py",
+        "test_kernel_speed.py",
+        "test_verify.py",
+    ],
+    "collate": ["test_collate.py", "test_loader.py", "test_verify.py"],
+    "plan": ["test_plan_properties.py", "test_loader.py", "test_integrations_pytorch.py"],
     "store": ["test_store.py", "test_prepare.py"],
 }
 SECONDS = 120  # a mutant that loops for ever is caught

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from numba.core import config
 from stores import make_shards
 
 from fastcollate import kernels
 from fastcollate.collate import Collator
 
-pytestmark = pytest.mark.skipif(bool(config.DISABLE_JIT), reason="times compiled kernels")
 NUM_ROWS = 512
 
 

@@ -1,0 +1,145 @@
+"""Plans as pure functions: every row, disjoint ranks, no group over its budget, the same again for the same seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastcollate.errors import InputError
+from fastcollate.plan import plan_epoch
+
+lengths_strategy = st.lists(st.integers(0, 30), min_size=1, max_size=150).map(lambda n: np.array(n, np.uint16))
+policies = st.sampled_from(["sequential", "shuffled", "bucketed"])
+
+
+@given(
+    lengths=lengths_strategy,
+    policy=policies,
+    batch_size=st.integers(1, 7),
+    world_size=st.integers(1, 4),
+    window=st.none() | st.integers(1, 60),
+    tail=st.sampled_from(["repeat", "uneven"]),
+    drop_last=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_batches_of_a_size(
+    lengths: np.ndarray, policy: str, batch_size: int, world_size: int, window: int | None, tail: str,
+    drop_last: bool, seed: int,
+) -> None:  # fmt: skip
+    options = {"policy": policy, "batch_size": batch_size, "window": window, "seed": seed, "tail": tail}
+    plans = [
+        plan_epoch(lengths, rank=rank, world_size=world_size, drop_last=drop_last, **options)
+        for rank in range(world_size)
+    ]
+    batches = [list(plan) for plan in plans]
+    group = batch_size * world_size
+    counts = Counter(int(row) for own in batches for rows in own for row in rows)
+    assert set(counts) <= set(range(len(lengths)))
+    for plan, own in zip(plans, batches, strict=True):
+        assert len(plan) == len(own)
+        assert all(1 <= len(rows) <= batch_size and rows.dtype == np.int64 for rows in own)
+        assert sum(len(rows) < batch_size for rows in own) <= 1
+        for step in range(len(own)):
+            index, place = plan.locate(step)
+            rows, bounds = plan.window(index)
+            assert rows[bounds[place] : bounds[place + 1]].tolist() == own[step].tolist()
+    if drop_last:
+        assert sum(counts.values()) == len(lengths) // group * group
+        assert max(counts.values(), default=1) == 1
+        assert all(len(rows) == batch_size for own in batches for rows in own)
+    else:
+        assert set(counts) == set(range(len(lengths)))
+        extra = sum(counts.values()) - len(lengths)
+        assert extra == (-len(lengths) % world_size if tail == "repeat" else 0)
+        if tail == "repeat":
+            assert len({len(own) for own in batches}) == 1
+    again = plan_epoch(lengths, world_size=world_size, drop_last=drop_last, **options)
+    assert [rows.tolist() for rows in again] == [rows.tolist() for rows in batches[0]]
+
+
+@given(lengths=lengths_strategy, policy=policies, budget=st.integers(30, 200), world_size=st.integers(1, 3))
+def test_batches_of_a_token_budget(lengths: np.ndarray, policy: str, budget: int, world_size: int) -> None:
+    seen: Counter[int] = Counter()
+    sizes = set()
+    for rank in range(world_size):
+        plan = plan_epoch(lengths, policy=policy, max_tokens=budget, rank=rank, world_size=world_size)
+        batches = list(plan)
+        assert len(plan) == len(batches)
+        sizes.add(len(batches))
+        for rows in batches:
+            assert len(rows) >= 1
+            assert len(rows) * int(lengths[rows].max()) <= budget
+            seen.update(rows.tolist())
+        if world_size == 1 and policy == "sequential":  # a group ends only where the next row does not fit
+            for rows, following in pairwise(batches):
+                width = max(int(lengths[rows].max()), int(lengths[following[0]]), 1)
+                assert (len(rows) + 1) * width > budget
+    assert set(seen) == set(range(len(lengths)))
+    assert sum(seen.values()) - len(lengths) == -len(lengths) % world_size
+    assert len(sizes) == 1
+
+
+def test_the_policies_order() -> None:
+    lengths = np.random.default_rng(0).permutation(64)
+    assert np.concatenate(list(plan_epoch(lengths, policy="sequential", batch_size=5))).tolist() == list(range(64))
+    shuffled = np.concatenate(list(plan_epoch(lengths, policy="shuffled", batch_size=4)))
+    assert shuffled.tolist() != list(range(64))
+    bucketed = list(plan_epoch(lengths, policy="bucketed", batch_size=4))
+    spans = sorted(sorted(lengths[rows].tolist()) for rows in bucketed)
+    assert spans == [list(range(first, first + 4)) for first in range(0, 64, 4)]
+    assert [lengths[rows].min() for rows in bucketed] != list(range(0, 64, 4))
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    lengths = np.full(200, 9)
+    orders = {
+        (seed, epoch): np.concatenate(
+            list(plan_epoch(lengths, policy="shuffled", batch_size=8, window=40, seed=seed, epoch=epoch))
+        ).tobytes()
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(set(orders.values())) == 4
+
+
+def test_a_step_holds_the_same_rows_at_every_world_size() -> None:
+    lengths = np.random.default_rng(1).integers(1, 99, 240)
+    whole = [sorted(rows.tolist()) for rows in plan_epoch(lengths, batch_size=12, seed=3)]
+    for world_size in (2, 3, 4):
+        plans = [
+            list(plan_epoch(lengths, batch_size=12 // world_size, seed=3, rank=rank, world_size=world_size))
+            for rank in range(world_size)
+        ]
+        assert [sorted(np.concatenate(step).tolist()) for step in zip(*plans, strict=True)] == whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"batch_size": 2, "max_tokens": 9}, {"batch_size": 0}, {"batch_size": 2, "window": 0},
+        {"batch_size": 2, "policy": "sorted"}, {"batch_size": 2, "tail": "cut"}, {"batch_size": 2, "rank": 1},
+        {"batch_size": 2, "rank": -1}, {"max_tokens": 9, "world_size": 2, "shares": 3}, {"max_tokens": 0},
+        {"batch_size": 2, "max_length": 0}, {"batch_size": 2, "block": 0},
+    ],
+)  # fmt: skip
+def test_wrong_options(options: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        plan_epoch([1, 2, 3], **options)  # type: ignore[arg-type]
+
+
+def test_wrong_lengths() -> None:
+    for lengths in ([1.5], [[1, 2]], "ab"):
+        with pytest.raises(InputError):
+            plan_epoch(lengths, batch_size=1)
+    assert list(plan_epoch([], batch_size=1)) == []
+    with pytest.raises(InputError, match="row 1 has 10 tokens, more than max_tokens=9"):
+        list(plan_epoch([3, 10], max_tokens=9, policy="sequential"))
+    plan = plan_epoch([3, 10], max_tokens=9, max_length=9)
+    assert sorted(row for rows in plan for row in rows.tolist()) == [0, 1]
+    with pytest.raises(IndexError):
+        plan.window(1)
