@@ -35,6 +35,7 @@ WIDTH, START, REAL, TRAINED, CORNERS = range(5)
 REPORT_COLUMNS = 5
 
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
+AHEAD = 8  # rows whose tokens are asked for before they are filled
 ALIGNMENT = 8  # int64 cells in a cache line: each batch of a group starts on one
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -135,6 +136,14 @@ def _span_bounds(table: Any, shard: int, row: int) -> tuple[int, int]:
 
 
 @_kernel
+def _prefetch_row(table: Any, shard: int, begin: int, length: int) -> None:
+    """Ask for a row's first kilobyte of tokens."""
+    address = table[shard, TOKENS] + begin * table[shard, TOKEN_SIZE]
+    for line in range(0, min(length * table[shard, TOKEN_SIZE] + 63, 1024), 64):
+        _prefetch(address + line)
+
+
+@_kernel
 def widest(table: Any, rows: Any) -> int:
     """Length of the longest of `rows`, or `-1 - i` where `rows[i]` does not exist or its offsets are broken.
 
@@ -149,9 +158,8 @@ def widest(table: Any, rows: Any) -> int:
         begin, length = _bounds(table, shard, rows[i])
         if length < 0:
             return -1 - i
-        address = table[shard, TOKENS] + begin * table[shard, TOKEN_SIZE]
-        _prefetch(address)
-        _prefetch(address + 64)
+        if i < AHEAD:
+            _prefetch_row(table, shard, begin, length)
         longest = max(longest, length)
     return longest
 
@@ -160,17 +168,22 @@ def widest(table: Any, rows: Any) -> int:
 
 
 @_kernel
-def _convert(source: Any, destination: Any) -> None:
-    """Copy, over arrays of one length."""
-    for j in range(np.uint64(len(destination))):  # unsigned: no wrap-around of negative indices, so LLVM vectorizes
-        destination[j] = source[j]
-
-
-@_kernel
 def _fill(destination: Any, value: int) -> None:
     """Write `value` everywhere."""
     for j in range(np.uint64(len(destination))):
         destination[j] = value
+
+
+@_kernel
+def _convert(source: Any, pad: int, inputs: Any, targets: Any) -> bool:
+    """Copy to two arrays of the source's length at once; returns whether a token is `pad`."""
+    found = 0
+    for j in range(np.uint64(len(source))):  # an unsigned bound cannot wrap around, so that LLVM vectorizes
+        token = np.int64(source[j])
+        inputs[j] = token
+        targets[j] = token
+        found |= token == pad
+    return found != 0
 
 
 @_kernel
@@ -184,10 +197,16 @@ def _copy_tokens(tokens: Any, start: int, settings: Any, inputs: Any, targets: A
     length, width = len(tokens), len(inputs)
     copied = min(max(length - start, 0), width)
     shifted = min(max(length - start - 1, 0), width)
-    _convert(tokens[start : start + copied], inputs[:copied])
-    _convert(tokens[start + 1 : start + 1 + shifted], targets[:shifted])
-    _fill(inputs[copied:], pad)
-    _fill(targets[shifted:], ignore)
+    # Whole rows are overwritten: a loop of a batch's width is predicted, one of each row's own length is not.
+    _fill(inputs, pad)
+    _fill(targets, ignore)
+    found = False
+    if copied > 0:
+        inputs[0] = tokens[start]
+        end = start + copied
+        found = _convert(tokens[start + 1 : end], pad, inputs[1:copied], targets[: copied - 1])
+        if shifted == copied:
+            targets[shifted - 1] = tokens[end]
     trained = shifted
     if shifted < width and start + shifted + 1 == max(length, settings[REFERENCE]):
         targets[shifted] = pad
@@ -195,14 +214,21 @@ def _copy_tokens(tokens: Any, start: int, settings: Any, inputs: Any, targets: A
         if length == 0:  # the reference trains an empty row's first padding token
             report[CORNERS] += 1
     if settings[REFERENCE] != 0 and length > 1:
-        found = 0
-        rest = tokens[1:]
-        for j in range(np.uint64(len(rest))):
-            found |= rest[j] == pad
+        if copied < length:  # cut: what lies beyond the cut, or before it, counts as well
+            found = _holds(tokens[1:], pad)
         if found:
             report[CORNERS] += 1
             trained -= _ignore_later_pads(tokens, start, settings, targets)
     return trained
+
+
+@_kernel
+def _holds(tokens: Any, pad: int) -> bool:
+    """Whether a token is `pad`."""
+    found = 0
+    for j in range(np.uint64(len(tokens))):
+        found |= tokens[j] == pad
+    return found != 0
 
 
 @_kernel
@@ -319,6 +345,10 @@ def _fill_rows(
     report[TRAINED] = 0
     report[CORNERS] = 0
     for i in range(len(rows)):
+        if i + AHEAD < len(rows):
+            ahead = _shard_of(table, rows[i + AHEAD], shard)
+            begin, length = _bounds(table, ahead, rows[i + AHEAD])
+            _prefetch_row(table, ahead, begin, length)
         shard = _shard_of(table, rows[i], shard)
         length = _bounds(table, shard, rows[i])[1]
         start = max(length - width, 0) if settings[LEFT] != 0 else 0
