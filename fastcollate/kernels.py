@@ -666,3 +666,50 @@ def deal(items: Any, bounds: Any, order: Any, rank: int, world_size: int, out: A
             out[count] = items[i]
             count += 1
         out_bounds[g + 1] = count
+
+
+@_kernel
+def pack_best_fit(order: Any, lengths: Any, capacity: int, bin_of_row: Any) -> int:
+    """Best fit decreasing: each row goes to the bin with the least room that still holds it.
+
+    Args:
+        order: int64, rows, shortest first; they are packed from the end.
+        lengths: int64, each row's length, in `[0, capacity]`.
+        capacity: cells a bin.
+        bin_of_row: int64, written.
+
+    Returns:
+        The number of bins.
+    """
+    heads = np.full(capacity + 1, -1, np.int64)  # by room left: the last bin put there
+    below = np.empty(len(order), np.int64)  # by bin: the one put there before it
+    words = np.zeros((capacity >> 5) + 1, np.int64)  # a bit for each room that has a bin
+    num_bins = 0
+    for i in range(len(order) - 1, -1, -1):
+        row = order[i]
+        length = lengths[row]
+        room = length
+        while room <= capacity:
+            word = words[room >> 5] >> (room & 31)
+            if word == 0:
+                room = ((room >> 5) + 1) << 5
+                continue
+            while word & 1 == 0:
+                word >>= 1
+                room += 1
+            break
+        if room > capacity:
+            room = capacity
+            chosen = num_bins
+            num_bins += 1
+        else:
+            chosen = heads[room]
+            heads[room] = below[chosen]
+            if heads[room] < 0:
+                words[room >> 5] &= ~(1 << (room & 31))
+        bin_of_row[row] = chosen
+        room -= length
+        below[chosen] = heads[room]
+        heads[room] = chosen
+        words[room >> 5] |= 1 << (room & 31)
+    return num_bins

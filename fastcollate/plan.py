@@ -24,7 +24,7 @@ from fastcollate.errors import InputError
 
 Int64Array = npt.NDArray[np.int64]
 
-POLICIES = ("sequential", "shuffled", "bucketed", "packed")
+POLICIES = ("sequential", "shuffled", "bucketed")
 TAILS = ("repeat", "uneven")
 BLOCK = 64
 BLOCK_FROM = 1 << 22
@@ -283,3 +283,37 @@ def plan_epoch(
         drop_last=drop_last,
         tail=tail,
     )
+
+
+class Packing(NamedTuple):
+    """Which row lies in which bin.
+
+    Attributes:
+        bin_of_row: int64 `(num_rows,)`.
+        num_bins: number of bins.
+    """
+
+    bin_of_row: Int64Array
+    num_bins: int
+
+
+def pack_lengths(lengths: npt.ArrayLike, capacity: int) -> Packing:
+    """Pack rows into as few bins as best fit decreasing needs, in time linear in the rows.
+
+    Args:
+        lengths: each row's length, integers `(num_rows,)`; longer ones count as `capacity`.
+        capacity: cells a bin.
+
+    Raises:
+        InputError: the capacity is below 1, or the lengths are not integers of at least 0.
+    """
+    if capacity < 1:
+        raise InputError(f"capacity={capacity}: give at least 1")
+    array = np.asarray(lengths)
+    if array.ndim != 1 or (array.size and (array.dtype.kind not in "iu" or array.min() < 0)):
+        raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer of at least 0 a row")
+    clipped = np.minimum(array, capacity).astype(np.int64)
+    order, ordered = np.empty(len(clipped), np.int64), np.empty(len(clipped), np.int64)
+    kernels.sort_by_length(np.arange(len(clipped)), clipped, int(clipped.max(initial=0)), order, ordered)
+    bin_of_row = np.empty(len(clipped), np.int64)
+    return Packing(bin_of_row, int(kernels.pack_best_fit(order, clipped, capacity, bin_of_row)))
