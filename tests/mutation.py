@@ -206,13 +206,15 @@ def main() -> None:
         if options.sample is not None and options.sample < len(mutants):
             picked = sorted(random.Random(options.seed).sample(mutants, options.sample), key=lambda m: m.line)
         with ThreadPoolExecutor(options.jobs) as pool:
-            outcomes = list(pool.map(survives, picked))
+            outcomes = []
+            for mutant, alive in zip(picked, pool.map(survives, picked), strict=True):
+                outcomes.append(alive)  # said at once: a run that is stopped has still shown what it found
+                print(f"{room}.py:{mutant.line}: {mutant.change}: {'SURVIVES' if alive else 'caught'}", flush=True)
         survivors = [f"{m.room}.py:{m.line}: {m.change}" for m, alive in zip(picked, outcomes, strict=True) if alive]
         caught = len(picked) - len(survivors)
         print(
             f"{room}: {caught} of {len(picked)} caught ({caught / len(picked):.1%}), {len(mutants)} exist", flush=True
         )
-        print("\n".join(f"  {survivor}" for survivor in survivors), flush=True)
         results[room] = {"exist": len(mutants), "tried": len(picked), "caught": caught, "survivors": survivors}
     from benchmarks.harness import save
 
