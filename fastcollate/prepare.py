@@ -350,11 +350,11 @@ def _local_runner(workers: int | None, lock: int) -> Runner:
 def _in_order(
     blocks: Iterator[Block], workers: int, submit: Callable[[Block], Future[BlockResult]]
 ) -> Iterator[tuple[Block, BlockResult]]:
-    """Results in the order of the blocks, with one block waiting beside those at work."""
+    """Results in the order of the blocks, with as many blocks waiting as are at work."""
     running: deque[tuple[Block, Future[BlockResult]]] = deque()
     for block in blocks:
         running.append((block, submit(block)))
-        if len(running) > workers:
+        if len(running) >= 2 * workers:
             first, future = running.popleft()
             yield first, future.result()
     while running:
