@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import save
-from fastcollate.collate import Collator, PackedBatch
+from fastcollate.collate import Collator
 from fastcollate.feed import as_micro_batch
 from fastcollate.gpt2 import GPT2, GPT2Config
 from fastcollate.loader import BatchLoader
@@ -131,13 +131,8 @@ def loaded(loader: BatchLoader) -> Iterator[MicroBatch]:
 
 
 def packed(store: TokenStore, mask_prompt: bool) -> tuple[str, Iterator[MicroBatch]]:
-    """As `fastcollate train --policy packed`: the loader's packs, or its rows put end to end."""
-    loader = BatchLoader(store, policy="packed", batch_size=BATCH, max_length=1024, mask_prompt=mask_prompt)
-    if isinstance(next(iter(loader)), PackedBatch):
-        budget = -(-int(np.minimum(store.lengths, 1024).mean() * BATCH) // 1024) * 1024
-        loader = BatchLoader(store, policy="packed", max_tokens=budget, max_length=1024, mask_prompt=mask_prompt)
-        return f"the loader's packs, {budget} cells a step", loaded(loader)
-    loader = BatchLoader(store, policy="packed", batch_size=BATCH, max_length=1024, mask_prompt=mask_prompt)
+    """As `fastcollate train --policy packed`: the rows of a shuffled batch put end to end."""
+    loader = BatchLoader(store, policy="shuffled", batch_size=BATCH, max_length=1024, mask_prompt=mask_prompt)
     how = f"{BATCH} shuffled rows a step, put end to end by the training loop"
     return how, (without_padding(batch, store.pad_token_id) for batch in loaded(loader))
 

@@ -153,9 +153,10 @@ def make_loader(
     if max_length is not None and max_length > context:
         raise InputError(f"--max-length {max_length}: the model's context is {context}; give at most that")
     batch_size = options.batch_size or (8 if options.max_tokens is None else None)
+    policy = policy or options.policy
     return BatchLoader(
         store,
-        policy=policy or options.policy,
+        policy="shuffled" if policy == "packed" else policy,  # `Feed` then puts the batch's rows end to end
         batch_size=_share("--batch-size", batch_size, ranks.world_size),
         max_tokens=_share("--max-tokens", options.max_tokens, ranks.world_size),
         max_length=max_length,
