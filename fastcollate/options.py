@@ -29,7 +29,7 @@ class TrainOptions:
     epochs: int | None = _option(None, "Passes over the data; 1 if --max-steps is not given either.")
     max_steps: int | None = _option(None, "Stop after so many optimizer steps.")
     policy: str = _option(
-        "bucketed", "Rows: sequential, shuffled, bucketed, or packed (shuffled, end to end).", fixed=True
+        "bucketed", "Order: sequential, shuffled, bucketed, packed (end to end).", fixed=True
     )
     batch_size: int | None = _option(None, "Rows a batch, over all ranks; 8 if --max-tokens is not given.", fixed=True)
     max_tokens: int | None = _option(None, "Cells a batch, over all ranks, in place of --batch-size.", fixed=True)
