@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -42,7 +44,7 @@ class Stats:
         padded_cells: input cells that hold padding.
         trained_tokens: targets that are not ignored.
         corner_rows: rows on which `mode="reference"` differs from `mode="positional"`.
-        wait_s: seconds that the consumer has waited in the loader.
+        wait_s: seconds that the consumer has spent in the loader, waiting for a batch.
         h2d_bytes: bytes copied to the device.
     """
 
@@ -127,6 +129,8 @@ class BatchLoader:
             "tail": tail,
         }
         self._lengths = lengths
+        self._mode = mode
+        self._fingerprint = str(getattr(store, "fingerprint", ""))
         self.device = torch.device(device)
         self._collator = Collator(
             store.shards,
@@ -169,31 +173,50 @@ class BatchLoader:
         self._resume = False
         plan = self._plan()
         first_window, first_batch = self._position
-        report = np.empty((1, kernels.REPORT_COLUMNS), np.int64)
+        start = time.perf_counter()
         for window in range(first_window, plan.num_windows):
             planned = plan.window(window)
             rows = planned.rows + self._first_row
             for number in range(first_batch, planned.num_batches):
-                start, stop = planned.bounds[number], planned.bounds[number + 1]
-                bounds = np.array([0, stop - start])
-                out = self._pool.take()
-                while not self._collator.fill_group(rows[start:stop], bounds, out, report):
-                    cells = kernels.cells_of(stop - start, report[0, kernels.WIDTH], self._collator.narrow)[1]
-                    out = self._pool.take(int(cells))
-                batch = self._collator.batch_at(out, 0, int(stop - start), int(report[0, kernels.WIDTH]))
-                del out
+                batch = self._fill(rows[planned.bounds[number] : planned.bounds[number + 1]])
                 self._position = (window, number + 1)
-                self.stats.batches += 1
-                self.stats.rows += int(stop - start)
-                self.stats.real_cells += int(report[0, kernels.REAL])
-                self.stats.padded_cells += batch.inputs.numel() - int(report[0, kernels.REAL])
-                self.stats.trained_tokens += int(report[0, kernels.TRAINED])
-                self.stats.corner_rows += int(report[0, kernels.CORNERS])
-                yield Batch(*(tensor.to(self.device) for tensor in batch))
+                self.stats.wait_s += time.perf_counter() - start
+                yield batch
                 del batch
+                start = time.perf_counter()
             first_batch = 0
         self.epoch += 1
         self._position = (0, 0)
+
+    def _fill(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """Fill one batch into a recycled buffer, count it, and put it on the device."""
+        report = np.empty((1, kernels.REPORT_COLUMNS), np.int64)
+        bounds = np.array([0, len(rows)])
+        out = self._pool.take()
+        while not self._collator.fill_group(rows, bounds, out, report):
+            cells = kernels.cells_of(len(rows), report[0, kernels.WIDTH], self._collator.narrow)[1]
+            out = self._pool.take(int(cells))
+        batch = self._collator.batch_at(out, 0, len(rows), int(report[0, kernels.WIDTH]))
+        self._count(batch, report[0])
+        if self.device.type == "cpu":
+            return batch
+        self.stats.h2d_bytes += sum(tensor.numel() * tensor.element_size() for tensor in batch)
+        return Batch(*(tensor.to(self.device) for tensor in batch))
+
+    def _count(self, batch: Batch, report: npt.NDArray[np.int64]) -> None:
+        stats, real, corners = self.stats, int(report[kernels.REAL]), int(report[kernels.CORNERS])
+        stats.batches += 1
+        stats.rows += batch.inputs.shape[0]
+        stats.real_cells += real
+        stats.padded_cells += batch.inputs.numel() - real
+        stats.trained_tokens += int(report[kernels.TRAINED])
+        if corners and not stats.corner_rows and self._mode == "reference":
+            warnings.warn(
+                "a row on which mode='reference' gives other targets than mode='positional' (an end-of-text inside the "
+                "text, an empty row, or a prompt of length 0); this is said once, loader.stats.corner_rows counts on",
+                stacklevel=4,
+            )
+        stats.corner_rows += corners
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is, in plain numbers and strings; exact to the batch."""
@@ -205,6 +228,7 @@ class BatchLoader:
             "next_batch": batch,
             "num_rows": len(self._lengths),
             "first_row": self._first_row,
+            "store": self._fingerprint,
             **self._plan_options,
         }
 

@@ -15,6 +15,14 @@ import numpy.typing as npt
 Int64Array = npt.NDArray[np.int64]
 
 
+def _references(buffers: list[Int64Array], index: int) -> int:
+    return sys.getrefcount(buffers[index])
+
+
+# Measured, not counted: how many references the call itself holds differs between versions of Python.
+_IDLE = _references([np.empty(0, np.int64)], 0)
+
+
 class HostPool:
     """Recycled int64 host memory.
 
@@ -36,10 +44,9 @@ class HostPool:
     def take(self, num_cells: int = 0) -> Int64Array:
         """A buffer of at least `num_cells` cells that nobody else refers to; its contents are arbitrary."""
         with self._lock:
-            for index, buffer in enumerate(self._buffers):
-                # referred to by the list, by `buffer` and by getrefcount's argument
-                if sys.getrefcount(buffer) <= 3 and len(buffer) >= num_cells:
-                    del self._buffers[index]
+            for index in range(len(self._buffers)):
+                if _references(self._buffers, index) <= _IDLE and len(self._buffers[index]) >= num_cells:
+                    buffer = self._buffers.pop(index)
                     self._buffers.append(buffer)  # the most recently used goes last
                     return buffer
             return self._allocate(num_cells)

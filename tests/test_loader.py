@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -69,3 +70,49 @@ def test_wrong_ranges_are_named() -> None:
     for rows in (range(300), range(0, 10, 2), range(5, 5)):
         with pytest.raises(InputError, match="rows"):
             BatchLoader(make_store(ROWS), batch_size=4, rows=rows)
+
+
+def test_statistics_count_what_was_handed_over() -> None:
+    store = make_store(ROWS)
+    loader = BatchLoader(store, batch_size=8, device="cpu")
+    cells = sum(batch.inputs.numel() for batch in loader)
+    stats = loader.stats
+    assert (stats.rows, stats.batches) == (len(ROWS), len(loader))
+    assert stats.real_cells + stats.padded_cells == cells
+    assert stats.wait_s > 0
+    assert (stats.h2d_bytes, stats.corner_rows) == (0, 0)
+
+
+def test_copies_to_a_device_are_counted() -> None:
+    loader = BatchLoader(make_store(ROWS), batch_size=8, device="meta")
+    batch = next(iter(loader))
+    assert batch.inputs.device.type == "meta"
+    assert loader.stats.h2d_bytes == 2 * 8 * batch.inputs.numel()
+
+
+def test_a_corner_of_the_reference_is_told_once() -> None:
+    store = make_store([[1, 50256, 2], [3, 4], [5, 50256, 6], [7]])
+    loader = BatchLoader(store, policy="sequential", batch_size=1)
+    with pytest.warns(UserWarning, match="corner_rows") as told:
+        list(loader)
+    assert len(told) == 1
+    assert loader.stats.corner_rows == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(BatchLoader(store, policy="sequential", batch_size=1, mode="positional"))
+
+
+def test_a_batch_that_is_kept_is_never_overwritten() -> None:
+    store = make_store(ROWS)
+    kept = list(BatchLoader(store, policy="sequential", batch_size=4))
+    views = [next(iter(BatchLoader(store, policy="sequential", batch_size=4))).inputs[1:, 1:] for _ in range(3)]
+    for number, batch in enumerate(kept):
+        assert same(batch, custom_collate_fn(ROWS[4 * number : 4 * number + 4]))
+    assert all(torch.equal(view, kept[0].inputs[1:, 1:]) for view in views)
+
+
+def test_a_state_of_another_store_is_refused() -> None:
+    store, other = make_store(ROWS), make_store(ROWS[:-1])
+    state = BatchLoader(store, batch_size=8).state_dict()
+    with pytest.raises(InputError, match="num_rows"):
+        BatchLoader(other, batch_size=8).load_state_dict(state)
