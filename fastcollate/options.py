@@ -28,9 +28,7 @@ class TrainOptions:
     dropout: float = _option(0.0, "Share of activations dropped in training.", fixed=True)
     epochs: int | None = _option(None, "Passes over the data; 1 if --max-steps is not given either.")
     max_steps: int | None = _option(None, "Stop after so many optimizer steps.")
-    policy: str = _option(
-        "bucketed", "Order: sequential, shuffled, bucketed, packed (end to end).", fixed=True
-    )
+    policy: str = _option("bucketed", "Order: sequential, shuffled, bucketed, packed (end to end).", fixed=True)
     batch_size: int | None = _option(None, "Rows a batch, over all ranks; 8 if --max-tokens is not given.", fixed=True)
     max_tokens: int | None = _option(None, "Cells a batch, over all ranks, in place of --batch-size.", fixed=True)
     max_length: int | None = _option(None, "Tokens kept of a row; the model's context if rows are longer.", fixed=True)
