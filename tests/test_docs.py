@@ -55,6 +55,15 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
         assert result.returncode == 0, f"{page.name}, block at line {line}:\n{text}\n{result.stdout}{result.stderr}"
 
 
+def test_the_readmes_tables_agree_with_the_results() -> None:
+    sys.path.insert(0, str(ROOT))  # `benchmarks` is no part of the installed package
+    from benchmarks.tables import with_tables
+
+    text = (ROOT / "README.md").read_text()
+    assert "| Lightning |" in text
+    assert with_tables(text) == text
+
+
 def test_the_install_commands_are_left_out_and_nothing_else() -> None:
     assert without_install('python -m pip install ".[vocab]" && fastcollate train') == "fastcollate train"
     assert without_install("pip install fastcollate") == ""
