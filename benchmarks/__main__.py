@@ -7,12 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+HELPERS = ("__init__", "__main__", "harness", "prepare_data", "tables")
+
 
 def main() -> None:
     names = sys.argv[1:] or [
-        path.stem
-        for path in sorted(Path(__file__).parent.glob("*.py"))
-        if path.stem != "harness" and not path.stem.startswith("_")
+        path.stem for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in HELPERS
     ]
     failed = []
     for name in names:
@@ -21,6 +21,7 @@ def main() -> None:
         status = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode
         print(f"== {name}: {'done' if status == 0 else f'status {status}'}, {time.perf_counter() - start:.0f} s")
         failed += [name] if status else []
+    subprocess.run([sys.executable, "-m", "benchmarks.tables"], check=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
