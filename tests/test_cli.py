@@ -1,0 +1,65 @@
+"""The command line as a user meets it: instant help, and one line for each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def fastcollate(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastcollate", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, check=False)
+
+
+MISTAKES = {
+    "malformed.json": (b'[{"instruction": "a", "output": ', "not valid JSON"),
+    "missing.json": (b'[{"instruction": "a"}]', "no field 'output'"),
+    "empty.json": (b"", "is empty"),
+    "bytes.jsonl": (b'{"instruction": "a\xff", "output": "b"}\n', "not UTF-8"),
+    "number.jsonl": (b'{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": 7}\n', "record 1"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [*(("prepare", name) for name in (*MISTAKES, "directory")), ("train", "missing.json"), ("train", "directory")],
+)
+def test_a_mistake_is_one_line_and_leaves_no_store(tmp_path: Path, command: str, name: str) -> None:
+    content, says = MISTAKES.get(name, (b"", "is a directory"))
+    source = tmp_path / name
+    if name == "directory":
+        source.mkdir()
+    else:
+        source.write_bytes(content)
+    arguments = ("prepare", name, "store") if command == "prepare" else ("train", "--data", name, "--out", "run")
+    result = fastcollate(*arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert name in line
+    assert says in line
+    assert not list(tmp_path.rglob("manifest.json"))
+    assert not list(tmp_path.rglob("*.arrow"))
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['fastcollate', 'train', '--help']\n"
+        "from fastcollate.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'numba', 'pyarrow', 'numpy') if m in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "--policy" in result.stdout
+    assert result.stderr.strip() == "[]"
+
+
+def test_a_wrong_field_mapping_is_named(tmp_path: Path) -> None:
+    result = fastcollate("prepare", "a.json", "store", "--field", "x", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (
+        1,
+        "error: --field 'x': write it as NAME=SOURCE, such as instruction=question\n",
+    )
