@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from fastcollate.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+_STORE_KEY = "fastcollate/port of the first rank's store"
+_JOIN_TIMEOUT = timedelta(minutes=10)
+_CONNECT_TIMEOUT = timedelta(seconds=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +95,41 @@ def join_ranks(device: str = "auto") -> Ranks:
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Ranks(0, 1, chosen, None)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(backend, store=_store_of_this_attempt(rank), rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend)
     counters = dist.new_group(backend="gloo") if chosen.type == "cuda" else dist.group.WORLD
     return Ranks(rank, world_size, chosen, counters)
+
+
+def _store_of_this_attempt(rank: int) -> Store:
+    """A key-value store that only the ranks of this attempt of `torchrun` know, served by the first of them.
+
+    `torchrun` lends its own store, the same one after each restart, so that a rank may find there the address of a
+    peer that has died (pytorch issue 135712). It serves here for one address only: a rank that reads that of the
+    attempt before is refused, and reads again.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    connect = partial(dist.TCPStore, host)  # type: ignore[attr-defined]  # torch does not declare it public
+    lent = connect(port, is_master=False)
+    if rank == 0:
+        own: Store = connect(0, is_master=True, wait_for_workers=False)
+        lent.set(_STORE_KEY, str(own.port))  # type: ignore[attr-defined]
+        return own
+    deadline = time.monotonic() + _JOIN_TIMEOUT.total_seconds()
+    while True:
+        port = int(lent.get(_STORE_KEY))
+        try:
+            connect(port, is_master=False, timeout=_CONNECT_TIMEOUT)
+        except dist.DistError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            store: Store = connect(port, is_master=False)
+            return store
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from stores import write_store
 from training import losses, metrics
 
+from fastcollate import parallel
 from fastcollate.store import TokenStore
 
 # Train on a tiny vocabulary, note each row that a rank is given by its first token, and fail where a test wants it.
@@ -119,6 +125,23 @@ def test_a_killed_rank_restarts_from_the_checkpoint(
     assert launch(2, store, tmp_path / "run", fail_at=8, restarts=1, **values) == 0
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-5)
     assert [step["step"] for step in metrics(tmp_path / "run")] == list(range(1, 14))
+
+
+def test_a_restarted_rank_waits_out_the_address_of_the_attempt_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    lent = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    with socket.socket() as dead:
+        dead.bind(("localhost", 0))  # bound, never listening: a connection is refused
+        lent.set(parallel._STORE_KEY, str(dead.getsockname()[1]))
+        monkeypatch.setattr(parallel, "_CONNECT_TIMEOUT", timedelta(seconds=0.5))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", str(lent.port))
+        with ThreadPoolExecutor() as pool:
+            second = pool.submit(parallel._store_of_this_attempt, 1)
+            time.sleep(1)
+            assert not second.done()
+            first = parallel._store_of_this_attempt(0)
+            first.set("greeting", "hello")
+            assert second.result(timeout=60).get("greeting") == b"hello"
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
