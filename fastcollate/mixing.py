@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate import kernels
+from fastcollate import plan_kernels
 from fastcollate.errors import InputError
 from fastcollate.store import Example, ShardColumns, TokenStore
 
@@ -136,8 +136,8 @@ class MixedStore:
             with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
                 key = np.uint64(self._seed & 0xFFFFFFFFFFFFFFFF)
                 for part in (index, repeat):
-                    key = np.uint64(kernels.mix(key, np.uint64(part)))
-                kernels.shuffle(order, key)
+                    key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
+                plan_kernels.shuffle(order, key)
             parts.append(order[place : place + count])
             first, count = first + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts) if parts else np.empty(0, np.int64)

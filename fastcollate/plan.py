@@ -1,6 +1,6 @@
 """Which rows make which batch: a pure function of (lengths, policy, sizes, window, seed, epoch, rank, world size).
 
-An epoch is planned window by window. The permutation is computed, not stored (`kernels.permuted_rows`), so the plan of
+An epoch is planned window by window. The permutation is computed, not stored (`permuted_rows`), so the plan of
 a billion rows takes as long to start as that of a thousand windows' neighbour, and resuming costs one window.
 
 Randomness: where all rows fit one window they are shuffled by Fisher-Yates. Beyond that a keyed bijection spreads the
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate import kernels
+from fastcollate import plan_kernels
 from fastcollate.errors import InputError
 
 Int64Array = npt.NDArray[np.int64]
@@ -131,7 +131,7 @@ class EpochPlan:
     def _key(self, purpose: int, index: int = 0) -> np.uint64:
         key: np.uint64 = np.uint64(self.seed & 0xFFFFFFFFFFFFFFFF)
         for part in (self.epoch, purpose, index):
-            key = np.uint64(kernels.mix(key, np.uint64(part)))
+            key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
         return key
 
     def _rows(self, index: int) -> Int64Array:
@@ -144,9 +144,9 @@ class EpochPlan:
         if self.policy != "sequential":
             if self.num_windows > 1:
                 rotation = int(self._key(_ROTATION_KEY)) % self.num_rows
-                kernels.permuted_rows(first, self.num_rows, self.block, self._key(_ROWS_KEY), rotation, rows)
+                plan_kernels.permuted_rows(first, self.num_rows, self.block, self._key(_ROWS_KEY), rotation, rows)
             if self.num_windows == 1 or self.block > 1:
-                kernels.shuffle(rows, self._key(_MIX_KEY, index))
+                plan_kernels.shuffle(rows, self._key(_MIX_KEY, index))
         missing = -count % (self.shares if self.batch_size is None else self.world_size)
         if missing and self.tail == "repeat":
             rows = np.concatenate([rows, np.resize(rows, missing)])
@@ -155,7 +155,7 @@ class EpochPlan:
     def _lengths(self, rows: Int64Array) -> npt.NDArray[np.int32]:
         lengths = np.empty(len(rows), np.int32)
         limit = 2**31 - 1 if self.max_length is None else self.max_length
-        kernels.gather_lengths(self.lengths, rows, limit, lengths)
+        plan_kernels.gather_lengths(self.lengths, rows, limit, lengths)
         return lengths
 
     def _sorted(self, rows: Int64Array) -> tuple[Int64Array, npt.NDArray[np.int32]]:
@@ -165,14 +165,14 @@ class EpochPlan:
             order = np.argsort(lengths, kind="stable")
             return rows[order], lengths[order]
         result = np.empty_like(rows), np.empty_like(lengths)
-        kernels.sort_by_length(rows, lengths, longest, *result)
+        plan_kernels.sort_by_length(rows, lengths, longest, *result)
         return result
 
     def _cut(self, rows: Int64Array, lengths: npt.NDArray[np.int32]) -> Int64Array:
         if self.max_tokens is None:
             return np.append(np.arange(0, len(rows), self._group), len(rows)) if len(rows) else np.zeros(1, np.int64)
         bounds = np.empty(len(rows) // self.shares + 2, np.int64)
-        count = kernels.cut_by_tokens(lengths, self.max_tokens * self.world_size, self.shares, bounds)
+        count = plan_kernels.cut_by_tokens(lengths, self.max_tokens * self.world_size, self.shares, bounds)
         if count < 0:
             row, length = int(rows[-1 - count]), int(lengths[-1 - count])
             raise InputError(
@@ -187,10 +187,10 @@ class EpochPlan:
             whole = order
             if self.batch_size is not None and len(rows) % self._group:
                 whole = order[:-1]  # a last, smaller batch comes last
-            kernels.shuffle(whole, self._key(_ORDER_KEY, index))
+            plan_kernels.shuffle(whole, self._key(_ORDER_KEY, index))
         out = np.empty(len(rows) // self.world_size + len(order), np.int64)
         out_bounds = np.empty(len(bounds), np.int64)
-        kernels.deal(rows, bounds, order, self.rank, self.world_size, out, out_bounds)
+        plan_kernels.deal(rows, bounds, order, self.rank, self.world_size, out, out_bounds)
         if len(order) and out_bounds[-1] == out_bounds[-2]:
             out_bounds = out_bounds[:-1]  # an uneven tail of fewer rows than ranks leaves this one without
         return Window(out[: out_bounds[-1]], out_bounds)
@@ -314,6 +314,6 @@ def pack_lengths(lengths: npt.ArrayLike, capacity: int) -> Packing:
         raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer of at least 0 a row")
     clipped = np.minimum(array, capacity).astype(np.int64)
     order, ordered = np.empty(len(clipped), np.int64), np.empty(len(clipped), np.int64)
-    kernels.sort_by_length(np.arange(len(clipped)), clipped, int(clipped.max(initial=0)), order, ordered)
+    plan_kernels.sort_by_length(np.arange(len(clipped)), clipped, int(clipped.max(initial=0)), order, ordered)
     bin_of_row = np.empty(len(clipped), np.int64)
-    return Packing(bin_of_row, int(kernels.pack_best_fit(order, clipped, capacity, bin_of_row)))
+    return Packing(bin_of_row, int(plan_kernels.pack_best_fit(order, clipped, capacity, bin_of_row)))

@@ -98,7 +98,7 @@ def run_round(seed: int, first: int, num_batches: int) -> tuple[int, int]:
 def code_digest() -> str:
     """SHA-256 over the files whose results are compared."""
     folder = Path(__file__).resolve().parent.parent / "fastcollate"
-    names = ("kernels.py", "collate.py", "reference.py")
+    names = ("jit.py", "kernels.py", "collate.py", "reference.py")
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 

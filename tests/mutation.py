@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "kernels": [
         "test_collate.py",
-        "test_plan_properties.py",
         "test_loader.py",
         "test_kernel_speed.py",
         "test_verify.py",
     ],
+    "plan_kernels": ["test_plan_properties.py", "test_packing.py", "test_loader.py", "test_kernel_speed.py"],
     "collate": ["test_collate.py", "test_loader.py", "test_verify.py"],
     "plan": ["test_plan_properties.py", "test_loader.py", "test_integrations_pytorch.py"],
     "store": ["test_store.py", "test_prepare.py"],

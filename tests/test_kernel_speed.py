@@ -14,7 +14,7 @@ import orjson
 import pytest
 from stores import make_shards
 
-from fastcollate import kernels
+from fastcollate import kernels, plan_kernels
 from fastcollate.collate import Collator
 
 NUM_ROWS = 512
@@ -50,7 +50,7 @@ def test_sort_by_length(benchmark: Any) -> None:
     lengths = np.random.default_rng(1).integers(40, 464, 1 << 16).astype(np.int32)
     rows = np.arange(len(lengths))
     out = np.empty_like(rows), np.empty_like(lengths)
-    benchmark(kernels.sort_by_length, rows, lengths, int(lengths.max()), *out)
+    benchmark(plan_kernels.sort_by_length, rows, lengths, int(lengths.max()), *out)
     assert out[0].tolist() == np.argsort(lengths, kind="stable").tolist()
     assert (out[1] == np.sort(lengths)).all()
 
@@ -58,7 +58,7 @@ def test_sort_by_length(benchmark: Any) -> None:
 @pytest.mark.parametrize("block", [1, 64])
 def test_permuted_rows(benchmark: Any, block: int) -> None:
     out = np.empty(1 << 16, np.int64)
-    benchmark(kernels.permuted_rows, 0, len(out), block, np.uint64(5), 11, out)
+    benchmark(plan_kernels.permuted_rows, 0, len(out), block, np.uint64(5), 11, out)
     assert np.array_equal(np.sort(out), np.arange(len(out)))
 
 
@@ -66,14 +66,14 @@ def test_gather_lengths(benchmark: Any) -> None:
     random = np.random.default_rng(2)
     lengths, rows = random.integers(0, 500, 1 << 16).astype(np.uint16), random.permutation(1 << 16)
     out = np.empty(len(rows), np.int32)
-    benchmark(kernels.gather_lengths, lengths, rows, 300, out)
+    benchmark(plan_kernels.gather_lengths, lengths, rows, 300, out)
     assert np.array_equal(out, np.minimum(lengths[rows], 300))
 
 
 def test_cut_by_tokens(benchmark: Any) -> None:
     lengths = np.sort(np.random.default_rng(3).integers(40, 464, 1 << 16)).astype(np.int32)
     bounds = np.empty(len(lengths) + 2, np.int64)
-    count = benchmark(kernels.cut_by_tokens, lengths, 8192, 1, bounds)
+    count = benchmark(plan_kernels.cut_by_tokens, lengths, 8192, 1, bounds)
     for start, stop in zip(bounds[:count].tolist(), bounds[1 : count + 1].tolist(), strict=True):
         assert (stop - start) * lengths[start:stop].max() <= 8192
     assert bounds[count] == len(lengths)
@@ -83,5 +83,5 @@ def test_deal(benchmark: Any) -> None:
     items, bounds = np.arange(1 << 16), np.arange(0, (1 << 16) + 1, 64)
     order = np.random.default_rng(4).permutation(len(bounds) - 1)
     out, out_bounds = np.empty(len(items) // 4, np.int64), np.empty(len(bounds), np.int64)
-    benchmark(kernels.deal, items, bounds, order, 1, 4, out, out_bounds)
+    benchmark(plan_kernels.deal, items, bounds, order, 1, 4, out, out_bounds)
     assert out.tolist() == [row for g in order for row in range(64 * g + 1, 64 * g + 64, 4)]
