@@ -1,12 +1,17 @@
 """Useful tokens a second of a training step on the CPU: the chapter's loop against bucketed and packed batches.
 
-Run as `python -m benchmarks.train_throughput [GSM8K_FILE]`; writes `bench_results/train_throughput.json`. One model,
-one precision, one optimizer (fused AdamW) for all; the contenders take turns, a few steps each.
+Run as `python -m benchmarks.train_throughput [t0_like gsm8k gsm8k_masked]`; writes
+`bench_results/train_throughput.json` and keeps there what it does not measure anew. One model and one precision for
+all. Each contender has a process of its own, because how the C library hands out memory belongs to the loop that is
+measured; they take turns, a few steps each, while the others wait. `chapter` is the chapter's loop as it stands;
+`chapter_tuned` has the two things that any loop could have, AdamW's fused form and recycled memory.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +24,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import save
+from benchmarks.harness import RESULTS, save
 from fastcollate.collate import Collator
 from fastcollate.feed import as_micro_batch
 from fastcollate.gpt2 import GPT2, GPT2Config
@@ -34,8 +39,12 @@ from fastcollate.store import ShardColumns, StoreIdentity, TokenStore, shard_nam
 
 MODEL = GPT2Config(num_layers=4, num_heads=4, width=128)
 BATCH = 8
+PACKED_IS = "the rows of a shuffled batch put end to end"
 RATE = 1e-4
-ROUNDS, STEPS = 3, 2
+ROUNDS = 5
+STEPS = {"t0_like": 2, "gsm8k": 6, "gsm8k_masked": 6}
+CONTENDERS = ("chapter", "chapter_tuned", "bucketed", "packed")
+GSM8K = Path(__file__).resolve().parents[2] / "shared/data/gsm8k_train.jsonl"
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
@@ -80,24 +89,33 @@ def chapter_collate(rows: list[Any], mask_prompt: bool) -> tuple[torch.Tensor, t
     return custom_collate_fn([ids for _, ids in rows], allowed_max_length=1024)
 
 
-def chapter(store: TokenStore, mask_prompt: bool) -> tuple[list[Any], Callable[[Any], float], Iterator[Any]]:
+def chapter(
+    store: TokenStore, mask_prompt: bool, tuned: bool
+) -> tuple[list[Any], Callable[[Any], float], Iterator[Any]]:
     """The chapter's rows in memory, its step, and its loader."""
     rows = [(int(row.spans[0]), row.input_ids.tolist()) for row in store]
     model = new_model()
-    optimizer = make_optimizer(model, 0.1)
-    for group in optimizer.param_groups:
-        group["lr"] = RATE
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)
+    if tuned:
+        recycle_freed_memory()
+        optimizer = make_optimizer(model, 0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE
 
     def step(batch: Any) -> float:
         inputs, targets = batch
         optimizer.zero_grad()
         loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return loss.item()
 
-    loader = DataLoader(
-        rows, batch_size=BATCH, shuffle=True, drop_last=True, collate_fn=lambda part: chapter_collate(part, mask_prompt)
+    loader: DataLoader[Any] = DataLoader(
+        rows,  # type: ignore[arg-type]  # a list does
+        batch_size=BATCH,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=lambda part: chapter_collate(part, mask_prompt),
     )
     return rows, step, (batch for _ in range(99) for batch in loader)
 
@@ -130,17 +148,15 @@ def loaded(loader: BatchLoader) -> Iterator[MicroBatch]:
             useful, trained = stats.real_cells, stats.trained_tokens
 
 
-def packed(store: TokenStore, mask_prompt: bool) -> tuple[str, Iterator[MicroBatch]]:
-    """As `fastcollate train --policy packed`: the rows of a shuffled batch put end to end."""
+def packed(store: TokenStore, mask_prompt: bool) -> Iterator[MicroBatch]:
     loader = BatchLoader(store, policy="shuffled", batch_size=BATCH, max_length=1024, mask_prompt=mask_prompt)
-    how = f"{BATCH} shuffled rows a step, put end to end by the training loop"
-    return how, (without_padding(batch, store.pad_token_id) for batch in loaded(loader))
+    return (without_padding(batch, store.pad_token_id) for batch in loaded(loader))
 
 
 def same_losses(store: TokenStore, mask_prompt: bool) -> dict[str, Any]:
     """Two steps on the same rows from the same weights: the losses of each way."""
     plan = list(plan_epoch(store.lengths, batch_size=BATCH, policy="shuffled", seed=1, max_length=1024))[:2]
-    rows, step, _ = chapter(store, mask_prompt)
+    rows, step, _ = chapter(store, mask_prompt, tuned=True)
     found: dict[str, list[float]] = {
         "chapter": [step(chapter_collate([rows[r] for r in p], mask_prompt)) for p in plan]
     }
@@ -157,33 +173,64 @@ def same_losses(store: TokenStore, mask_prompt: bool) -> dict[str, Any]:
     return {"losses": found, "largest_difference": worst}
 
 
-def run(batches: Iterator[Any], step: Callable[[Any], float], useful_of: Callable[[Any], int]) -> Timed:
-    start = time.perf_counter()
-    batch = next(batches)
-    waited = time.perf_counter()
-    loss = step(batch)
-    end = time.perf_counter()
-    return Timed(loss, useful_of(batch), batch[0].numel(), waited - start, end - start)
+def contender(name: str, store: TokenStore, mask_prompt: bool) -> Iterator[Timed]:
+    """A step at a time of one way to train."""
+    useful_of: Callable[[Any], int] = lambda batch: batch.num_useful  # noqa: E731
+    if name.startswith("chapter"):
+        torch.manual_seed(123)
+        _, step, batches = chapter(store, mask_prompt, tuned=name == "chapter_tuned")
+        useful_of = lambda batch: _useful(batch[0])  # noqa: E731
+    else:
+        recycle_freed_memory()  # as `fastcollate train` does
+        step, batches = fast_step(stepper()), {"bucketed": bucketed, "packed": packed}[name](store, mask_prompt)
+    while True:
+        start = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter()
+        loss = step(batch)
+        end = time.perf_counter()
+        yield Timed(loss, useful_of(batch), batch[0].numel(), waited - start, end - start)
+
+
+def serve(name: str, path: str, mask_prompt: bool) -> None:
+    """One contender's process: for each number on standard input, that many steps, their times as a line of JSON."""
+    steps = contender(name, TokenStore(path), mask_prompt)
+    for line in sys.stdin:
+        print(json.dumps([next(steps) for _ in range(int(line))]), flush=True)
+
+
+def take_turns(store: TokenStore, mask_prompt: bool, steps: int) -> dict[str, list[list[Timed]]]:
+    """The steps of each round, by contender; a first round warms up."""
+    here = [sys.executable, "-m", "benchmarks.train_throughput", "serve"]
+    processes = {
+        name: subprocess.Popen(
+            [*here, name, str(store.path), str(int(mask_prompt))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for name in CONTENDERS
+    }  # fmt: skip
+    rounds: dict[str, list[list[Timed]]] = {name: [] for name in CONTENDERS}
+    try:
+        for number in range(ROUNDS + 1):
+            for name, process in processes.items():
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write(f"{steps if number else 1}\n")
+                process.stdin.flush()
+                done = [Timed(*values) for values in json.loads(process.stdout.readline())]
+                if number:
+                    rounds[name].append(done)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    return rounds
 
 
 def compare(name: str, store: TokenStore, mask_prompt: bool) -> dict[str, Any]:
     print(f"{name}, {'responses only' if mask_prompt else 'all tokens'}", flush=True)
-    equal = same_losses(store, mask_prompt)
-    torch.manual_seed(123)
-    _, chapter_step, chapter_batches = chapter(store, mask_prompt)
-    how, packs = packed(store, mask_prompt)
-    contenders: dict[str, tuple[Iterator[Any], Callable[[Any], float], Callable[[Any], int]]] = {
-        "chapter": (chapter_batches, chapter_step, lambda batch: _useful(batch[0])),
-        "bucketed": (bucketed(store, mask_prompt), fast_step(stepper()), lambda batch: batch.num_useful),
-        "packed": (packs, fast_step(stepper()), lambda batch: batch.num_useful),
-    }
-    rounds: dict[str, list[list[Timed]]] = {key: [] for key in contenders}
-    for number in range(ROUNDS + 1):  # the first is a warm-up
-        for key, parts in contenders.items():
-            steps = [run(*parts) for _ in range(STEPS)]
-            if number:
-                rounds[key].append(steps)
-    result: dict[str, Any] = {"equal_losses": equal, "packed_is": how}
+    result: dict[str, Any] = {"equal_losses": same_losses(store, mask_prompt), "steps_a_round": STEPS[name]}
+    rounds = take_turns(store, mask_prompt, STEPS[name])
     rates = {key: [sum(s.useful for s in r) / sum(s.step_s for s in r) for r in found] for key, found in rounds.items()}
     for key, found in rounds.items():
         every = [step for part in found for step in part]
@@ -205,23 +252,32 @@ def _useful(inputs: torch.Tensor) -> int:
 
 
 def main() -> None:
-    recycle_freed_memory()  # for all contenders alike
-    gsm8k = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "shared/data/gsm8k_train.jsonl"
+    wanted = sys.argv[1:] or list(STEPS)
+    file = RESULTS / "train_throughput.json"
     results: dict[str, Any] = {
-        "model": "GPT-2, 4 layers, 4 heads, width 128, vocabulary 50,257, float32, fused AdamW for all",
-        "steps": f"medians of {ROUNDS} rounds of {STEPS} steps in turn; chapter and bucketed: {BATCH} rows",
+        "model": "GPT-2, 4 layers, 4 heads, width 128, vocabulary 50,257, float32",
+        "steps": f"medians of {ROUNDS} rounds in turn; {BATCH} rows a step; packed: {PACKED_IS}",
         "threads": torch.get_num_threads(),
     }
+    if file.exists():
+        before = json.loads(file.read_text())
+        results |= {name: before[name] for name in STEPS if name in before and name not in wanted}
     with tempfile.TemporaryDirectory() as folder:
-        results["t0_like"] = compare("T0-like lengths", t0_like(Path(folder) / "t0"), False)
-        save("train_throughput", results)
-        if gsm8k.is_file():
-            prepare([str(gsm8k)], Path(folder) / "gsm8k")
-            store = TokenStore(Path(folder) / "gsm8k")
-            results["gsm8k"] = compare("gsm8k", store, False)
-            results["gsm8k_masked"] = compare("gsm8k", store, True)
+        for name in wanted:
+            if name == "t0_like":
+                store = t0_like(Path(folder) / name)
+            elif GSM8K.is_file():
+                prepare([str(GSM8K)], Path(folder) / name)
+                store = TokenStore(Path(folder) / name)
+            else:
+                print(f"{name}: skipped, needs {GSM8K}")
+                continue
+            results[name] = compare(name, store, name == "gsm8k_masked")
             save("train_throughput", results)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["serve"]:
+        serve(sys.argv[2], sys.argv[3], sys.argv[4] == "1")
+    else:
+        main()
