@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastcollate.integrations.pytorch import BucketBatchSampler as BucketBatchSampler
     from fastcollate.integrations.pytorch import StoreDataset as StoreDataset
     from fastcollate.loader import BatchLoader as BatchLoader
-    from fastcollate.plan import pack_lengths as pack_lengths
+    from fastcollate.packing import pack_lengths as pack_lengths
     from fastcollate.plan import plan_epoch as plan_epoch
     from fastcollate.prepare import prepare as prepare
     from fastcollate.store import TokenStore as TokenStore
@@ -30,7 +30,7 @@ _MODULE_OF = {
     "StoreDataset": "integrations.pytorch",
     "TokenStore": "store",
     "collate_fn": "collate",
-    "pack_lengths": "plan",
+    "pack_lengths": "packing",
     "plan_epoch": "plan",
     "prepare": "prepare",
 }

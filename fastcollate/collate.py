@@ -6,24 +6,21 @@ rows of a store, named by their numbers; the loader and the data set adapters ar
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 import torch
 
-from fastcollate import kernels
+from fastcollate import kernels, list_kernels
 from fastcollate.errors import InputError
+from fastcollate.table import Columns, Table, make_settings
 
 Int64Array = npt.NDArray[np.int64]
 Take = Callable[[int], Int64Array]
-
-MODES = ("reference", "positional")
-TRUNCATIONS = ("right", "left")
 
 
 class Batch(NamedTuple):
@@ -46,7 +43,8 @@ class PackedBatch(NamedTuple):
         targets: int64 `(packs, capacity)`; a row's last target is its end-of-text, never the next row's token.
         position_ids: int64 `(packs, capacity)`, restarting at 0 with each row.
         cu_seqlens: int32, the rows' bounds over the flattened batch, starting at 0; unused cells at a pack's end are
-            a segment of their own, without targets.
+            a segment of their own (several, where they are more than a row may take), without targets. A row without
+            tokens has no segment.
     """
 
     inputs: torch.Tensor
@@ -54,134 +52,13 @@ class PackedBatch(NamedTuple):
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
 
-
-class Columns(Protocol):
-    """What collating needs of a shard; `store.ShardColumns` is one."""
-
     @property
-    def input_ids(self) -> npt.NDArray[Any]:
-        """uint16, uint32 or int64 `(num_tokens,)`."""
-
-    @property
-    def offsets(self) -> Int64Array:
-        """int64 `(num_rows + 1,)`."""
-
-    @property
-    def spans(self) -> npt.NDArray[np.uint32]:
-        """uint32 `(num_spans,)`."""
-
-    @property
-    def span_offsets(self) -> Int64Array:
-        """int64 `(num_rows + 1,)`."""
-
-
-@functools.lru_cache(maxsize=64)
-def make_settings(
-    *,
-    pad_token_id: int = 50256,
-    ignore_index: int = -100,
-    limit: int | None = None,
-    mask_prompt: bool = False,
-    mode: str = "reference",
-    truncation: str = "right",
-    narrow: bool = False,
-) -> Int64Array:
-    """The settings that the kernels read.
-
-    Raises:
-        InputError: an unknown `mode` or `truncation`, or a number beyond 64 bits.
-    """
-    if mode not in MODES:
-        raise InputError(f"mode={mode!r}: choose one of {', '.join(map(repr, MODES))}")
-    if truncation not in TRUNCATIONS:
-        raise InputError(f"truncation={truncation!r}: choose one of {', '.join(map(repr, TRUNCATIONS))}")
-    settings = np.zeros(kernels.NUM_SETTINGS, np.int64)
-    for name, column, value in (
-        ("pad_token_id", kernels.PAD, pad_token_id),
-        ("ignore_index", kernels.IGNORE, ignore_index),
-        ("the limit", kernels.LIMIT, kernels.NO_LIMIT if limit is None else limit),
-    ):
-        try:
-            settings[column] = value
-        except (OverflowError, TypeError, ValueError) as error:
-            raise InputError(f"{name} is {value!r}: give an integer of at most 64 bits") from error
-    settings[kernels.MASK] = mask_prompt
-    settings[kernels.REFERENCE] = mode == "reference"
-    settings[kernels.LEFT] = truncation == "left"
-    settings[kernels.NARROW] = narrow
-    settings.flags.writeable = False
-    return settings
+    def max_seqlen(self) -> int:
+        """Cells of the longest segment; read from `cu_seqlens`, so on a GPU it waits. The capacity bounds it too."""
+        return int(self.cu_seqlens.diff().max())
 
 
 # ------------------------------------------------------------------------------------------------- rows of a store
-
-
-class Table:
-    """The addresses of shards' columns, as the kernels read them; keeps the columns alive.
-
-    Args:
-        shards: one or more shards, in row order.
-        name: what to call them in messages, such as the store's path.
-
-    Attributes:
-        array: int64 `(num_shards, kernels.TABLE_COLUMNS)`.
-        num_rows: rows in all shards.
-
-    Raises:
-        InputError: a column's dtype, shape or memory layout is not what `Columns` says.
-    """
-
-    def __init__(self, shards: Sequence[Columns], *, name: str = "the store") -> None:
-        self.name = name
-        self._shards = tuple(shards)
-        self.array = np.zeros((max(len(self._shards), 1), kernels.TABLE_COLUMNS), np.int64)
-        self.num_rows = 0
-        for index, shard in enumerate(self._shards):
-            self._check(index, shard)
-            line = self.array[index]
-            line[kernels.FIRST_ROW] = self.num_rows
-            line[kernels.NUM_ROWS] = len(shard.offsets) - 1
-            line[kernels.TOKENS] = shard.input_ids.ctypes.data
-            line[kernels.NUM_TOKENS] = len(shard.input_ids)
-            line[kernels.TOKEN_SIZE] = shard.input_ids.itemsize
-            line[kernels.OFFSETS] = shard.offsets.ctypes.data
-            line[kernels.SPANS] = shard.spans.ctypes.data
-            line[kernels.NUM_SPANS] = len(shard.spans)
-            line[kernels.SPAN_SIZE] = shard.spans.itemsize
-            line[kernels.SPAN_OFFSETS] = shard.span_offsets.ctypes.data
-            self.num_rows += len(shard.offsets) - 1
-
-    def _check(self, index: int, shard: Columns) -> None:
-        for column, dtypes in (
-            ("input_ids", (np.uint16, np.uint32, np.int64)),
-            ("offsets", (np.int64,)),
-            ("spans", (np.uint32, np.int64)),
-            ("span_offsets", (np.int64,)),
-        ):
-            array = getattr(shard, column)
-            if array.ndim != 1 or array.dtype not in dtypes or not array.flags.c_contiguous:
-                raise InputError(
-                    f"{self.name}, shard {index}: {column} must be contiguous, one-dimensional and of dtype "
-                    f"{' or '.join(np.dtype(d).name for d in dtypes)}, not {array.dtype} {array.shape}"
-                )
-        if len(shard.offsets) < 1 or len(shard.span_offsets) != len(shard.offsets):
-            raise InputError(f"{self.name}, shard {index}: offsets and span_offsets must both have num_rows + 1 items")
-
-    def explain(self, row: int) -> InputError:
-        """What is wrong with a row that a kernel has refused."""
-        if not 0 <= row < self.num_rows:
-            return InputError(f"row {row} of {self.name}, which has {self.num_rows:,} rows")
-        index = int(np.searchsorted(self.array[:, kernels.FIRST_ROW], row, side="right")) - 1
-        while self.array[index, kernels.NUM_ROWS] == 0:
-            index -= 1
-        local = row - int(self.array[index, kernels.FIRST_ROW])
-        shard = self._shards[index]
-        tokens, spans = shard.offsets[local : local + 2].tolist(), shard.span_offsets[local : local + 2].tolist()
-        return InputError(
-            f"{self.name}, shard {index}, row {local} (row {row} of the store) is damaged: tokens "
-            f"{tokens[0]}..{tokens[1]} of {len(shard.input_ids)}, spans {spans[0]}..{spans[1]} of {len(shard.spans)}; "
-            "run `fastcollate verify --checksums` on it, then prepare the store again"
-        )
 
 
 class Collator:
@@ -285,6 +162,116 @@ class Collator:
         return Batch(
             torch.from_numpy(inputs.reshape(num_rows, width)), torch.from_numpy(targets.reshape(num_rows, width))
         )
+
+    def pack(
+        self,
+        rows: npt.ArrayLike,
+        bounds: npt.ArrayLike,
+        *,
+        capacity: int,
+        starts: npt.ArrayLike = (),
+        take: Take | None = None,
+    ) -> PackedBatch:
+        """Collate one packed batch.
+
+        Each row is collated as in a batch of its own, and cut to `max_length` and the capacity.
+
+        Args:
+            rows: row numbers, pack after pack.
+            bounds: `(num_packs + 1,)`: pack `p` is `rows[bounds[p]:bounds[p + 1]]`.
+            capacity: cells a pack.
+            starts: the first token of each row here, for rows that are split; by default rows are cut.
+            take: see `__call__`.
+
+        Raises:
+            InputError: a row does not exist or its shard is damaged, a pack's rows do not fit it, or the bounds are
+                not of these rows.
+        """
+        numbers, packs = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(bounds, np.int64)
+        firsts = np.ascontiguousarray(starts, np.int64)
+        if (
+            packs.ndim != 1
+            or len(packs) < 2
+            or packs[0] != 0
+            or packs[-1] != len(numbers)
+            or (np.diff(packs) < 0).any()
+        ):
+            raise InputError(f"bounds={packs.tolist()} of {len(numbers)} rows: give 0, each pack's end, in order")
+        if len(firsts) not in (0, len(numbers)):
+            raise InputError(f"{len(firsts)} starts of {len(numbers)} rows: give one a row, or none")
+        report = np.empty((1, kernels.REPORT_COLUMNS), np.int64)
+        batches = np.array([0, len(packs) - 1])
+        out = (take or _allocate)(self.packed_cells(len(packs) - 1, capacity, len(numbers)))
+        self.fill_packed_group(numbers, firsts, packs, batches, capacity, out, report)
+        return self.packed_batch_at(out, len(packs) - 1, report[0])
+
+    def fill_packed_group(
+        self,
+        rows: Int64Array,
+        starts: Int64Array,
+        packs: Int64Array,
+        batches: Int64Array,
+        capacity: int,
+        out: Int64Array,
+        report: Int64Array,
+    ) -> int:
+        """Fill as many packed batches as `out` holds in one kernel call; see `kernels.fill_packed_group`.
+
+        Returns:
+            The number of batches filled; 0 where `out` has fewer cells than the `packed_cells` of the first.
+
+        Raises:
+            InputError: a row does not exist, its shard is damaged, or it does not fit its pack.
+        """
+        filled = kernels.fill_packed_group(
+            self.table.array, self.settings, rows, starts, packs, batches, capacity, out, report
+        )
+        if filled < 0:
+            raise self._explain_pack(rows, starts, packs, capacity, -1 - int(filled))
+        return int(filled)
+
+    def packed_cells(self, num_packs: int, capacity: int, num_rows: int) -> int:
+        """Int64 cells that a packed batch takes in a buffer."""
+        if num_packs * capacity >= 1 << 31:
+            raise InputError(f"{num_packs} packs of {capacity} cells: cu_seqlens is int32, so a batch ends at 2**31")
+        limit = min(int(self.settings[kernels.LIMIT]), capacity)
+        return int(kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self.narrow)[3])
+
+    def packed_batch_at(self, out: Int64Array, num_packs: int, line: Int64Array) -> PackedBatch:
+        """The tensors of a packed batch that a kernel has filled, with its line of the report; nothing is copied."""
+        capacity, start, num_segments = (int(line[i]) for i in (kernels.WIDTH, kernels.START, kernels.SEGMENTS))
+        places = kernels.packed_cells_of(num_packs, capacity, 0, capacity, self.narrow)
+        targets, positions, segments = (start + place for place in places[:3])
+        inputs: npt.NDArray[Any] = out[start:targets]
+        if self.narrow:
+            inputs = inputs.view(np.int32)
+        shape, num_cells = (num_packs, capacity), num_packs * capacity
+        return PackedBatch(
+            torch.from_numpy(inputs[:num_cells].reshape(shape)),
+            torch.from_numpy(out[targets : targets + num_cells].reshape(shape)),
+            torch.from_numpy(out[positions : positions + num_cells].reshape(shape)),
+            torch.from_numpy(out[segments:].view(np.int32)[: num_segments + 1]),
+        )
+
+    def _explain_pack(
+        self, rows: Int64Array, starts: Int64Array, packs: Int64Array, capacity: int, place: int
+    ) -> InputError:
+        """Why `fill_packed_group` refused `rows[place]`."""
+        pack = int(np.searchsorted(packs, place, side="right")) - 1
+        limit = min(int(self.settings[kernels.LIMIT]), capacity)
+        cells = 0
+        for i in range(int(packs[pack]), place + 1):
+            length = kernels.widest(self.table.array, rows[i : i + 1])
+            first = int(starts[i]) if len(starts) else 0
+            if length >= 0 and not 0 <= first <= length:
+                return InputError(f"row {rows[i]} has {length} tokens: a part of it cannot start at token {first}")
+            cells += min(length - first, limit)
+            if length >= 0 and cells > capacity:
+                return InputError(
+                    f"the rows of pack {pack} take {cells} cells up to row {rows[i]}, more than capacity={capacity}; "
+                    "pack them by the lengths of this store"
+                )
+        return self.table.explain(int(rows[place]))
 
 
 def _allocate(num_cells: int) -> Int64Array:
@@ -403,7 +390,7 @@ def _read_lists(batch: Sequence[Any], pairs: bool) -> _Rows | None:
     tokens = np.empty(len(text) // 2 + 1, np.int64)
     bounds = np.empty(len(batch) + 1, np.int64)
     prompts = np.zeros(len(batch), np.int64)
-    if not kernels.parse_rows(text, pairs, tokens, bounds, prompts):
+    if not list_kernels.parse_rows(text, pairs, tokens, bounds, prompts):
         return None
     return _Rows(tokens[: bounds[-1]], bounds, prompts, np.arange(len(bounds)))
 

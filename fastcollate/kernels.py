@@ -1,7 +1,6 @@
 """Numba loops that read rows and fill batches: over caller-owned arrays, and nothing else.
 
-The callers (`collate.py`, `loader.py`) validate, size and allocate; a kernel only loops. `jit.py` says how they are
-compiled.
+The callers validate, size and allocate; a kernel only loops. `jit.py` says how they are compiled.
 
 A **table** describes the memory that rows are read from: int64 `(num_shards, TABLE_COLUMNS)`, a shard a line, its
 columns named below. It holds addresses, so that one call reads from any number of shards; whoever builds it keeps
@@ -28,8 +27,8 @@ NUM_SETTINGS = 7
 NO_LIMIT = 2**62
 
 # Columns of a group's report, a batch a line.
-WIDTH, START, REAL, TRAINED, CORNERS = range(5)
-REPORT_COLUMNS = 5
+WIDTH, START, REAL, TRAINED, CORNERS, SEGMENTS = range(6)
+REPORT_COLUMNS = 6
 
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
 AHEAD = 8  # rows whose tokens are asked for before they are filled
@@ -58,23 +57,11 @@ def _shard_of(table: Any, row: int, guess: int) -> int:
 
 
 @kernel
-def _bounds(table: Any, shard: int, row: int) -> tuple[int, int]:
-    """First token and length of a row; length -1 where the offsets leave the shard's tokens."""
-    local = row - table[shard, FIRST_ROW]
-    offsets = view(table[shard, OFFSETS] + 8 * local, 2, np.int64)
-    begin, end = offsets[0], offsets[1]
-    if begin < 0 or end < begin or end > table[shard, NUM_TOKENS]:
-        return 0, -1
-    return begin, end - begin
-
-
-@kernel
-def _span_bounds(table: Any, shard: int, row: int) -> tuple[int, int]:
-    """First span and number of spans of a row; number -1 where the offsets leave the shard's spans."""
-    local = row - table[shard, FIRST_ROW]
-    offsets = view(table[shard, SPAN_OFFSETS] + 8 * local, 2, np.int64)
-    begin, end = offsets[0], offsets[1]
-    if begin < 0 or end < begin or end > table[shard, NUM_SPANS]:
+def _bounds(table: Any, shard: int, row: int, offsets: int = OFFSETS, total: int = NUM_TOKENS) -> tuple[int, int]:
+    """First token (or span) and number of them in a row; number -1 where the offsets leave what the shard holds."""
+    bounds = view(table[shard, offsets] + 8 * (row - table[shard, FIRST_ROW]), 2, np.int64)
+    begin, end = bounds[0], bounds[1]
+    if begin < 0 or end < begin or end > table[shard, total]:
         return 0, -1
     return begin, end - begin
 
@@ -207,13 +194,10 @@ def _mask_prompts(spans: Any, length: int, padded: int, start: int, settings: An
     """Ignore the prompts' targets; returns how many of them were trained.
 
     Args:
-        spans: alternating counts of prompt and response tokens.
-        length: tokens of the row.
-        padded: the row's width before any cut: the reference's slice counts from its end when it is negative.
+        spans: alternating counts of prompt and response tokens of a row of `length` tokens.
+        padded: the row's width before any cut: the reference's slice counts from its end when it is negative, which
+            is counted in the report's `CORNERS`.
         start: the row's column that `targets[0]` is.
-        settings: see the module.
-        targets: the row's targets, changed in place.
-        report: its `CORNERS` is counted up where the reference takes a prompt length for a negative slice.
     """
     reference, ignore = settings[REFERENCE] != 0, settings[IGNORE]
     value = MASKED if reference else ignore
@@ -264,7 +248,7 @@ def _fill_row(
         trained = _copy_tokens(view(address, length, np.int64), start, settings, inputs, targets, report)
     if settings[MASK] == 0:
         return trained
-    first, count = _span_bounds(table, shard, row)
+    first, count = _bounds(table, shard, row, SPAN_OFFSETS, NUM_SPANS)
     if count < 0:
         return -1
     size = table[shard, SPAN_SIZE]
@@ -285,9 +269,7 @@ def _fill_rows(
 ) -> int:
     """Fill `(len(rows), width)` inputs and targets, given flat; returns 0, or `-1 - i` where `rows[i]` is broken."""
     shard = 0
-    report[REAL] = 0
-    report[TRAINED] = 0
-    report[CORNERS] = 0
+    report[REAL:] = 0
     for i in range(len(rows)):
         if i + AHEAD < len(rows):
             ahead = _shard_of(table, rows[i + AHEAD], shard)
@@ -323,15 +305,23 @@ def cells_of(num_rows: int, width: int, narrow: int) -> tuple[int, int]:
 
 
 @kernel
-def _fill_at(table: Any, settings: Any, rows: Any, padded: int, out: Any, report: Any) -> int:
-    """Fill one batch at `out[report[START]:]`; returns 0, or `-1 - i` where `rows[i]` is broken."""
-    width, start = report[WIDTH], report[START]
-    targets_at, end = cells_of(len(rows), width, settings[NARROW])
-    targets = out[start + targets_at : start + end]
+def _fill_next(table: Any, settings: Any, rows: Any, start: int, out: Any, report: Any) -> int:
+    """Fill one batch at `out[start:]` if it fits; returns where it ends, or `-1 - i` where `rows[i]` is broken."""
+    padded = widest(table, rows)
+    if padded < 0:
+        return padded
+    width = _width_of(padded, settings[LIMIT])
+    report[WIDTH], report[START] = width, start
+    targets_at, cells = cells_of(len(rows), width, settings[NARROW])
+    end = start + cells
+    if end > len(out):
+        return end
+    inputs, targets = out[start : start + targets_at], out[start + targets_at : end]
     if settings[NARROW] != 0:
-        inputs = out[start : start + targets_at].view(np.int32)
-        return _fill_rows(table, settings, rows, padded, width, inputs, targets, report)
-    return _fill_rows(table, settings, rows, padded, width, out[start : start + targets_at], targets, report)
+        status = _fill_rows(table, settings, rows, padded, width, inputs.view(np.int32), targets, report)
+    else:
+        status = _fill_rows(table, settings, rows, padded, width, inputs, targets, report)
+    return status if status < 0 else end
 
 
 @kernel
@@ -348,16 +338,8 @@ def fill_padded(table: Any, settings: Any, rows: Any, out: Any, report: Any) -> 
     Returns:
         The width, or `-1 - i` where `rows[i]` does not exist or its offsets or spans are broken.
     """
-    padded = widest(table, rows)
-    if padded < 0:
-        return padded
-    width = _width_of(padded, settings[LIMIT])
-    report[WIDTH] = width
-    report[START] = 0
-    if cells_of(len(rows), width, settings[NARROW])[1] > len(out):
-        return width
-    status = _fill_at(table, settings, rows, padded, out, report)
-    return width if status == 0 else status
+    end = _fill_next(table, settings, rows, 0, out, report)
+    return end if end < 0 else int(report[WIDTH])
 
 
 @kernel
@@ -378,82 +360,141 @@ def fill_padded_group(table: Any, settings: Any, rows: Any, bounds: Any, out: An
     """
     start = 0
     for b in range(len(bounds) - 1):
-        batch = rows[bounds[b] : bounds[b + 1]]
-        padded = widest(table, batch)
-        if padded < 0:
-            return int(padded - bounds[b])
-        line = report[b]
-        line[WIDTH] = _width_of(padded, settings[LIMIT])
-        line[START] = start
-        end = start + cells_of(len(batch), line[WIDTH], settings[NARROW])[1]
+        end = _fill_next(table, settings, rows[bounds[b] : bounds[b + 1]], start, out, report[b])
+        if end < 0:
+            return int(end - bounds[b])
         if end > len(out):
             return b
-        status = _fill_at(table, settings, batch, padded, out, line)
-        if status < 0:
-            return int(status - bounds[b])
         start = end
     return len(bounds) - 1
 
 
-# ------------------------------------------------------------------------------------------------- reading lists
+# ------------------------------------------------------------------------------------------------- filling packs
 
 
 @kernel
-def parse_rows(text: Any, pairs: bool, tokens: Any, bounds: Any, prompts: Any) -> bool:
-    """Read rows of integers from compact JSON: `[[1,2],[3]]`, or `[[9,[1,2]],[8,[3]]]` with prompt lengths.
+def packed_cells_of(num_packs: int, capacity: int, num_rows: int, limit: int, narrow: int) -> tuple[int, int, int, int]:
+    """Where targets, positions and segment bounds start and a packed batch ends, in int64 cells from its start."""
+    targets, positions = cells_of(num_packs, capacity, narrow)
+    bounds = positions + (positions - targets)
+    num_bounds = num_rows + num_packs * ((capacity + limit - 1) // limit) + 1  # int32: two in a cell
+    return targets, positions, bounds, bounds + (num_bounds + 2 * ALIGNMENT - 1) // (2 * ALIGNMENT) * ALIGNMENT
+
+
+@kernel
+def _fill_pack(
+    table: Any, settings: Any, rows: Any, starts: Any, limit: int, start: int, inputs: Any, targets: Any,
+    positions: Any, segments: Any, report: Any,
+) -> int:  # fmt: skip
+    """Fill one pack, whose first cell is `start`; returns 0, or `-1 - i` where `rows[i]` is broken or does not fit."""
+    shard = column = 0
+    count = report[SEGMENTS]
+    for i in range(len(rows)):
+        shard = _shard_of(table, rows[i], shard)
+        if shard < 0:
+            return -1 - i
+        length = _bounds(table, shard, rows[i])[1]
+        first = starts[i] if len(starts) > 0 else max(length - limit, 0) * settings[LEFT]
+        width = min(length - first, limit)
+        if first < 0 or width < 0 or column + width > len(inputs):  # a length of -1 is below any start
+            return -1 - i
+        if width == 0:
+            continue
+        a, b = column, column + width
+        trained = _fill_row(table, shard, rows[i], first, length, settings, inputs[a:b], targets[a:b], report)
+        if trained < 0:
+            return -1 - i
+        for j in range(np.uint64(width)):
+            positions[column + j] = j
+        column = b
+        count += 1
+        segments[count] = start + b
+        report[REAL] += width
+        report[TRAINED] += trained
+    _fill(inputs[column:], settings[PAD])
+    _fill(targets[column:], settings[IGNORE])
+    while column < len(inputs):
+        end = min(column + limit, len(inputs))
+        for j in range(np.uint64(end - column)):
+            positions[column + j] = j
+        column = end
+        count += 1
+        segments[count] = start + end
+    report[SEGMENTS] = count
+    return 0
+
+
+@kernel
+def _fill_packs(
+    table: Any, settings: Any, rows: Any, starts: Any, packs: Any, inputs: Any, targets: Any, positions: Any,
+    segments: Any, report: Any,
+) -> int:  # fmt: skip
+    """Fill one batch, given flat; returns 0, or `-1 - i` where `rows[i]` is broken or does not fit."""
+    capacity = report[WIDTH]
+    limit = min(settings[LIMIT], capacity)
+    segments[0] = 0
+    for p in range(len(packs) - 1):
+        a, b, i, j = packs[p], packs[p + 1], p * capacity, (p + 1) * capacity
+        status = _fill_pack(
+            table,
+            settings,
+            rows[a:b],
+            starts[a:b],
+            limit,
+            i,
+            inputs[i:j],
+            targets[i:j],
+            positions[i:j],
+            segments,
+            report,
+        )
+        if status < 0:
+            return int(status - a)
+    return 0
+
+
+@kernel
+def fill_packed_group(
+    table: Any, settings: Any, rows: Any, starts: Any, packs: Any, batches: Any, capacity: int, out: Any, report: Any
+) -> int:
+    """Fill as many packed batches as `out` holds, one after another.
+
+    Each row is filled as in a batch of its own; unused cells become segments no longer than a row may be.
 
     Args:
-        text: uint8, the JSON.
-        pairs: whether each row is a pair of prompt length and ids.
-        tokens: int64, written; at least one cell per two characters.
-        bounds: int64 `(num_rows + 1,)`, written: where each row starts in `tokens`.
-        prompts: int64 `(num_rows,)`, written where `pairs`.
+        table: see `fill_padded`.
+        settings: see `fill_padded`.
+        rows: int64, row numbers, pack after pack.
+        starts: int64, each row's first token here; empty where each row is cut as `LEFT` says.
+        packs: int64 `(num_packs + 1,)`: pack `p` is `rows[packs[p]:packs[p + 1]]`.
+        batches: int64 `(num_batches + 1,)`: batch `b` is the packs `batches[b]` to `batches[b + 1]`.
+        capacity: cells a pack.
+        out: int64, any size; a batch is inputs, targets, positions, and segment bounds as int32, at the places that
+            `packed_cells_of` says.
+        report: see `fill_padded_group`.
 
     Returns:
-        Whether the text was of that form, in integers of 64 bits.
+        The number of batches filled, or `-1 - i` where `rows[i]` is broken or does not fit its pack.
     """
-    innermost = 3 if pairs else 2
-    depth = row = count = digits = num_prompts = 0
-    value = np.int64(0)
-    negative = False
-    bounds[0] = 0
-    for i in range(np.uint64(len(text))):
-        byte = text[i]
-        if 48 <= byte <= 57:
-            value = value * 10 + (np.int64(byte) - 48)
-            digits += 1
-            if digits > 18:
-                return False
-            continue
-        if byte == 45:
-            negative = True
-            continue
-        if digits > 0:
-            value = -value if negative else value
-            if depth == innermost:
-                tokens[count] = value
-                count += 1
-            elif depth == 2 and num_prompts == row and row < len(prompts):
-                prompts[row] = value
-                num_prompts += 1
-            else:
-                return False
-            value = np.int64(0)
-            digits = 0
-            negative = False
-        if byte == 91:  # [
-            depth += 1
-            if depth > innermost:
-                return False
-        elif byte == 93:  # ]
-            if depth == innermost:
-                if row >= len(prompts):
-                    return False
-                row += 1
-                bounds[row] = count
-            elif depth == 2 and num_prompts != row:
-                return False
-            depth -= 1
-        elif byte != 44:  # a comma; anything else (a float, a string, null) is no row of ids
-            return False
-    return row == len(prompts)
+    at = 0
+    for b in range(len(batches) - 1):
+        own = packs[batches[b] : batches[b + 1] + 1]
+        num_rows = own[len(own) - 1] - own[0]
+        limit, narrow = min(settings[LIMIT], capacity), settings[NARROW]
+        targets_at, positions_at, segments_at, end = packed_cells_of(len(own) - 1, capacity, num_rows, limit, narrow)
+        report[b] = 0
+        report[b, WIDTH], report[b, START] = capacity, at
+        if at + end > len(out):
+            return b
+        targets, positions = out[at + targets_at : at + positions_at], out[at + positions_at : at + segments_at]
+        segments = out[at + segments_at : at + end].view(np.int32)
+        inputs = out[at : at + targets_at]
+        if narrow != 0:
+            narrowed = inputs.view(np.int32)
+            status = _fill_packs(table, settings, rows, starts, own, narrowed, targets, positions, segments, report[b])
+        else:
+            status = _fill_packs(table, settings, rows, starts, own, inputs, targets, positions, segments, report[b])
+        if status < 0:
+            return status
+        at += end
+    return len(batches) - 1

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from fastcollate import kernels
-from fastcollate.collate import Batch, Collator, Columns
+from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
 from fastcollate.plan import EpochPlan, plan_epoch
-from fastcollate.transfer import HostPool
+from fastcollate.prefetch import Filler, Job, PaddedJob, fill_groups
+from fastcollate.table import Columns
+from fastcollate.transfer import Transfer, make_transfer
 
 STATE_VERSION = 1
 
@@ -45,7 +48,7 @@ class Stats:
         trained_tokens: targets that are not ignored.
         corner_rows: rows on which `mode="reference"` differs from `mode="positional"`.
         wait_s: seconds that the consumer has spent in the loader, waiting for a batch.
-        h2d_bytes: bytes copied to the device.
+        h2d_bytes: bytes of the batches that were copied to a device.
     """
 
     batches: int = 0
@@ -60,6 +63,13 @@ class Stats:
 
 class BatchLoader:
     """Batches of a store, epoch after epoch.
+
+    Threads fill groups of batches ahead, about a megabyte each. They end with the iteration, also when it is left
+    early. A batch that is kept is never overwritten, but keeps its group's memory. On a CUDA device the copies run on a
+    stream of their own, and a batch is ready for work on the stream that is current when it is handed over.
+
+    A loader can be pickled, with its position, where its store can. In a forked process make a new iterator: one from
+    before the fork refuses to go on there.
 
     Args:
         store: a `TokenStore`.
@@ -81,6 +91,9 @@ class BatchLoader:
         pad_token_id: see `Collator`; by default the store's.
         ignore_index: see `Collator`.
         inputs_dtype: see `Collator`.
+        shares: see `plan_epoch`: with `max_tokens`, a common multiple of the world sizes that a run may resume at.
+        prefetch: groups of batches filled ahead; 0 fills without threads, when a batch is asked for.
+        num_threads: threads that fill; another one plans.
 
     Raises:
         InputError: an option is wrong, or the options leave no batch.
@@ -108,7 +121,16 @@ class BatchLoader:
         pad_token_id: int | None = None,
         ignore_index: int = -100,
         inputs_dtype: torch.dtype = torch.int64,
+        shares: int | None = None,
+        prefetch: int = 2,
+        num_threads: int = 1,
     ) -> None:
+        self._options = {name: value for name, value in locals().items() if name not in ("self", "store")}
+        if prefetch < 0 or num_threads < 1:
+            raise InputError(f"prefetch={prefetch}, num_threads={num_threads}: give at least 0 and at least 1")
+        self._store = store
+        self._prefetch = prefetch and max(prefetch, num_threads)
+        self._num_threads = num_threads
         lengths = store.lengths
         self._first_row = 0
         if rows is not None:
@@ -127,6 +149,7 @@ class BatchLoader:
             "max_length": max_length,
             "drop_last": drop_last,
             "tail": tail,
+            "shares": world_size if shares is None else shares,
         }
         self._lengths = lengths
         self._mode = mode
@@ -147,7 +170,7 @@ class BatchLoader:
         self.epoch = 0
         self._position = (0, 0)  # window, batch within it: the next to hand over
         self._resume = False
-        self._pool = HostPool()
+        self._transfer: tuple[int, Transfer] | None = None  # the process it belongs to
         if len(lengths) == 0:
             raise InputError("no rows to load: the store, or the range of rows, is empty")
         self._plan()
@@ -166,60 +189,69 @@ class BatchLoader:
             self._position = (0, 0)
             self._resume = False
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | PackedBatch]:
         """Batches of the current epoch; from a loaded position on, once. The end advances the epoch by one."""
         if not self._resume:
             self._position = (0, 0)
         self._resume = False
-        plan = self._plan()
-        first_window, first_batch = self._position
         start = time.perf_counter()
-        for window in range(first_window, plan.num_windows):
-            planned = plan.window(window)
-            rows = planned.rows + self._first_row
-            for number in range(first_batch, planned.num_batches):
-                batch = self._fill(rows[planned.bounds[number] : planned.bounds[number + 1]])
-                self._position = (window, number + 1)
-                self.stats.wait_s += time.perf_counter() - start
-                yield batch
-                del batch
-                start = time.perf_counter()
-            first_batch = 0
+        plan = self._plan()
+        groups = fill_groups(
+            lambda window: self._job(plan, window),
+            plan.num_windows,
+            self._position,
+            Filler(self._own_transfer()),
+            prefetch=self._prefetch,
+            num_threads=self._num_threads,
+        )
+        with contextlib.closing(groups):
+            for group in groups:
+                job, out, arrival = group.job, group.out, group.arrival
+                for number, line in enumerate(group.lines, group.first):
+                    batch = job.batch_at(out, number, line)
+                    if arrival is not None:
+                        batch = type(batch)(*arrival.receive(batch))
+                        self.stats.h2d_bytes += sum(tensor.nbytes for tensor in batch)
+                    self._count(batch, job.num_rows(number), line)
+                    self._position = (group.window, number + 1)
+                    self.stats.wait_s += time.perf_counter() - start
+                    yield batch
+                    del batch
+                    start = time.perf_counter()
+                del group, out, arrival  # before the next is waited for, so that the buffer is used again
         self.epoch += 1
         self._position = (0, 0)
 
-    def _fill(self, rows: npt.NDArray[np.int64]) -> Batch:
-        """Fill one batch into a recycled buffer, count it, and put it on the device."""
-        report = np.empty((1, kernels.REPORT_COLUMNS), np.int64)
-        bounds = np.array([0, len(rows)])
-        out = self._pool.take()
-        while not self._collator.fill_group(rows, bounds, out, report):
-            cells = kernels.cells_of(len(rows), report[0, kernels.WIDTH], self._collator.narrow)[1]
-            out = self._pool.take(int(cells))
-        batch = self._collator.batch_at(out, 0, len(rows), int(report[0, kernels.WIDTH]))
-        self._count(batch, report[0])
-        if self.device.type == "cpu":
-            return batch
-        self.stats.h2d_bytes += sum(tensor.numel() * tensor.element_size() for tensor in batch)
-        return Batch(*(tensor.to(self.device) for tensor in batch))
+    def _job(self, plan: EpochPlan, window: int) -> Job:
+        """One window's batches, to be filled."""
+        planned = plan.window(window)
+        return PaddedJob(self._collator, planned.rows + self._first_row, planned.bounds)
 
-    def _count(self, batch: Batch, report: npt.NDArray[np.int64]) -> None:
-        stats, real, corners = self.stats, int(report[kernels.REAL]), int(report[kernels.CORNERS])
+    def _own_transfer(self) -> Transfer:
+        """This process's buffers: a fork's copies of them may be in the midst of a change."""
+        if self._transfer is None or self._transfer[0] != os.getpid():
+            # Those filled ahead, each perhaps in two parts, those being filled, and what the consumer holds.
+            num_buffers = 2 * (self._prefetch + self._num_threads + 1)
+            self._transfer = os.getpid(), make_transfer(self.device, num_buffers)
+        return self._transfer[1]
+
+    def _count(self, batch: Batch | PackedBatch, num_rows: int, line: Sequence[int]) -> None:
+        stats, real, corners = self.stats, line[kernels.REAL], line[kernels.CORNERS]
         stats.batches += 1
-        stats.rows += batch.inputs.shape[0]
+        stats.rows += num_rows
         stats.real_cells += real
         stats.padded_cells += batch.inputs.numel() - real
-        stats.trained_tokens += int(report[kernels.TRAINED])
+        stats.trained_tokens += line[kernels.TRAINED]
         if corners and not stats.corner_rows and self._mode == "reference":
             warnings.warn(
                 "a row on which mode='reference' gives other targets than mode='positional' (an end-of-text inside the "
                 "text, an empty row, or a prompt of length 0); this is said once, loader.stats.corner_rows counts on",
-                stacklevel=4,
+                stacklevel=3,
             )
         stats.corner_rows += corners
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is, in plain numbers and strings; exact to the batch."""
+        """Where the next batch is, in plain numbers and strings; exact to the batch, the same on every rank."""
         window, batch = self._position
         return {
             "version": STATE_VERSION,
@@ -229,26 +261,70 @@ class BatchLoader:
             "num_rows": len(self._lengths),
             "first_row": self._first_row,
             "store": self._fingerprint,
-            **self._plan_options,
+            **{name: value for name, value in self._plan_options.items() if name != "rank"},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a saved position: the next iteration starts there.
+
+        The world size may be another one, with the same `batch_size * world_size`; or the same `max_tokens *
+        world_size` and `shares`. All ranks together then give exactly the rows that were not yet given.
 
         Raises:
             InputError: the state is of another version, store or order of rows.
         """
         own = self.state_dict()
-        for name in own.keys() - {"epoch", "next_window", "next_batch", "rank"}:
+        for name in own.keys() - {"epoch", "next_window", "next_batch", *_SIZES}:
             if name not in state or state[name] != own[name]:
                 raise InputError(
                     f"the saved loader state has {name}={state.get(name)!r}, this loader {own[name]!r}; "
                     "make the loader with the saved value, or start afresh"
                 )
+        _check_sizes(state, own)
         self.epoch = state["epoch"]
         self._position = (state["next_window"], state["next_batch"])
         self._resume = True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _loader_at, (self._store, self._options, self.state_dict(), self._resume, self.stats)
+
     def stats_dict(self) -> dict[str, Any]:
         """The statistics as plain numbers."""
         return asdict(self.stats)
+
+
+_SIZES = ("batch_size", "max_tokens", "world_size", "shares")
+
+
+def _check_sizes(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise where a step of all ranks together would hold other rows."""
+
+    def of_all_ranks(part: Mapping[str, Any]) -> tuple[Any, ...]:
+        rows, cells = part.get("batch_size"), part.get("max_tokens")
+        if rows is not None:
+            return rows * part["world_size"], None, None
+        return None, None if cells is None else cells * part["world_size"], part.get("shares")
+
+    saved = of_all_ranks(state)
+    if saved == of_all_ranks(own):
+        return
+    rows, cells, shares = saved
+    remedy = (
+        f"batch_size * world_size = {rows}"
+        if rows is not None
+        else f"max_tokens * world_size = {cells} and shares={shares} (which world_size must divide)"
+    )
+    raise InputError(
+        f"the saved loader state has {', '.join(f'{name}={state.get(name)!r}' for name in _SIZES)}, this loader "
+        f"{', '.join(f'{name}={own[name]!r}' for name in _SIZES)}: then a step holds other rows; make the loader with "
+        f"{remedy}, or start afresh"
+    )
+
+
+def _loader_at(store: Store, options: dict[str, Any], state: dict[str, Any], resume: bool, stats: Stats) -> BatchLoader:
+    """A loader as it was when it was pickled."""
+    loader = BatchLoader(store, **options)
+    loader.load_state_dict(state)
+    loader._resume = resume
+    loader.stats = stats
+    return loader

@@ -6,6 +6,9 @@ a billion rows takes as long to start as that of a thousand windows' neighbour, 
 Randomness: where all rows fit one window they are shuffled by Fisher-Yates. Beyond that a keyed bijection spreads the
 rows over the windows; from `BLOCK_FROM` rows on it moves blocks of `BLOCK` neighbouring rows, whose rows then always
 fall into the same window, though not into the same batch: a window's rows are mixed again.
+
+Packs are made of a window's rows. So that every step but the epoch's last has as many packs as any other, the packs of
+most rows are halved until a window's packs fill its last step: on average half a step's packs a window.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ import numpy.typing as npt
 
 from fastcollate import plan_kernels
 from fastcollate.errors import InputError
+from fastcollate.packing import LONG_ROWS, Packs, check_capacity, pack_rows
 
 Int64Array = npt.NDArray[np.int64]
 
-POLICIES = ("sequential", "shuffled", "bucketed")
+POLICIES = ("sequential", "shuffled", "bucketed", "packed")
 TAILS = ("repeat", "uneven")
 BLOCK = 64
 BLOCK_FROM = 1 << 22
@@ -50,6 +54,29 @@ class Window(NamedTuple):
         return len(self.bounds) - 1
 
 
+class PackWindow(NamedTuple):
+    """One rank's packed batches of one window.
+
+    Attributes:
+        packs: rows pack after pack.
+        bounds: int64 `(num_batches + 1,)`: batch `b` is the packs `bounds[b]` to `bounds[b + 1]`.
+    """
+
+    packs: Packs
+    bounds: Int64Array
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in this window."""
+        return len(self.bounds) - 1
+
+    def batch(self, index: int) -> Packs:
+        """The packs of one batch, whose bounds start at 0."""
+        bounds = self.packs.bounds[self.bounds[index] : self.bounds[index + 1] + 1]
+        part = slice(bounds[0], bounds[-1])
+        return Packs(self.packs.rows[part], self.packs.starts[part], bounds - bounds[0])
+
+
 @dataclass(frozen=True, slots=True)
 class EpochPlan:
     """One rank's batches of one epoch; see `plan_epoch`. Iterates over int64 row numbers, a batch each."""
@@ -68,6 +95,8 @@ class EpochPlan:
     max_length: int | None
     drop_last: bool
     tail: str
+    capacity: int | None = None
+    long_rows: str = "truncate"
 
     @property
     def num_rows(self) -> int:
@@ -85,7 +114,9 @@ class EpochPlan:
         return self.shares if self.batch_size is None else self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        """The exact number of batches; with `max_tokens` this plans the whole epoch once."""
+        """The exact number of batches; with `max_tokens`, and packed, this plans the whole epoch once."""
+        if self.policy == "packed":
+            return sum(self.packs(index).num_batches for index in range(self.num_windows))
         if self.batch_size is None:
             return sum(self.window(index).num_batches for index in range(self.num_windows))
         if self.num_rows == 0:
@@ -107,26 +138,68 @@ class EpochPlan:
                 yield rows[start:stop]
 
     def locate(self, step: int) -> tuple[int, int]:
-        """The window and the batch within it that the epoch's batch number `step` is; needs `batch_size`."""
+        """The window and the batch within it that the epoch's batch number `step` is.
+
+        Needs `batch_size`, and another policy than packed, whose windows differ in batches.
+        """
         assert self.batch_size is not None
+        assert self.policy != "packed"
         return divmod(step, self.window_rows // self._group)
 
     def window(self, index: int) -> Window:
         """Plan one window; costs the same wherever it lies.
 
+        With the policy packed a batch is the rows of all its packs; `packs` tells them apart.
+
         Raises:
             InputError: a row is longer than `max_tokens`.
         """
-        if not 0 <= index < self.num_windows:
-            raise IndexError(f"window {index} of a plan with {self.num_windows}")
+        if self.policy == "packed":
+            packs, batches = self.packs(index)
+            return Window(packs.rows, packs.bounds[batches])
+        self._check_window(index)
         with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
             rows = self._rows(index)
             if self.policy == "bucketed":
                 rows, lengths = self._sorted(rows)
             else:
-                lengths = self._lengths(rows) if self.batch_size is None else np.empty(0, np.int32)
+                lengths = self._lengths(rows, self.max_length) if self.batch_size is None else np.empty(0, np.int32)
             bounds = self._cut(rows, lengths)
             return self._deal(index, rows, bounds)
+
+    def packs(self, index: int) -> PackWindow:
+        """Plan one window of packed batches; costs the same wherever it lies."""
+        assert self.batch_size is not None
+        assert self.capacity is not None
+        self._check_window(index)
+        limit = self.capacity if self.max_length is None else min(self.max_length, self.capacity)
+        with np.errstate(over="ignore"):
+            rows = self._rows(index)
+            packs = pack_rows(rows, self._lengths(rows, 2**31 - 1), self.capacity, limit, self.long_rows)
+            is_last = index == self.num_windows - 1
+            missing = -packs.num_packs % self._group
+            if missing and not is_last:
+                packs = packs.filled_up(packs.num_packs + missing, repeat=self.tail == "repeat")
+            order = np.arange(packs.num_packs)
+            plan_kernels.shuffle(order, self._key(_ORDER_KEY, index))
+        packs = self._last_packs(packs, order) if is_last and missing else packs.take(order)
+        own = packs.take(np.arange(self.rank, packs.num_packs, self.world_size))
+        return PackWindow(own, np.append(np.arange(0, own.num_packs, self.batch_size), own.num_packs))
+
+    def _last_packs(self, packs: Packs, order: Int64Array) -> Packs:
+        """The epoch's last packs, of a number that the tail policy makes right."""
+        whole = len(order) - len(order) % self._group
+        if self.drop_last:
+            return packs.take(order[:whole])
+        rest = packs.take(order[whole:])
+        missing = -rest.num_packs % self.world_size
+        if missing and self.tail == "repeat":
+            rest = rest.filled_up(rest.num_packs + missing, repeat=True)
+        return packs.take(order[:whole]).followed_by(rest)
+
+    def _check_window(self, index: int) -> None:
+        if not 0 <= index < self.num_windows:
+            raise IndexError(f"window {index} of a plan with {self.num_windows}")
 
     def _key(self, purpose: int, index: int = 0) -> np.uint64:
         key: np.uint64 = np.uint64(self.seed & 0xFFFFFFFFFFFFFFFF)
@@ -138,7 +211,8 @@ class EpochPlan:
         """The window's rows in the policy's order, of a number that the tail policy makes right."""
         first = index * self.window_rows
         count = min(self.window_rows, self.num_rows - first)
-        if self.drop_last:
+        packed = self.policy == "packed"
+        if self.drop_last and not packed:
             count -= count % self._group
         rows = np.arange(first, first + count)
         if self.policy != "sequential":
@@ -148,18 +222,18 @@ class EpochPlan:
             if self.num_windows == 1 or self.block > 1:
                 plan_kernels.shuffle(rows, self._key(_MIX_KEY, index))
         missing = -count % (self.shares if self.batch_size is None else self.world_size)
-        if missing and self.tail == "repeat":
+        if missing and self.tail == "repeat" and not packed:
             rows = np.concatenate([rows, np.resize(rows, missing)])
         return rows
 
-    def _lengths(self, rows: Int64Array) -> npt.NDArray[np.int32]:
+    def _lengths(self, rows: Int64Array, limit: int | None) -> npt.NDArray[np.int32]:
         lengths = np.empty(len(rows), np.int32)
-        limit = 2**31 - 1 if self.max_length is None else self.max_length
+        limit = 2**31 - 1 if limit is None else limit
         plan_kernels.gather_lengths(self.lengths, rows, limit, lengths)
         return lengths
 
     def _sorted(self, rows: Int64Array) -> tuple[Int64Array, npt.NDArray[np.int32]]:
-        lengths = self._lengths(rows)
+        lengths = self._lengths(rows, self.max_length)
         longest = int(lengths.max(initial=0))
         if longest > 16 * self.window_rows:  # a counting sort would count mostly zeros
             order = np.argsort(lengths, kind="stable")
@@ -212,30 +286,38 @@ def plan_epoch(
     tail: str = "repeat",
     shares: int | None = None,
     block: int | None = None,
+    capacity: int | None = None,
+    long_rows: str = "truncate",
 ) -> EpochPlan:
     """Plan one epoch.
 
     Args:
         lengths: each row's length in tokens, integers `(num_rows,)`; a memory map is read a window at a time.
-        batch_size: rows a batch on each rank; or
+        batch_size: rows (packs, with the policy packed) a batch on each rank; or
         max_tokens: cells a batch on each rank at most, padding included.
-        policy: `"sequential"`, `"shuffled"`, or `"bucketed"` (rows are shuffled, sorted by length inside a window,
-            cut into batches, and the batches shuffled).
+        policy: `"sequential"`, `"shuffled"`, `"bucketed"` (rows are shuffled, sorted by length inside a window,
+            cut into batches, and the batches shuffled), or `"packed"` (rows are shuffled, packed by best fit
+            inside a window, and the packs shuffled).
         window: rows a window, rounded up to whole steps; by default 1,024 steps, at least 16,384 and at most
-            262,144 rows.
+            262,144 rows, which is what packed takes.
         seed: with `epoch` it decides every random choice.
         epoch: see `seed`.
         rank: which of `world_size` shares to plan. All ranks get the same number of batches and, in each step, rows
             of similar length. A step's rows depend on `batch_size * world_size` only.
         world_size: number of ranks.
-        max_length: rows count as no longer than this.
+        max_length: rows count as no longer than this; with the policy packed, `long_rows` says what becomes of longer
+            ones.
         drop_last: leave out the rows that do not fill a step on every rank; others in each epoch.
         tail: what happens to those rows otherwise: `"repeat"` repeats some rows so that every rank gets as many rows
-            as the others, `"uneven"` gives each row once and some ranks fewer rows, or one batch fewer.
+            as the others, `"uneven"` gives each row once and some ranks fewer rows, or one batch fewer. Packs are
+            halved before a row is repeated.
         shares: with `max_tokens`, a step's rows are a multiple of this (by default `world_size`); a plan continues at
             any world size that divides it, with the same `max_tokens * world_size`.
         block: rows that the permutation moves together where the data set has more than one window; by default 1, and
             64 from 4,194,304 rows on.
+        capacity: with the policy packed, cells a pack; by default `max_length`, else `max_tokens`.
+        long_rows: with the policy packed, what becomes of rows longer than `max_length` (the capacity, where that is
+            less): `"truncate"`, `"split"` into parts that are packed as rows of their own, or `"drop"`.
 
     Raises:
         InputError: a value or a combination is wrong.
@@ -260,11 +342,17 @@ def plan_epoch(
     ):  # fmt: skip
         if value is not None and value < 1:
             raise InputError(f"{name}={value}: give at least 1")
+    if policy == "packed":
+        batch_size, max_tokens, capacity = _sizes_of_packs(batch_size, max_tokens, max_length, capacity)
+    elif capacity is not None or long_rows != "truncate":
+        raise InputError(f"capacity={capacity}, long_rows={long_rows!r}: these are for policy='packed'")
+    if long_rows not in LONG_ROWS:
+        raise InputError(f"long_rows={long_rows!r}: choose one of {', '.join(map(repr, LONG_ROWS))}")
     if shares % world_size:
         raise InputError(f"shares={shares} cannot be divided among world_size={world_size} ranks")
     group = shares if batch_size is None else batch_size * world_size
     if window is None:
-        window = min(max(WINDOW_BATCHES * group, MIN_WINDOW), MAX_WINDOW)
+        window = MAX_WINDOW if policy == "packed" else min(max(WINDOW_BATCHES * group, MIN_WINDOW), MAX_WINDOW)
     if block is None:
         block = BLOCK if len(array) >= BLOCK_FROM else 1
     return EpochPlan(
@@ -282,38 +370,24 @@ def plan_epoch(
         max_length=max_length,
         drop_last=drop_last,
         tail=tail,
+        capacity=capacity,
+        long_rows=long_rows,
     )
 
 
-class Packing(NamedTuple):
-    """Which row lies in which bin.
-
-    Attributes:
-        bin_of_row: int64 `(num_rows,)`.
-        num_bins: number of bins.
-    """
-
-    bin_of_row: Int64Array
-    num_bins: int
-
-
-def pack_lengths(lengths: npt.ArrayLike, capacity: int) -> Packing:
-    """Pack rows into as few bins as best fit decreasing needs, in time linear in the rows.
-
-    Args:
-        lengths: each row's length, integers `(num_rows,)`; longer ones count as `capacity`.
-        capacity: cells a bin.
-
-    Raises:
-        InputError: the capacity is below 1, or the lengths are not integers of at least 0.
-    """
-    if capacity < 1:
-        raise InputError(f"capacity={capacity}: give at least 1")
-    array = np.asarray(lengths)
-    if array.ndim != 1 or (array.size and (array.dtype.kind not in "iu" or array.min() < 0)):
-        raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer of at least 0 a row")
-    clipped = np.minimum(array, capacity).astype(np.int64)
-    order, ordered = np.empty(len(clipped), np.int64), np.empty(len(clipped), np.int64)
-    plan_kernels.sort_by_length(np.arange(len(clipped)), clipped, int(clipped.max(initial=0)), order, ordered)
-    bin_of_row = np.empty(len(clipped), np.int64)
-    return Packing(bin_of_row, int(plan_kernels.pack_best_fit(order, clipped, capacity, bin_of_row)))
+def _sizes_of_packs(
+    batch_size: int | None, max_tokens: int | None, max_length: int | None, capacity: int | None
+) -> tuple[int | None, int | None, int]:
+    """Packs a batch, `max_tokens` made of it, and the capacity."""
+    if capacity is None:
+        capacity = max_tokens if max_length is None else max_length
+    if capacity is None:
+        raise InputError("policy='packed': give capacity (cells a pack), or a max_length to take for it")
+    check_capacity(capacity)
+    if max_tokens is None:
+        return batch_size, None, capacity
+    if max_tokens < capacity:
+        raise InputError(
+            f"max_tokens={max_tokens} holds no pack of {capacity} cells: raise it, or lower capacity (or max_length)"
+        )
+    return max_tokens // capacity, None, capacity

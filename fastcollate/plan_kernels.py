@@ -163,47 +163,117 @@ def deal(items: Any, bounds: Any, order: Any, rank: int, world_size: int, out: A
 
 
 @kernel
-def pack_best_fit(order: Any, lengths: Any, capacity: int, bin_of_row: Any) -> int:
-    """Best fit decreasing: each row goes to the bin with the least room that still holds it.
+def _next_room(words: Any, room: int, capacity: int) -> int:
+    """The least room from `room` on that a bin has, or `capacity + 1`; `words` has a bit for each room."""
+    index = room >> 5
+    word = words[index] >> (room & 31) << (room & 31)
+    while word == 0:
+        index += 1
+        if index == len(words):
+            return capacity + 1
+        word = words[index]
+    room = index << 5
+    for half in (16, 8, 4, 2, 1):
+        if word & ((1 << half) - 1) == 0:
+            word >>= half
+            room += half
+    return room
+
+
+@kernel
+def pack_best_fit(items: Any, lengths: Any, capacity: int, bin_of: Any) -> int:
+    """Best fit decreasing: each item goes to the bin with the least room that still holds it.
+
+    A bin that takes one item of a length is the best fit for the next one too, as long as that fits: so each bin takes
+    as many of a length as it holds at once.
 
     Args:
-        order: int64, rows, shortest first; they are packed from the end.
-        lengths: int64, each row's length, in `[0, capacity]`.
+        items: int64, shortest first; they are packed from the end.
+        lengths: each item's length in the same order, in `[0, capacity]`.
         capacity: cells a bin.
-        bin_of_row: int64, written.
+        bin_of: int64, written: each item's bin, by the item's number.
 
     Returns:
         The number of bins.
     """
     heads = np.full(capacity + 1, -1, np.int64)  # by room left: the last bin put there
-    below = np.empty(len(order), np.int64)  # by bin: the one put there before it
-    words = np.zeros((capacity >> 5) + 1, np.int64)  # a bit for each room that has a bin
+    below = np.empty(len(items), np.int64)  # by bin: the one put there before it
+    words = np.zeros((capacity >> 5) + 1, np.int64)
     num_bins = 0
-    for i in range(len(order) - 1, -1, -1):
-        row = order[i]
-        length = lengths[row]
-        room = length
-        while room <= capacity:
-            word = words[room >> 5] >> (room & 31)
-            if word == 0:
-                room = ((room >> 5) + 1) << 5
-                continue
-            while word & 1 == 0:
-                word >>= 1
-                room += 1
-            break
-        if room > capacity:
-            room = capacity
-            chosen = num_bins
-            num_bins += 1
-        else:
-            chosen = heads[room]
-            heads[room] = below[chosen]
-            if heads[room] < 0:
-                words[room >> 5] &= ~(1 << (room & 31))
-        bin_of_row[row] = chosen
-        room -= length
-        below[chosen] = heads[room]
-        heads[room] = chosen
-        words[room >> 5] |= 1 << (room & 31)
+    end = len(items)
+    while end > 0:
+        room = length = np.int64(lengths[end - 1])
+        first = end - 1
+        while first > 0 and lengths[first - 1] == length:
+            first -= 1
+        while end > first:
+            room = _next_room(words, room, capacity)
+            if room > capacity:
+                chosen, left = num_bins, capacity
+                num_bins += 1
+            else:
+                chosen, left = heads[room], room
+                heads[room] = below[chosen]
+                if heads[room] < 0:
+                    words[room >> 5] &= ~(1 << (room & 31))
+            count = end - first
+            if count * length > left:
+                count = left // length
+            for i in range(end - count, end):
+                bin_of[items[i]] = chosen
+            end -= count
+            left -= count * length
+            below[chosen] = heads[left]
+            heads[left] = chosen
+            words[left >> 5] |= 1 << (left & 31)
     return num_bins
+
+
+@kernel
+def group_by_bin(bin_of: Any, items: Any, bounds: Any) -> None:
+    """Items by bin, in the order of their numbers: bin `b` is `items[bounds[b]:bounds[b + 1]]`; both are written."""
+    bounds[:] = 0
+    for i in range(len(bin_of)):
+        bounds[bin_of[i] + 1] += 1
+    for b in range(len(bounds) - 1):
+        bounds[b + 1] += bounds[b]
+    for i in range(len(bin_of)):
+        place = bounds[bin_of[i]]
+        bounds[bin_of[i]] = place + 1
+        items[place] = i
+    for b in range(len(bounds) - 1, 0, -1):  # each bound has moved to its bin's end
+        bounds[b] = bounds[b - 1]
+    bounds[0] = 0
+
+
+@kernel
+def take_groups(values: Any, bounds: Any, order: Any, out: Any, out_bounds: Any) -> None:
+    """Groups of values in another order, end to end."""
+    count = 0
+    out_bounds[0] = 0
+    for g in range(len(order)):
+        for i in range(bounds[order[g]], bounds[order[g] + 1]):
+            out[count] = values[i]
+            count += 1
+        out_bounds[g + 1] = count
+
+
+@kernel
+def split_rows(rows: Any, lengths: Any, limit: int, out: Any, out_starts: Any, out_lengths: Any) -> None:
+    """Each row as parts of at most `limit` tokens; a row without tokens is one part.
+
+    Args:
+        rows: int64, row numbers.
+        lengths: each row's length.
+        limit: tokens a part.
+        out: int64, written: each part's row.
+        out_starts: int64, written: each part's first token.
+        out_lengths: written: each part's length.
+    """
+    count = 0
+    for i in range(len(rows)):
+        for start in range(0, max(np.int64(lengths[i]), 1), limit):
+            out[count] = rows[i]
+            out_starts[count] = start
+            out_lengths[count] = min(np.int64(lengths[i]) - start, limit)
+            count += 1

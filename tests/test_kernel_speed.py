@@ -14,7 +14,7 @@ import orjson
 import pytest
 from stores import make_shards
 
-from fastcollate import kernels, plan_kernels
+from fastcollate import kernels, list_kernels, plan_kernels
 from fastcollate.collate import Collator
 
 NUM_ROWS = 512
@@ -42,7 +42,7 @@ def test_fill_padded(benchmark: Any, rows: list[list[int]], mask: bool) -> None:
 def test_parse_rows(benchmark: Any, rows: list[list[int]]) -> None:
     text = np.frombuffer(orjson.dumps(rows), np.uint8)
     tokens, bounds = np.empty(len(text) // 2 + 1, np.int64), np.empty(NUM_ROWS + 1, np.int64)
-    assert benchmark(kernels.parse_rows, text, False, tokens, bounds, np.zeros(NUM_ROWS, np.int64))
+    assert benchmark(list_kernels.parse_rows, text, False, tokens, bounds, np.zeros(NUM_ROWS, np.int64))
     assert tokens[: bounds[-1]].tolist() == [token for row in rows for token in row]
 
 
