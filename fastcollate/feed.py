@@ -114,12 +114,6 @@ class Feed:
         Raises:
             InputError: the state is of another run.
         """
-        own = self._loader.state_dict()
-        if own["batch_size"] and state["batch_size"]:
-            # A step's rows depend on the product alone. With `max_tokens` they do not: there the loader refuses.
-            rows, own_rows = (part["batch_size"] * part["world_size"] for part in (state, own))
-            if rows == own_rows:
-                state = state | {"batch_size": own["batch_size"], "world_size": own["world_size"]}
         self._loader.load_state_dict(state)
         self._state = self._loader.state_dict()
         self._batches = None

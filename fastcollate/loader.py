@@ -16,6 +16,7 @@ import torch
 from fastcollate import kernels
 from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
+from fastcollate.packed import PackedJob
 from fastcollate.plan import EpochPlan, plan_epoch
 from fastcollate.prefetch import Filler, Job, PaddedJob, fill_groups
 from fastcollate.table import Columns
@@ -91,6 +92,8 @@ class BatchLoader:
         pad_token_id: see `Collator`; by default the store's.
         ignore_index: see `Collator`.
         inputs_dtype: see `Collator`.
+        capacity: see `plan_epoch`: with `policy="packed"`, cells a pack, and the batches are `PackedBatch`es.
+        long_rows: see `plan_epoch`.
         shares: see `plan_epoch`: with `max_tokens`, a common multiple of the world sizes that a run may resume at.
         prefetch: groups of batches filled ahead; 0 fills without threads, when a batch is asked for.
         num_threads: threads that fill; another one plans.
@@ -121,6 +124,8 @@ class BatchLoader:
         pad_token_id: int | None = None,
         ignore_index: int = -100,
         inputs_dtype: torch.dtype = torch.int64,
+        capacity: int | None = None,
+        long_rows: str = "truncate",
         shares: int | None = None,
         prefetch: int = 2,
         num_threads: int = 1,
@@ -150,6 +155,8 @@ class BatchLoader:
             "drop_last": drop_last,
             "tail": tail,
             "shares": world_size if shares is None else shares,
+            "capacity": capacity,
+            "long_rows": long_rows,
         }
         self._lengths = lengths
         self._mode = mode
@@ -173,7 +180,9 @@ class BatchLoader:
         self._transfer: tuple[int, Transfer] | None = None  # the process it belongs to
         if len(lengths) == 0:
             raise InputError("no rows to load: the store, or the range of rows, is empty")
-        self._plan()
+        plan = self._plan()
+        if policy == "packed":  # what a step holds depends on the number of packs only
+            self._plan_options |= {"batch_size": plan.batch_size, "max_tokens": None, "capacity": plan.capacity}
 
     def _plan(self) -> EpochPlan:
         return plan_epoch(self._lengths, epoch=self.epoch, **self._plan_options)  # type: ignore[arg-type]
@@ -224,6 +233,10 @@ class BatchLoader:
 
     def _job(self, plan: EpochPlan, window: int) -> Job:
         """One window's batches, to be filled."""
+        if plan.capacity is not None:
+            packs, bounds = plan.packs(window)
+            packs = packs._replace(rows=packs.rows + self._first_row)
+            return PackedJob(self._collator, packs, bounds, plan.capacity)
         planned = plan.window(window)
         return PaddedJob(self._collator, planned.rows + self._first_row, planned.bounds)
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import Any
+import warnings
+from collections import deque
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -44,7 +47,7 @@ class HostPool:
     def take(self, num_cells: int = 0) -> Int64Array:
         """A buffer of at least `num_cells` cells that nobody else refers to; its contents are arbitrary."""
         with self._lock:
-            for index in range(len(self._buffers)):
+            for index in reversed(range(len(self._buffers))):  # what was used last is still in the cache
                 if _references(self._buffers, index) <= _IDLE and len(self._buffers[index]) >= num_cells:
                     buffer = self._buffers.pop(index)
                     self._buffers.append(buffer)  # the most recently used goes last
@@ -61,3 +64,170 @@ class HostPool:
 
     def __getstate__(self) -> Any:
         raise TypeError("a pool of host buffers belongs to one process and cannot be pickled")
+
+
+class Arrival(Protocol):
+    """A buffer that is on its way to a device."""
+
+    def receive(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Tensors over the host buffer as tensors on the device, safe to use on the caller's current stream."""
+
+
+class Transfer(Protocol):
+    """Where buffers to fill come from, and how what is in them gets to the device; used by one process."""
+
+    def take(self, num_cells: int) -> Int64Array:
+        """A buffer of at least `num_cells` cells to fill; nobody else refills it until it is sent."""
+
+    def send(self, buffer: Int64Array, num_cells: int) -> Arrival | None:
+        """Start the copy of a buffer's first `num_cells`; `None` where tensors over the buffer are used as they are."""
+
+
+def make_transfer(device: torch.device, num_buffers: int) -> Transfer:
+    """How batches get to a device.
+
+    Args:
+        device: where to.
+        num_buffers: host buffers kept.
+    """
+    if device.type == "cpu":
+        return _ToCpu(num_buffers)
+    if device.type == "cuda":
+        return ToCuda(device, num_buffers)
+    return _ToOther(device, num_buffers)
+
+
+class _ToCpu:
+    """Tensors over recycled buffers; nothing is copied."""
+
+    def __init__(self, num_buffers: int) -> None:
+        self._pool = HostPool(num_buffers)
+        self.take = self._pool.take
+
+    def send(self, buffer: Int64Array, num_cells: int) -> None:
+        """Nothing to do: the reference count tells when the buffer is free again."""
+
+
+class _ToOther:
+    """A plain copy, made when a batch is handed over, for devices without pinned memory of their own."""
+
+    def __init__(self, device: torch.device, num_buffers: int) -> None:
+        self._device = device
+        self._pool = HostPool(num_buffers)
+        self.take = self._pool.take
+
+    def send(self, buffer: Int64Array, num_cells: int) -> Arrival:
+        """Nothing to do yet."""
+        return self
+
+    def receive(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Copies."""
+        return tuple(tensor.to(self._device) for tensor in tensors)
+
+
+def _new_event() -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    return event
+
+
+def _is_over(event: torch.cuda.Event) -> bool:
+    return bool(event.query())  # type: ignore[no-untyped-call]
+
+
+class _Slot(NamedTuple):
+    """A pinned buffer and the end of its last copy."""
+
+    host: torch.Tensor
+    cells: Int64Array
+    copied: torch.cuda.Event
+
+
+class ToCuda:
+    """Pinned buffers, copied on a stream of their own.
+
+    A buffer is refilled only after its copy has ended. The device's memory comes from PyTorch's caching allocator:
+    each copy gets its own, which lives as long as a batch in it.
+
+    Args:
+        device: a CUDA device.
+        num_buffers: pinned buffers kept.
+    """
+
+    def __init__(self, device: torch.device, num_buffers: int) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._num_buffers = max(num_buffers, 2)
+        self._free: deque[_Slot] = deque()  # the least recently used first
+        self._taken: dict[int, _Slot] = {}  # by address
+        self._lock = threading.Lock()
+        self._pins = True
+
+    def take(self, num_cells: int) -> Int64Array:
+        """A buffer whose last copy has ended; waits for the oldest where all copies are under way."""
+        with self._lock:
+            slot = next((slot for slot in self._free if len(slot.cells) >= num_cells and _is_over(slot.copied)), None)
+            if slot is not None:
+                self._free.remove(slot)
+            elif len(self._free) >= self._num_buffers:
+                slot = self._free.popleft()
+        if slot is not None:
+            slot.copied.synchronize()
+        if slot is None or len(slot.cells) < num_cells:
+            slot = self._allocate(num_cells)
+        with self._lock:
+            self._taken[slot.host.data_ptr()] = slot
+        return slot.cells
+
+    def _allocate(self, num_cells: int) -> _Slot:
+        host = self._pinned(num_cells) if self._pins else torch.empty(num_cells, dtype=torch.int64)
+        return _Slot(host, host.numpy(), _new_event())
+
+    def _pinned(self, num_cells: int) -> torch.Tensor:
+        try:
+            return torch.empty(num_cells, dtype=torch.int64, pin_memory=True)
+        except RuntimeError as error:
+            self._pins = False
+            warnings.warn(
+                f"{8 * num_cells:,} bytes of host memory could not be pinned ({error}): batches are copied from "
+                "pageable memory, which is slower and does not overlap with computing; raise the limit on locked "
+                "memory (ulimit -l, or --ulimit memlock=-1 for a container), or free memory",
+                stacklevel=2,
+            )
+            return torch.empty(num_cells, dtype=torch.int64)
+
+    def send(self, buffer: Int64Array, num_cells: int) -> Arrival:
+        """Start the copy; the buffer is handed out again once it has ended."""
+        with self._lock:
+            slot = self._taken.pop(buffer.ctypes.data)
+        with torch.cuda.stream(self._stream):
+            copy = torch.empty(num_cells, dtype=torch.int64, device=self._device)
+            copy.copy_(slot.host[:num_cells], non_blocking=True)
+            slot.copied.record(self._stream)
+            arrived = _new_event()  # not the slot's own: that one is recorded again for the next copy
+            arrived.record(self._stream)
+        with self._lock:
+            self._free.append(slot)
+        return _OnCuda(copy, slot.host.data_ptr(), arrived)
+
+
+class _OnCuda:
+    """A copy on the device."""
+
+    def __init__(self, copy: torch.Tensor, host: int, arrived: torch.cuda.Event) -> None:
+        self._copy = copy
+        self._host = host
+        self._arrived = arrived
+
+    def receive(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Views of the copy, at the places of the host's tensors; work on the current stream waits for the copy."""
+        stream = torch.cuda.current_stream(self._copy.device)
+        stream.wait_event(self._arrived)
+        self._copy.record_stream(stream)  # so that its memory is used again only behind this stream's work on it
+        return tuple(self._at(tensor) for tensor in tensors)
+
+    def _at(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == 0:  # an empty tensor has no address
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=self._copy.device)
+        place = (tensor.data_ptr() - self._host) // tensor.element_size()
+        return self._copy.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), place)

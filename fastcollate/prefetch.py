@@ -1,0 +1,229 @@
+"""Batches filled ahead of the consumer by threads, and handed over in groups, in order.
+
+A hand-over between threads costs as much as filling several small batches, so a group is about a megabyte. The kernels
+run without the GIL; what is left of a thread's work in Python is a few calls a group.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate import kernels
+from fastcollate.collate import Batch, Collator, PackedBatch
+from fastcollate.errors import InputError
+from fastcollate.transfer import Arrival, Transfer
+
+Int64Array = npt.NDArray[np.int64]
+
+GROUP_CELLS = 1 << 17  # 1 MiB of int64
+MAX_GROUP = 256  # batches
+THREAD_NAME = "fastcollate-"
+
+
+class Job(Protocol):
+    """One window's batches, to be filled."""
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in the window."""
+
+    def fill(self, first: int, stop: int, out: Int64Array, report: Int64Array) -> int:
+        """Fill batches from `first` on, as many as `out` holds, and write a line of `report` each; their number."""
+
+    def num_cells(self, number: int, line: Sequence[int]) -> int:
+        """Cells that a batch takes in `out`, whose line was written when it did not fit."""
+
+    def num_rows(self, number: int) -> int:
+        """Rows of a batch."""
+
+    def batch_at(self, out: Int64Array, number: int, line: Sequence[int]) -> Batch | PackedBatch:
+        """A filled batch."""
+
+
+class PaddedJob:
+    """Padded batches.
+
+    Args:
+        collator: how.
+        rows: int64, row numbers of the store, batch after batch.
+        bounds: int64 `(num_batches + 1,)`: batch `b` is `rows[bounds[b]:bounds[b + 1]]`.
+    """
+
+    def __init__(self, collator: Collator, rows: Int64Array, bounds: Int64Array) -> None:
+        self._collator = collator
+        self._rows = rows
+        self._bounds = bounds
+        self._edges: list[int] = bounds.tolist()
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in the window."""
+        return len(self._edges) - 1
+
+    def fill(self, first: int, stop: int, out: Int64Array, report: Int64Array) -> int:
+        """See `Job`."""
+        return self._collator.fill_group(self._rows, self._bounds[first : stop + 1], out, report)
+
+    def num_cells(self, number: int, line: Sequence[int]) -> int:
+        """See `Job`."""
+        return int(kernels.cells_of(self.num_rows(number), line[kernels.WIDTH], self._collator.narrow)[1])
+
+    def num_rows(self, number: int) -> int:
+        """See `Job`."""
+        return self._edges[number + 1] - self._edges[number]
+
+    def batch_at(self, out: Int64Array, number: int, line: Sequence[int]) -> Batch:
+        """See `Job`."""
+        return self._collator.batch_at(out, line[kernels.START], self.num_rows(number), line[kernels.WIDTH])
+
+
+class Group(NamedTuple):
+    """Batches that lie in one buffer.
+
+    Attributes:
+        job: their window.
+        window: its number.
+        first: the first batch's number in the window.
+        out: the buffer.
+        lines: a line of the kernel's report for each batch.
+        arrival: the copy on the device; `None` where `out` itself is handed over.
+    """
+
+    job: Job
+    window: int
+    first: int
+    out: Int64Array
+    lines: list[list[int]]
+    arrival: Arrival | None
+
+
+class Filler:
+    """Fills batches into groups.
+
+    Args:
+        transfer: gives the buffers and takes them to the device.
+    """
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        self.num_batches = 1
+        """Batches that make a group of about `GROUP_CELLS`; starts at one, so that the first batch comes at once."""
+        self._buffer_cells = GROUP_CELLS
+
+    def __call__(self, job: Job, window: int, first: int, stop: int) -> list[Group]:
+        """Fill some batches of a window; several groups where one buffer does not hold them."""
+        groups = []
+        used = 0
+        while first < stop:
+            group, used = self._fill(job, window, first, stop)
+            groups.append(group)
+            first += len(group.lines)
+        if len(groups) > 1:
+            self.num_batches = len(groups[0].lines)
+        elif 2 * used <= GROUP_CELLS:
+            self.num_batches = min(2 * self.num_batches, MAX_GROUP)
+        return groups
+
+    def _fill(self, job: Job, window: int, first: int, stop: int) -> tuple[Group, int]:
+        report = np.empty((stop - first, kernels.REPORT_COLUMNS), np.int64)
+        out = self._transfer.take(self._buffer_cells)
+        filled = job.fill(first, stop, out, report)
+        if not filled:
+            self._transfer.send(out, 0)
+            num_cells = job.num_cells(first, report[0].tolist())
+            self._buffer_cells = max(self._buffer_cells, num_cells + num_cells // 8)  # the next may be a bit wider
+            out = self._transfer.take(self._buffer_cells)
+            filled = job.fill(first, stop, out, report)
+        lines: list[list[int]] = report[:filled].tolist()
+        used = lines[-1][kernels.START] + job.num_cells(first + filled - 1, lines[-1])
+        return Group(job, window, first, out, lines, self._transfer.send(out, used)), used
+
+
+def fill_groups(
+    window_job: Callable[[int], Job],
+    num_windows: int,
+    position: tuple[int, int],
+    filler: Filler,
+    *,
+    prefetch: int,
+    num_threads: int,
+) -> Generator[Group, None, None]:
+    """The groups of an epoch, in order.
+
+    Args:
+        window_job: plans a window.
+        num_windows: windows in the epoch.
+        position: window, and batch within it, to start with.
+        filler: fills.
+        prefetch: groups filled ahead; 0 fills each when it is asked for, without threads.
+        num_threads: threads that fill; another one plans the next window.
+    """
+    if not prefetch:
+        for job, window, first, stop in _cut(map(window_job, range(position[0], num_windows)), position, filler):
+            yield from filler(job, window, first, stop)
+        return
+    process = os.getpid()
+    with _Threads(1, "plan") as planner, _Threads(num_threads, "fill") as fillers:
+        windows = _planned_ahead(window_job, range(position[0], num_windows), planner)
+        ahead: deque[Future[list[Group]]] = deque()
+        for work in _cut(windows, position, filler):
+            ahead.append(fillers.submit(filler, *work))
+            if len(ahead) > prefetch:
+                yield from _take(ahead, process)
+        while ahead:
+            yield from _take(ahead, process)
+
+
+def _take(ahead: deque[Future[list[Group]]], process: int) -> Iterator[Group]:
+    """The oldest groups; each is let go of before the next is waited for, so that its buffer is used again."""
+    groups = deque(ahead.popleft().result())
+    while groups:
+        yield groups.popleft()
+        if os.getpid() != process:
+            raise InputError(
+                f"this iterator belongs to process {process}, whose threads a fork does not copy; make one in this "
+                "process with iter(loader), or give the loader prefetch=0"
+            )
+
+
+def _planned_ahead(window_job: Callable[[int], Job], windows: range, planner: ThreadPoolExecutor) -> Iterator[Job]:
+    """Each window's job; a window is planned while the one before it is filled."""
+    following: Future[Job] | None = None
+    for window in windows:
+        job = window_job(window) if following is None else following.result()
+        following = planner.submit(window_job, window + 1) if window + 1 < windows.stop else None
+        yield job
+
+
+def _cut(jobs: Iterator[Job], position: tuple[int, int], filler: Filler) -> Iterator[tuple[Job, int, int, int]]:
+    """Windows in pieces of a group's size: job, window, first batch, the batch behind the last."""
+    window, first = position
+    for job in jobs:
+        while first < job.num_batches:
+            stop = min(first + filler.num_batches, job.num_batches)
+            yield job, window, first, stop
+            first = stop
+        window, first = window + 1, 0
+
+
+class _Threads(ThreadPoolExecutor):
+    """Threads that end with the block, also when it is left early; what has not begun by then is dropped."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        super().__init__(num_threads, thread_name_prefix=THREAD_NAME + name)
+        self._process = os.getpid()
+
+    def __exit__(self, *_: Any) -> None:
+        if os.getpid() != self._process:
+            return  # a fork has no threads to end
+        # The garbage collector may close an iterator on one of its own threads, which cannot wait for itself.
+        is_own = threading.current_thread().name.startswith(THREAD_NAME)
+        self.shutdown(wait=not is_own, cancel_futures=True)
