@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import RESULTS, save
@@ -34,7 +34,7 @@ from fastcollate.parallel import Ranks
 from fastcollate.plan import plan_epoch
 from fastcollate.prepare import prepare
 from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
-from fastcollate.step import MicroBatch, Stepper, make_optimizer, recycle_freed_memory, without_padding
+from fastcollate.step import MicroBatch, Stepper, make_optimizer, recycle_freed_memory
 from fastcollate.store import ShardColumns, StoreIdentity, TokenStore, shard_name, write_manifest, write_shard
 
 MODEL = GPT2Config(num_layers=4, num_heads=4, width=128)
@@ -146,6 +146,27 @@ def loaded(loader: BatchLoader) -> Iterator[MicroBatch]:
             stats = loader.stats
             yield as_micro_batch(batch, stats.real_cells - useful, stats.trained_tokens - trained)
             useful, trained = stats.real_cells, stats.trained_tokens
+
+
+def without_padding(batch: MicroBatch, pad_token_id: int) -> MicroBatch:
+    """A padded batch's rows end to end, as one pack without unused cells.
+
+    Padding is told by its token, which no row of a prepared store holds; where the counts say otherwise (a row that
+    ends in that token, an empty row), the batch stays as it is.
+    """
+    if batch.cu_seqlens is not None:
+        return batch
+    columns = torch.arange(batch.inputs.shape[1], device=batch.inputs.device)
+    lengths = ((batch.inputs != pad_token_id) * (columns + 1)).amax(1)
+    held = columns < lengths[:, None]
+    targets = batch.targets[held]
+    if len(targets) != batch.num_useful or int((targets != -100).sum()) != batch.num_trained:
+        return batch
+    bounds = pad(lengths[lengths > 0].cumsum(0), (1, 0)).to(torch.int32)
+    positions = columns.expand_as(held)[held]
+    return batch._replace(
+        inputs=batch.inputs[held][None], targets=targets[None], position_ids=positions[None], cu_seqlens=bounds
+    )
 
 
 def packed(store: TokenStore, mask_prompt: bool) -> Iterator[MicroBatch]:

@@ -11,7 +11,7 @@ from fastcollate.errors import InputError
 from fastcollate.loader import BatchLoader
 from fastcollate.options import TrainOptions
 from fastcollate.parallel import Ranks
-from fastcollate.step import MicroBatch, empty_batch, without_padding
+from fastcollate.step import MicroBatch, empty_batch
 from fastcollate.store import TokenStore
 
 
@@ -40,11 +40,9 @@ class Feed:
         loader: of this rank.
         accumulate: batches an optimizer step.
         ranks: who trains together.
-        unpad: the padding token, to put each padded batch's rows end to end; `None` leaves batches as they come.
     """
 
-    def __init__(self, loader: BatchLoader, accumulate: int, ranks: Ranks, *, unpad: int | None = None) -> None:
-        self._unpad = unpad
+    def __init__(self, loader: BatchLoader, accumulate: int, ranks: Ranks) -> None:
         self._loader = loader
         self._accumulate = accumulate
         self._ranks = ranks
@@ -100,8 +98,7 @@ class Feed:
             if batch is None:
                 break
             stats = self._loader.stats
-            micro = as_micro_batch(batch, stats.real_cells - useful, stats.trained_tokens - trained)
-            taken.append(micro if self._unpad is None else without_padding(micro, self._unpad))
+            taken.append(as_micro_batch(batch, stats.real_cells - useful, stats.trained_tokens - trained))
         return taken
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,18 +139,22 @@ def make_loader(
         InputError: a batch cannot be divided among the ranks, or a limit is beyond the model's context.
     """
     max_length = options.max_length
-    if max_length is None and store.max_length > context:
+    packed = (policy or options.policy) == "packed"
+    if max_length is None and (packed or store.max_length > context):
         max_length = context
     if max_length is not None and max_length > context:
         raise InputError(f"--max-length {max_length}: the model's context is {context}; give at most that")
-    batch_size = options.batch_size or (8 if options.max_tokens is None else None)
-    policy = policy or options.policy
+    batch_size = options.batch_size
+    if batch_size is None and options.max_tokens is None:
+        batch_size = ranks.world_size if packed else 8
     return BatchLoader(
         store,
-        policy="shuffled" if policy == "packed" else policy,  # `Feed` then puts the batch's rows end to end
+        policy=policy or options.policy,
         batch_size=_share("--batch-size", batch_size, ranks.world_size),
         max_tokens=_share("--max-tokens", options.max_tokens, ranks.world_size),
         max_length=max_length,
+        capacity=options.capacity if packed else None,
+        long_rows=options.long_rows if packed else "truncate",
         mask_prompt=options.mask_prompt,
         mode=options.mode,
         seed=options.seed,
@@ -177,7 +178,8 @@ def validation_batches(
     """This rank's batches of the validation rows, always the same ones."""
     if not rows:
         return
-    loader = make_loader(store, options, ranks, rows, context, policy="sequential")
+    policy = "packed" if options.policy == "packed" else "sequential"
+    loader = make_loader(store, options, ranks, rows, context, policy=policy)
     useful = trained = 0
     for number, batch in enumerate(loader):
         if options.eval_batches and number >= options.eval_batches:

@@ -29,9 +29,17 @@ class TrainOptions:
     epochs: int | None = _option(None, "Passes over the data; 1 if --max-steps is not given either.")
     max_steps: int | None = _option(None, "Stop after so many optimizer steps.")
     policy: str = _option("bucketed", "Order: sequential, shuffled, bucketed, packed (end to end).", fixed=True)
-    batch_size: int | None = _option(None, "Rows a batch, over all ranks; 8 if --max-tokens is not given.", fixed=True)
+    batch_size: int | None = _option(
+        None, "Rows a batch (packs, if packed), over all ranks; 8, or 1 pack a rank, without --max-tokens.", fixed=True
+    )
     max_tokens: int | None = _option(None, "Cells a batch, over all ranks, in place of --batch-size.", fixed=True)
     max_length: int | None = _option(None, "Tokens kept of a row; the model's context if rows are longer.", fixed=True)
+    capacity: int | None = _option(
+        None, "With --policy packed, cells a pack; --max-length or the model's context if not given.", fixed=True
+    )
+    long_rows: str = _option(
+        "truncate", "With --policy packed, what becomes of rows beyond --max-length: truncate, split, drop.", fixed=True
+    )
     mask_prompt: bool = _option(False, "Train the responses only.", fixed=True)
     mode: str = _option(
         "reference", "reference: the chapter's masks, corners included; positional: by position.", fixed=True
@@ -57,7 +65,16 @@ class TrainOptions:
     tensorboard: bool = _option(True, "Write TensorBoard events, if the package is installed.")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_steps", "batch_size", "max_tokens", "max_length", "accumulate", "patience"):
+        for name in (
+            "epochs",
+            "max_steps",
+            "batch_size",
+            "max_tokens",
+            "max_length",
+            "capacity",
+            "accumulate",
+            "patience",
+        ):
             _require(name, getattr(self, name), lambda value: value is None or value >= 1, "1 or more")
         for name in ("warmup", "eval_every", "eval_batches", "checkpoint_every", "sample_tokens"):
             _require(name, getattr(self, name), lambda value: value >= 0, "0 or more")

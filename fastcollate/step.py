@@ -47,27 +47,6 @@ def empty_batch(device: torch.device) -> MicroBatch:
     return MicroBatch(inputs, torch.full_like(inputs, IGNORE_INDEX), None, None, 0, 0)
 
 
-def without_padding(batch: MicroBatch, pad_token_id: int) -> MicroBatch:
-    """A padded batch's rows end to end, as one pack without unused cells.
-
-    Padding is told by its token, which no row of a prepared store holds; where the counts say otherwise (a row that
-    ends in that token, an empty row), the batch stays as it is.
-    """
-    if batch.cu_seqlens is not None:
-        return batch
-    columns = torch.arange(batch.inputs.shape[1], device=batch.inputs.device)
-    lengths = ((batch.inputs != pad_token_id) * (columns + 1)).amax(1)
-    held = columns < lengths[:, None]
-    targets = batch.targets[held]
-    if len(targets) != batch.num_useful or int((targets != IGNORE_INDEX).sum()) != batch.num_trained:
-        return batch
-    bounds = functional.pad(lengths[lengths > 0].cumsum(0), (1, 0)).to(torch.int32)
-    positions = columns.expand_as(held)[held]
-    return batch._replace(
-        inputs=batch.inputs[held][None], targets=targets[None], position_ids=positions[None], cu_seqlens=bounds
-    )
-
-
 def learning_rate_at(step: int, options: TrainOptions, total_steps: int) -> float:
     """The learning rate of step 1, 2, ...: linear warm-up, then constant, or a cosine down to a tenth."""
     peak = options.peak_learning_rate

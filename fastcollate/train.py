@@ -114,8 +114,7 @@ class _Run:
         self.stepper = Stepper(model.to(ranks.device), options, ranks)
         torch.manual_seed(options.seed + ranks.rank)  # the same weights, each rank its own dropout
         loader = make_loader(store, options, ranks, self.splits["train"], model.config.context_length)
-        unpad = store.pad_token_id if options.policy == "packed" else None
-        self.feed = Feed(loader, options.accumulate, ranks, unpad=unpad)
+        self.feed = Feed(loader, options.accumulate, ranks)
         self.counters = _Counters(total_steps=self._plan_steps())
         if saved is not None:
             self._continue_from(saved)

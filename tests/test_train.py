@@ -19,14 +19,16 @@ from stores import write_store
 from training import losses, metrics, sample_store
 
 from fastcollate.checkpoint import load_checkpoint
+from fastcollate.collate import Collator
 from fastcollate.errors import InputError
+from fastcollate.feed import make_loader
 from fastcollate.gpt2 import CONFIGS, GPT2, GPT2Config
 from fastcollate.loader import BatchLoader
 from fastcollate.options import TrainOptions
 from fastcollate.parallel import Ranks
 from fastcollate.plan import plan_epoch
 from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
-from fastcollate.step import MicroBatch, Stepper, learning_rate_at, without_padding
+from fastcollate.step import MicroBatch, Stepper, learning_rate_at
 from fastcollate.store import TokenStore
 from fastcollate.train import train
 
@@ -113,32 +115,56 @@ def test_the_mean_is_over_the_trained_tokens_of_the_whole_step(tmp_path: Path, r
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("long_rows", ["truncate", "split", "drop"])
 @pytest.mark.parametrize("mask_prompt", [False, True])
 def test_packed_training_gives_the_losses_of_the_same_rows_padded(
-    tmp_path: Path, random_store: TokenStore, mask_prompt: bool
+    tmp_path: Path, random_store: TokenStore, mask_prompt: bool, long_rows: str
 ) -> None:
-    padded = options(tmp_path / "padded", policy="shuffled", epochs=1, mask_prompt=mask_prompt, mode="positional")
-    packed = replace(padded, out=tmp_path / "packed", policy="packed")
-    train(random_store, padded, show=False)
+    packed = options(
+        tmp_path / "packed", policy="packed", batch_size=3, capacity=64, max_length=30, long_rows=long_rows, epochs=1,
+        mask_prompt=mask_prompt, mode="positional", eval_every=4,
+    )  # fmt: skip
     report = train(random_store, packed, show=False)
-    assert losses(packed.out) == pytest.approx(losses(padded.out), abs=1e-4)
-    assert report.tokens_seen == int(random_store.lengths[:102].sum())
+    lengths = random_store.lengths[:102]  # the training split
+    plan = plan_epoch(
+        lengths, policy="packed", batch_size=3, capacity=64, max_length=30, long_rows=long_rows, seed=123, tail="uneven"
+    )
+    torch.manual_seed(123)
+    stepper = Stepper(GPT2(SMALL), packed, ALONE)
+    collator = Collator(random_store.shards, pad_token_id=299, mask_prompt=mask_prompt, mode="positional")
+    expected, window = [], plan.packs(0)
+    for number in range(window.num_batches):
+        rows, starts, _ = window.batch(number)
+        inputs, targets = collator(rows)
+        starts = starts if len(starts) else np.zeros_like(rows)
+        inputs, targets = (  # each part as a row of its own
+            torch.stack([torch.nn.functional.pad(row[at : at + 30], (0, 30 - len(row[at : at + 30])), value=value)
+                         for row, at in zip(tensor, starts, strict=True)])
+            for tensor, value in ((inputs, 0), (targets, -100))
+        )  # fmt: skip
+        trained = int((targets != -100).sum())
+        batch = MicroBatch(inputs, targets, None, None, inputs.numel(), trained)
+        rate = learning_rate_at(number + 1, packed, window.num_batches)
+        expected.append(stepper.step([batch], trained, rate).item())
+    assert losses(packed.out) == pytest.approx(expected, abs=1e-5)
+    kept = lengths[lengths <= 30] if long_rows == "drop" else lengths
+    assert report.tokens_seen == int((kept if long_rows == "split" else np.minimum(kept, 30)).sum())
+    assert report.validation_loss is not None
 
 
-def test_rows_are_put_end_to_end_unless_padding_cannot_be_told() -> None:
-    inputs = torch.tensor([[1, 2, 9, 9], [3, 4, 5, 6], [7, 9, 9, 9]])
-    targets = torch.tensor([[2, 9, -100, -100], [-100, 5, 6, 9], [9, -100, -100, -100]])
-    batch = MicroBatch(inputs, targets, None, None, 7, 6)
-    packed = without_padding(batch, 9)
-    assert packed.inputs.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
-    assert packed.targets.tolist() == [[2, 9, -100, 5, 6, 9, 9]]
-    assert packed.position_ids is not None
-    assert packed.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, 0]]
-    assert packed.cu_seqlens is not None
-    assert (packed.cu_seqlens.tolist(), packed.cu_seqlens.dtype) == ([0, 2, 6, 7], torch.int32)
-    assert without_padding(batch._replace(num_useful=8), 9).cu_seqlens is None  # a row ends in the padding token
-    empty = torch.tensor([[-100, -100, -100, -100]])
-    assert without_padding(MicroBatch(inputs[:1], empty, None, None, 2, 1), 9).cu_seqlens is None
+@pytest.mark.usefixtures("small")
+def test_the_pack_is_the_context_unless_told_otherwise(random_store: TokenStore, tmp_path: Path) -> None:
+    def sizes(world_size: int = 1, **values: Any) -> tuple[Any, Any]:
+        ranks = Ranks(0, world_size, torch.device("cpu"), None)
+        loader = make_loader(random_store, options(tmp_path, policy="packed", **values), ranks, range(102), 64)
+        return tuple(next(iter(loader)).inputs.shape)  # type: ignore[return-value]
+
+    assert sizes() == sizes(world_size=2) == (1, 64)
+    assert sizes(batch_size=4, max_length=50) == (4, 50)
+    assert sizes(batch_size=4, world_size=2, capacity=100) == (2, 100)
+    assert sizes(max_tokens=300) == (4, 64)
+    with pytest.raises(InputError, match="max_tokens=60 holds no pack"):
+        sizes(max_tokens=60)
 
 
 @pytest.mark.usefixtures("small")
