@@ -15,12 +15,13 @@ import numpy.typing as npt
 import orjson
 import torch
 
-from fastcollate import kernels, list_kernels
+from fastcollate import kernels, list_kernels, pack_kernels
 from fastcollate.errors import InputError
 from fastcollate.table import Columns, Table, make_settings
 
 Int64Array = npt.NDArray[np.int64]
 Take = Callable[[int], Int64Array]
+_INT64 = np.dtype(np.int64)
 
 
 class Batch(NamedTuple):
@@ -100,6 +101,7 @@ class Collator:
             raise InputError(f"inputs_dtype={inputs_dtype}: choose torch.int64 or torch.int32")
         self.table = Table(shards, name=name)
         self.narrow = inputs_dtype == torch.int32
+        self._inputs_dtype = np.dtype(np.int32) if self.narrow else _INT64
         self.settings = make_settings(
             pad_token_id=pad_token_id,
             ignore_index=ignore_index,
@@ -129,7 +131,7 @@ class Collator:
             width = kernels.fill_padded(self.table.array, self.settings, numbers, out, report)
             if width < 0:
                 raise self.table.explain(int(numbers[-1 - width]))
-            num_cells = kernels.cells_of(len(numbers), width, self.narrow)[1]
+            num_cells = kernels.plain_cells_of(len(numbers), width, self.narrow)[1]
             if num_cells <= len(out):
                 return self.batch_at(out, 0, len(numbers), width)
             out = (take or _allocate)(num_cells)
@@ -150,18 +152,10 @@ class Collator:
 
     def batch_at(self, out: Int64Array, start: int, num_rows: int, width: int) -> Batch:
         """The tensors of a batch that a kernel has filled at `out[start:]`; views, nothing is copied."""
-        num_cells = num_rows * width
-        inputs: npt.NDArray[Any]
-        if self.narrow:
-            middle = start + kernels.cells_of(num_rows, width, True)[0]
-            inputs = out[start:middle].view(np.int32)[:num_cells]
-        else:
-            middle = start + (num_cells + 7 & -8)
-            inputs = out[start : start + num_cells]
-        targets = out[middle : middle + num_cells]
-        return Batch(
-            torch.from_numpy(inputs.reshape(num_rows, width)), torch.from_numpy(targets.reshape(num_rows, width))
-        )
+        shape, middle = (num_rows, width), start + kernels.plain_cells_of(num_rows, width, self.narrow)[0]
+        inputs: npt.NDArray[Any] = np.ndarray(shape, self._inputs_dtype, out, 8 * start)
+        targets: npt.NDArray[Any] = np.ndarray(shape, _INT64, out, 8 * middle)  # cheaper than a slice and a reshape
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
     def pack(
         self,
@@ -203,7 +197,7 @@ class Collator:
         batches = np.array([0, len(packs) - 1])
         out = (take or _allocate)(self.packed_cells(len(packs) - 1, capacity, len(numbers)))
         self.fill_packed_group(numbers, firsts, packs, batches, capacity, out, report)
-        return self.packed_batch_at(out, len(packs) - 1, report[0])
+        return self.packed_batch_at(out, len(packs) - 1, report[0].tolist())
 
     def fill_packed_group(
         self,
@@ -215,7 +209,7 @@ class Collator:
         out: Int64Array,
         report: Int64Array,
     ) -> int:
-        """Fill as many packed batches as `out` holds in one kernel call; see `kernels.fill_packed_group`.
+        """Fill as many packed batches as `out` holds in one kernel call; see `pack_kernels.fill_packed_group`.
 
         Returns:
             The number of batches filled; 0 where `out` has fewer cells than the `packed_cells` of the first.
@@ -223,7 +217,7 @@ class Collator:
         Raises:
             InputError: a row does not exist, its shard is damaged, or it does not fit its pack.
         """
-        filled = kernels.fill_packed_group(
+        filled = pack_kernels.fill_packed_group(
             self.table.array, self.settings, rows, starts, packs, batches, capacity, out, report
         )
         if filled < 0:
@@ -235,12 +229,12 @@ class Collator:
         if num_packs * capacity >= 1 << 31:
             raise InputError(f"{num_packs} packs of {capacity} cells: cu_seqlens is int32, so a batch ends at 2**31")
         limit = min(int(self.settings[kernels.LIMIT]), capacity)
-        return int(kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self.narrow)[3])
+        return int(pack_kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self.narrow)[3])
 
-    def packed_batch_at(self, out: Int64Array, num_packs: int, line: Int64Array) -> PackedBatch:
+    def packed_batch_at(self, out: Int64Array, num_packs: int, line: Sequence[int]) -> PackedBatch:
         """The tensors of a packed batch that a kernel has filled, with its line of the report; nothing is copied."""
-        capacity, start, num_segments = (int(line[i]) for i in (kernels.WIDTH, kernels.START, kernels.SEGMENTS))
-        places = kernels.packed_cells_of(num_packs, capacity, 0, capacity, self.narrow)
+        capacity, start, num_segments = line[kernels.WIDTH], line[kernels.START], line[kernels.SEGMENTS]
+        places = pack_kernels.packed_cells_of(num_packs, capacity, 0, capacity, self.narrow)
         targets, positions, segments = (start + place for place in places[:3])
         inputs: npt.NDArray[Any] = out[start:targets]
         if self.narrow:
@@ -355,7 +349,7 @@ def _collate_rows(rows: _Rows, settings: Int64Array) -> Batch:
     limit = int(settings[kernels.LIMIT])
     width = min(width, limit) if limit >= 0 else max(width + limit, 0)
     num_cells = num_rows * width
-    middle, end = kernels.cells_of(num_rows, width, False)
+    middle, end = kernels.plain_cells_of(num_rows, width, False)
     out = np.empty(end, np.int64)
     report = np.empty(kernels.REPORT_COLUMNS, np.int64)
     found = kernels.fill_padded(table, settings, np.arange(num_rows), out, report)

@@ -1,4 +1,4 @@
-"""Numba loops that read rows and fill batches: over caller-owned arrays, and nothing else.
+"""Numba loops that read rows and fill padded batches: over caller-owned arrays, and nothing else.
 
 The callers validate, size and allocate; a kernel only loops. `jit.py` says how they are compiled.
 
@@ -31,7 +31,13 @@ WIDTH, START, REAL, TRAINED, CORNERS, SEGMENTS = range(6)
 REPORT_COLUMNS = 6
 
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
+# Columns of the places of a batch's rows: address of the first token, length, tokens readable from there, shard.
+AT, LENGTH, READABLE, SHARD = range(4)
+PLACE_COLUMNS = 4
+
+STRIDE = 16  # cells that a vectorized loop handles a turn
 AHEAD = 8  # rows whose tokens are asked for before they are filled
+FAR_AHEAD = 16  # rows whose offsets are asked for before they are read
 ALIGNMENT = 8  # int64 cells in a cache line: each batch of a group starts on one
 
 
@@ -67,90 +73,131 @@ def _bounds(table: Any, shard: int, row: int, offsets: int = OFFSETS, total: int
 
 
 @kernel
-def _prefetch_row(table: Any, shard: int, begin: int, length: int) -> None:
-    """Ask for a row's first kilobyte of tokens."""
-    address = table[shard, TOKENS] + begin * table[shard, TOKEN_SIZE]
-    for line in range(0, min(length * table[shard, TOKEN_SIZE] + 63, 1024), 64):
-        prefetch(address + line)
+def _prefetch(address: int, size: int) -> None:
+    """Ask for the cache lines of `size` bytes, of a kilobyte at most: the processor finds the rest itself."""
+    for line in range(address & -64, address + min(size, 1024), 64):
+        prefetch(line)
+
+
+@kernel
+def locate(table: Any, rows: Any, places: Any) -> int:
+    """Write where each row lies; its offsets are checked here, once.
+
+    Asks for the first rows' tokens on the way, so that the fill finds them in the cache.
+
+    Returns:
+        Length of the longest row, or `-1 - i` where `rows[i]` does not exist or its offsets are broken.
+    """
+    longest = shard = 0
+    first_row = num_rows = offsets_at = tokens_at = num_tokens = size = np.int64(0)
+    for i in range(len(rows)):
+        local = rows[i] - first_row
+        if local < 0 or local >= num_rows:
+            shard = _shard_of(table, rows[i], shard)
+            if shard < 0:
+                return -1 - i
+            first_row, num_rows, offsets_at = table[shard, FIRST_ROW], table[shard, NUM_ROWS], table[shard, OFFSETS]
+            tokens_at, num_tokens, size = table[shard, TOKENS], table[shard, NUM_TOKENS], table[shard, TOKEN_SIZE]
+            local = rows[i] - first_row
+        if i + FAR_AHEAD < len(rows):
+            ahead = rows[i + FAR_AHEAD] - first_row
+            if 0 <= ahead < num_rows:
+                prefetch(offsets_at + 8 * ahead)
+        offsets = view(offsets_at + 8 * local, 2, np.int64)
+        begin, end = offsets[0], offsets[1]
+        if begin < 0 or end < begin or end > num_tokens:
+            return -1 - i
+        length, at = end - begin, tokens_at + begin * size
+        if i < AHEAD:
+            _prefetch(at, length * size)
+        places[i, AT], places[i, LENGTH], places[i, READABLE], places[i, SHARD] = at, length, num_tokens - begin, shard
+        longest = max(longest, length)
+    return longest
+
+
+@kernel
+def prefetch_place(table: Any, places: Any, i: int) -> None:
+    """Ask for the tokens of the `i`-th row, if there is one."""
+    if i < len(places):
+        _prefetch(places[i, AT], places[i, LENGTH] * table[places[i, SHARD], TOKEN_SIZE])
 
 
 @kernel
 def widest(table: Any, rows: Any) -> int:
-    """Length of the longest of `rows`, or `-1 - i` where `rows[i]` does not exist or its offsets are broken.
-
-    Asks for each row's first tokens on the way, so that the fill finds them in the cache.
-    """
-    longest = 0
-    shard = 0
-    for i in range(len(rows)):
-        shard = _shard_of(table, rows[i], max(shard, 0))
-        if shard < 0:
-            return -1 - i
-        begin, length = _bounds(table, shard, rows[i])
-        if length < 0:
-            return -1 - i
-        if i < AHEAD:
-            _prefetch_row(table, shard, begin, length)
-        longest = max(longest, length)
-    return longest
+    """Length of the longest of `rows`, or `-1 - i` where `rows[i]` does not exist or its offsets are broken."""
+    return locate(table, rows, np.empty((len(rows), PLACE_COLUMNS), np.int64))
 
 
 # ------------------------------------------------------------------------------------------------- filling rows
 
 
 @kernel
-def _fill(destination: Any, value: int) -> None:
-    """Write `value` everywhere."""
-    for j in range(np.uint64(len(destination))):
-        destination[j] = value
+def _rounded(count: int, most: int) -> int:
+    """`count` in whole strides, or as it is where those are more than `most`: a vectorized loop without a rest."""
+    whole = (count + STRIDE - 1) & -STRIDE
+    return whole if whole <= most else count
 
 
 @kernel
-def _convert(source: Any, pad: int, inputs: Any, targets: Any) -> bool:
-    """Copy to two arrays of the source's length at once; returns whether a token is `pad`."""
-    found = 0
-    for j in range(np.uint64(len(source))):  # an unsigned bound cannot wrap around, so that LLVM vectorizes
-        token = np.int64(source[j])
-        inputs[j] = token
-        targets[j] = token
-        found |= token == pad
-    return found != 0
+def fill_row(
+    token: Any, cell: Any, at: int, length: int, readable: int, start: int, width: int, inputs_at: int,
+    targets_at: int, writable: int, pad: int, ignore: int, reference: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Fill one row's columns from `start` on; prompts are masked afterwards, by `mask_row`.
 
+    Column `c` holds token `c` as input and token `c + 1` as target; token `length` is the end-of-text, what follows
+    is padding. Takes numbers and addresses only, and calls nothing in the usual case: an array argument a row costs
+    more than the row.
 
-@kernel
-def _copy_tokens(tokens: Any, start: int, settings: Any, inputs: Any, targets: Any, report: Any) -> int:
-    """Columns `start`, `start + 1`, ... of one row's inputs and targets; returns how many targets are trained.
+    Args:
+        token: the tokens' dtype.
+        cell: the inputs' dtype.
+        at: address of the row's first token.
+        length: tokens of the row.
+        readable: tokens of the shard from `at` on.
+        start: the row's column that is filled first.
+        width: columns to fill.
+        inputs_at: address of the row's inputs.
+        targets_at: address of the row's targets, int64.
+        writable: cells from there on that may be written; those beyond `width` are left as they happen to be.
+        pad: see the settings; and so `ignore` and `reference`.
 
-    Column `c` holds token `c` as input and token `c + 1` as target; token `len(tokens)` is the end-of-text, what
-    follows is padding.
+    Returns:
+        How many targets are trained, and the corners met.
     """
-    pad, ignore = settings[PAD], settings[IGNORE]
-    length, width = len(tokens), len(inputs)
-    copied = min(max(length - start, 0), width)
-    shifted = min(max(length - start - 1, 0), width)
-    # Whole rows are overwritten: a loop of a batch's width is predicted, one of each row's own length is not.
-    _fill(inputs, pad)
-    _fill(targets, ignore)
-    found = False
-    if copied > 0:
-        inputs[0] = tokens[start]
-        end = start + copied
-        found = _convert(tokens[start + 1 : end], pad, inputs[1:copied], targets[: copied - 1])
-        if shifted == copied:
-            targets[shifted - 1] = tokens[end]
-    trained = shifted
-    if shifted < width and start + shifted + 1 == max(length, settings[REFERENCE]):
+    tokens, inputs, targets = (
+        view(at, readable, token),
+        view(inputs_at, writable, cell),
+        view(targets_at, writable, np.int64),
+    )
+    copied, shifted = min(max(length - start, 0), width), min(max(length - start - 1, 0), width)
+    most = min(readable - 1 - start, writable)
+    end = _rounded(copied, most)
+    if end > most:  # the row ends its shard: the target after the last token is not there to be read
+        end = shifted
+        if copied > shifted:
+            inputs[shifted] = np.int64(tokens[start + shifted])
+    first, second = tokens[start:], tokens[start + 1 :]
+    found = 0
+    for j in range(np.uint64(end)):  # an unsigned bound cannot wrap around, so that LLVM vectorizes
+        inputs[j] = np.int64(first[j])
+        target = np.int64(second[j])
+        targets[j] = target
+        found |= target == pad
+    rest_inputs, rest_targets = inputs[copied:], targets[copied:]
+    for j in range(np.uint64(_rounded(width - copied, writable - copied))):
+        rest_inputs[j] = pad
+        rest_targets[j] = ignore
+    trained, corners = shifted, 0
+    if shifted < width and start + shifted + 1 == max(length, reference):
         targets[shifted] = pad
         trained += 1
-        if length == 0:  # the reference trains an empty row's first padding token
-            report[CORNERS] += 1
-    if settings[REFERENCE] != 0 and length > 1:
-        if copied < length:  # cut: what lies beyond the cut, or before it, counts as well
-            found = _holds(tokens[1:], pad)
-        if found:
-            report[CORNERS] += 1
-            trained -= _ignore_later_pads(tokens, start, settings, targets)
-    return trained
+        corners += length == 0  # the reference trains an empty row's first padding token
+    # What lies beyond a cut, or before it, counts as well; what was read beyond the row does not.
+    if reference != 0 and length > 1 and (found != 0 or copied < length) and _holds(tokens[1:length], pad):
+        corners += 1
+        trained -= _ignore_later_pads(tokens[:length], start, pad, ignore, targets[:width])
+    return trained, corners
 
 
 @kernel
@@ -163,9 +210,8 @@ def _holds(tokens: Any, pad: int) -> bool:
 
 
 @kernel
-def _ignore_later_pads(tokens: Any, start: int, settings: Any, targets: Any) -> int:
+def _ignore_later_pads(tokens: Any, start: int, pad: int, ignore: int, targets: Any) -> int:
     """Ignore what the reference takes for padding: each `pad` in the targets after the row's first one."""
-    pad, ignore = settings[PAD], settings[IGNORE]
     first = 1
     while tokens[first] != pad:
         first += 1
@@ -231,23 +277,10 @@ def _spans_fit(spans: Any, length: int) -> bool:
 
 
 @kernel
-def _fill_row(
-    table: Any, shard: int, row: int, start: int, padded: int, settings: Any, inputs: Any, targets: Any, report: Any
+def mask_row(
+    table: Any, shard: int, row: int, length: int, start: int, padded: int, settings: Any, targets: Any, report: Any
 ) -> int:
-    """Fill one row's columns from `start` on; returns how many targets are trained, or -1 where the row is broken."""
-    begin, length = _bounds(table, shard, row)
-    if length < 0:
-        return -1
-    size = table[shard, TOKEN_SIZE]
-    address = table[shard, TOKENS] + begin * size
-    if size == 2:
-        trained = _copy_tokens(view(address, length, np.uint16), start, settings, inputs, targets, report)
-    elif size == 4:
-        trained = _copy_tokens(view(address, length, np.uint32), start, settings, inputs, targets, report)
-    else:
-        trained = _copy_tokens(view(address, length, np.int64), start, settings, inputs, targets, report)
-    if settings[MASK] == 0:
-        return trained
+    """Ignore a row's prompts; returns how many of their targets were trained, or -1 where its spans are broken."""
     first, count = _bounds(table, shard, row, SPAN_OFFSETS, NUM_SPANS)
     if count < 0:
         return -1
@@ -257,33 +290,50 @@ def _fill_row(
         spans = view(address, count, np.uint32)
         if not _spans_fit(spans, length):
             return -1
-        return trained - _mask_prompts(spans, length, padded, start, settings, targets, report)
-    return trained - _mask_prompts(
+        return _mask_prompts(spans, length, padded, start, settings, targets, report)
+    return _mask_prompts(
         view(address, count, np.int64), length, padded, start, settings, targets, report
     )  # prompt lengths of a drop-in call: any integer is legal
 
 
 @kernel
 def _fill_rows(
-    table: Any, settings: Any, rows: Any, padded: int, width: int, inputs: Any, targets: Any, report: Any
-) -> int:
-    """Fill `(len(rows), width)` inputs and targets, given flat; returns 0, or `-1 - i` where `rows[i]` is broken."""
-    shard = 0
+    table: Any, settings: Any, rows: Any, places: Any, padded: int, width: int, inputs_at: int, cell: Any,
+    targets_at: int, report: Any,
+) -> int:  # fmt: skip
+    """Fill `(len(rows), width)` inputs and targets; returns 0, or `-1 - i` where `rows[i]` is broken."""
     report[REAL:] = 0
+    pad, ignore, reference, mask = settings[PAD], settings[IGNORE], settings[REFERENCE], settings[MASK]
+    left, cell_size = settings[LEFT] != 0, 4 if settings[NARROW] != 0 else 8
+    sum_real = sum_trained = sum_corners = 0
     for i in range(len(rows)):
-        if i + AHEAD < len(rows):
-            ahead = _shard_of(table, rows[i + AHEAD], shard)
-            begin, length = _bounds(table, ahead, rows[i + AHEAD])
-            _prefetch_row(table, ahead, begin, length)
-        shard = _shard_of(table, rows[i], shard)
-        length = _bounds(table, shard, rows[i])[1]
-        start = max(length - width, 0) if settings[LEFT] != 0 else 0
-        a, b = i * width, (i + 1) * width
-        trained = _fill_row(table, shard, rows[i], start, padded, settings, inputs[a:b], targets[a:b], report)
-        if trained < 0:
-            return -1 - i
-        report[REAL] += min(length, width)
-        report[TRAINED] += trained
+        prefetch_place(table, places, i + AHEAD)
+        shard, length = places[i, SHARD], places[i, LENGTH]
+        start = max(length - width, 0) if left else 0
+        done, writable = i * width, (len(rows) - i) * width
+        row = (
+            places[i, AT], length, places[i, READABLE], start, width,
+            inputs_at + cell_size * done, targets_at + 8 * done, writable, pad, ignore, reference,
+        )  # fmt: skip
+        size = table[shard, TOKEN_SIZE]
+        if size == 2:
+            trained, corners = fill_row(np.uint16, cell, *row)
+        elif size == 4:
+            trained, corners = fill_row(np.uint32, cell, *row)
+        else:
+            trained, corners = fill_row(np.int64, cell, *row)
+        if mask != 0:
+            targets = view(targets_at + 8 * done, width, np.int64)
+            masked = mask_row(table, shard, rows[i], length, start, padded, settings, targets, report)
+            if masked < 0:
+                return -1 - i
+            trained -= masked
+        sum_real += min(length, width)
+        sum_trained += trained
+        sum_corners += corners
+    report[REAL] += sum_real
+    report[TRAINED] += sum_trained
+    report[CORNERS] += sum_corners
     return 0
 
 
@@ -293,8 +343,7 @@ def _width_of(padded: int, limit: int) -> int:
     return min(padded, limit) if limit >= 0 else max(padded + limit, 0)
 
 
-@kernel
-def cells_of(num_rows: int, width: int, narrow: int) -> tuple[int, int]:
+def plain_cells_of(num_rows: int, width: int, narrow: int) -> tuple[int, int]:
     """Where the targets start and the batch ends in a buffer, in int64 cells from the inputs' start."""
     inputs = num_rows * width
     if narrow != 0:
@@ -304,10 +353,14 @@ def cells_of(num_rows: int, width: int, narrow: int) -> tuple[int, int]:
     return targets, end
 
 
+cells_of = kernel(plain_cells_of)  # for kernels; a compiled function costs plain Python more than this one
+
+
 @kernel
 def _fill_next(table: Any, settings: Any, rows: Any, start: int, out: Any, report: Any) -> int:
     """Fill one batch at `out[start:]` if it fits; returns where it ends, or `-1 - i` where `rows[i]` is broken."""
-    padded = widest(table, rows)
+    places = np.empty((len(rows), PLACE_COLUMNS), np.int64)
+    padded = locate(table, rows, places)
     if padded < 0:
         return padded
     width = _width_of(padded, settings[LIMIT])
@@ -316,11 +369,11 @@ def _fill_next(table: Any, settings: Any, rows: Any, start: int, out: Any, repor
     end = start + cells
     if end > len(out):
         return end
-    inputs, targets = out[start : start + targets_at], out[start + targets_at : end]
+    at = out.ctypes.data + 8 * start
     if settings[NARROW] != 0:
-        status = _fill_rows(table, settings, rows, padded, width, inputs.view(np.int32), targets, report)
+        status = _fill_rows(table, settings, rows, places, padded, width, at, np.int32, at + 8 * targets_at, report)
     else:
-        status = _fill_rows(table, settings, rows, padded, width, inputs, targets, report)
+        status = _fill_rows(table, settings, rows, places, padded, width, at, np.int64, at + 8 * targets_at, report)
     return status if status < 0 else end
 
 
@@ -367,134 +420,3 @@ def fill_padded_group(table: Any, settings: Any, rows: Any, bounds: Any, out: An
             return b
         start = end
     return len(bounds) - 1
-
-
-# ------------------------------------------------------------------------------------------------- filling packs
-
-
-@kernel
-def packed_cells_of(num_packs: int, capacity: int, num_rows: int, limit: int, narrow: int) -> tuple[int, int, int, int]:
-    """Where targets, positions and segment bounds start and a packed batch ends, in int64 cells from its start."""
-    targets, positions = cells_of(num_packs, capacity, narrow)
-    bounds = positions + (positions - targets)
-    num_bounds = num_rows + num_packs * ((capacity + limit - 1) // limit) + 1  # int32: two in a cell
-    return targets, positions, bounds, bounds + (num_bounds + 2 * ALIGNMENT - 1) // (2 * ALIGNMENT) * ALIGNMENT
-
-
-@kernel
-def _fill_pack(
-    table: Any, settings: Any, rows: Any, starts: Any, limit: int, start: int, inputs: Any, targets: Any,
-    positions: Any, segments: Any, report: Any,
-) -> int:  # fmt: skip
-    """Fill one pack, whose first cell is `start`; returns 0, or `-1 - i` where `rows[i]` is broken or does not fit."""
-    shard = column = 0
-    count = report[SEGMENTS]
-    for i in range(len(rows)):
-        shard = _shard_of(table, rows[i], shard)
-        if shard < 0:
-            return -1 - i
-        length = _bounds(table, shard, rows[i])[1]
-        first = starts[i] if len(starts) > 0 else max(length - limit, 0) * settings[LEFT]
-        width = min(length - first, limit)
-        if first < 0 or width < 0 or column + width > len(inputs):  # a length of -1 is below any start
-            return -1 - i
-        if width == 0:
-            continue
-        a, b = column, column + width
-        trained = _fill_row(table, shard, rows[i], first, length, settings, inputs[a:b], targets[a:b], report)
-        if trained < 0:
-            return -1 - i
-        for j in range(np.uint64(width)):
-            positions[column + j] = j
-        column = b
-        count += 1
-        segments[count] = start + b
-        report[REAL] += width
-        report[TRAINED] += trained
-    _fill(inputs[column:], settings[PAD])
-    _fill(targets[column:], settings[IGNORE])
-    while column < len(inputs):
-        end = min(column + limit, len(inputs))
-        for j in range(np.uint64(end - column)):
-            positions[column + j] = j
-        column = end
-        count += 1
-        segments[count] = start + end
-    report[SEGMENTS] = count
-    return 0
-
-
-@kernel
-def _fill_packs(
-    table: Any, settings: Any, rows: Any, starts: Any, packs: Any, inputs: Any, targets: Any, positions: Any,
-    segments: Any, report: Any,
-) -> int:  # fmt: skip
-    """Fill one batch, given flat; returns 0, or `-1 - i` where `rows[i]` is broken or does not fit."""
-    capacity = report[WIDTH]
-    limit = min(settings[LIMIT], capacity)
-    segments[0] = 0
-    for p in range(len(packs) - 1):
-        a, b, i, j = packs[p], packs[p + 1], p * capacity, (p + 1) * capacity
-        status = _fill_pack(
-            table,
-            settings,
-            rows[a:b],
-            starts[a:b],
-            limit,
-            i,
-            inputs[i:j],
-            targets[i:j],
-            positions[i:j],
-            segments,
-            report,
-        )
-        if status < 0:
-            return int(status - a)
-    return 0
-
-
-@kernel
-def fill_packed_group(
-    table: Any, settings: Any, rows: Any, starts: Any, packs: Any, batches: Any, capacity: int, out: Any, report: Any
-) -> int:
-    """Fill as many packed batches as `out` holds, one after another.
-
-    Each row is filled as in a batch of its own; unused cells become segments no longer than a row may be.
-
-    Args:
-        table: see `fill_padded`.
-        settings: see `fill_padded`.
-        rows: int64, row numbers, pack after pack.
-        starts: int64, each row's first token here; empty where each row is cut as `LEFT` says.
-        packs: int64 `(num_packs + 1,)`: pack `p` is `rows[packs[p]:packs[p + 1]]`.
-        batches: int64 `(num_batches + 1,)`: batch `b` is the packs `batches[b]` to `batches[b + 1]`.
-        capacity: cells a pack.
-        out: int64, any size; a batch is inputs, targets, positions, and segment bounds as int32, at the places that
-            `packed_cells_of` says.
-        report: see `fill_padded_group`.
-
-    Returns:
-        The number of batches filled, or `-1 - i` where `rows[i]` is broken or does not fit its pack.
-    """
-    at = 0
-    for b in range(len(batches) - 1):
-        own = packs[batches[b] : batches[b + 1] + 1]
-        num_rows = own[len(own) - 1] - own[0]
-        limit, narrow = min(settings[LIMIT], capacity), settings[NARROW]
-        targets_at, positions_at, segments_at, end = packed_cells_of(len(own) - 1, capacity, num_rows, limit, narrow)
-        report[b] = 0
-        report[b, WIDTH], report[b, START] = capacity, at
-        if at + end > len(out):
-            return b
-        targets, positions = out[at + targets_at : at + positions_at], out[at + positions_at : at + segments_at]
-        segments = out[at + segments_at : at + end].view(np.int32)
-        inputs = out[at : at + targets_at]
-        if narrow != 0:
-            narrowed = inputs.view(np.int32)
-            status = _fill_packs(table, settings, rows, starts, own, narrowed, targets, positions, segments, report[b])
-        else:
-            status = _fill_packs(table, settings, rows, starts, own, inputs, targets, positions, segments, report[b])
-        if status < 0:
-            return status
-        at += end
-    return len(batches) - 1

@@ -30,6 +30,7 @@ TESTS = {
         "test_kernel_speed.py",
         "test_verify.py",
     ],
+    "pack_kernels": ["test_packing.py", "test_loader.py"],
     "plan_kernels": ["test_plan_properties.py", "test_packing.py", "test_loader.py", "test_kernel_speed.py"],
     "collate": ["test_collate.py", "test_loader.py", "test_verify.py"],
     "plan": ["test_plan_properties.py", "test_loader.py", "test_integrations_pytorch.py"],
