@@ -19,16 +19,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.records import BadRecord, Records, lines_of, parse_block
+from fastcollate.backends import Texts
+from fastcollate.fields import FlatRecords
+from fastcollate.records import BadRecord, Records, lines_of, parse_block, parse_pieces
 from fastcollate.sources import Block
 from fastcollate.store import ShardColumns, ShardInfo, shard_name, token_dtype, write_shard
 from fastcollate.templates import BadRecordError, Template, load_template
-from fastcollate.tokenizer import Tokenizer, load_tokenizer, without_surrogates
+from fastcollate.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What decides the rows of a job, besides its sources; picklable."""
+    """What decides the rows of a job, besides its sources; picklable.
+
+    `backend` and `scan` (read plain JSON records by compiled code) decide only how fast they come.
+    """
 
     template: str
     tokenizer: str
@@ -38,9 +43,10 @@ class JobSpec:
     max_length: int | None = None
     long_prompt: str = "reject"
     special_text: str = "reject"
+    scan: bool = False
 
     def options(self) -> dict[str, Any]:
-        """The options that a store records; the backend is not among them, for it changes no id."""
+        """The options that a store records; what changes no row is not among them."""
         return {
             "boundary": self.boundary,
             "max_length": self.max_length,
@@ -97,11 +103,11 @@ class _Rows(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """All rows' texts end to end; `starts` `(num_rows + 1,)` says where each row's begin."""
+    """All rows' texts end to end; `starts` `(num_rows + 1,)` says where each row's begin; `rows` are their places."""
 
-    texts: list[str]
+    texts: Texts
     starts: npt.NDArray[np.int64]
-    rows: Sequence[int]
+    rows: npt.NDArray[np.uint64]
 
 
 def encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
@@ -123,19 +129,25 @@ def encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
     return result
 
 
+def warm_up(spec: JobSpec) -> None:
+    """Load what blocks need, so that forked workers share it."""
+    load_tokenizer(spec.tokenizer, spec.backend)
+    recipe = load_template(spec.template, spec.fields).recipe()
+    if spec.scan and recipe is not None:
+        FlatRecords(b"{}", in_array=False, num_rows=1, recipe=recipe).write()
+
+
 def _encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
     tokenizer = load_tokenizer(spec.tokenizer, spec.backend)
     template = load_template(spec.template, spec.fields)
     data = block.read()
-    parsed = parse_block(block, data)
-    bad = list(parsed.bad)
-    if block.fault:
-        bad.append(BadRecord(block.first_row, block.first_line, block.fault))
-    parts = _texts(parsed, template, tokenizer if spec.special_text == "reject" else None, bad)
+    bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
+    special_texts = tokenizer.special_texts if spec.special_text == "reject" else ()
+    parts = _texts(block, data, template, special_texts, bad, scan=spec.scan)
     counts = Counts()
-    started = time.perf_counter()
+    started = time.thread_time()
     encoded = tokenizer.encode_batch(parts.texts)
-    seconds = time.perf_counter() - started
+    seconds = time.thread_time() - started
     tokenizer.check(parts.texts, encoded, seed=block.index)
     rows = _mark(parts, encoded.ids, encoded.offsets, tokenizer, template, spec, counts)
     rows = _limit_prompts(rows, spec, counts, bad)
@@ -150,17 +162,37 @@ def _encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
     return BlockResult(block.index, block.source, digest, shard, counts, bad, seconds)
 
 
-def _texts(parsed: Records, template: Template, guarded: Tokenizer | None, bad: list[BadRecord]) -> _Parts:
+def _texts(
+    block: Block,
+    data: bytes,
+    template: Template,
+    special_texts: Sequence[str],
+    bad: list[BadRecord],
+    *,
+    scan: bool,
+) -> _Parts:
     """The rows' texts; records that give none go to `bad`."""
-    special = re.compile("|".join(map(re.escape, guarded.special_texts))) if guarded else None
+    special = re.compile("|".join(map(re.escape, special_texts))) if special_texts else None
+    recipe = template.recipe()
+    if recipe is not None and scan and block.kind != "arrow":
+        flat = FlatRecords(data, in_array=block.kind != "lines", num_rows=block.num_rows, recipe=recipe)
+        if flat.agrees:
+            return _flat_texts(block, data, flat, template, special, bad)
+    parsed = parse_block(block, data)
+    bad += parsed.bad
     columns = template.columns(parsed.records) if parsed.records else None
     if columns is not None:
         texts = list(chain.from_iterable(zip(columns.prompts, columns.responses, strict=True)))
-        joined = "" if guarded is None else "\0".join(texts)
-        if guarded is None or not any(name in joined for name in guarded.special_texts):
-            del joined
-            return _Parts(texts, np.arange(len(parsed.records) + 1, dtype=np.int64) * 2, parsed.rows)
-    texts, starts, rows = [], [0], []
+        if special is None or not special.search("".join(texts)):
+            rows = np.fromiter(parsed.rows, np.uint64, len(parsed.rows))
+            return _Parts(Texts(texts), np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
+    return _parsed_texts(parsed, template, special, bad)
+
+
+def _parsed_texts(parsed: Records, template: Template, special: re.Pattern[str] | None, bad: list[BadRecord]) -> _Parts:
+    """Texts record by record."""
+    texts: list[str] = []
+    starts, rows = [0], []
     for record, row in zip(parsed.records, parsed.rows, strict=True):
         try:
             parts = template.parts(record)
@@ -175,15 +207,56 @@ def _texts(parsed: Records, template: Template, guarded: Tokenizer | None, bad: 
         texts += parts
         starts.append(len(texts))
         rows.append(row)
-    return _Parts([_clean(text) for text in texts], np.array(starts, np.int64), rows)
+    return _Parts(Texts(texts), np.array(starts, np.int64), np.array(rows, np.uint64))
 
 
-def _clean(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return without_surrogates(text)
-    return text
+def _flat_texts(
+    block: Block,
+    data: bytes,
+    flat: FlatRecords,
+    template: Template,
+    special: re.Pattern[str] | None,
+    bad: list[BadRecord],
+) -> _Parts:
+    """Texts of regular records without parsing them, those of all others record by record."""
+    texts, offsets = flat.write()
+    if special is not None:
+        pattern = re.compile(special.pattern.encode())
+        places = [match.start() for match in pattern.finditer(texts, 0, int(offsets[-1]))]
+        if places:
+            hit = np.searchsorted(offsets[::2], places, side="right") - 1
+            flat.regular[np.flatnonzero(flat.regular)[hit]] = False
+            texts, offsets = flat.write()
+    rows = np.flatnonzero(flat.regular).astype(np.uint64) + np.uint64(block.first_row)
+    parts = _Parts(Texts(data=texts, offsets=offsets), np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
+    irregular = np.flatnonzero(~flat.regular)
+    if not len(irregular):
+        return parts
+    bounds = zip(irregular.tolist(), flat.bounds[irregular].tolist(), strict=True)
+    parsed = parse_pieces(block, ((row, data[start:stop]) for row, (start, stop) in bounds))
+    bad += parsed.bad
+    return _merge(parts, _parsed_texts(parsed, template, special, bad))
+
+
+def _merge(flat: _Parts, parsed: _Parts) -> _Parts:
+    """Both in the order of their rows, two texts a row."""
+    if not len(parsed.rows):
+        return flat
+    offsets = flat.texts.offsets
+    assert offsets is not None
+    encoded = [text.encode() for text in parsed.texts]
+    before = np.searchsorted(flat.rows, parsed.rows)  # flat rows that go first
+    pieces: list[bytes | memoryview] = []
+    last, view = 0, memoryview(flat.texts.data)
+    for index, count in enumerate(before.tolist()):
+        pieces += [view[int(offsets[2 * last]) : int(offsets[2 * count])], *encoded[2 * index : 2 * index + 2]]
+        last = count
+    pieces.append(view[int(offsets[2 * last]) : int(offsets[-1])])
+    sizes = np.array([len(text) for text in encoded], np.int64).reshape(-1, 2)
+    sizes = np.insert(np.diff(offsets).reshape(-1, 2), before, sizes, axis=0)
+    rows = np.insert(flat.rows, before, parsed.rows)
+    texts = Texts(data=b"".join(pieces), offsets=_starts(sizes.reshape(-1)))
+    return _Parts(texts, np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
 
 
 def _mark(
@@ -209,16 +282,14 @@ def _mark(
     num_parts = np.diff(starts)
     for row in np.flatnonzero(num_parts % 2).tolist():
         spans[starts[row + 1] - 1] += 1  # a last prompt also covers the end-of-text
-    source_row = np.fromiter(parts.rows, np.uint64, len(parts.rows))
-    if not replaced:
-        return _Rows(ids, row_offsets, spans, starts, source_row)
-    return _with_replaced(_Rows(ids, row_offsets, spans, starts, source_row), replaced)
+    rows = _Rows(ids, row_offsets, spans, starts, parts.rows)
+    return _with_replaced(rows, replaced) if replaced else rows
 
 
-def _rows_that_join(texts: list[str], starts: npt.NDArray[np.int64], tokenizer: Tokenizer) -> list[int]:
+def _rows_that_join(texts: Texts, starts: npt.NDArray[np.int64], tokenizer: Tokenizer) -> list[int]:
     """Rows of which not all neighbouring parts provably tokenize apart."""
     if np.all(np.diff(starts) == 2):
-        return tokenizer.joins(texts[0::2], texts[1::2])
+        return tokenizer.pairs_that_join(texts)
     joined = []
     for row, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
         pieces = texts[start:stop]

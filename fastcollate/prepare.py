@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastcollate.encode import BlockResult, Counts, JobSpec, encode_block
+from fastcollate.encode import BlockResult, Counts, JobSpec, encode_block, warm_up
 from fastcollate.errors import InputError, import_extra
 from fastcollate.journal import JobLock, Journal
 from fastcollate.progress import progress_bar
@@ -42,6 +42,7 @@ from fastcollate.templates import load_template
 from fastcollate.tokenizer import load_tokenizer
 
 SKIPPED = "skipped.txt"
+_SCAN_BYTES = 16 << 20  # of smaller sources all records are parsed: loading compiled code would take longer
 _CHOICES = {
     "boundary": ("reference", "exact"),
     "on_error": ("raise", "skip"),
@@ -134,8 +135,11 @@ def prepare(
             raise InputError(f"{name}={value!r}: choose one of {', '.join(_CHOICES[name])}")
     if workers is not None and workers < 1:
         raise InputError(f"workers={workers}: at least 1")
-    spec = JobSpec(template, tokenizer, backend, dict(fields or {}), boundary, max_length, long_prompt, special_text)
-    job = _Job(find_sources(sources), Path(store), spec, on_error, progress)
+    found = find_sources(sources)
+    scan = sum(source.num_bytes for source in found) >= _SCAN_BYTES
+    fields = dict(fields or {})
+    spec = JobSpec(template, tokenizer, backend, fields, boundary, max_length, long_prompt, special_text, scan)
+    job = _Job(found, Path(store), spec, on_error, progress)
     is_new = not job.root.exists()
     try:
         with JobLock(job.root) as lock:
@@ -331,6 +335,7 @@ def _local_runner(workers: int | None, lock: int) -> Runner:
             for block in chain(head, blocks):
                 yield block, encode_block(block, spec, root)
             return
+        warm_up(spec)
         is_safe = sys.platform == "linux" and threading.active_count() == 1
         context = multiprocessing.get_context("fork" if is_safe else "spawn")
         with ProcessPoolExecutor(count, context, _begin_worker, (lock if is_safe else -1,)) as pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -46,13 +46,13 @@ def parse_block(block: Block, data: bytes) -> Records:
             records = orjson.loads(b"[%b]" % data)
         else:
             records = list(map(orjson.loads, data.split(b"\n") if data[-1:] != b"\n" else data[:-1].split(b"\n")))
-        if block.kind == "rows" and any(BAD_ROW in record for record in records):
-            return _without_bad_rows(block, records)
-        if len(records) == block.num_rows:
+        is_good = block.kind != "rows" or not any(BAD_ROW in record for record in records)
+        if is_good and len(records) == block.num_rows:
             return Records(records, range(block.first_row, block.first_row + len(records)), [])
     except ValueError:
         pass  # one of them is bad, or a line is blank: find out which
-    return _parse_one_by_one(block, _cut_lines(data) if block.kind == "lines" else _cut_array(data))
+    pieces = _cut_lines(data) if block.kind == "lines" else _cut_array(data)
+    return parse_pieces(block, ((number, piece) for number, (_, piece) in enumerate(pieces)))
 
 
 def lines_of(block: Block, data: bytes, rows: Collection[int]) -> dict[int, int]:
@@ -69,25 +69,21 @@ def lines_of(block: Block, data: bytes, rows: Collection[int]) -> dict[int, int]
     return lines
 
 
-def _without_bad_rows(block: Block, records: list[Any]) -> Records:
-    rows = [block.first_row + number for number, record in enumerate(records) if BAD_ROW not in record]
-    bad = [
-        BadRecord(block.first_row + number, 0, record[BAD_ROW])
-        for number, record in enumerate(records)
-        if BAD_ROW in record
-    ]
-    return Records([record for record in records if BAD_ROW not in record], rows, bad)
-
-
-def _parse_one_by_one(block: Block, pieces: Iterator[tuple[int, bytes]]) -> Records:
+def parse_pieces(block: Block, pieces: Iterable[tuple[int, bytes]]) -> Records:
+    """Records by themselves, each with its number in the block, so that one that cannot be parsed spoils no other."""
     records, rows, bad = [], [], []
-    for number, (_, piece) in enumerate(pieces):
+    for number, piece in pieces:
         row = block.first_row + number
         try:
-            records.append(parse_record(piece))
-            rows.append(row)
+            record = parse_record(piece.strip(b" \t\r\n"))
         except ValueError as error:
             bad.append(BadRecord(row, 0, str(error)))
+            continue
+        if block.kind == "rows" and BAD_ROW in record:
+            bad.append(BadRecord(row, 0, record[BAD_ROW]))
+            continue
+        records.append(record)
+        rows.append(row)
     return Records(records, rows, bad)
 
 

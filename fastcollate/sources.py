@@ -310,7 +310,7 @@ def _line_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
             continue
         size = stop if stop and not reader.at_end else len(reader.buffer)
         searched = 0
-        num_rows, num_breaks = _count_lines(reader.buffer[:size])
+        num_rows, num_breaks = _count_lines(reader.buffer, size)
         if num_rows:
             yield reader.take(size, "lines", num_rows, num_breaks=num_breaks)
         else:
@@ -318,15 +318,15 @@ def _line_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
         reader.fill_block()
 
 
-def _count_lines(data: bytes) -> tuple[int, int]:
-    """The number of lines that are not blank, and of line breaks."""
-    values = np.frombuffer(data, np.uint8)
-    breaks = np.flatnonzero(values == ord("\n"))
-    count = len(breaks) + (data[-1:] != b"\n")
-    behind = values[breaks[:-1] + 1] if data[-1:] == b"\n" else values[breaks + 1]
-    if data[:1] in b" \t\r\n" or (behind <= ord(" ")).any():
-        count -= sum(1 for match in _BLANK_LINE.finditer(data) if match.start() < len(data))
-    return count, len(breaks)
+def _count_lines(data: bytes, size: int) -> tuple[int, int]:
+    """The number of lines that are not blank, and of line breaks, in the first `size` bytes."""
+    values = np.frombuffer(data, np.uint8, size)
+    is_break = values == ord("\n")
+    num_breaks = int(np.count_nonzero(is_break))
+    count = num_breaks + (data[size - 1] != ord("\n"))
+    if data[0] in b" \t\r\n" or (is_break[:-1] & (values[1:] <= ord(" "))).any():
+        count -= sum(1 for match in _BLANK_LINE.finditer(data, 0, size) if match.start() < size)
+    return count, num_breaks
 
 
 def _array_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:

@@ -129,9 +129,11 @@ def write_shard(directory: Path, name: str, columns: ShardColumns) -> ShardInfo:
     """
     schema, batch = _record_batch(columns)
 
-    def fill(file: IO[bytes]) -> None:
-        with pa.ipc.new_file(file, schema) as writer:
+    def fill(file: _HashedFile) -> None:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch)
+        file.write(sink.getvalue())
 
     written = _write_atomically(directory / name, fill)
     lengths = np.diff(columns.offsets)
@@ -189,7 +191,7 @@ def write_manifest(
 def write_file(path: Path, lines: Iterable[str]) -> FileInfo:
     """Write a text file of the store atomically, a line each."""
 
-    def fill(file: IO[bytes]) -> None:
+    def fill(file: _HashedFile) -> None:
         for line in lines:
             file.write(line.encode() + b"\n")
 
@@ -352,12 +354,19 @@ def _cell(values: npt.NDArray[Any], offsets: npt.NDArray[np.int64], row: int, pa
 
 def _record_batch(columns: ShardColumns) -> tuple[pa.Schema, pa.RecordBatch]:
     schema = _schema(columns.input_ids.dtype)
+    ids, offsets, spans, span_offsets, source_row = map(_arrow, columns)
     arrays = [
-        pa.LargeListArray.from_arrays(pa.array(columns.offsets), pa.array(columns.input_ids), schema.field(0).type),
-        pa.LargeListArray.from_arrays(pa.array(columns.span_offsets), pa.array(columns.spans), schema.field(1).type),
-        pa.array(columns.source_row),
+        pa.LargeListArray.from_arrays(offsets, ids, schema.field(0).type),
+        pa.LargeListArray.from_arrays(span_offsets, spans, schema.field(1).type),
+        source_row,
     ]
     return schema, pa.record_batch(arrays, schema=schema)
+
+
+def _arrow(values: npt.NDArray[Any]) -> pa.Array:
+    """Without copying, and without `pa.array`, which imports pandas: a second that no job needs to wait."""
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
 def _schema(dtype: npt.DTypeLike) -> pa.Schema:
@@ -415,7 +424,7 @@ def _write_lengths(directory: Path, shards: Sequence[ShardInfo]) -> FileInfo:
     dtype = np.dtype("<u2" if max(shard.max_length for shard in shards) < 1 << 16 else "<u4")
     header = {"descr": dtype.str, "fortran_order": False, "shape": (num_rows,)}
 
-    def fill(file: IO[bytes]) -> None:
+    def fill(file: _HashedFile) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         for shard in shards:
             file.write(shard_lengths(directory, shard).astype(dtype).tobytes())
@@ -446,21 +455,33 @@ def _open_lengths(root: Path, manifest: Mapping[str, Any]) -> npt.NDArray[Any]:
     return lengths
 
 
-def _write_atomically(path: Path, fill: Callable[[IO[bytes]], object]) -> FileInfo:
+class _HashedFile:
+    """A file being written, and the hash of what has been written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes | pa.Buffer) -> None:
+        self.digest.update(data)
+        self.num_bytes += memoryview(data).nbytes
+        self._file.write(data)
+
+
+def _write_atomically(path: Path, fill: Callable[[_HashedFile], object]) -> FileInfo:
     """Fill a temporary file beside `path`, sync it, rename it; a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w+b") as file:
-            fill(file)
+        with open(temporary, "wb", buffering=1 << 16) as file:
+            hashed = _HashedFile(file)
+            fill(hashed)
             file.flush()
             os.fsync(file.fileno())
-            file.seek(0)
-            digest = _digest(file)
-            size = file.tell()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return FileInfo(path.name, size, digest)
+    return FileInfo(path.name, hashed.num_bytes, hashed.digest.hexdigest())
 
 
 def _sync_directory(directory: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from fastcollate.errors import InputError, import_extra
+from fastcollate.fields import Recipe
 
 Parts = list[str]
 """A record's texts: prompt, response, prompt, ..."""
@@ -69,6 +70,10 @@ class Template:
         """All records' texts at once, or `None` where one of them needs `parts` (a fault, an unusual field)."""
         return None
 
+    def recipe(self) -> Recipe | None:
+        """How plain records become texts without being parsed, or `None` where each must be."""
+        return None
+
     def identity(self) -> dict[str, Any]:
         """What decides the texts."""
         return {"name": self.name}
@@ -90,6 +95,11 @@ class SingleTurn(Template):
     def identity(self) -> dict[str, Any]:
         """Name and field mapping."""
         return {"name": self.name, "fields": self._fields}
+
+    def recipe(self) -> Recipe | None:
+        """Fields and fixed texts."""
+        names = (self._instruction, self._input, self._output)
+        return Recipe(*names, self._head, self._before_input, self._before_output)
 
     def parts(self, record: Any) -> Parts:
         """Prompt and response."""

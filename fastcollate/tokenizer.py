@@ -5,26 +5,29 @@ No vocabulary is shipped: `load_encoding` finds one. Special tokens are never pr
 
 from __future__ import annotations
 
-import base64
-import gc
 import hashlib
 import importlib.util
 import json
-import operator
 import os
 import random
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
 
+from fastcollate.backends import (
+    Backend,
+    GigatokenBackend,
+    RaggedIds,
+    Texts,
+    TiktokenBackend,
+    TokenizersBackend,
+)
 from fastcollate.errors import InputError, import_extra
 
 BACKENDS = ("auto", "tiktoken", "gigatoken")
@@ -32,34 +35,13 @@ _SCHEMES = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_ba
 _ALIASES = {"r50k": "r50k_base", "p50k": "p50k_base", "cl100k": "cl100k_base", "o200k": "o200k_base"}
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _DOWNLOAD_SECONDS = 20.0
-_FIRST, _LAST = operator.itemgetter(0), operator.itemgetter(-1)
-_CACHE_GROWTH = 96 << 20  # bytes by which a gigatoken cache may grow before it is thrown away
 _GUARD_CHARACTERS = 16_384  # text re-encoded by tiktoken per block: about 1% of what the block costs
+_SPACE_BYTES = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
+_SURE_BYTES = {  # behind these, and before white space, texts always part
+    "gpt2": np.isin(np.arange(256), [byte for byte in range(128) if not chr(byte).isspace()]),
+    **dict.fromkeys(("cl100k", "o200k"), np.isin(np.arange(256), [b for b in range(128) if chr(b).isalnum()])),
+}
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
-
-
-class RaggedIds(NamedTuple):
-    """Token ids of several texts, end to end.
-
-    Attributes:
-        ids: uint32 `(num_tokens,)`.
-        offsets: int64 `(num_texts + 1,)`, where each text starts in `ids`.
-    """
-
-    ids: npt.NDArray[np.uint32]
-    offsets: npt.NDArray[np.int64]
-
-
-class _Backend(Protocol):
-    name: str
-
-    def encode_batch(self, texts: list[str]) -> RaggedIds:
-        """The ids of each text."""
-        ...
-
-    def trim(self) -> None:
-        """Give back memory that earlier texts have left behind."""
-        ...
 
 
 class Tokenizer:
@@ -79,7 +61,7 @@ class Tokenizer:
         *,
         name: str,
         scheme: str,
-        backend: _Backend,
+        backend: Backend,
         encode: Callable[[str], list[int]],
         decode: Callable[[Sequence[int]], str],
         token_ends: Callable[[str, npt.NDArray[Any]], npt.NDArray[np.int64]],
@@ -123,12 +105,9 @@ class Tokenizer:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
         return self._decode([int(i) for i in ids])
 
-    def encode_batch(self, texts: list[str]) -> RaggedIds:
-        """The ids of many texts, by the backend."""
-        try:
-            return self._backend.encode_batch(texts)
-        except (UnicodeEncodeError, TypeError):  # lone surrogates: tiktoken replaces them, others refuse
-            return self._backend.encode_batch([without_surrogates(text) for text in texts])
+    def encode_batch(self, texts: Texts | Sequence[str]) -> RaggedIds:
+        """The ids of many texts, by the backend; lone surrogates count as U+FFFD."""
+        return self._backend.encode_batch(texts if isinstance(texts, Texts) else Texts(texts))
 
     def trim(self) -> None:
         """Give back the memory of caches that have grown; call it between blocks of texts."""
@@ -155,12 +134,17 @@ class Tokenizer:
 
     def joins(self, lefts: Sequence[str], rights: Sequence[str]) -> list[int]:
         """The pairs' numbers that `parts_at` does not clear."""
-        suspects: Iterable[int] = range(len(lefts))
-        if self._scheme == "gpt2" and "" not in lefts and all(map(str.isspace, set(map(_FIRST, filter(None, rights))))):
-            lasts = list(map(_LAST, lefts))  # only what ends in white space is not cleared by the first rule
-            blanks = {last for last in set(lasts) if last.isspace()}
-            suspects = [i for i, last in enumerate(lasts) if last in blanks] if blanks else ()
-        return [i for i in suspects if not self.parts_at(lefts[i], rights[i])]
+        return [i for i in range(len(lefts)) if not self.parts_at(lefts[i], rights[i])]
+
+    def pairs_that_join(self, texts: Texts) -> list[int]:
+        """Of texts that are left and right by turns, the pairs' numbers that `parts_at` does not clear."""
+        suspects: Sequence[int] = range(len(texts) // 2)
+        if texts.offsets is not None and self._scheme in _SURE_BYTES and len(texts.data):
+            data = np.frombuffer(texts.data, np.uint8)
+            left, middle, right = texts.offsets[:-1:2], texts.offsets[1::2], texts.offsets[2::2]
+            sure = (left < middle) & (middle < right) & _SURE_BYTES[self._scheme][data[middle - 1]]
+            suspects = np.flatnonzero(~(sure & _SPACE_BYTES[data[np.minimum(middle, len(data) - 1)]])).tolist()
+        return [i for i in suspects if not self.parts_at(texts[2 * i], texts[2 * i + 1])]
 
     def parts_at(self, left: str, right: str) -> bool:
         """Whether `left` and `right` provably tokenize apart: the ids of `left + right` are theirs, end to end.
@@ -173,15 +157,15 @@ class Tokenizer:
         last, first = left[-1], right[0]
         if self._scheme == "gpt2":
             if not last.isspace():
-                return first.isspace()  # no alternative of the pattern holds white space after anything else
+                return _is_space(first)  # no alternative of the pattern holds white space after anything else
             return last == "\n" and len(left) > 1 and not left[-2].isspace() and not first.isspace()
         if self._scheme in ("cl100k", "o200k"):
             if last.isascii() and last.isalnum():
-                return first.isspace()
+                return _is_space(first)
             return last == "\n" and not first.isspace()
         return False
 
-    def check(self, texts: Sequence[str], encoded: RaggedIds, *, seed: int) -> None:
+    def check(self, texts: Texts | Sequence[str], encoded: RaggedIds, *, seed: int) -> None:
         """Compare a random sample of a batch with the ids that tiktoken gives.
 
         Raises:
@@ -235,9 +219,9 @@ _HARD_TEXTS = (
 )
 
 
-def without_surrogates(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD, as tiktoken does."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _is_space(character: str) -> bool:
+    r"""What the pre-tokenizers call white space: Python's, without the separators U+001C to U+001F."""
+    return character.isspace() and not "\x1c" <= character <= "\x1f"
 
 
 @lru_cache(maxsize=8)
@@ -366,94 +350,13 @@ class _ByteEnds:
         return ends
 
 
-def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> _Backend:
+def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> Backend:
     if backend == "gigatoken":
         import_extra("gigatoken", "fast")
-        return _GigatokenBackend(encoding, scheme)
+        return GigatokenBackend(encoding, scheme)
     if backend == "auto" and importlib.util.find_spec("gigatoken") is not None:
-        return _GigatokenBackend(encoding, scheme)
-    return _TiktokenBackend(encoding)
-
-
-class _TiktokenBackend:
-    """tiktoken in a serial loop: its batch call starts a thread per text, which costs more than short texts do."""
-
-    name = "tiktoken"
-
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self._encoding = encoding
-
-    def encode_batch(self, texts: list[str]) -> RaggedIds:
-        return _ragged(list(map(self._encoding.encode_ordinary, texts)))
-
-    def trim(self) -> None:
-        pass  # it keeps no cache
-
-
-class _GigatokenBackend:
-    """gigatoken without special tokens; its caches are thrown away when they have grown."""
-
-    name = "gigatoken"
-
-    def __init__(self, encoding: tiktoken.Encoding, scheme: str) -> None:
-        self._encoding = encoding
-        self._scheme = scheme
-        self._load()
-
-    def _load(self) -> None:
-        import gigatoken
-
-        lines = b"".join(
-            base64.b64encode(token) + b" %d\n" % rank for token, rank in self._encoding._mergeable_ranks.items()
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "ranks.tiktoken"
-            path.write_bytes(lines)
-            self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer=self._scheme, special_tokens={})
-        self._resident = _resident_bytes()
-        self._process = os.getpid()
-
-    def encode_batch(self, texts: list[str]) -> RaggedIds:
-        encoded = self._tokenizer.encode_batch(texts, parallel=False).layout
-        ids = np.asarray(encoded.content.data)
-        offsets = np.asarray(encoded.offsets.data)
-        if offsets[0] != 0 or len(ids) != offsets[-1]:  # awkward may hand out a view of something longer
-            ids, offsets = ids[offsets[0] : offsets[-1]], offsets - offsets[0]
-        return RaggedIds(ids, offsets)
-
-    def trim(self) -> None:
-        """Start with empty caches if they have grown by more than `_CACHE_GROWTH`; call it between blocks."""
-        if self._process != os.getpid():  # a forked worker counts its own growth
-            self._resident, self._process = _resident_bytes(), os.getpid()
-        if _resident_bytes() - self._resident > _CACHE_GROWTH:
-            del self._tokenizer
-            gc.collect()
-            _return_free_memory()
-            self._load()
-
-
-class _TokenizersBackend:
-    """A Hugging Face `tokenizer.json`."""
-
-    name = "tokenizers"
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: list[str]) -> RaggedIds:
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return _ragged([item.ids for item in encoded])
-
-    def trim(self) -> None:
-        pass  # its cache is bounded
-
-    def token_ends(self, text: str, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """Where each token ends, in characters."""
-        encoded = self._tokenizer.encode(text, add_special_tokens=False)
-        return np.array([end for _, end in encoded.offsets], np.int64)
+        return GigatokenBackend(encoding, scheme)
+    return TiktokenBackend(encoding)
 
 
 def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
@@ -471,7 +374,7 @@ def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
     loaded.no_truncation()
     loaded.no_padding()
     special = [token.content for token in loaded.get_added_tokens_decoder().values() if token.special]
-    engine = _TokenizersBackend(loaded)
+    engine = TokenizersBackend(loaded)
     return Tokenizer(
         name=str(path),
         scheme="unknown",
@@ -503,30 +406,3 @@ def _end_of_text(path: Path, tokenizer: Any) -> int:
         f"tokenizer {str(path)!r}: no end-of-text token found; "
         "name it as eos_token in a tokenizer_config.json beside it"
     )
-
-
-def _ragged(rows: list[list[int]]) -> RaggedIds:
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
-    return RaggedIds(np.fromiter(chain.from_iterable(rows), np.uint32, int(offsets[-1])), offsets)
-
-
-def _resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux: the peak is the next best thing
-        import resource
-        import sys
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _return_free_memory() -> None:
-    """Ask the C library to give free memory back to the system, where it can."""
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)

@@ -13,9 +13,11 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastcollate import backends
 from fastcollate import tokenizer as module
+from fastcollate.backends import RaggedIds, Texts, without_surrogates
 from fastcollate.errors import InputError, MissingExtraError
-from fastcollate.tokenizer import RaggedIds, Tokenizer, load_encoding, load_tokenizer, without_surrogates
+from fastcollate.tokenizer import Tokenizer, load_encoding, load_tokenizer
 
 HAS_GIGATOKEN = importlib.util.find_spec("gigatoken") is not None
 NEEDS_GIGATOKEN = pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed")
@@ -58,6 +60,28 @@ def test_where_texts_part_the_ids_are_theirs(left: str, right: str) -> None:
     left, right = without_surrogates(left), without_surrogates(right)
     if tokenizer.parts_at(left, right):
         assert tokenizer.encode(left + right) == tokenizer.encode(left) + tokenizer.encode(right)
+
+
+def flat(texts: list[str]) -> Texts:
+    encoded = [without_surrogates(text).encode() for text in texts]
+    return Texts(data=b"".join(encoded), offsets=np.cumsum([0, *map(len, encoded)]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(texts=st.lists(TEXTS, max_size=6))
+def test_texts_that_lie_end_to_end_are_the_same_texts(backend: str, texts: list[str]) -> None:
+    tokenizer = load_tokenizer("gpt2", backend)
+    assert flat(texts).strings() == Texts(texts).strings() == [without_surrogates(text) for text in texts]
+    assert rows(tokenizer.encode_batch(flat(texts))) == rows(tokenizer.encode_batch(Texts(texts)))
+
+
+@given(pairs=st.lists(st.tuples(TEXTS, TEXTS), max_size=6))
+def test_pairs_that_join_are_those_that_are_not_proved_to_part(pairs: list[tuple[str, str]]) -> None:
+    tokenizer = load_tokenizer("gpt2")
+    texts = [without_surrogates(text) for pair in pairs for text in pair]
+    expected = [i for i in range(len(pairs)) if not tokenizer.parts_at(texts[2 * i], texts[2 * i + 1])]
+    assert tokenizer.pairs_that_join(flat(texts)) == tokenizer.pairs_that_join(Texts(texts)) == expected
+    assert tokenizer.joins(texts[::2], texts[1::2]) == expected
 
 
 def test_chapter_texts_part_before_the_response() -> None:
@@ -158,7 +182,7 @@ def test_caches_are_thrown_away_and_ids_stay(monkeypatch: pytest.MonkeyPatch) ->
     before = tokenizer._backend._tokenizer
     tokenizer.trim()
     assert tokenizer._backend._tokenizer is before
-    monkeypatch.setattr(module, "_CACHE_GROWTH", -(1 << 60))
+    monkeypatch.setattr(backends, "_CACHE_GROWTH", -(1 << 60))
     tokenizer.trim()
     assert tokenizer._backend._tokenizer is not before
     tokenizer.check_before_start()

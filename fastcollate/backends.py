@@ -1,0 +1,231 @@
+"""What encodes texts: tiktoken, gigatoken or a Hugging Face `tokenizer.json`, behind one small contract."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import os
+import tempfile
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, overload
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+
+_CACHE_GROWTH = 64 << 20  # bytes by which gigatoken's caches may grow before they are thrown away
+
+
+class RaggedIds(NamedTuple):
+    """Token ids of several texts, end to end.
+
+    Attributes:
+        ids: uint32 `(num_tokens,)`.
+        offsets: int64 `(num_texts + 1,)`, where each text starts in `ids`.
+    """
+
+    ids: npt.NDArray[np.uint32]
+    offsets: npt.NDArray[np.int64]
+
+
+def without_surrogates(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD, as tiktoken does."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _clean(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return without_surrogates(text)
+    return text
+
+
+class Texts(Sequence[str]):
+    """Texts as strings, or end to end as UTF-8: the one that backends like best is made once, if it is wanted at all.
+
+    Args:
+        strings: the texts; lone surrogates become U+FFFD.
+        data: the texts end to end, in place of `strings`.
+        offsets: int64 `(num_texts + 1,)`, where each text begins in `data`.
+    """
+
+    def __init__(
+        self,
+        strings: Sequence[str] | None = None,
+        *,
+        data: bytearray | bytes = b"",
+        offsets: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self._strings = None if strings is None else list(map(_clean, strings))
+        self.data = data
+        self.offsets = offsets
+        self._length = len(self._strings) if offsets is None and self._strings is not None else len(offsets) - 1  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if self._strings is not None:
+            return self._strings[index]
+        assert self.offsets is not None
+        start, stop = self.offsets[index : index + 2].tolist()
+        return self.data[start:stop].decode()
+
+    def strings(self) -> list[str]:
+        """All texts as strings."""
+        return self[:] if self._strings is None else self._strings
+
+
+class Backend(Protocol):
+    """What encodes many texts at once.
+
+    Attributes:
+        name: `tiktoken`, `gigatoken` or `tokenizers`.
+    """
+
+    name: str
+
+    def encode_batch(self, texts: Texts) -> RaggedIds:
+        """The ids of each text."""
+        ...
+
+    def trim(self) -> None:
+        """Give back memory that earlier texts have left behind."""
+        ...
+
+
+class TiktokenBackend:
+    """tiktoken in a serial loop: its batch call starts a thread per text, which costs more than short texts do."""
+
+    name = "tiktoken"
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self._encoding = encoding
+
+    def encode_batch(self, texts: Texts) -> RaggedIds:
+        """The ids of each text."""
+        return ragged_ids(list(map(self._encoding.encode_ordinary, texts.strings())))
+
+    def trim(self) -> None:
+        """Nothing to give back: it keeps no cache."""
+
+
+class GigatokenBackend:
+    """gigatoken without special tokens; its caches are thrown away when they have grown."""
+
+    name = "gigatoken"
+
+    def __init__(self, encoding: tiktoken.Encoding, scheme: str) -> None:
+        self._encoding = encoding
+        self._scheme = scheme
+        self._process = os.getpid()
+        self._load()
+
+    def _load(self) -> None:
+        import gigatoken
+
+        lines = b"".join(
+            base64.b64encode(token) + b" %d\n" % rank for token, rank in self._encoding._mergeable_ranks.items()
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "ranks.tiktoken"
+            path.write_bytes(lines)
+            self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer=self._scheme, special_tokens={})
+        self._resident = 0  # not measured yet
+
+    def encode_batch(self, texts: Texts) -> RaggedIds:
+        """The ids of each text."""
+        given = texts.strings() if texts.offsets is None else _awkward_strings(texts.data, texts.offsets)
+        encoded = self._tokenizer.encode_batch(given, parallel=False).layout
+        ids = np.asarray(encoded.content.data)
+        offsets = np.asarray(encoded.offsets.data)
+        if offsets[0] != 0 or len(ids) != offsets[-1]:  # awkward may hand out a view of something longer
+            ids, offsets = ids[offsets[0] : offsets[-1]], offsets - offsets[0]
+        return RaggedIds(ids, offsets)
+
+    def trim(self) -> None:
+        """Start with empty caches if they have grown by more than `_CACHE_GROWTH`; call it between blocks."""
+        if self._resident and self._process == os.getpid():  # a forked worker counts its own growth
+            if resident_bytes() - self._resident <= _CACHE_GROWTH:
+                return
+            return_free_memory()  # what the block itself has left behind is not the caches'
+            if resident_bytes() - self._resident <= _CACHE_GROWTH:
+                return
+            del self._tokenizer
+            gc.collect()
+            self._load()
+        return_free_memory()
+        self._resident, self._process = resident_bytes(), os.getpid()
+
+
+def _awkward_strings(data: bytearray | bytes, offsets: npt.NDArray[np.int64]) -> Any:
+    """Texts that lie end to end, as the array of strings that gigatoken takes without copying."""
+    import awkward  # gigatoken needs it too
+
+    content = awkward.contents.NumpyArray(np.frombuffer(data, np.uint8), parameters={"__array__": "char"})
+    index = awkward.index.Index64(offsets)
+    return awkward.Array(awkward.contents.ListOffsetArray(index, content, parameters={"__array__": "string"}))
+
+
+class TokenizersBackend:
+    """A Hugging Face `tokenizer.json`."""
+
+    name = "tokenizers"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return list(self._tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Texts) -> RaggedIds:
+        """The ids of each text."""
+        encoded = self._tokenizer.encode_batch_fast(texts.strings(), add_special_tokens=False)
+        return ragged_ids([item.ids for item in encoded])
+
+    def trim(self) -> None:
+        """Nothing to give back: its cache is bounded."""
+
+    def token_ends(self, text: str, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Where each token ends, in characters."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array([end for _, end in encoded.offsets], np.int64)
+
+
+def ragged_ids(rows: list[list[int]]) -> RaggedIds:
+    """Lists of ids as arrays."""
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
+    return RaggedIds(np.fromiter(chain.from_iterable(rows), np.uint32, int(offsets[-1])), offsets)
+
+
+def resident_bytes() -> int:
+    """The memory that this process holds."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux: the peak is the next best thing
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_free_memory() -> None:
+    """Ask the C library to give free memory back to the system, where it can."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
