@@ -108,6 +108,27 @@ def test_flattened_equals_data_collator_with_flattening(store: TokenStore, rows:
     same(ours(features), wanted)
 
 
+@pytest.mark.parametrize("layout", ["store", "features"])
+def test_a_packed_batch_is_flattened_as_theirs(store: TokenStore, layout: str) -> None:
+    dataset = StoreDataset(store, mask_prompt=True)
+    sampler = BucketBatchSampler(lengths_of(dataset), policy="packed", batch_size=2, capacity=64)
+    theirs = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    seen = []
+    for rows in sampler:
+        features = [{key: FEATURES[i][key] for key in ("input_ids", "labels")} for i in rows]
+        batch = dataset.__getitems__(rows) if layout == "store" else features
+        found = DataCollator("flattened")(batch)
+        same(found, theirs(features))
+        assert found["input_ids"].shape[1] <= 2 * 64
+        seen += rows
+    assert sorted(set(seen)) == list(range(60))
+    for options, layout in (({}, "padded"), ({"long_rows": "split", "capacity": 20}, "flattened")):
+        sizes: dict[str, Any] = {"batch_size": 1, "capacity": 64, **options}
+        rows = next(iter(BucketBatchSampler(lengths_of(dataset), policy="packed", **sizes)))
+        with pytest.raises(InputError, match="with packed rows"):
+            DataCollator(layout)(dataset.__getitems__(rows))
+
+
 @pytest.mark.parametrize("limit", [1, 2, 7, 20, 61, 100])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_max_length_counts_columns_of_input_ids(store: TokenStore, limit: int, side: str) -> None:

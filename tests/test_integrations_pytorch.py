@@ -56,6 +56,39 @@ def test_batches_equal_the_reference_over_the_plan(dataset: StoreDataset, worker
     assert seen[0] != seen[1]
 
 
+@pytest.mark.parametrize("long_rows", ["truncate", "split", "drop"])
+@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "spawn")])
+def test_packed_batches_are_the_loaders(
+    dataset: StoreDataset, workers: int, context: str | None, long_rows: str
+) -> None:
+    options: dict[str, Any] = {"policy": "packed", "batch_size": 2, "capacity": 90, "seed": 3, "long_rows": long_rows}
+    sampler = BucketBatchSampler(dataset, **options)
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=dataset.collate, num_workers=workers, multiprocessing_context=context
+    )
+    wanted = fastcollate.BatchLoader(dataset.store, mask_prompt=True, max_length=40, **options)
+    assert len(loader) == len(wanted)
+    for found, batch in zip(loader, wanted, strict=True):
+        assert isinstance(found, fastcollate.PackedBatch)
+        assert same(found, batch)
+
+
+def test_packed_rows_are_the_chosen_ones_and_go_on_where_they_stopped(dataset: StoreDataset) -> None:
+    chosen = np.arange(5, 180, 3)
+    options: dict[str, Any] = {"policy": "packed", "batch_size": 1, "capacity": 90, "window": 20, "rows": chosen}
+    sampler = BucketBatchSampler(dataset, **options)
+    batches = list(sampler)
+    assert sorted(row for rows in batches for row in rows) == chosen.tolist()
+    other = BucketBatchSampler(dataset, **options)
+    for step in (0, 3, len(batches)):
+        other.set_position(0, step)
+        rest = list(other)
+        assert rest == batches[step:]
+        assert [rows.bounds for rows in rest] == [rows.bounds for rows in batches[step:]]  # type: ignore[attr-defined]
+    subset = dataset.collate(dataset.__getitems__(batches[0])[:1])  # part of a batch is not packed
+    assert same(subset, expected(batches[0][:1]))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_drop_in_collate_fn_in_workers(workers: int) -> None:
     pairs = [(spans[0], row) for spans, row in zip(SPANS, ROWS, strict=True)]
@@ -183,8 +216,9 @@ def test_mistakes_are_named(dataset: StoreDataset) -> None:
         BucketBatchSampler(dataset, batch_size=8, rows=[203])
     with pytest.raises(InputError, match="either batch_size"):
         BucketBatchSampler(dataset)
-    with pytest.raises(InputError, match="use max_tokens here"):
-        BucketBatchSampler(dataset, batch_size=8, policy="packed")
+    split = BucketBatchSampler(dataset, batch_size=2, policy="packed", max_length=41, long_rows="split")
+    with pytest.raises(InputError, match="both the same max_length"):
+        dataset.collate(dataset.__getitems__(next(iter(split))))
     with pytest.raises(InputError, match="has 26 batches"):
         sampler.set_position(0, 27)
     with pytest.raises(InputError, match="seed=0, this sampler 1"):

@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader
 from fastcollate.collate import collate_fn
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted
-from fastcollate.integrations.pytorch import BucketBatchSampler, StoreDataset, StoreRow, row_numbers
+from fastcollate.integrations.pytorch import (
+    BucketBatchSampler,
+    PackedRows,
+    StoreDataset,
+    StoreRow,
+    packs_of,
+    row_numbers,
+)
 from fastcollate.store import (
     ShardColumns,
     ShardInfo,
@@ -110,6 +117,10 @@ class DataCollator:
             check_tokenizer(dataset.store, self.tokenizer)
             self._checked.add("tokenizer")
         limit, end = dataset.options["max_length"], dataset.store.pad_token_id
+        packs = packs_of(features)
+        if packs is not None:
+            self._check_packs(packs)
+            limit = dataset.limit_of(packs)
         if limit is not None and dataset.options["truncation"] == "left":
             inputs, targets = dataset.collator(max_length=limit - 1)(rows) if limit > 1 else _no_columns(len(rows))
         else:
@@ -129,6 +140,14 @@ class DataCollator:
         if self.pad_token_id is not None and self.pad_token_id != end:
             input_ids[mask == 0] = self.pad_token_id
         return input_ids, labels, mask
+
+    def _check_packs(self, packs: PackedRows) -> None:
+        if self.layout != "flattened" or packs.starts:
+            what = "long_rows='split'" if packs.starts else f"layout={self.layout!r}"
+            raise InputError(
+                f"{what} with packed rows: here a batch's packs become one long row of whole rows; use "
+                "DataCollator('flattened') and long_rows='truncate' or 'drop', or StoreDataset.collate"
+            )
 
     def _from_features(self, features: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if "input_ids" not in features[0]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastcollate.collate import Batch
+from fastcollate.collate import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model
 from fastcollate.integrations.pytorch import BucketBatchSampler, StoreDataset
@@ -35,7 +35,7 @@ class StoreBatches:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | PackedBatch]:
         return (self.dataset.collate(self.dataset.__getitems__(rows)) for rows in self.batch_sampler)
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,8 +50,8 @@ class StoreBatches:
 class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional package, Any where it is not installed
     """Training, validation and test batches of stores: `Trainer().fit(module, datamodule=DataModule(store, ...))`.
 
-    A step gets `Batch(inputs, targets)`, targets shifted by one. Ranks, epochs and the position within an epoch are
-    handled here: leave `use_distributed_sampler` and `reload_dataloaders_every_n_epochs` alone.
+    A step gets `Batch(inputs, targets)`, targets shifted by one, or a `PackedBatch`. Ranks, epochs and the position
+    within an epoch are handled here: leave `use_distributed_sampler` and `reload_dataloaders_every_n_epochs` alone.
 
     Args:
         train: a store, its directory, or a `MixedStore`.
@@ -59,12 +59,14 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
         test: a store of its own, or `None`.
         split: shares of `train`, such as `{"train": 0.9, "val": 0.1}`, instead of stores of their own.
         split_key: see `split_rows`.
-        batch_size: rows a batch on each rank; or
+        batch_size: rows (packs, in training with the policy packed) a batch on each rank; or
         max_tokens: cells a batch on each rank at most, padding included.
         policy: order of training batches, see `plan_epoch`; validation and test are bucketed.
         window: see `plan_epoch`.
         seed: decides order and split.
         drop_last: leave out the training rows that do not fill a step on every rank.
+        capacity: see `plan_epoch`.
+        long_rows: see `plan_epoch`.
         max_length: columns kept of a row.
         mask_prompt: train the responses only.
         mode: `"reference"` or `"positional"`, see `Collator`.
@@ -89,6 +91,8 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
         window: int | None = None,
         seed: int = 0,
         drop_last: bool = False,
+        capacity: int | None = None,
+        long_rows: str = "truncate",
         max_length: int | None = None,
         mask_prompt: bool = False,
         mode: str = "reference",
@@ -106,7 +110,9 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
             self._split(split, split_key, seed)
         self._order: dict[str, Any] = {"seed": seed, "window": window, "max_length": max_length}
         self._sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
-        self._training: dict[str, Any] = {"policy": policy, "drop_last": drop_last}
+        self._training: dict[str, Any] = {
+            "policy": policy, "drop_last": drop_last, "capacity": capacity, "long_rows": long_rows,
+        }  # fmt: skip
         BucketBatchSampler(
             self.datasets["train"], rows=self._rows.get("train"), shuffle=shuffle, rank=0, world_size=1,
             **self._order, **self._sizes, **self._training,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
-from fastcollate.collate import Batch, Collator
+from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
 from fastcollate.mixing import MixedStore
 from fastcollate.plan import EpochPlan, plan_epoch
@@ -21,8 +21,29 @@ Int64Array = npt.NDArray[np.int64]
 STATE_VERSION = 1
 
 
+class PackedRows(list[int]):
+    """Row numbers of a packed batch, pack after pack: what `BucketBatchSampler(policy="packed")` gives.
+
+    Attributes:
+        bounds: pack `p` is the rows `bounds[p]` to `bounds[p + 1]`.
+        starts: each row's first token here, where rows are split; else empty.
+        capacity: cells a pack.
+        limit: cells that a row may take.
+    """
+
+    def __init__(self, rows: Sequence[int], bounds: Sequence[int], starts: Sequence[int], capacity: int, limit: int):
+        super().__init__(rows)
+        self.bounds, self.starts, self.capacity, self.limit = bounds, starts, capacity, limit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedRows, (list(self), self.bounds, self.starts, self.capacity, self.limit)
+
+
 class BucketBatchSampler(Sampler[list[int]]):
     """Batches of row numbers for `DataLoader(batch_sampler=...)`, planned by `plan_epoch`.
+
+    With `policy="packed"` they are `PackedRows`, of which `StoreDataset.collate` makes a `PackedBatch`, and Hugging
+    Face's flattened collators one long row.
 
     Row numbers count within `source`. The end of an iteration advances the epoch by one; `set_epoch` chooses it.
     `state_dict` counts the batches that were handed to the `DataLoader`, which with workers is ahead of your loop:
@@ -30,17 +51,19 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     Args:
         source: a store, a `StoreDataset`, a `MixedStore`, or each row's length.
-        batch_size: rows a batch on each rank; or
+        batch_size: rows (packs, with the policy packed) a batch on each rank; or
         max_tokens: cells a batch on each rank at most, padding included.
-        policy: `"bucketed"`, `"shuffled"` or `"sequential"`, see `plan_epoch`.
+        policy: `"bucketed"`, `"packed"`, `"shuffled"` or `"sequential"`, see `plan_epoch`.
         rows: the row numbers to use, such as one of `split_rows`; by default all, or those that a `MixedStore` draws.
         window: see `plan_epoch`.
         seed: see `plan_epoch`.
         rank: which share of each step; by default this process's rank in `torch.distributed`, 0 without it.
         world_size: number of shares; by default that of `torch.distributed`, 1 without it.
-        max_length: rows count as no longer than this.
+        max_length: rows count as no longer than this; packed, by default what a `StoreDataset` cuts rows to.
         drop_last: see `plan_epoch`.
         tail: see `plan_epoch`.
+        capacity: see `plan_epoch`.
+        long_rows: see `plan_epoch`.
         shuffle: not an option: `policy` says it.
 
     Raises:
@@ -62,6 +85,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         max_length: int | None = None,
         drop_last: bool = False,
         tail: str = "repeat",
+        capacity: int | None = None,
+        long_rows: str = "truncate",
         shuffle: bool | None = None,
     ) -> None:
         if shuffle is not None:
@@ -69,11 +94,8 @@ class BucketBatchSampler(Sampler[list[int]]):
                 f"shuffle={shuffle}: a batch sampler decides the order by itself; leave the flag out here and in "
                 f"DataLoader, and choose policy={'bucketed' if shuffle else 'sequential'!r}"
             )
-        if policy == "packed":
-            raise InputError(
-                "policy='packed': a batch sampler gives rows, not packs; use max_tokens here (with "
-                "huggingface.DataCollator('flattened') there is no padding either), or fastcollate.BatchLoader"
-            )
+        if policy == "packed" and max_length is None and isinstance(source, StoreDataset):
+            max_length = source.options["max_length"]
         store = getattr(source, "store", source)
         self._mix = store if isinstance(store, MixedStore) and rows is None else None
         self._lengths = np.asarray(getattr(store, "lengths", store))
@@ -92,6 +114,8 @@ class BucketBatchSampler(Sampler[list[int]]):
             "max_length": max_length,
             "drop_last": drop_last,
             "tail": tail,
+            "capacity": capacity,
+            "long_rows": long_rows,
         }
         self.epoch = 0
         self._position = (0, 0)  # window, batch within it: the next to hand over
@@ -146,15 +170,12 @@ class BucketBatchSampler(Sampler[list[int]]):
         plan, rows = self._plan()
         first_window, first_batch = self._position
         for window in range(first_window, plan.num_windows):
-            planned = plan.window(window)
-            numbers = planned.rows if rows is None else rows[planned.rows]
-            for batch in range(first_batch, planned.num_batches):
-                chosen = numbers[planned.bounds[batch] : planned.bounds[batch + 1]]
+            for batch, chosen in enumerate(_batches(plan, window, rows, first_batch), first_batch):
                 self._position = (window, batch + 1)
                 if self._mix:
                     counts = self._mix.count_sources(chosen).tolist()
                     self._source_rows = [a + b for a, b in zip(self._source_rows, counts, strict=True)]
-                yield chosen.tolist()
+                yield chosen
             first_batch = 0
         self.epoch += 1
         self._position = (0, 0)
@@ -194,6 +215,22 @@ class BucketBatchSampler(Sampler[list[int]]):
         self._position = (state["next_window"], state["next_batch"])
         self._source_rows = list(state["source_rows"])
         self._resume = True
+
+
+def _batches(plan: EpochPlan, index: int, rows: Int64Array | None, first: int) -> Iterator[list[int]]:
+    """The batches of one window from `first` on; `rows` are the row numbers behind the plan's."""
+    if plan.capacity is None:
+        chosen, bounds = plan.window(index)
+        numbers = chosen if rows is None else rows[chosen]
+        for number in range(first, len(bounds) - 1):
+            yield numbers[bounds[number] : bounds[number + 1]].tolist()
+        return
+    limit = plan.capacity if plan.max_length is None else min(plan.max_length, plan.capacity)
+    window = plan.packs(index)
+    for number in range(first, window.num_batches):
+        packs = window.batch(number)
+        numbers = packs.rows if rows is None else rows[packs.rows]
+        yield PackedRows(numbers.tolist(), packs.bounds.tolist(), packs.starts.tolist(), plan.capacity, limit)
 
 
 def _row_numbers(rows: npt.ArrayLike, num_rows: int) -> Int64Array:
@@ -327,16 +364,36 @@ class StoreDataset(Dataset[StoreRow]):
             )
         return self._collators[limit]
 
-    def collate(self, batch: Sequence[StoreRow]) -> Batch:
+    def collate(self, batch: Sequence[StoreRow]) -> Batch | PackedBatch:
         """Collate rows of this data set in one kernel call; the `collate_fn` of a `DataLoader`.
 
         Returns:
-            inputs and targets (shifted by one), int64 `(rows, width)`.
+            inputs and targets (shifted by one), int64 `(rows, width)`; a `PackedBatch` of `PackedRows`.
         """
-        return self.collator()(row_numbers(batch)[1])
+        packs = packs_of(batch)
+        if packs is None:
+            return self.collator()(row_numbers(batch)[1])
+        collator = self.collator(self.limit_of(packs))
+        return collator.pack(packs, packs.bounds, capacity=packs.capacity, starts=packs.starts)
+
+    def limit_of(self, packs: PackedRows) -> int:
+        """Columns that a row of a packed batch may take: those that the sampler counted, or fewer by `max_length`."""
+        own = self.options["max_length"]
+        if own is not None and own < packs.limit and packs.starts:
+            raise InputError(
+                f"the sampler splits rows into parts of {packs.limit} tokens, and the data set cuts them to "
+                f"max_length={own}: give both the same max_length"
+            )
+        return packs.limit if own is None else min(own, packs.limit)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_collators": {}}  # they hold addresses of this process
+
+
+def packs_of(batch: Sequence[Any]) -> PackedRows | None:
+    """How a batch of a `StoreDataset`'s rows is packed; `None` where it is not."""
+    numbers = batch.numbers if isinstance(batch, StoreRows) else None
+    return numbers if isinstance(numbers, PackedRows) else None
 
 
 def row_numbers(batch: Sequence[Any]) -> tuple[StoreDataset, Int64Array]:
