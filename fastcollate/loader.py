@@ -213,17 +213,24 @@ class BatchLoader:
             prefetch=self._prefetch,
             num_threads=self._num_threads,
         )
+        stats = self.stats
         with contextlib.closing(groups):
             for group in groups:
-                job, out, arrival = group.job, group.out, group.arrival
+                job, window, out, arrival = group.job, group.window, group.out, group.arrival
                 for number, line in enumerate(group.lines, group.first):
                     batch = job.batch_at(out, number, line)
                     if arrival is not None:
                         batch = type(batch)(*arrival.receive(batch))
-                        self.stats.h2d_bytes += sum(tensor.nbytes for tensor in batch)
-                    self._count(batch, job.num_rows(number), line)
-                    self._position = (group.window, number + 1)
-                    self.stats.wait_s += time.perf_counter() - start
+                        stats.h2d_bytes += sum(tensor.nbytes for tensor in batch)
+                    if line[kernels.CORNERS]:
+                        self._count_corners(line[kernels.CORNERS])
+                    stats.batches += 1
+                    stats.rows += job.num_rows(number)
+                    stats.real_cells += line[kernels.REAL]
+                    stats.padded_cells += batch.inputs.numel() - line[kernels.REAL]
+                    stats.trained_tokens += line[kernels.TRAINED]
+                    self._position = (window, number + 1)
+                    stats.wait_s += time.perf_counter() - start
                     yield batch
                     del batch
                     start = time.perf_counter()
@@ -248,20 +255,14 @@ class BatchLoader:
             self._transfer = os.getpid(), make_transfer(self.device, num_buffers)
         return self._transfer[1]
 
-    def _count(self, batch: Batch | PackedBatch, num_rows: int, line: Sequence[int]) -> None:
-        stats, real, corners = self.stats, line[kernels.REAL], line[kernels.CORNERS]
-        stats.batches += 1
-        stats.rows += num_rows
-        stats.real_cells += real
-        stats.padded_cells += batch.inputs.numel() - real
-        stats.trained_tokens += line[kernels.TRAINED]
-        if corners and not stats.corner_rows and self._mode == "reference":
+    def _count_corners(self, num_rows: int) -> None:
+        if not self.stats.corner_rows and self._mode == "reference":
             warnings.warn(
                 "a row on which mode='reference' gives other targets than mode='positional' (an end-of-text inside the "
                 "text, an empty row, or a prompt of length 0); this is said once, loader.stats.corner_rows counts on",
                 stacklevel=3,
             )
-        stats.corner_rows += corners
+        self.stats.corner_rows += num_rows
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is, in plain numbers and strings; exact to the batch, the same on every rank."""

@@ -116,7 +116,7 @@ class Filler:
         self._transfer = transfer
         self.num_batches = 1
         """Batches that make a group of about `GROUP_CELLS`; starts at one, so that the first batch comes at once."""
-        self._buffer_cells = GROUP_CELLS
+        self._buffer_cells = 2 * GROUP_CELLS  # groups differ in size, and should fit one buffer
 
     def __call__(self, job: Job, window: int, first: int, stop: int) -> list[Group]:
         """Fill some batches of a window; several groups where one buffer does not hold them."""
