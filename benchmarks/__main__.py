@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-HELPERS = ("__init__", "__main__", "harness", "prepare_data", "tables")
+HELPERS = ("__init__", "__main__", "harness", "prepare_data", "tables", "synthetic", "peer_loaders", "plots")
 
 
 def main() -> None:
@@ -21,7 +21,8 @@ def main() -> None:
         status = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode
         print(f"== {name}: {'done' if status == 0 else f'status {status}'}, {time.perf_counter() - start:.0f} s")
         failed += [name] if status else []
-    subprocess.run([sys.executable, "-m", "benchmarks.tables"], check=True)
+    for name in ("tables", "plots"):
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -27,7 +27,7 @@ from fastcollate.transfer import HostPool
 
 SAMPLES = {8: 500, 64: 60, 512: 8}  # batches that the reference is timed on, evenly spread over the epoch
 POLICIES = {"random": "shuffled", "bucketed": "bucketed"}
-REPEATS = 7
+REPEATS = 5
 Rows = npt.NDArray[np.int64]
 Take = Callable[[int], npt.NDArray[np.int64]]
 

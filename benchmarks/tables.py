@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import RESULTS
@@ -39,10 +40,45 @@ def recipes_table() -> str:
     return "\n".join(lines)
 
 
+def collate_table() -> str:
+    """Microseconds a batch, and how many times as long the others take."""
+    lines = [
+        "| batch | order | fastcollate, µs | the chapter's collate | NumPy row loop | filling the same bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in result("collate")["cases"]:
+        lines.append(
+            f"| {case['batch_size']} | {case['order']} | {case['microseconds_per_batch']['fastcollate']:.1f} "
+            f"| {case['times_the_reference']:,.0f} × | {case['times_the_numpy_loop']:.1f} × "
+            f"| {1 / case['times_a_fill_takes']:.2f} × |"
+        )
+    return "\n".join(lines)
+
+
+def loader_table() -> str:
+    """Microseconds a batch by loader and batch size, and how many times ours that is."""
+    cases = result("loader")["cases"]
+    lines = [
+        "| loader, µs a batch of | " + " | ".join(str(case["batch_size"]) for case in cases) + " |",
+        "|---" * (len(cases) + 1) + "|",
+    ]
+    for name in cases[0]["loaders"]:
+        cells = []
+        for case in cases:
+            row = case["loaders"][name]
+            times = "" if name.startswith("fastcollate") else f" ({row['times_ours']:.3g} ×)"
+            cells.append(f"{row['microseconds_per_batch']:,.4g}{times}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"recipes": recipes_table, "collate": collate_table, "loader": loader_table}
+
+
 def with_tables(text: str) -> str:
     """The page with each marked table made afresh."""
-    pattern = r"(<!-- table: recipes -->\n).*?(<!-- end of table -->)"
-    return re.sub(pattern, lambda match: match[1] + recipes_table() + "\n" + match[2], text, flags=re.S)
+    pattern = r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)"
+    return re.sub(pattern, lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], text, flags=re.S)
 
 
 if __name__ == "__main__":

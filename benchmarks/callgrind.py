@@ -1,0 +1,172 @@
+"""Instructions per token of each kernel, counted by callgrind: they do not depend on the machine's load.
+
+Each kernel runs in a process of its own under callgrind, once over a small and once over a large number of turns; the
+difference holds neither Python's start nor loading the compiled code. A vector instruction counts as one. The kernels
+are compiled for one processor whatever the machine's, so that the counts compare, and into a cache of their own.
+
+    python -m benchmarks.callgrind            # needs valgrind
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from benchmarks.harness import save
+from benchmarks.synthetic import make_lengths
+
+FEW, MANY = 20, 220
+PROCESSOR = {
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+bmi,+bmi2,+fma,+lzcnt,+popcnt,+movbe",
+    "PYTHONHASHSEED": "0",
+}
+NUM_ROWS = 4096
+BATCH = 64
+Turn = Callable[[], object]
+
+
+def table() -> tuple[Any, Any, Any]:
+    """A shard in memory: kernel table, what keeps it alive, lengths."""
+    from fastcollate.store import ShardColumns
+    from fastcollate.table import Table
+
+    lengths = make_lengths(NUM_ROWS)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    half = lengths // 2
+    spans = np.stack([half, lengths - half], 1).astype(np.uint32).ravel()
+    ids = np.random.default_rng(0).integers(0, 50256, offsets[-1]).astype(np.uint16)
+    places = np.arange(0, 2 * NUM_ROWS + 1, 2)
+    made = Table([ShardColumns(ids, offsets, spans, places, np.arange(NUM_ROWS, dtype=np.uint64))])
+    return made.array, made, lengths
+
+
+def padded(mask: bool) -> tuple[Turn, int]:
+    from fastcollate import kernels
+    from fastcollate.table import make_settings
+
+    array, keep, lengths = table()
+    rows = np.random.default_rng(1).permutation(NUM_ROWS)[:BATCH]
+    out, report = np.empty(4 * BATCH * 1024, np.int64), np.empty(kernels.REPORT_COLUMNS, np.int64)
+    settings = make_settings(mask_prompt=mask)
+    return lambda: (keep, kernels.fill_padded(array, settings, rows, out, report)), int(lengths[rows].sum())
+
+
+def packed() -> tuple[Turn, int]:
+    from fastcollate import kernels, pack_kernels
+    from fastcollate.table import make_settings
+
+    array, keep, lengths = table()
+    rows = np.arange(BATCH)
+    packs, starts = np.array([0, BATCH]), np.empty(0, np.int64)
+    capacity = int(lengths[rows].sum())
+    out, report = np.empty(8 * capacity, np.int64), np.empty((1, kernels.REPORT_COLUMNS), np.int64)
+    settings, batches = make_settings(), np.array([0, 1])
+
+    def turn() -> object:
+        filled = pack_kernels.fill_packed_group(array, settings, rows, starts, packs, batches, capacity, out, report)
+        assert filled == 1
+        return keep
+
+    return turn, capacity
+
+
+def parse() -> tuple[Turn, int]:
+    from fastcollate import list_kernels
+
+    ids = np.random.default_rng(0).integers(0, 50256, (BATCH, 100))
+    text = np.frombuffer(orjson.dumps(ids.tolist()), np.uint8)
+    tokens, bounds = np.empty(len(text), np.int64), np.empty(BATCH + 1, np.int64)
+    prompts = np.zeros(BATCH, np.int64)
+    return lambda: list_kernels.parse_rows(text, False, tokens, bounds, prompts), ids.size
+
+
+def permute() -> tuple[Turn, int]:
+    from fastcollate import plan_kernels
+
+    out = np.empty(NUM_ROWS, np.int64)
+    return lambda: plan_kernels.permuted_rows(0, NUM_ROWS, 1, np.uint64(5), 11, out), NUM_ROWS
+
+
+def sort() -> tuple[Turn, int]:
+    from fastcollate import plan_kernels
+
+    lengths = make_lengths(NUM_ROWS).astype(np.int32)
+    rows, longest = np.arange(NUM_ROWS), int(lengths.max())
+    out = np.empty_like(rows), np.empty_like(lengths)
+    return lambda: plan_kernels.sort_by_length(rows, lengths, longest, *out), NUM_ROWS
+
+
+def pack() -> tuple[Turn, int]:
+    from fastcollate import pack_lengths
+
+    lengths = make_lengths(NUM_ROWS)
+    return lambda: pack_lengths(lengths, 1024), NUM_ROWS
+
+
+KERNELS: dict[str, tuple[str, Callable[[], tuple[Turn, int]]]] = {
+    "fill_padded, 64 rows at random": ("token", lambda: padded(False)),
+    "fill_padded, 64 rows at random, prompts masked": ("token", lambda: padded(True)),
+    "fill_packed_group, 64 rows": ("token", packed),
+    "parse_rows, 64 rows of 100 ids": ("token", parse),
+    "permuted_rows": ("row", permute),
+    "sort_by_length": ("row", sort),
+    "pack_lengths at 1,024, Python included": ("row", pack),
+}
+
+
+def run_turns(name: str, turns: int, cache: str, *before: str) -> None:
+    """A process that does `turns` turns of a kernel, started by the command `before`."""
+    command = [*before, sys.executable, "-m", "benchmarks.callgrind", name, str(turns)]
+    environment = {**os.environ, **PROCESSOR, "NUMBA_CACHE_DIR": cache}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        sys.exit(f"{' '.join(command)}: status {run.returncode}\n{run.stderr[-2000:]}")
+
+
+def count(name: str, turns: int, cache: str) -> int:
+    """Instructions of such a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        run_turns(name, turns, cache, "valgrind", "--tool=callgrind", f"--callgrind-out-file={out}")
+        found = re.search(r"^(?:summary|totals): (\d+)", out.read_text(), re.M)
+        assert found, out.read_text()[-500:]
+        return int(found[1])
+
+
+def measure(name: str, cache: str) -> dict[str, Any]:
+    unit, make = KERNELS[name]
+    run_turns(name, 1, cache)  # compiled, so that the counted processes only load it
+    few, many = (count(name, turns, cache) for turns in (FEW, MANY))
+    return {"unit": unit, "instructions_per_unit": round((many - few) / (MANY - FEW) / make()[1], 3)}
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        turn, _ = KERNELS[sys.argv[1]][1]()
+        for _ in range(int(sys.argv[2])):
+            turn()
+        return
+    if shutil.which("valgrind") is None:
+        sys.exit("valgrind is not installed: `apt-get install valgrind`")
+    version = subprocess.run(["valgrind", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in KERNELS:
+            found[name] = measure(name, cache)
+            print(name, found[name], flush=True)
+    save("callgrind", {"valgrind": version, "compiled_for": PROCESSOR, "turns": [FEW, MANY], "kernels": found})
+
+
+if __name__ == "__main__":
+    main()

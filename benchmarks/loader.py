@@ -1,0 +1,236 @@
+"""`BatchLoader` beside the peers' loaders, each at its best number of workers: batches of shuffled rows per second.
+
+- A Megatron-style memory map: rows read from one memory-mapped file through an index, a NumPy row loop pads them;
+  without torch's `DataLoader` (0 workers, its best case) and with it.
+- `datasets`' table of lists with `transformers`' `DataCollatorForSeq2Seq`, over a `pad` without a tokenizer's checks.
+- torch's `DataLoader` over ready-made Python lists with the chapter's collate.
+- litdata and MosaicML Streaming, in an environment of their own: see `benchmarks/peer_loaders.py`. Its Python is
+  `.peers-venv/bin/python`, or what FASTCOLLATE_PEERS names; without one they are left out, and the result says so.
+
+A peer is timed from its first batch on, over as many batches as take it about a second; ours over a whole epoch,
+thread start and planning included.
+
+    python -m benchmarks.loader
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.collate import NumpyLoop, check
+from benchmarks.harness import RESULTS, save
+from benchmarks.integrations_trainer import PadOnly
+from benchmarks.peer_loaders import seconds_per_batch
+from benchmarks.synthetic import LENGTHS, NUM_ROWS, PAD, make_store
+from fastcollate import BatchLoader, TokenStore
+from fastcollate.reference import custom_collate_fn
+
+BATCH_SIZES = (8, 64, 512)
+WORKERS = (0, 1, 2)
+REPEATS = 5
+SECONDS = 0.7  # that a peer's measured batches should take
+OTHERS = ("litdata", "streaming")
+Start = Callable[[int, int], Iterator[Any]]  # batch size, workers -> batches of shuffled rows
+
+
+class Rows(Dataset[int]):
+    """Row numbers, for a `DataLoader` whose collate reads the rows."""
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class MegatronRows(NumpyLoop):
+    def batches(self, batch_size: int, workers: int) -> Iterator[Any]:
+        if workers:
+            return iter(
+                DataLoader(
+                    Rows(), batch_size=batch_size, shuffle=True, num_workers=workers, collate_fn=self.collate_list
+                )
+            )
+        order = np.random.default_rng(0).permutation(NUM_ROWS)
+        return (self(order[i : i + batch_size]) for i in range(0, NUM_ROWS - batch_size + 1, batch_size))
+
+    def collate_list(self, rows: list[int]) -> Any:
+        return self(np.array(rows))
+
+
+class Peers:
+    """The process in the other environment."""
+
+    def __init__(self, folder: Path) -> None:
+        python = os.environ.get("FASTCOLLATE_PEERS", str(RESULTS.parent / ".peers-venv" / "bin" / "python"))
+        self.missing = not Path(python).exists()
+        if not self.missing:
+            script = Path(__file__).with_name("peer_loaders.py")
+            self._process = subprocess.Popen(
+                [python, str(script), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+
+    def ask(self, do: str, peer: str = "", **options: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps({"do": do, "peer": peer, **options}), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"the peers' process ended while it was asked to {do} {peer}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        if not self.missing:
+            self._process.communicate()
+
+
+def make_starts(store: TokenStore) -> dict[str, Start]:
+    """The peers that run in this process."""
+    lists = [row.input_ids.tolist() for row in store]
+    ones = [[1] * len(ids) for ids in lists]
+    table = datasets.Dataset.from_dict({"input_ids": lists, "labels": lists, "attention_mask": ones})
+    seq2seq = transformers.DataCollatorForSeq2Seq(PadOnly(store.pad_token_id))
+
+    def torch_loader(data: Any, collate: Any) -> Start:
+        return lambda batch_size, workers: iter(
+            DataLoader(data, batch_size=batch_size, shuffle=True, num_workers=workers, collate_fn=collate)
+        )
+
+    return {
+        "megatron-style memory map": MegatronRows(store).batches,
+        "datasets + DataCollatorForSeq2Seq": torch_loader(table, seq2seq),
+        "torch DataLoader + reference": torch_loader(lists, custom_collate_fn),
+    }
+
+
+def check_all(store: TokenStore, peers: Peers, starts: dict[str, Start]) -> None:
+    """Everyone's batches against the reference, in file order where a peer has one."""
+    loop = NumpyLoop(store)
+    for batch_size in BATCH_SIZES:
+        ours = BatchLoader(store, policy="sequential", batch_size=batch_size)
+        for number, found in zip(range(20), ours, strict=False):
+            rows = [store[number * batch_size + i].input_ids.tolist() for i in range(batch_size)]
+            check(custom_collate_fn(rows), found)
+            check(found, loop(np.arange(number * batch_size, (number + 1) * batch_size)))
+    for inputs, _ in (next(start(8, 0)) for name, start in starts.items() if "datasets" not in name):
+        assert inputs.shape[0] == 8
+    labels = next(starts["datasets + DataCollatorForSeq2Seq"](8, 0))
+    assert labels["labels"].shape == labels["input_ids"].shape
+    for peer in () if peers.missing else OTHERS:
+        found = peers.ask("check", peer, batch_size=8, workers=0, num_batches=20)
+        for number, batch in enumerate(found):
+            rows = [store[number * 8 + i].input_ids.tolist() for i in range(8)]
+            check(custom_collate_fn(rows), [torch.tensor(part) for part in batch])
+
+
+def epoch_seconds_per_batch(loader: BatchLoader) -> float:
+    start = time.perf_counter()
+    count = sum(1 for _ in loader)
+    return (time.perf_counter() - start) / count
+
+
+def timers(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size: int) -> dict[str, Any]:
+    """By contender and workers: a function of a number of batches that gives seconds a batch."""
+    found: dict[str, Any] = {}
+    for policy in ("shuffled", "bucketed"):
+        ours = BatchLoader(store, policy=policy, batch_size=batch_size, drop_last=True)
+        found[f"fastcollate, {policy}"] = {0: lambda _, ours=ours: epoch_seconds_per_batch(ours)}
+    for name, start in starts.items():
+        found[name] = {
+            workers: lambda count, start=start, workers=workers: seconds_per_batch(start(batch_size, workers), count)
+            for workers in WORKERS
+        }
+    for peer in () if peers.missing else OTHERS:
+        found[peer] = {
+            workers: lambda count, peer=peer, workers=workers: peers.ask(
+                "time", peer, batch_size=batch_size, workers=workers, num_batches=count
+            )
+            for workers in WORKERS
+        }
+    return found
+
+
+def compare(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size: int) -> dict[str, Any]:
+    """Every contender's microseconds a batch by workers, and how many times ours its best is."""
+    found = timers(store, peers, starts, batch_size)
+    most = NUM_ROWS // batch_size - 2 - 2 * max(WORKERS)
+    counts = {
+        (name, workers): max(4, min(most, int(SECONDS / run(8))))
+        for name, by_workers in found.items()
+        for workers, run in by_workers.items()
+    }
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in counts}
+    for _ in range(REPEATS):
+        for name, workers in counts:
+            times[name, workers].append(found[name][workers](counts[name, workers]))
+    table: dict[str, dict[str, Any]] = {}
+    for (name, workers), seconds in times.items():
+        line = table.setdefault(name, {"microseconds_per_batch_by_workers": {}})
+        line["microseconds_per_batch_by_workers"][workers] = round(1e6 * statistics.median(seconds), 2)
+    for line in table.values():
+        line["microseconds_per_batch"] = min(line["microseconds_per_batch_by_workers"].values())
+        line["best_workers"] = min(line["microseconds_per_batch_by_workers"].items(), key=lambda item: item[1])[0]
+    ours = table["fastcollate, shuffled"]["microseconds_per_batch"]
+    for line in table.values():
+        line["times_ours"] = round(line["microseconds_per_batch"] / ours, 2)
+    return {"batch_size": batch_size, "loaders": table}
+
+
+def write_rows(store: TokenStore, folder: Path) -> None:
+    (shard,) = store.shards
+    np.save(folder / "ids.npy", shard.input_ids)
+    np.save(folder / "offsets.npy", shard.offsets)
+
+
+def main(batch_sizes: Iterable[int] = BATCH_SIZES) -> None:
+    """Batch sizes given on the command line are measured again; the others' results are kept."""
+    datasets.disable_progress_bars()
+    kept = {}
+    path = RESULTS / "loader.json"
+    if path.exists():
+        kept = {case["batch_size"]: case for case in json.loads(path.read_text())["cases"]}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = make_store(folder / "store")
+        assert store.pad_token_id == PAD
+        write_rows(store, folder)
+        peers = Peers(folder)
+        if not peers.missing:
+            for peer in OTHERS:
+                peers.ask("write", peer)
+        starts = make_starts(store)
+        check_all(store, peers, starts)
+        for batch_size in batch_sizes:
+            kept[batch_size] = compare(store, peers, starts, batch_size)
+            print(json.dumps(kept[batch_size], indent=1), flush=True)
+        result = {
+            "num_rows": NUM_ROWS,
+            "lengths": LENGTHS,
+            "repeats": REPEATS,
+            "other_environment": "missing: litdata and MosaicML Streaming left out" if peers.missing
+            else peers.ask("versions"),
+            "cases": [kept[size] for size in sorted(kept)],
+        }  # fmt: skip
+        peers.close()
+    save("loader", result)
+
+
+if __name__ == "__main__":
+    main([int(size) for size in sys.argv[1:]] or BATCH_SIZES)
