@@ -9,7 +9,8 @@ import sys
 import threading
 import warnings
 from collections import deque
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -134,7 +135,8 @@ def _is_over(event: torch.cuda.Event) -> bool:
     return bool(event.query())  # type: ignore[no-untyped-call]
 
 
-class _Slot(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slot:
     """A pinned buffer and the end of its last copy."""
 
     host: torch.Tensor
