@@ -34,7 +34,7 @@ TESTS = {
     "plan_kernels": ["test_plan_properties.py", "test_packing.py", "test_loader.py", "test_kernel_speed.py"],
     "collate": ["test_collate.py", "test_loader.py", "test_verify.py"],
     "plan": ["test_plan_properties.py", "test_loader.py", "test_integrations_pytorch.py"],
-    "store": ["test_store.py", "test_prepare.py"],
+    "store": ["test_store.py", "test_store_damage.py", "test_prepare.py"],
 }
 SECONDS = 120  # a mutant that loops for ever is caught
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {

@@ -1,0 +1,143 @@
+"""Stores whose files agree in size and checksum, but not in what they say: each refused at opening, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stores import make_shards, write_store
+
+from fastcollate import store as room
+from fastcollate.errors import InputError
+from fastcollate.store import FileInfo, ShardColumns, ShardInfo, StoreIdentity, TokenStore, write_shard
+
+ROWS = [([1, 2], [1, 2, 3]), ([0, 2], [4, 5]), ([1, 0], [6])]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    """Three rows, six tokens, in one shard."""
+    return write_store(tmp_path / "store", ROWS)
+
+
+def rewrite_manifest(store: TokenStore, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest and give it the checksum that belongs to it, as a forger would."""
+    manifest = {key: value for key, value in store.manifest.items() if key != "checksum"}
+    change(manifest)
+    manifest["checksum"] = hashlib.sha256(room._canonical(manifest)).hexdigest()
+    (store.path / room.MANIFEST).write_bytes(room._pretty(manifest))
+
+
+def replace_shard(store: TokenStore, columns: ShardColumns, **counts: int) -> None:
+    """Put another shard in the place of the store's, with counts that may be wrong."""
+    info = write_shard(store.path, "shard-00000.arrow", columns)
+    entry = {**dataclasses.asdict(info), **counts}
+    rewrite_manifest(store, lambda manifest: manifest.update(shards=[entry]))
+
+
+@pytest.mark.parametrize(
+    "offsets", [[1, 3, 5, 6], [0, 3, 5, 5], [1, 3, 5, 5]], ids=["begins late", "ends early", "both"]
+)
+@pytest.mark.parametrize("column", ["offsets", "span_offsets"])
+def test_offsets_that_do_not_span_the_column(store: TokenStore, column: str, offsets: list[int]) -> None:
+    (good,) = make_shards([[1, 2, 3], [4, 5], [6]], [[1, 1, 1], [1, 1], [1]])
+    forged = good._replace(**{column: np.array(offsets, np.int64)})
+    # Arrow writes only what its offsets reach, so the counts are told as they were meant to be.
+    replace_shard(store, forged, num_tokens=6, num_spans=6)
+    with pytest.raises(InputError, match=r"shard-00000\.arrow: (damaged offsets|a column holds)"):
+        TokenStore(store.path)
+
+
+@pytest.mark.parametrize("name", ["num_rows", "num_tokens", "num_spans"])
+def test_counts_beyond_a_column(store: TokenStore, name: str) -> None:
+    entry = {**store.manifest["shards"][0], name: 1000}
+    rewrite_manifest(store, lambda manifest: manifest.update(shards=[entry]))
+    with pytest.raises(InputError, match=r"a column holds .* bytes, too few for"):
+        TokenStore(store.path)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("input_ids", np.uint16), ("spans", np.uint32)])
+def test_a_column_may_be_exactly_long_enough_and_no_shorter(name: str, dtype: type) -> None:
+    import pyarrow as pa
+
+    values = np.arange(4, dtype=dtype)
+    buffer = pa.py_buffer(values.tobytes())
+    assert room._view(buffer, dtype, 4, Path(name)).tolist() == [0, 1, 2, 3]
+    with pytest.raises(InputError, match=f"{name}: a column holds {4 * values.itemsize} bytes, too few for 5"):
+        room._view(buffer, dtype, 5, Path(name))
+    with pytest.raises(InputError, match=r"a column holds 0 bytes, too few for 1"):
+        room._view(None, dtype, 1, Path(name))
+    assert room._view(None, dtype, 0, Path(name)).tolist() == []
+
+
+def test_lengths_of_another_shape_or_type(store: TokenStore) -> None:
+    np.save(store.path / "lengths.npy", np.array([3, 2], np.uint16))
+    with pytest.raises(InputError, match=r"lengths\.npy: uint16 \(2,\) does not fit the manifest"):
+        TokenStore(store.path)
+    np.save(store.path / "lengths.npy", np.array([3, 2, 1], np.int64))
+    with pytest.raises(InputError, match=r"lengths\.npy: int64 \(3,\) does not fit"):
+        TokenStore(store.path)
+
+
+def test_lengths_are_never_unpickled(store: TokenStore, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (store.path / "lengths.npy").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(InputError, match=r"lengths\.npy: cannot be opened"):
+        TokenStore(store.path)
+    np.save(store.path / "lengths.npy", np.array([Bomb()], object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"lengths\.npy: cannot be opened"):
+        TokenStore(store.path)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(("longest", "dtype"), [((1 << 16) - 1, "<u2"), (1 << 16, "<u4")])
+def test_lengths_take_the_narrowest_type_for_the_longest_row(tmp_path: Path, longest: int, dtype: str) -> None:
+    rows = [([0, 2], [1, 2]), ([0, longest], [7] * longest), ([0, 1], [3])]
+    store = write_store(tmp_path / "store", rows, shard_rows=1)  # the longest row in a shard of its own, not the last
+    assert store.max_length == longest
+    assert store.lengths.dtype == np.dtype(dtype)
+    assert store.lengths.tolist() == [2, longest, 1]
+    header = np.lib.format.read_array_header_1_0
+    with open(store.path / "lengths.npy", "rb") as file:
+        np.lib.format.read_magic(file)
+        assert header(file) == ((3,), False, np.dtype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "is_whole"),
+    [((0, 0), True), ((0, 4), True), ((4, 4), True), ((2, 1), False), ((-1, 2), False), ((3, 5), False)],
+)
+def test_a_cell_lies_within_its_column(bounds: tuple[int, int], is_whole: bool) -> None:
+    values, offsets = np.arange(4, dtype=np.uint16), np.array([9, *bounds], np.int64)
+    if is_whole:
+        assert room._cell(values, offsets, 1, Path("s")).tolist() == list(range(*bounds))
+    else:
+        with pytest.raises(InputError, match="damaged offsets at row 1"):
+            room._cell(values, offsets, 1, Path("s"))
+
+
+def test_contracts_are_frozen_and_slotted() -> None:
+    for contract in (FileInfo("a", 1, "00"), ShardInfo("a", 1, "00", 1, 1, 1, 1), StoreIdentity([], {}, {}, {})):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(contract, dataclasses.fields(contract)[0].name, None)
+        assert not hasattr(contract, "__dict__")
+
+
+def test_a_temporary_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("sync"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("rename"), replace(*names)))
+    room.write_file(tmp_path / "file", ["line"])
+    assert events == ["sync", "rename"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
