@@ -39,7 +39,7 @@ from fastcollate.store import ShardColumns, StoreIdentity, TokenStore, shard_nam
 
 MODEL = GPT2Config(num_layers=4, num_heads=4, width=128)
 BATCH = 8
-PACKED_IS = "the rows of a shuffled batch put end to end"
+PACKED_IS = "packs of 1,024 cells, about as many tokens a step"
 RATE = 1e-4
 ROUNDS = 5
 STEPS = {"t0_like": 2, "gsm8k": 6, "gsm8k_masked": 6}
@@ -170,8 +170,10 @@ def without_padding(batch: MicroBatch, pad_token_id: int) -> MicroBatch:
 
 
 def packed(store: TokenStore, mask_prompt: bool) -> Iterator[MicroBatch]:
-    loader = BatchLoader(store, policy="shuffled", batch_size=BATCH, max_length=1024, mask_prompt=mask_prompt)
-    return (without_padding(batch, store.pad_token_id) for batch in loaded(loader))
+    """Packs of 1,024 cells, about as many tokens a step as `BATCH` rows have."""
+    packs = max(1, round(BATCH * store.num_tokens / len(store) / 1024))
+    loader = BatchLoader(store, policy="packed", batch_size=packs, max_length=1024, mask_prompt=mask_prompt)
+    return loaded(loader)
 
 
 def same_losses(store: TokenStore, mask_prompt: bool) -> dict[str, Any]:
