@@ -1,6 +1,7 @@
 """Each kernel timed by pytest-benchmark, its result checked first; timed only with `--benchmark-enable`.
 
-    pytest tests/test_kernel_speed.py --benchmark-enable --benchmark-storage=bench_results/kernels --benchmark-compare
+    pytest tests/test_kernel_speed.py --benchmark-enable --benchmark-storage=file://bench_results/kernels \\
+        --benchmark-compare
 
 compares with the saved baseline; `--benchmark-save=baseline` writes one.
 """
@@ -14,7 +15,7 @@ import orjson
 import pytest
 from stores import make_shards
 
-from fastcollate import kernels, list_kernels, plan_kernels
+from fastcollate import kernels, list_kernels, pack_kernels, pack_lengths, plan_kernels
 from fastcollate.collate import Collator
 
 NUM_ROWS = 512
@@ -85,3 +86,42 @@ def test_deal(benchmark: Any) -> None:
     out, out_bounds = np.empty(len(items) // 4, np.int64), np.empty(len(bounds), np.int64)
     benchmark(plan_kernels.deal, items, bounds, order, 1, 4, out, out_bounds)
     assert out.tolist() == [row for g in order for row in range(64 * g + 1, 64 * g + 64, 4)]
+
+
+def test_fill_padded_group(benchmark: Any, rows: list[list[int]]) -> None:
+    collator = Collator(make_shards(rows, num_shards=3))
+    numbers, bounds = np.random.default_rng(5).permutation(NUM_ROWS), np.arange(0, NUM_ROWS + 1, 8)
+    out, report = np.empty(2 * NUM_ROWS * 320, np.int64), np.empty((64, kernels.REPORT_COLUMNS), np.int64)
+    filled = benchmark(kernels.fill_padded_group, collator.table.array, collator.settings, numbers, bounds, out, report)
+    assert filled == 64
+    assert report[:, kernels.REAL].sum() == sum(map(len, rows))
+    assert report[:, kernels.WIDTH].tolist() == [max(len(rows[i]) for i in part) for part in numbers.reshape(64, 8)]
+
+
+def test_fill_packed_group(benchmark: Any, rows: list[list[int]]) -> None:
+    collator = Collator(make_shards(rows, num_shards=3))
+    bin_of, num_packs = pack_lengths([len(row) for row in rows], 1024)
+    numbers, packs = np.argsort(bin_of, kind="stable"), np.searchsorted(np.sort(bin_of), np.arange(num_packs + 1))
+    out = np.empty(collator.packed_cells(num_packs, 1024, NUM_ROWS), np.int64)
+    report, batches = np.empty((1, kernels.REPORT_COLUMNS), np.int64), np.array([0, num_packs])
+    starts = np.empty(0, np.int64)
+    options = collator.table.array, collator.settings, numbers, starts, packs, batches, 1024, out, report
+    assert benchmark(pack_kernels.fill_packed_group, *options) == 1
+    assert report[0, kernels.REAL] == report[0, kernels.TRAINED] == sum(map(len, rows))
+
+
+def test_pack_best_fit(benchmark: Any) -> None:
+    lengths = np.sort(np.random.default_rng(6).integers(8, 464, 1 << 16))
+    bin_of = np.empty(len(lengths), np.int64)
+    num_bins = benchmark(plan_kernels.pack_best_fit, np.arange(len(lengths)), lengths, 1024, bin_of)
+    filled = np.bincount(bin_of, lengths, minlength=num_bins)
+    assert filled.max() <= 1024
+    assert filled.sum() >= 0.99 * 1024 * num_bins
+
+
+def test_group_by_bin(benchmark: Any) -> None:
+    bin_of = np.random.default_rng(7).integers(0, 1 << 12, 1 << 16)
+    items, bounds = np.empty(1 << 16, np.int64), np.empty((1 << 12) + 1, np.int64)
+    benchmark(plan_kernels.group_by_bin, bin_of, items, bounds)
+    assert items.tolist() == np.argsort(bin_of, kind="stable").tolist()
+    assert np.diff(bounds).tolist() == np.bincount(bin_of, minlength=1 << 12).tolist()
