@@ -7,6 +7,7 @@ run without the GIL; what is left of a thread's work in Python is a few calls a 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -222,8 +223,8 @@ class _Threads(ThreadPoolExecutor):
         self._process = os.getpid()
 
     def __exit__(self, *_: Any) -> None:
-        if os.getpid() != self._process:
-            return  # a fork has no threads to end
+        if os.getpid() != self._process or sys.is_finalizing():
+            return  # a fork has no threads to end, and an interpreter that ends has ended them
         # The garbage collector may close an iterator on one of its own threads, which cannot wait for itself.
         is_own = threading.current_thread().name.startswith(THREAD_NAME)
         self.shutdown(wait=not is_own, cancel_futures=True)

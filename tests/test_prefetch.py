@@ -188,6 +188,20 @@ def test_ctrl_c_ends_the_threads(tmp_path: Path, how: str) -> None:
         assert process.returncode != 0
 
 
+def test_an_iterator_held_to_the_end_of_the_program_leaves_quietly(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", [([0, len(row)], row) for row in ROWS[:30]])
+    script = """
+import sys
+from fastcollate import BatchLoader, TokenStore
+batches = iter(BatchLoader(TokenStore(sys.argv[1]), batch_size=2))
+print(next(batches).inputs.shape[0])
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "store")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, "2\n", "")
+
+
 def in_child(work: Any, queue: Any) -> None:
     try:
         queue.put(work())
