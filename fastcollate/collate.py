@@ -21,7 +21,7 @@ from fastcollate.table import Columns, Table, make_settings
 
 Int64Array = npt.NDArray[np.int64]
 Take = Callable[[int], Int64Array]
-_INT64 = np.dtype(np.int64)
+_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 
 
 class Batch(NamedTuple):
@@ -101,7 +101,7 @@ class Collator:
             raise InputError(f"inputs_dtype={inputs_dtype}: choose torch.int64 or torch.int32")
         self.table = Table(shards, name=name)
         self.narrow = inputs_dtype == torch.int32
-        self._inputs_dtype = np.dtype(np.int32) if self.narrow else _INT64
+        self._inputs_dtype = _INT32 if self.narrow else _INT64
         self.settings = make_settings(
             pad_token_id=pad_token_id,
             ignore_index=ignore_index,
@@ -125,16 +125,19 @@ class Collator:
         numbers = np.ascontiguousarray(rows, np.int64)
         if numbers.ndim != 1 or len(numbers) == 0:
             raise InputError("a batch needs at least one row number")
+        num_rows = len(numbers)
+        if take is None:
+            take = _allocate
         report = np.empty(kernels.REPORT_COLUMNS, np.int64)
-        out = (take or _allocate)(0)
+        out = take(0)
         while True:
             width = kernels.fill_padded(self.table.array, self.settings, numbers, out, report)
             if width < 0:
                 raise self.table.explain(int(numbers[-1 - width]))
-            num_cells = kernels.plain_cells_of(len(numbers), width, self.narrow)[1]
-            if num_cells <= len(out):
-                return self.batch_at(out, 0, len(numbers), width)
-            out = (take or _allocate)(num_cells)
+            middle, end = kernels.plain_cells_of(num_rows, width, self.narrow)
+            if end <= len(out):
+                return self._views(out, 0, middle, (num_rows, width))
+            out = take(end)
 
     def fill_group(self, rows: Int64Array, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
         """Fill as many batches as `out` holds in one kernel call; see `kernels.fill_padded_group`.
@@ -152,7 +155,10 @@ class Collator:
 
     def batch_at(self, out: Int64Array, start: int, num_rows: int, width: int) -> Batch:
         """The tensors of a batch that a kernel has filled at `out[start:]`; views, nothing is copied."""
-        shape, middle = (num_rows, width), start + kernels.plain_cells_of(num_rows, width, self.narrow)[0]
+        middle = start + kernels.plain_cells_of(num_rows, width, self.narrow)[0]
+        return self._views(out, start, middle, (num_rows, width))
+
+    def _views(self, out: Int64Array, start: int, middle: int, shape: tuple[int, int]) -> Batch:
         inputs: npt.NDArray[Any] = np.ndarray(shape, self._inputs_dtype, out, 8 * start)
         targets: npt.NDArray[Any] = np.ndarray(shape, _INT64, out, 8 * middle)  # cheaper than a slice and a reshape
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
@@ -235,16 +241,14 @@ class Collator:
         """The tensors of a packed batch that a kernel has filled, with its line of the report; nothing is copied."""
         capacity, start, num_segments = line[kernels.WIDTH], line[kernels.START], line[kernels.SEGMENTS]
         places = pack_kernels.packed_cells_of(num_packs, capacity, 0, capacity, self.narrow)
-        targets, positions, segments = (start + place for place in places[:3])
-        inputs: npt.NDArray[Any] = out[start:targets]
-        if self.narrow:
-            inputs = inputs.view(np.int32)
-        shape, num_cells = (num_packs, capacity), num_packs * capacity
+        targets, positions, segments = (8 * (start + place) for place in places[:3])
+        shape = (num_packs, capacity)
+        inputs: npt.NDArray[Any] = np.ndarray(shape, self._inputs_dtype, out, 8 * start)
         return PackedBatch(
-            torch.from_numpy(inputs[:num_cells].reshape(shape)),
-            torch.from_numpy(out[targets : targets + num_cells].reshape(shape)),
-            torch.from_numpy(out[positions : positions + num_cells].reshape(shape)),
-            torch.from_numpy(out[segments:].view(np.int32)[: num_segments + 1]),
+            torch.from_numpy(inputs),
+            torch.from_numpy(np.ndarray(shape, _INT64, out, targets)),
+            torch.from_numpy(np.ndarray(shape, _INT64, out, positions)),
+            torch.from_numpy(np.ndarray((num_segments + 1,), _INT32, out, segments)),
         )
 
     def _explain_pack(
