@@ -136,7 +136,7 @@ class Collator:
                 raise self.table.explain(int(numbers[-1 - width]))
             middle, end = kernels.plain_cells_of(num_rows, width, self.narrow)
             if end <= len(out):
-                return self._views(out, 0, middle, (num_rows, width))
+                return self._views(out, 0, middle, num_rows, width)
             out = take(end)
 
     def fill_group(self, rows: Int64Array, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
@@ -156,12 +156,20 @@ class Collator:
     def batch_at(self, out: Int64Array, start: int, num_rows: int, width: int) -> Batch:
         """The tensors of a batch that a kernel has filled at `out[start:]`; views, nothing is copied."""
         middle = start + kernels.plain_cells_of(num_rows, width, self.narrow)[0]
-        return self._views(out, start, middle, (num_rows, width))
+        return self._views(out, start, middle, num_rows, width)
 
-    def _views(self, out: Int64Array, start: int, middle: int, shape: tuple[int, int]) -> Batch:
-        inputs: npt.NDArray[Any] = np.ndarray(shape, self._inputs_dtype, out, 8 * start)
-        targets: npt.NDArray[Any] = np.ndarray(shape, _INT64, out, 8 * middle)  # cheaper than a slice and a reshape
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+    def _views(self, out: Int64Array, start: int, middle: int, num_rows: int, width: int) -> Batch:
+        num_cells = num_rows * width
+        if self.narrow:
+            inputs: npt.NDArray[Any] = out[start:middle].view(np.int32)[:num_cells]
+        else:
+            inputs = out[start : start + num_cells]
+        targets = out[middle : middle + num_cells]
+        pair = (
+            torch.from_numpy(inputs.reshape(num_rows, width)),
+            torch.from_numpy(targets.reshape(num_rows, width)),
+        )
+        return tuple.__new__(Batch, pair)  # what `Batch(*pair)` does, in half the time
 
     def pack(
         self,

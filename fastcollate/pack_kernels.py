@@ -71,17 +71,13 @@ def _end_pack(limit: int, column: int, start: int, settings: Any, inputs: Any, t
 
 @kernel
 def _fill_pack(
-    table: Any, settings: Any, rows: Any, starts: Any, limit: int, start: int, inputs_at: int, cell: Any,
-    targets_at: int, positions: Any, segments: Any, report: Any,
+    table: Any, settings: Any, rows: Any, starts: Any, places: Any, begin: int, end: int, limit: int, start: int,
+    inputs_at: int, cell: Any, targets_at: int, positions: Any, segments: Any, report: Any,
 ) -> int:  # fmt: skip
-    """Fill one pack, whose first cell is `start`; returns 0, or `-1 - i` where `rows[i]` is broken or does not fit."""
-    places = np.empty((len(rows), PLACE_COLUMNS), np.int64)
-    status = locate(table, rows, places)
-    if status < 0:
-        return status
+    """Fill a pack with rows `begin` to `end`, from cell `start` on; returns 0, or `-1 - i` if a row does not fit."""
     pad, ignore, reference, mask = settings[PAD], settings[IGNORE], settings[REFERENCE], settings[MASK]
     left, cell_size, capacity, column = settings[LEFT], 4 if settings[NARROW] != 0 else 8, len(positions), 0
-    for i in range(len(rows)):
+    for i in range(begin, end):
         prefetch_place(table, places, i + AHEAD)
         shard, length = places[i, SHARD], places[i, LENGTH]
         first = starts[i] if len(starts) > 0 else max(length - limit, 0) * left
@@ -133,15 +129,19 @@ def _fill_packs(
     """Fill one batch; returns 0, or `-1 - i` where `rows[i]` is broken or does not fit."""
     capacity, cell_size = report[WIDTH], 4 if settings[NARROW] != 0 else 8
     limit = min(settings[LIMIT], capacity)
+    places = np.empty((len(rows), PLACE_COLUMNS), np.int64)
+    status = locate(table, rows, places)
+    if status < 0:
+        return int(status)
     segments[0] = 0
     for p in range(len(packs) - 1):
-        a, b, start = packs[p], packs[p + 1], p * capacity
+        begin, end, start = packs[p] - packs[0], packs[p + 1] - packs[0], p * capacity
         status = _fill_pack(
-            table, settings, rows[a:b], starts[a:b], limit, start, inputs_at + cell_size * start, cell,
+            table, settings, rows, starts, places, begin, end, limit, start, inputs_at + cell_size * start, cell,
             targets_at + 8 * start, positions[start : start + capacity], segments, report,
         )  # fmt: skip
         if status < 0:
-            return int(status - a)
+            return int(status)
     return 0
 
 
@@ -172,6 +172,7 @@ def fill_packed_group(
     for b in range(len(batches) - 1):
         own = packs[batches[b] : batches[b + 1] + 1]
         num_rows = own[len(own) - 1] - own[0]
+        part, part_starts = rows[own[0] : own[0] + num_rows], starts[own[0] : own[0] + num_rows]
         limit, narrow = min(settings[LIMIT], capacity), settings[NARROW]
         targets, positions, bounds, end = packed_cells_of(len(own) - 1, capacity, num_rows, limit, narrow)
         report[b] = 0
@@ -183,13 +184,13 @@ def fill_packed_group(
         second = first + 8 * targets
         if narrow != 0:
             status = _fill_packs(
-                table, settings, rows, starts, own, first, np.int32, second, places, segments, report[b]
+                table, settings, part, part_starts, own, first, np.int32, second, places, segments, report[b]
             )
         else:
             status = _fill_packs(
-                table, settings, rows, starts, own, first, np.int64, second, places, segments, report[b]
+                table, settings, part, part_starts, own, first, np.int64, second, places, segments, report[b]
             )
         if status < 0:
-            return status
+            return int(status - own[0])
         at += end
     return len(batches) - 1
