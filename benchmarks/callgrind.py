@@ -1,7 +1,7 @@
 """Instructions per token of each kernel, counted by callgrind: they do not depend on the machine's load.
 
-Each kernel runs in a process of its own under callgrind, once over a small and once over a large number of turns; the
-difference holds neither Python's start nor loading the compiled code. A vector instruction counts as one. The kernels
+One process under callgrind gives every kernel a few turns; one a kernel gives it many: the difference holds neither
+Python's start nor loading the compiled code. A vector instruction counts as one. The kernels
 are compiled for one processor whatever the machine's, so that the counts compare, and into a cache of their own.
 
     python -m benchmarks.callgrind            # needs valgrind
@@ -125,45 +125,42 @@ KERNELS: dict[str, tuple[str, Callable[[], tuple[Turn, int]]]] = {
 }
 
 
-def run_turns(name: str, turns: int, cache: str, *before: str) -> None:
-    """A process that does `turns` turns of a kernel, started by the command `before`."""
-    command = [*before, sys.executable, "-m", "benchmarks.callgrind", name, str(turns)]
+def run_turns(cache: str, most: str, *before: str) -> None:
+    """A process that gives every kernel a few turns, and `most` many; started by the command `before`."""
+    command = [*before, sys.executable, "-m", "benchmarks.callgrind", most]
     environment = {**os.environ, **PROCESSOR, "NUMBA_CACHE_DIR": cache}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
         sys.exit(f"{' '.join(command)}: status {run.returncode}\n{run.stderr[-2000:]}")
 
 
-def count(name: str, turns: int, cache: str) -> int:
+def count(cache: str, most: str) -> int:
     """Instructions of such a process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        run_turns(name, turns, cache, "valgrind", "--tool=callgrind", f"--callgrind-out-file={out}")
+        run_turns(cache, most, "valgrind", "--tool=callgrind", f"--callgrind-out-file={out}")
         found = re.search(r"^(?:summary|totals): (\d+)", out.read_text(), re.M)
         assert found, out.read_text()[-500:]
         return int(found[1])
 
 
-def measure(name: str, cache: str) -> dict[str, Any]:
-    unit, make = KERNELS[name]
-    run_turns(name, 1, cache)  # compiled, so that the counted processes only load it
-    few, many = (count(name, turns, cache) for turns in (FEW, MANY))
-    return {"unit": unit, "instructions_per_unit": round((many - few) / (MANY - FEW) / make()[1], 3)}
-
-
 def main() -> None:
-    if len(sys.argv) == 3:
-        turn, _ = KERNELS[sys.argv[1]][1]()
-        for _ in range(int(sys.argv[2])):
-            turn()
+    if len(sys.argv) == 2:
+        for name, (_, make) in KERNELS.items():
+            turn, _ = make()
+            for _ in range(MANY if name == sys.argv[1] else FEW):
+                turn()
         return
     if shutil.which("valgrind") is None:
         sys.exit("valgrind is not installed: `apt-get install valgrind`")
     version = subprocess.run(["valgrind", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     found = {}
     with tempfile.TemporaryDirectory() as cache:
-        for name in KERNELS:
-            found[name] = measure(name, cache)
+        run_turns(cache, "none")  # compiled, so that the counted processes only load it
+        few = count(cache, "none")
+        for name, (unit, make) in KERNELS.items():
+            per_unit = (count(cache, name) - few) / (MANY - FEW) / make()[1]
+            found[name] = {"unit": unit, "instructions_per_unit": round(per_unit, 3)}
             print(name, found[name], flush=True)
     save("callgrind", {"valgrind": version, "compiled_for": PROCESSOR, "turns": [FEW, MANY], "kernels": found})
 

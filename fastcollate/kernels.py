@@ -228,10 +228,12 @@ def _ignore_later_pads(tokens: Any, start: int, pad: int, ignore: int, targets: 
 @kernel
 def _ignore_columns(targets: Any, begin: int, end: int, value: int, ignore: int) -> int:
     """Write `value` over targets `begin..end`, cut to what is there; returns how many of them were trained."""
+    first, stop = max(begin, 0), min(end, len(targets))
+    part = targets[first : max(first, stop)]
     trained = 0
-    for j in range(max(begin, 0), min(end, len(targets))):
-        trained += targets[j] != ignore
-        targets[j] = value
+    for j in range(np.uint64(len(part))):
+        trained += part[j] != ignore
+        part[j] = value
     return trained
 
 
@@ -348,9 +350,8 @@ def plain_cells_of(num_rows: int, width: int, narrow: int) -> tuple[int, int]:
     inputs = num_rows * width
     if narrow != 0:
         inputs = (inputs + 1) >> 1
-    targets = (inputs + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    end = (targets + num_rows * width + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    return targets, end
+    targets = (inputs + ALIGNMENT - 1) & -ALIGNMENT
+    return targets, (targets + num_rows * width + ALIGNMENT - 1) & -ALIGNMENT
 
 
 cells_of = kernel(plain_cells_of)  # for kernels; a compiled function costs plain Python more than this one

@@ -48,7 +48,10 @@ class HostPool:
     def take(self, num_cells: int = 0) -> Int64Array:
         """A buffer of at least `num_cells` cells that nobody else refers to; its contents are arbitrary."""
         with self._lock:
-            for index in reversed(range(len(self._buffers))):  # what was used last is still in the cache
+            buffers = self._buffers
+            if buffers and len(buffers[-1]) >= num_cells and _references(buffers, -1) <= _IDLE:
+                return buffers[-1]  # what was used last is still in the cache
+            for index in reversed(range(len(self._buffers))):
                 if _references(self._buffers, index) <= _IDLE and len(self._buffers[index]) >= num_cells:
                     buffer = self._buffers.pop(index)
                     self._buffers.append(buffer)  # the most recently used goes last
