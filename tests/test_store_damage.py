@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,37 @@ def test_contracts_are_frozen_and_slotted() -> None:
         assert not hasattr(contract, "__dict__")
 
 
-def test_a_temporary_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced and renamed, in order."""
     events: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("sync"), fsync(descriptor)))
-    monkeypatch.setattr(os, "replace", lambda *names: (events.append("rename"), replace(*names)))
-    room.write_file(tmp_path / "file", ["line"])
-    assert events == ["sync", "rename"]
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def synced(descriptor: int) -> None:
+        events.append("directory synced" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file synced")
+        fsync(descriptor)
+
+    def renamed(before: Path, after: Path) -> None:
+        events.append(f"{after.name} renamed")
+        replace(before, after)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    return events
+
+
+def test_a_temporary_file_is_synced_before_it_is_renamed(tmp_path: Path, events: list[str]) -> None:
+    room.write_file(tmp_path / "report", ["line"])
+    assert events == ["file synced", "report renamed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="directories cannot be synced here")
+def test_the_manifest_comes_last_and_after_every_name_is_on_disk(store: TokenStore, events: list[str]) -> None:
+    infos = [ShardInfo(**entry) for entry in store.manifest["shards"]]
+    identity = StoreIdentity([], store.manifest["tokenizer"], {}, {})
+    room.write_manifest(store.path, identity, infos)
+    assert events == [
+        *("file synced", "lengths.npy renamed", "directory synced"),
+        *("file synced", f"{room.MANIFEST} renamed", "directory synced"),
+    ]
