@@ -72,7 +72,34 @@ def loader_table() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"recipes": recipes_table, "collate": collate_table, "loader": loader_table}
+TRAINING = {
+    "t0_like": "T0-like lengths, every token trained",
+    "gsm8k": "gsm8k, every token trained",
+    "gsm8k_masked": "gsm8k, prompt masked",
+}
+
+
+def training_table() -> str:
+    """Useful tokens a second of a training step, and how many times as many as the chapter's loop."""
+    found = result("train_throughput")
+    lines = [
+        "| useful tokens a second | the chapter's loop | the same, tuned | bucketed | packed |",
+        "|---|---|---|---|---|",
+    ]
+    for name, title in TRAINING.items():
+        rates = {key: found[name][key] for key in ("chapter", "chapter_tuned", "bucketed", "packed")}
+        cells = [f"{row['useful_tokens_per_s']:,} ({row['times_chapter']} ×)" for row in rates.values()]
+        cells[0] = f"{rates['chapter']['useful_tokens_per_s']:,}"
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "training": training_table,
+    "recipes": recipes_table,
+    "collate": collate_table,
+    "loader": loader_table,
+}
 
 
 def with_tables(text: str) -> str:
