@@ -207,7 +207,8 @@ def pack_best_fit(items: Any, lengths: Any, capacity: int, bin_of: Any) -> int:
         while first > 0 and lengths[first - 1] == length:
             first -= 1
         while end > first:
-            room = _next_room(words, room, capacity)
+            if room <= capacity:  # beyond it: no bin had room for this length, and none has got any since
+                room = _next_room(words, room, capacity)
             if room > capacity:
                 chosen, left = num_bins, capacity
                 num_bins += 1

@@ -43,6 +43,11 @@ def test_bins_are_those_of_best_fit_decreasing(lengths: list[int], capacity: int
     assert (used <= capacity).all()
 
 
+def test_a_capacity_that_fills_its_last_word_of_rooms() -> None:
+    for capacity in (31, 63, 32, 64):
+        assert pack_lengths([capacity // 2 + 1] * 3, capacity).num_bins == 3
+
+
 def test_lognormal_lengths_leave_half_a_percent_at_most() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(80), 0.7, 64_000), 8, 1024).astype(np.uint16)
     assert lengths.sum() / (pack_lengths(lengths, 1024).num_bins * 1024) >= 0.995
