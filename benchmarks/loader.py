@@ -7,14 +7,15 @@
 - litdata and MosaicML Streaming, in an environment of their own: see `benchmarks/peer_loaders.py`. Its Python is
   `.peers-venv/bin/python`, or what FASTCOLLATE_PEERS names; without one they are left out, and the result says so.
 
-A peer is timed from its first batch on, over as many batches as take it about a second; ours over a whole epoch,
-thread start and planning included.
+A peer's best number of workers is found in a short trial; then all take turns. It is timed from its first batch on,
+over as many batches as take it about a second; ours over a whole epoch, thread start and planning included.
 
     python -m benchmarks.loader
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -168,28 +169,27 @@ def timers(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size
 
 
 def compare(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size: int) -> dict[str, Any]:
-    """Every contender's microseconds a batch by workers, and how many times ours its best is."""
-    found = timers(store, peers, starts, batch_size)
+    """Every contender's microseconds a batch at its best number of workers, and how many times ours that is."""
     most = NUM_ROWS // batch_size - 2 - 2 * max(WORKERS)
-    counts = {
-        (name, workers): max(4, min(most, int(SECONDS / run(8))))
-        for name, by_workers in found.items()
-        for workers, run in by_workers.items()
-    }
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in counts}
+    trials, table, runs = timers(store, peers, starts, batch_size), {}, {}
+    for name, by_workers in trials.items():
+        trial = {workers: run(min(most, 40)) for workers, run in by_workers.items()}
+        best = min(trial, key=lambda workers: trial[workers])
+        count = max(4, min(most, int(SECONDS / trial[best])))
+        runs[name] = by_workers[best], count
+        table[name] = {
+            "trial_microseconds_by_workers": {workers: round(1e6 * value, 1) for workers, value in trial.items()},
+            "workers": best,
+            "batches": count,
+        }
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(REPEATS):
-        for name, workers in counts:
-            times[name, workers].append(found[name][workers](counts[name, workers]))
-    table: dict[str, dict[str, Any]] = {}
-    for (name, workers), seconds in times.items():
-        line = table.setdefault(name, {"microseconds_per_batch_by_workers": {}})
-        line["microseconds_per_batch_by_workers"][workers] = round(1e6 * statistics.median(seconds), 2)
-    for line in table.values():
-        line["microseconds_per_batch"] = min(line["microseconds_per_batch_by_workers"].values())
-        line["best_workers"] = min(line["microseconds_per_batch_by_workers"].items(), key=lambda item: item[1])[0]
-    ours = table["fastcollate, shuffled"]["microseconds_per_batch"]
-    for line in table.values():
-        line["times_ours"] = round(line["microseconds_per_batch"] / ours, 2)
+        for name, (run, count) in runs.items():
+            times[name].append(run(count))
+    ours = statistics.median(times["fastcollate, shuffled"])
+    for name, line in table.items():
+        line["microseconds_per_batch"] = round(1e6 * statistics.median(times[name]), 2)
+        line["times_ours"] = round(statistics.median(times[name]) / ours, 2)
     return {"batch_size": batch_size, "loaders": table}
 
 
@@ -199,38 +199,46 @@ def write_rows(store: TokenStore, folder: Path) -> None:
     np.save(folder / "offsets.npy", shard.offsets)
 
 
-def main(batch_sizes: Iterable[int] = BATCH_SIZES) -> None:
-    """Batch sizes given on the command line are measured again; the others' results are kept."""
+def prepare_data(folder: Path) -> TokenStore:
+    """The store, and the peers' copies of its rows, made where they are not there yet."""
+    store = TokenStore(folder / "store") if (folder / "store").exists() else make_store(folder / "store")
+    write_rows(store, folder)
+    peers = Peers(folder)
+    for peer in () if peers.missing else OTHERS:
+        if not (folder / peer).exists():
+            peers.ask("write", peer)
+    peers.close()
+    return store
+
+
+def main(folder: Path, batch_sizes: Iterable[int]) -> None:
+    """Measures these batch sizes; the saved results of others are kept."""
     datasets.disable_progress_bars()
-    kept = {}
     path = RESULTS / "loader.json"
-    if path.exists():
-        kept = {case["batch_size"]: case for case in json.loads(path.read_text())["cases"]}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        store = make_store(folder / "store")
-        assert store.pad_token_id == PAD
-        write_rows(store, folder)
-        peers = Peers(folder)
-        if not peers.missing:
-            for peer in OTHERS:
-                peers.ask("write", peer)
-        starts = make_starts(store)
-        check_all(store, peers, starts)
-        for batch_size in batch_sizes:
-            kept[batch_size] = compare(store, peers, starts, batch_size)
-            print(json.dumps(kept[batch_size], indent=1), flush=True)
-        result = {
-            "num_rows": NUM_ROWS,
-            "lengths": LENGTHS,
-            "repeats": REPEATS,
-            "other_environment": "missing: litdata and MosaicML Streaming left out" if peers.missing
-            else peers.ask("versions"),
-            "cases": [kept[size] for size in sorted(kept)],
-        }  # fmt: skip
-        peers.close()
+    kept = {case["batch_size"]: case for case in json.loads(path.read_text())["cases"]} if path.exists() else {}
+    store = prepare_data(folder)
+    assert store.pad_token_id == PAD
+    peers, starts = Peers(folder), make_starts(store)
+    check_all(store, peers, starts)
+    for batch_size in batch_sizes:
+        kept[batch_size] = compare(store, peers, starts, batch_size)
+        print(json.dumps(kept[batch_size], indent=1), flush=True)
+    missing = "missing: litdata and MosaicML Streaming left out"
+    result = {
+        "num_rows": NUM_ROWS,
+        "lengths": LENGTHS,
+        "repeats": REPEATS,
+        "other_environment": missing if peers.missing else peers.ask("versions"),
+        "cases": [kept[size] for size in sorted(kept)],
+    }
+    peers.close()
     save("loader", result)
 
 
 if __name__ == "__main__":
-    main([int(size) for size in sys.argv[1:]] or BATCH_SIZES)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("batch_sizes", nargs="*", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--data", type=Path, help="keep the peers' data sets here for the next run")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        main(options.data or Path(name), options.batch_sizes)
