@@ -7,11 +7,10 @@ unaided. `manifest.json` is the commit point: a directory without it is an unfin
 from __future__ import annotations
 
 import hashlib
-import json
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,10 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fastcollate.errors import InputError
+from fastcollate.manifest import FORMAT, FORMAT_VERSION, MANIFEST, canonical, pretty
+from fastcollate.manifest import FileInfo as FileInfo
+from fastcollate.manifest import ShardInfo as ShardInfo
+from fastcollate.manifest import StoreIdentity as StoreIdentity
+from fastcollate.manifest import read_manifest as read_manifest
 
-FORMAT = "fastcollate-store"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
 _COLUMNS = ("input_ids", "spans", "source_row")
 _HASH_CHUNK = 1 << 20
@@ -60,50 +61,6 @@ class Example(NamedTuple):
     input_ids: npt.NDArray[Any]
     spans: npt.NDArray[np.uint32]
     source_row: int
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """A finished file of a store: its name, its size in bytes, its SHA-256."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """What the manifest says of a shard: the file, and counts that its buffers must agree with."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-    num_rows: int
-    num_tokens: int
-    num_spans: int
-    max_length: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoreIdentity:
-    """What a store was made from; two stores of one identity hold the same rows.
-
-    Attributes:
-        sources: a mapping a source: name, size, time, content hash.
-        tokenizer: `name`, `fingerprint` (hash of the ranks), `vocab_size`, `pad_token_id` (the end-of-text).
-        template: `name` and whatever else decides the texts.
-        options: the job's options that change rows.
-    """
-
-    sources: Sequence[Mapping[str, Any]]
-    tokenizer: Mapping[str, Any]
-    template: Mapping[str, Any]
-    options: Mapping[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over everything above."""
-        return hashlib.sha256(_canonical(asdict(self))).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -182,9 +139,9 @@ def write_manifest(
         "files": [asdict(file) for file in (lengths, *files)],
         "shards": [asdict(shard) for shard in shards],
     }
-    manifest["checksum"] = hashlib.sha256(_canonical(manifest)).hexdigest()
+    manifest["checksum"] = hashlib.sha256(canonical(manifest)).hexdigest()
     _sync_directory(directory)  # every shard's new name is on disk before the manifest speaks of it
-    _write_atomically(directory / MANIFEST, lambda file: file.write(_pretty(manifest)))
+    _write_atomically(directory / MANIFEST, lambda file: file.write(pretty(manifest)))
     _sync_directory(directory)
 
 
@@ -196,36 +153,6 @@ def write_file(path: Path, lines: Iterable[str]) -> FileInfo:
             file.write(line.encode() + b"\n")
 
     return _write_atomically(path, fill)
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a finished store, or `None` where there is none.
-
-    Raises:
-        InputError: the manifest is damaged, or of a format version that this release does not read.
-    """
-    try:
-        raw = (path / MANIFEST).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise InputError(f"{path / MANIFEST}: cannot be read ({error.strerror or error})") from error
-    try:
-        manifest = json.loads(raw)
-        if manifest["format"] != FORMAT:
-            raise KeyError("format")
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path / MANIFEST}: damaged, or not of a token store; prepare the store again") from error
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format version {version}, but this release reads version {FORMAT_VERSION}; "
-            "prepare the store again, or use the release that wrote it"
-        )
-    body = {key: value for key, value in manifest.items() if key != "checksum"}
-    if manifest.get("checksum") != hashlib.sha256(_canonical(body)).hexdigest() or raw != _pretty(manifest):
-        raise InputError(f"{path / MANIFEST}: damaged (its checksum differs); prepare the store again")
-    return dict(manifest)
 
 
 class TokenStore:
@@ -505,11 +432,3 @@ def _digest(file: IO[bytes]) -> str:
     while chunk := file.read(_HASH_CHUNK):
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _pretty(value: object) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

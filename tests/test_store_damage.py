@@ -17,6 +17,7 @@ from stores import make_shards, write_store
 
 from fastcollate import store as room
 from fastcollate.errors import InputError
+from fastcollate.manifest import canonical, pretty
 from fastcollate.store import FileInfo, ShardColumns, ShardInfo, StoreIdentity, TokenStore, write_shard
 
 ROWS = [([1, 2], [1, 2, 3]), ([0, 2], [4, 5]), ([1, 0], [6])]
@@ -32,8 +33,8 @@ def rewrite_manifest(store: TokenStore, change: Callable[[dict[str, Any]], objec
     """Change the manifest and give it the checksum that belongs to it, as a forger would."""
     manifest = {key: value for key, value in store.manifest.items() if key != "checksum"}
     change(manifest)
-    manifest["checksum"] = hashlib.sha256(room._canonical(manifest)).hexdigest()
-    (store.path / room.MANIFEST).write_bytes(room._pretty(manifest))
+    manifest["checksum"] = hashlib.sha256(canonical(manifest)).hexdigest()
+    (store.path / room.MANIFEST).write_bytes(pretty(manifest))
 
 
 def replace_shard(store: TokenStore, columns: ShardColumns, **counts: int) -> None:
