@@ -1,7 +1,7 @@
 """Batches filled ahead of the consumer by threads, and handed over in groups, in order.
 
-A hand-over between threads costs as much as filling several small batches, so a group is about a megabyte. The kernels
-run without the GIL; what is left of a thread's work in Python is a few calls a group.
+A hand-over between threads costs as much as filling several small batches, so a group is one or two megabytes. The
+kernels run without the GIL; what is left of a thread's work in Python is a few calls a group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastcollate.transfer import Arrival, Transfer
 
 Int64Array = npt.NDArray[np.int64]
 
-GROUP_CELLS = 1 << 17  # 1 MiB of int64
+GROUP_CELLS = 1 << 18  # 2 MiB of int64
 MAX_GROUP = 256  # batches
 THREAD_NAME = "fastcollate-"
 
@@ -140,7 +140,8 @@ class Filler:
         if not filled:
             self._transfer.send(out, 0)
             num_cells = job.num_cells(first, report[0].tolist())
-            self._buffer_cells = max(self._buffer_cells, num_cells + num_cells // 8)  # the next may be a bit wider
+            # New memory costs more than filling it: a power of two is not outgrown by the next, wider batch.
+            self._buffer_cells = max(self._buffer_cells, 1 << int(num_cells).bit_length())
             out = self._transfer.take(self._buffer_cells)
             filled = job.fill(first, stop, out, report)
         lines: list[list[int]] = report[:filled].tolist()
