@@ -56,7 +56,7 @@ class Texts(Sequence[str]):
         self,
         strings: Sequence[str] | None = None,
         *,
-        data: bytearray | bytes = b"",
+        data: memoryview | bytes = b"",
         offsets: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self._strings = None if strings is None else list(map(_clean, strings))
@@ -78,7 +78,7 @@ class Texts(Sequence[str]):
             return self._strings[index]
         assert self.offsets is not None
         start, stop = self.offsets[index : index + 2].tolist()
-        return self.data[start:stop].decode()
+        return str(self.data[start:stop], "utf-8")
 
     def strings(self) -> list[str]:
         """All texts as strings."""
@@ -167,7 +167,7 @@ class GigatokenBackend:
         self._resident, self._process = resident_bytes(), os.getpid()
 
 
-def _awkward_strings(data: bytearray | bytes, offsets: npt.NDArray[np.int64]) -> Any:
+def _awkward_strings(data: memoryview | bytes, offsets: npt.NDArray[np.int64]) -> Any:
     """Texts that lie end to end, as the array of strings that gigatoken takes without copying."""
     import awkward  # gigatoken needs it too
 

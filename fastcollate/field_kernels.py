@@ -22,10 +22,10 @@ _QUOTE, _BACKSLASH, _OPEN, _CLOSE, _COLON, _COMMA, _NEWLINE, _MINUS, _POINT = (o
 _N, _T, _F, _U = (ord(c) for c in "ntfu")
 _OPEN_LIST, _CLOSE_LIST = ord("["), ord("]")
 
-_PLAIN = np.ones(256, np.bool_)  # bytes that stand for themselves in a string
-_PLAIN[:32] = False
-_PLAIN[[_QUOTE, _BACKSLASH]] = False
-_PLAIN[128:] = False
+_SPECIAL = np.zeros(256, np.uint8)  # bytes that do not stand for themselves in a string
+_SPECIAL[:32] = 1
+_SPECIAL[[_QUOTE, _BACKSLASH]] = 1
+_SPECIAL[128:] = 1
 _SPACE = np.zeros(256, np.bool_)  # white space within a line
 _SPACE[[ord(c) for c in " \t\r"]] = True
 _ESCAPED = np.zeros(256, np.uint8)  # what a one-letter escape means
@@ -98,23 +98,38 @@ def _utf8_end(data: Any, i: int) -> int:
 
 
 @kernel
-def _string_end(data: Any, i: int) -> int:
-    """The place of the quote that closes the string whose content begins at `i`, or -1 where it is not valid."""
+def _is_plain8(data: Any, i: int) -> Any:
+    """Whether none of eight bytes is special: one branch in place of eight."""
+    first = _SPECIAL[data[i]] | _SPECIAL[data[i + 1]] | _SPECIAL[data[i + 2]] | _SPECIAL[data[i + 3]]
+    second = _SPECIAL[data[i + 4]] | _SPECIAL[data[i + 5]] | _SPECIAL[data[i + 6]] | _SPECIAL[data[i + 7]]
+    return (first | second) == 0
+
+
+@kernel
+def _string_end(data: Any, i: int) -> tuple[int, bool]:
+    """The place of the quote that closes the string whose content begins at `i`, and whether it holds an escape.
+
+    -1 where it is not valid.
+    """
+    has_escape = False
     while True:
-        while i < len(data) and _PLAIN[data[i]]:
+        while i + 8 <= len(data) and _is_plain8(data, i):
+            i += 8
+        while i < len(data) and not _SPECIAL[data[i]]:
             i += 1
         if i >= len(data):
-            return -1
+            return -1, has_escape
         if data[i] == _QUOTE:
-            return i
+            return i, has_escape
         if data[i] == _BACKSLASH:
+            has_escape = True
             i = _escape_end(data, i)
         elif data[i] >= 0x80:
             i = _utf8_end(data, i)
         else:
-            return -1
+            return -1, has_escape
         if i < 0:
-            return -1
+            return -1, has_escape
 
 
 @kernel
@@ -174,14 +189,6 @@ def _find_name(data: Any, start: int, stop: int, names: Any, ends: Any) -> int:
 
 
 @kernel
-def _has_escape(data: Any, start: int, stop: int) -> bool:
-    for i in range(start, stop):  # noqa: SIM110 (a loop that Numba compiles)
-        if data[i] == _BACKSLASH:
-            return True
-    return False
-
-
-@kernel
 def _record_end(data: Any, i: int, in_array: bool) -> int:
     """Where the record that begins at `i` ends, whatever it holds: its newline, or the comma outside all brackets."""
     depth, in_string = 0, False
@@ -222,7 +229,7 @@ def _scan_record(
     data: Any, i: int, in_array: bool, names: Any, ends: Any, name_field: Any, span: Any, best: Any
 ) -> int:
     """The place behind the regular record at `i`, or -1; its fields' places go to `span`."""
-    span[:] = -1
+    span[:, :2] = -1
     best[:] = _NO_NAME
     seen = 0
     if i >= len(data) or data[i] != _OPEN:
@@ -231,8 +238,9 @@ def _scan_record(
         i = _skip_space(data, i + 1, in_array)
         if i >= len(data) or data[i] != _QUOTE:
             return -1
-        key, stop = i + 1, _string_end(data, i + 1)
-        if stop < 0 or _has_escape(data, key, stop):
+        key = i + 1
+        stop, has_escape = _string_end(data, key)
+        if stop < 0 or has_escape:
             return -1
         name = _find_name(data, key, stop, names, ends)
         i = _skip_space(data, stop + 1, in_array)
@@ -242,13 +250,17 @@ def _scan_record(
         if i >= len(data) or (name >= 0 and (seen >> name) & 1):
             return -1  # cut off, or a name for the second time
         is_text = data[i] == _QUOTE
-        stop = _string_end(data, i + 1) if is_text else _scalar_end(data, i)
+        if is_text:
+            stop, has_escape = _string_end(data, i + 1)
+        else:
+            stop = _scalar_end(data, i)
         if stop < 0:
             return -1
         if name >= 0:
             field, seen = name_field[name], seen | (1 << name)
             if is_text and name < best[field]:
                 best[field], span[field, 0], span[field, 1] = name, i + 1, stop
+                span[field, 2] = has_escape
             elif not is_text and (field != INPUT or data[i] != _N):
                 return -1
         i = _skip_space(data, stop + 1 if is_text else stop, in_array)
@@ -270,7 +282,8 @@ def scan_records(
         names: uint8, the names of all fields end to end, those to be preferred first.
         ends: int64, where each name ends.
         name_field: int64, the field that each name stands for.
-        spans: out, int64 `(num_rows, NUM_FIELDS, 2)`, where each text begins and ends in `data`; -1 where it is absent.
+        spans: out, int64 `(num_rows, NUM_FIELDS, 3)`, where each text begins and ends in `data`, -1 where it is absent;
+            whether it holds escapes.
         bounds: out, int64 `(num_rows, 2)`, where each record begins and ends.
         regular: out, bool `(num_rows,)`; the spans of other records mean nothing.
 
@@ -301,8 +314,9 @@ def scan_records(
 
 @kernel
 def _copy(source: Any, out: Any, at: int) -> int:
-    for k in range(len(source)):
-        out[at + k] = source[k]
+    target = out[at : at + len(source)]
+    for k in range(len(target)):  # of slices, so that no index could be negative: this loop is vectorized
+        target[k] = source[k]
     return at + len(source)
 
 
@@ -330,11 +344,13 @@ def _write_utf8(code: int, out: Any, at: int) -> int:
 def _unescape(data: Any, i: int, stop: int, out: Any, at: int) -> int:
     """Write the text of a valid string."""
     while i < stop:
-        byte = data[i]
-        if byte != _BACKSLASH:
-            out[at] = byte
-            at, i = at + 1, i + 1
-        elif data[i + 1] != _U:
+        run = i
+        while i < stop and data[i] != _BACKSLASH:
+            i += 1
+        at = _copy(data[run:i], out, at)
+        if i == stop:
+            return at
+        if data[i + 1] != _U:
             out[at] = _ESCAPED[data[i + 1]]
             at, i = at + 1, i + 2
         else:
@@ -345,6 +361,14 @@ def _unescape(data: Any, i: int, stop: int, out: Any, at: int) -> int:
                 i += 6
             at = _write_utf8(code, out, at)
     return at
+
+
+@kernel
+def _copy_text(data: Any, span: Any, out: Any, at: Any) -> Any:
+    """Write the text of a field."""
+    if span[2]:
+        return _unescape(data, span[0], span[1], out, at)
+    return _copy(data[span[0] : span[1]], out, at)
 
 
 @kernel
@@ -371,12 +395,12 @@ def write_texts(
     for k in range(len(rows)):
         span = spans[rows[k]]
         at = _copy(head, out, at)
-        at = _unescape(data, span[INSTRUCTION, 0], span[INSTRUCTION, 1], out, at)
+        at = _copy_text(data, span[INSTRUCTION], out, at)
         if span[INPUT, 1] > span[INPUT, 0]:
             at = _copy(before_input, out, at)
-            at = _unescape(data, span[INPUT, 0], span[INPUT, 1], out, at)
+            at = _copy_text(data, span[INPUT], out, at)
         offsets[2 * k + 1] = at
         at = _copy(before_output, out, at)
-        at = _unescape(data, span[OUTPUT, 0], span[OUTPUT, 1], out, at)
+        at = _copy_text(data, span[OUTPUT], out, at)
         offsets[2 * k + 2] = at
     return at

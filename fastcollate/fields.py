@@ -54,7 +54,7 @@ class FlatRecords:
         names = [(name.encode("utf-8", "surrogatepass"), field) for field, given in fields.items() for name in given]
         self.regular = np.zeros(num_rows, np.bool_)
         self.bounds = np.zeros((num_rows, 2), np.int64)
-        self._spans = np.empty((num_rows, NUM_FIELDS, 2), np.int64)
+        self._spans = np.empty((num_rows, NUM_FIELDS, 3), np.int64)
         found = scan_records(
             self._data,
             in_array,
@@ -67,7 +67,7 @@ class FlatRecords:
         )
         self.agrees = found == num_rows and len({name for name, _ in names}) == len(names) <= 62
 
-    def write(self) -> tuple[bytearray, npt.NDArray[np.int64]]:
+    def write(self) -> tuple[memoryview, npt.NDArray[np.int64]]:
         """The regular records' prompts and responses by turns, end to end as UTF-8, and where each begins.
 
         Behind the last text the memory may be longer.
@@ -76,10 +76,10 @@ class FlatRecords:
         spans = self._spans[rows]
         head, *before = (_bytes(text.encode()) for text in self._recipe[3:])
         size = len(rows) * (len(head) + len(before[0]) + len(before[1])) + int((spans[..., 1] - spans[..., 0]).sum())
-        out = bytearray(size)
+        out = np.empty(size, np.uint8)
         offsets = np.empty(2 * len(rows) + 1, np.int64)
-        write_texts(self._data, self._spans, rows, head, before[0], before[1], np.frombuffer(out, np.uint8), offsets)
-        return out, offsets
+        write_texts(self._data, self._spans, rows, head, before[0], before[1], out, offsets)
+        return out.data, offsets
 
 
 def _bytes(value: bytes) -> npt.NDArray[Any]:

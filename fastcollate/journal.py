@@ -48,11 +48,9 @@ class JobLock:
             if not _try_lock(self.descriptor):
                 os.close(self.descriptor)
                 raise InputError(f"{self._root}: another job is writing this store; wait for it, or stop it first")
-            try:
+            with contextlib.suppress(FileNotFoundError):  # its last holder has just removed it: take a new one
                 if os.fstat(self.descriptor).st_ino == path.stat().st_ino:
                     return self
-            except FileNotFoundError:
-                pass  # its last holder has just removed it: take a new one
             os.close(self.descriptor)
 
     def __exit__(self, *_: object) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,9 @@ def prepare(
         if is_new:
             shutil.rmtree(job.root, ignore_errors=True)
         raise
+    except OSError as error:
+        reason = f"{error.strerror or error}; the finished shards are kept: mend that and run the same command again"
+        raise OSError(error.errno, reason, str(error.filename or job.root)) from error
     return job.report(reused is not None, time.perf_counter() - started)
 
 
@@ -220,11 +223,12 @@ class _Job:
         """Encode all blocks that the journal does not hold, then commit."""
         with Journal(self.root, asdict(self._identity(None)), _differences) as journal:
             total = sum(source.num_bytes for source in self.sources)
+            started, num_bytes = time.perf_counter(), 0
+            results = runner(self._skip_finished(read_blocks(self.sources), journal), self.spec, str(self.root))
+            head = list(islice(results, 1))  # workers are forked by now: the bar has a thread, which no fork may copy
             with progress_bar("rate", unit="MB", disable=not self._progress) as bar:
                 task = bar.add_task("prepare", total=(total + 999_999) // 1_000_000 or None, rate="")
-                started, num_bytes = time.perf_counter(), 0
-                blocks = self._skip_finished(read_blocks(self.sources), journal)
-                for block, result in runner(blocks, self.spec, str(self.root)):
+                for block, result in chain(head, results):
                     self._accept(block, result)
                     journal.add(result)
                     num_bytes += block.num_bytes

@@ -41,18 +41,24 @@ def parse_block(block: Block, data: bytes) -> Records:
         with pa.ipc.open_stream(data) as reader:
             records = reader.read_all().to_pylist()
         return Records(records, range(block.first_row, block.first_row + len(records)), [])
+    records = _parse_at_once(block, data)
+    if records is not None:
+        return Records(records, range(block.first_row, block.first_row + len(records)), [])
+    pieces = _cut_lines(data) if block.kind == "lines" else _cut_array(data)
+    return parse_pieces(block, ((number, piece) for number, (_, piece) in enumerate(pieces)))
+
+
+def _parse_at_once(block: Block, data: bytes) -> list[Any] | None:
+    """All records, or `None` where one of them is bad, or a line blank: then each must be looked at by itself."""
     try:
         if block.kind != "lines":
             records = orjson.loads(b"[%b]" % data)
         else:
             records = list(map(orjson.loads, data.split(b"\n") if data[-1:] != b"\n" else data[:-1].split(b"\n")))
-        is_good = block.kind != "rows" or not any(BAD_ROW in record for record in records)
-        if is_good and len(records) == block.num_rows:
-            return Records(records, range(block.first_row, block.first_row + len(records)), [])
     except ValueError:
-        pass  # one of them is bad, or a line is blank: find out which
-    pieces = _cut_lines(data) if block.kind == "lines" else _cut_array(data)
-    return parse_pieces(block, ((number, piece) for number, (_, piece) in enumerate(pieces)))
+        return None
+    has_bad_rows = block.kind == "rows" and any(BAD_ROW in record for record in records)
+    return None if has_bad_rows or len(records) != block.num_rows else records
 
 
 def lines_of(block: Block, data: bytes, rows: Collection[int]) -> dict[int, int]:

@@ -30,6 +30,7 @@ _FORMATS = {
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
 }  # fmt: skip
 _COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_SAVED = ("state.json", "dataset_dict.json")  # what tells a directory that a data set was saved to
 BAD_ROW = "\x00bad"  # the key under which a table row that cannot be read carries the reason
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINE = re.compile(rb"^[ \t\r]*(?:\n|\Z)", re.M)
@@ -158,6 +159,8 @@ def read_blocks(sources: Sequence[Source], *, block_bytes: int = BLOCK_BYTES) ->
 
 
 def _find_files(name: str) -> list[Source]:
+    if os.path.isdir(name) and any((Path(name) / file).is_file() for file in _SAVED):
+        return [_saved_dataset(Path(name))]
     try:
         files, paths = fsspec.core.url_to_fs(name)
         if not any(mark in paths for mark in "*?[") or files.exists(paths):
@@ -172,6 +175,19 @@ def _find_files(name: str) -> list[Source]:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name}: not a path or URL that can be read ({error})") from error
+
+
+def _saved_dataset(path: Path) -> Source:
+    """What `datasets.Dataset.save_to_disk` wrote."""
+    datasets = import_extra("datasets", "hf")
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # the package raises whatever a damaged file makes it stumble over
+        raise InputError(f"{path}: cannot be read as a saved data set ({type(error).__name__}: {error})") from error
+    if not hasattr(dataset, "column_names") or isinstance(dataset, dict):
+        raise InputError(f"{path}: holds several splits; name one, such as {path / sorted(dataset)[0]}")
+    num_bytes = sum(file.stat().st_size for file in path.glob("*.arrow"))
+    return Source(str(path), "dataset", None, num_bytes, str(dataset._fingerprint), dataset=dataset)
 
 
 def _describe(files: Any, path: str, name: str) -> Source:

@@ -392,12 +392,7 @@ def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
 
 def _end_of_text(path: Path, tokenizer: Any) -> int:
     """The end-of-text id: what `tokenizer_config.json` beside the file names, else a well-known name."""
-    names = list(_END_OF_TEXT)
-    try:
-        token = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
-        names.insert(0, token["content"] if isinstance(token, dict) else token)
-    except (OSError, ValueError, KeyError):
-        pass  # no such file, or one that names no token: the well-known names are left
+    names = [*_configured_end(path.parent / "tokenizer_config.json"), *_END_OF_TEXT]
     for name in names:
         found = tokenizer.token_to_id(name) if isinstance(name, str) else None
         if found is not None:
@@ -406,3 +401,20 @@ def _end_of_text(path: Path, tokenizer: Any) -> int:
         f"tokenizer {str(path)!r}: no end-of-text token found; "
         "name it as eos_token in a tokenizer_config.json beside it"
     )
+
+
+def _configured_end(path: Path) -> list[Any]:
+    """The end-of-text that a `tokenizer_config.json` names, or nothing where there is no such file or name.
+
+    Raises:
+        InputError: the file is there and malformed: passing over it could choose another token than it means.
+    """
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+        return [token["content"] if isinstance(token, dict) else token]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path}: cannot be read as a tokenizer's configuration ({error}); mend or remove it"
+        ) from error

@@ -196,6 +196,17 @@ def test_a_dataset_and_several_files(tmp_path: Path) -> None:
     records = many(50)
     prepare(datasets.Dataset.from_list(records), tmp_path / "s")
     check_against_reference(TokenStore(tmp_path / "s"), records)
+    datasets.Dataset.from_list(records).save_to_disk(tmp_path / "saved")
+    prepare(tmp_path / "saved", tmp_path / "s1")
+    check_against_reference(TokenStore(tmp_path / "s1"), records)
+    assert prepare(str(tmp_path / "saved"), tmp_path / "s1").reused
+    splits = datasets.DatasetDict(test=datasets.Dataset.from_list(records), train=datasets.Dataset.from_list(records))
+    splits.save_to_disk(tmp_path / "splits")
+    with pytest.raises(InputError, match=r"splits: holds several splits; name one, such as .*splits/test"):
+        prepare(tmp_path / "splits", tmp_path / "s3")
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(InputError, match="saved: cannot be read as a saved data set"):
+        prepare(tmp_path / "saved", tmp_path / "s3")
     write_lines(tmp_path / "p1.jsonl", records[:20])
     write_lines(tmp_path / "p2.jsonl", records[20:])
     prepare(str(tmp_path / "p*.jsonl"), tmp_path / "s2")
