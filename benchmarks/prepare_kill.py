@@ -41,8 +41,10 @@ def main() -> None:
         root = Path(folder)
         source, plain, killed = root / "short.jsonl", root / "plain", root / "killed"
         write_short(source, MEGABYTES * 1_000_000)
-        start = time.perf_counter()
-        subprocess.run(command(source, plain), check=True, stdout=subprocess.DEVNULL)
+        for _ in range(2):  # the first run compiles
+            shutil.rmtree(plain, ignore_errors=True)
+            start = time.perf_counter()
+            subprocess.run(command(source, plain), check=True, stdout=subprocess.DEVNULL)
         total_s = time.perf_counter() - start
         expected = store_hash(plain)
         rounds = []
@@ -59,7 +61,7 @@ def main() -> None:
             command(source, killed),
             num_kills,
             dice=random.Random(SEED),
-            delays_s=(0.1, total_s),
+            delays_s=(total_s / 4, total_s),
             progress=progress,
             finished=finished,
         )
