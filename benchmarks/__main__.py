@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-HELPERS = ("__init__", "__main__", "harness", "prepare_data", "tables", "synthetic", "peer_loaders", "plots")
+HELPERS = ("__init__", "__main__", "harness", "prepare_data", "tables", "synthetic", "peer_loaders", "plots", "kill")
 
 
 def main() -> None:

@@ -1,14 +1,16 @@
 """File to finished store: fastcollate against `datasets.map` with the Hugging Face tokenizer, and a tiktoken pool.
 
-`python -m benchmarks.prepare short|long [MEGABYTES] [REPEATS]`; every contender tokenizes the full text and the prompt.
+`python -m benchmarks.prepare short|long [--repeats N] [--fresh]` adds N interleaved rounds to the results file, so that
+many short pieces make one long run. Every contender tokenizes the full text and the prompt. `datasets.map` would take
+half an hour a round: it gets a prefix of the same file (`--map-megabytes`), and MB a second are compared.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +22,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.harness import interleave, medians, save
+from benchmarks.harness import RESULTS, interleave, medians, save
 from benchmarks.prepare_data import WRITERS
 from fastcollate.prepare import PrepareReport, prepare
 from fastcollate.store import TokenStore
@@ -98,56 +100,87 @@ def check(source: Path, store: Path) -> None:
         assert int(opened[index].spans[0]) == len(encode(prompt))
 
 
-def main(kind: str, megabytes: int = 64, repeats: int = 5) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        source = root / "records.jsonl"
-        WRITERS[kind](source, megabytes * 1_000_000)
-        reports: dict[str, list[PrepareReport]] = {"gigatoken": [], "tiktoken": []}
+class Bench:
+    """One kind of records, written once; every call of a contender begins without its output."""
 
-        def fresh(run: Callable[[Path], object]) -> Callable[[], None]:
-            def call() -> None:
-                target = root / "out"
-                shutil.rmtree(target, ignore_errors=True)
-                run(target)
+    def __init__(self, root: Path, kind: str, megabytes: int, map_megabytes: int) -> None:
+        self.source, self.prefix, self._target = root / "records.jsonl", root / "prefix.jsonl", root / "out"
+        WRITERS[kind](self.source, megabytes * 1_000_000)
+        raw = self.source.read_bytes()
+        self.prefix.write_bytes(raw[: raw.index(b"\n", map_megabytes * 1_000_000) + 1])
+        self.reports: dict[str, list[PrepareReport]] = {"gigatoken": [], "tiktoken": []}
+        prepare(self.source, self._target, workers=2)  # compiles
+        check(self.source, self._target)
 
-            return call
+    def _fresh(self, run: Callable[[Path], object]) -> Callable[[], None]:
+        def call() -> None:
+            shutil.rmtree(self._target, ignore_errors=True)
+            run(self._target)
 
-        def ours(backend: str) -> Callable[[], None]:
-            return fresh(lambda target: reports[backend].append(prepare(source, target, backend=backend, workers=2)))
+        return call
 
-        ours("gigatoken")()
-        check(source, root / "out")
-        seconds = interleave(
-            {
-                "fastcollate_gigatoken": ours("gigatoken"),
-                "fastcollate_tiktoken": ours("tiktoken"),
-                "tiktoken_pool": fresh(lambda target: tiktoken_pool(source, target)),
-                "datasets_map": fresh(lambda target: hugging_face_map(source, target)),
-            },
-            repeats=repeats,
-            warmup=0,
-        )
-    middle = medians(seconds)
-    ours_seconds = middle["fastcollate_gigatoken"]
-    shares = {
-        backend: sorted(1 - r.tokenize_seconds / 2 / r.seconds for r in found[-repeats:])[repeats // 2]
-        for backend, found in reports.items()
-    }
-    result = {
-        "kind": kind,
-        "megabytes": megabytes,
-        "repeats": repeats,
-        "seconds": seconds,
+    def _ours(self, backend: str) -> Callable[[], None]:
+        def run(target: Path) -> None:
+            self.reports[backend].append(prepare(self.source, target, backend=backend, workers=2))
+
+        return self._fresh(run)
+
+    def contenders(self) -> dict[str, Callable[[], None]]:
+        return {
+            "fastcollate_gigatoken": self._ours("gigatoken"),
+            "fastcollate_tiktoken": self._ours("tiktoken"),
+            "tiktoken_pool": self._fresh(lambda target: tiktoken_pool(self.source, target)),
+            "datasets_map": self._fresh(lambda target: hugging_face_map(self.prefix, target)),
+        }
+
+    def outside(self) -> dict[str, list[float]]:
+        """The share of the two workers' time that is not the tokenizer's, a run each."""
+        return {
+            backend: [1 - report.tokenize_seconds / 2 / report.seconds for report in found]
+            for backend, found in self.reports.items()
+        }
+
+
+def summarize(result: dict[str, Any]) -> dict[str, Any]:
+    """Medians over all pieces, and ratios of MB a second: `datasets.map` had a prefix only."""
+    megabytes = dict.fromkeys(result["seconds"], result["megabytes"]) | {"datasets_map": result["map_megabytes"]}
+    middle = medians(result["seconds"])
+    rate = {name: megabytes[name] / seconds for name, seconds in middle.items()}
+    return {
+        **result,
+        "repeats": min(map(len, result["seconds"].values())),
         "median_seconds": middle,
-        "times_datasets_map": middle["datasets_map"] / ours_seconds,
-        "times_tiktoken_pool": middle["tiktoken_pool"] / ours_seconds,
-        "share_outside_the_tokenizer": shares,
+        "megabytes_per_second": rate,
+        "times_datasets_map": rate["fastcollate_gigatoken"] / rate["datasets_map"],
+        "times_tiktoken_pool": rate["fastcollate_gigatoken"] / rate["tiktoken_pool"],
+        "median_share_outside_the_tokenizer": medians(result["outside_the_tokenizer"]),
     }
-    print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=2))
-    if megabytes >= 60 and repeats >= 5:
-        save(f"prepare_{kind}", result)
+
+
+def main(kind: str, *, megabytes: int, map_megabytes: int, repeats: int, fresh: bool) -> None:
+    path = RESULTS / f"prepare_{kind}.json"
+    sizes = {"megabytes": megabytes, "map_megabytes": map_megabytes}
+    result: dict[str, Any] = {"kind": kind, **sizes, "seconds": {}, "outside_the_tokenizer": {}}
+    if path.exists() and not fresh:
+        earlier = json.loads(path.read_text())
+        if all(earlier.get(name) == value for name, value in sizes.items()):
+            result = {name: earlier[name] for name in result}
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name), kind, megabytes, map_megabytes)
+        seconds = interleave(bench.contenders(), repeats=repeats, warmup=0)
+    for group, found in (("seconds", seconds), ("outside_the_tokenizer", bench.outside())):
+        for contender, values in found.items():
+            result[group].setdefault(contender, []).extend(round(value, 4) for value in values)
+    result = summarize(result)
+    print(json.dumps(result, indent=2))
+    save(f"prepare_{kind}", result)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=list(WRITERS))
+    parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--map-megabytes", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=1, help="rounds to add, each contender once a round")
+    parser.add_argument("--fresh", action="store_true", help="forget the rounds in the results file")
+    main(**vars(parser.parse_args()))
