@@ -104,8 +104,12 @@ class Bench:
     """One kind of records, written once; every call of a contender begins without its output."""
 
     def __init__(self, root: Path, kind: str, megabytes: int, map_megabytes: int) -> None:
-        self.source, self.prefix, self._target = root / "records.jsonl", root / "prefix.jsonl", root / "out"
-        WRITERS[kind](self.source, megabytes * 1_000_000)
+        root.mkdir(parents=True, exist_ok=True)
+        self.source, self.prefix = root / f"{kind}_{megabytes}.jsonl", root / f"{kind}_prefix.jsonl"
+        self._target = root / "out"
+        if not self.source.exists():
+            WRITERS[kind](self.source, megabytes * 1_000_000)
+        shutil.rmtree(self._target, ignore_errors=True)
         raw = self.source.read_bytes()
         self.prefix.write_bytes(raw[: raw.index(b"\n", map_megabytes * 1_000_000) + 1])
         self.reports: dict[str, list[PrepareReport]] = {"gigatoken": [], "tiktoken": []}
@@ -157,7 +161,7 @@ def summarize(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(kind: str, *, megabytes: int, map_megabytes: int, repeats: int, fresh: bool) -> None:
+def main(kind: str, *, megabytes: int, map_megabytes: int, repeats: int, fresh: bool, folder: Path | None) -> None:
     path = RESULTS / f"prepare_{kind}.json"
     sizes = {"megabytes": megabytes, "map_megabytes": map_megabytes}
     result: dict[str, Any] = {"kind": kind, **sizes, "seconds": {}, "outside_the_tokenizer": {}}
@@ -166,7 +170,7 @@ def main(kind: str, *, megabytes: int, map_megabytes: int, repeats: int, fresh: 
         if all(earlier.get(name) == value for name, value in sizes.items()):
             result = {name: earlier[name] for name in result}
     with tempfile.TemporaryDirectory() as name:
-        bench = Bench(Path(name), kind, megabytes, map_megabytes)
+        bench = Bench(folder or Path(name), kind, megabytes, map_megabytes)
         seconds = interleave(bench.contenders(), repeats=repeats, warmup=0)
     for group, found in (("seconds", seconds), ("outside_the_tokenizer", bench.outside())):
         for contender, values in found.items():
@@ -180,7 +184,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=list(WRITERS))
     parser.add_argument("--megabytes", type=int, default=64)
-    parser.add_argument("--map-megabytes", type=int, default=4)
+    parser.add_argument("--map-megabytes", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=1, help="rounds to add, each contender once a round")
     parser.add_argument("--fresh", action="store_true", help="forget the rounds in the results file")
+    parser.add_argument("--folder", type=Path, help="where to keep the records for the next piece")
     main(**vars(parser.parse_args()))
