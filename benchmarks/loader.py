@@ -1,7 +1,7 @@
 """`BatchLoader` beside the peers' loaders, each at its best number of workers: batches of shuffled rows per second.
 
-- A Megatron-style memory map: rows read from one memory-mapped file through an index, a NumPy row loop pads them;
-  without torch's `DataLoader` (0 workers, its best case) and with it.
+- A Megatron-style data set: rows read from one memory-mapped file through an index, a NumPy row loop pads them, in
+  torch's `DataLoader`; and the bare loop over slices of row numbers, without data set and `DataLoader`.
 - `datasets`' table of lists with `transformers`' `DataCollatorForSeq2Seq`, over a `pad` without a tokenizer's checks.
 - torch's `DataLoader` over ready-made Python lists with the chapter's collate.
 - litdata and MosaicML Streaming, in an environment of their own: see `benchmarks/peer_loaders.py`. Its Python is
@@ -35,6 +35,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import peer_loaders
 from benchmarks.collate import NumpyLoop, check
 from benchmarks.harness import RESULTS, save
 from benchmarks.integrations_trainer import PadOnly
@@ -51,29 +52,29 @@ OTHERS = ("litdata", "streaming")
 Start = Callable[[int, int], Iterator[Any]]  # batch size, workers -> batches of shuffled rows
 
 
-class Rows(Dataset[int]):
-    """Row numbers, for a `DataLoader` whose collate reads the rows."""
+class MegatronRows(Dataset[Any]):
+    """Rows of one memory-mapped file by way of an index."""
+
+    def __init__(self, store: TokenStore) -> None:
+        (shard,) = store.shards
+        self.ids, self.offsets = shard.input_ids, shard.offsets
 
     def __len__(self) -> int:
-        return NUM_ROWS
+        return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> int:
-        return index
+    def __getitem__(self, index: int) -> Any:
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
 
-class MegatronRows(NumpyLoop):
-    def batches(self, batch_size: int, workers: int) -> Iterator[Any]:
-        if workers:
-            return iter(
-                DataLoader(
-                    Rows(), batch_size=batch_size, shuffle=True, num_workers=workers, collate_fn=self.collate_list
-                )
-            )
+def bare_loop(store: TokenStore) -> Start:
+    """No data set and no `DataLoader`: shuffled row numbers in slices, each to the NumPy loop."""
+    loop = NumpyLoop(store)
+
+    def start(batch_size: int, workers: int) -> Iterator[Any]:
         order = np.random.default_rng(0).permutation(NUM_ROWS)
-        return (self(order[i : i + batch_size]) for i in range(0, NUM_ROWS - batch_size + 1, batch_size))
+        return (loop(order[i : i + batch_size]) for i in range(0, NUM_ROWS - batch_size + 1, batch_size))
 
-    def collate_list(self, rows: list[int]) -> Any:
-        return self(np.array(rows))
+    return start
 
 
 class Peers:
@@ -115,7 +116,8 @@ def make_starts(store: TokenStore) -> dict[str, Start]:
         )
 
     return {
-        "megatron-style memory map": MegatronRows(store).batches,
+        "NumPy row loop over the memory map": bare_loop(store),
+        "Megatron-style data set + NumPy row loop": torch_loader(MegatronRows(store), peer_loaders.collate),
         "datasets + DataCollatorForSeq2Seq": torch_loader(table, seq2seq),
         "torch DataLoader + reference": torch_loader(lists, custom_collate_fn),
     }
@@ -156,7 +158,7 @@ def timers(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size
     for name, start in starts.items():
         found[name] = {
             workers: lambda count, start=start, workers=workers: seconds_per_batch(start(batch_size, workers), count)
-            for workers in WORKERS
+            for workers in (WORKERS if "NumPy row loop over" not in name else (0,))
         }
     for peer in () if peers.missing else OTHERS:
         found[peer] = {
