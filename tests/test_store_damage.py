@@ -128,6 +128,11 @@ def test_a_cell_lies_within_its_column(bounds: tuple[int, int], is_whole: bool) 
             room._cell(values, offsets, 1, Path("s"))
 
 
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1, "u2"), (1 << 16, "u2"), ((1 << 16) + 1, "u4")])
+def test_ids_take_the_narrowest_type_for_the_vocabulary(vocab_size: int, dtype: str) -> None:
+    assert np.dtype(room.token_dtype(vocab_size)) == np.dtype(dtype)
+
+
 def test_contracts_are_frozen_and_slotted() -> None:
     for contract in (FileInfo("a", 1, "00"), ShardInfo("a", 1, "00", 1, 1, 1, 1), StoreIdentity([], {}, {}, {})):
         with pytest.raises(dataclasses.FrozenInstanceError):
