@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastcollate.errors import InputError
 from fastcollate.gpt2 import GPT2, config_of
-from fastcollate.inspect import MaskOptions
+from fastcollate.inspect import MaskOptions, order_of
 from fastcollate.loader import BatchLoader
-from fastcollate.plan import plan_epoch
+from fastcollate.plan import EpochPlan, plan_epoch
 from fastcollate.progress import progress_bar
-from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
+from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
 from fastcollate.store import TokenStore
 
 PIPELINE = "fastcollate"
@@ -54,7 +54,7 @@ class BenchReport:
 
     Attributes:
         policy: the order that was measured.
-        batch_size: rows in a batch.
+        batch_size: rows (packs) in a batch.
         step_ms: a training step's time, `None` if neither given nor measured.
         contenders: the pipeline first.
         advice: what to change, a sentence each.
@@ -77,7 +77,9 @@ class _Rows(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, list):  # a pack
+            return [self[row] for row in index]
         return self._rows[index] if self._prompts is None else (self._prompts[index], self._rows[index])
 
 
@@ -87,6 +89,7 @@ def bench(
     *,
     policy: str = "bucketed",
     batch_size: int = 8,
+    capacity: int | None = None,
     step_ms: float | None = None,
     model: str | None = None,
     rounds: int = 5,
@@ -100,6 +103,7 @@ def bench(
         options: how rows become targets.
         policy: see `plan_epoch`.
         batch_size: see `plan_epoch`.
+        capacity: see `plan_epoch`; by default `max_length`, else the store's longest row.
         step_ms: a training step's time in milliseconds, for the verdict; or
         model: the bundled GPT-2 (`tiny`, ...) whose training step is measured on this store's batches.
         rounds: turns of each contender; the median counts.
@@ -116,7 +120,7 @@ def bench(
         raise InputError(f"rounds={rounds}, seconds={seconds}: give at least one round of more than 0 seconds")
     if options.mode != "reference":
         raise InputError(f"mode={options.mode!r}: the other contenders are the reference; bench compares equal work")
-    sources = _contenders(store, options, policy, batch_size)
+    sources = _contenders(store, options, order_of(store, policy, batch_size, options, capacity))
     _check_equal(sources)
     if step_ms is None and model is not None:
         step_ms = measure_step(model, islice(sources[PIPELINE](), 8))
@@ -132,19 +136,26 @@ def bench(
 
 
 def _contenders(
-    store: TokenStore, options: MaskOptions, policy: str, batch_size: int
+    store: TokenStore, options: MaskOptions, order: dict[str, Any]
 ) -> dict[str, Callable[[], Iterable[Any]]]:
-    plan = plan_epoch(store.lengths, policy=policy, batch_size=batch_size, max_length=options.max_length)
-    batches = [rows.tolist() for rows in plan]
+    plan = plan_epoch(store.lengths, **order, max_length=options.max_length)
     rows = _Rows(store, options.mask_prompt)
-    reference = partial(
+    collate = partial(
         custom_collate_with_masking_fn if options.mask_prompt else custom_collate_fn,
         pad_token_id=store.pad_token_id,
         allowed_max_length=options.max_length,
     )
+    batches: list[list[Any]] = [batch.tolist() for batch in plan] if plan.capacity is None else _packs(plan)
+
+    def reference(batch: list[Any]) -> Any:
+        if plan.capacity is None:
+            return collate(batch)
+        limit = min(options.max_length or plan.capacity, plan.capacity)
+        packs = [[collate([row], allowed_max_length=limit) for row in pack] for pack in batch]
+        return put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
 
     def pipeline() -> Iterable[Any]:
-        return BatchLoader(store, **asdict(options), policy=policy, batch_size=batch_size)
+        return BatchLoader(store, **asdict(options), **order)
 
     def loop() -> Iterator[Any]:
         return (reference([rows[row] for row in batch]) for batch in batches)
@@ -155,6 +166,13 @@ def _contenders(
             DataLoader, rows, batch_sampler=batches, collate_fn=reference, num_workers=workers
         )
     return sources
+
+
+def _packs(plan: EpochPlan) -> list[list[Any]]:
+    """Each batch's packs, each pack's rows."""
+    windows = [plan.packs(index) for index in range(plan.num_windows)]
+    batches = [window.batch(number) for window in windows for number in range(window.num_batches)]
+    return [[packs.rows[start:stop].tolist() for start, stop in pairwise(packs.bounds.tolist())] for packs in batches]
 
 
 def _check_equal(sources: dict[str, Callable[[], Iterable[Any]]]) -> None:
@@ -199,10 +217,10 @@ def measure_step(model: str, batches: Iterable[Any]) -> float:
     network = GPT2(config_of(model))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
     times = []
-    for inputs, targets in batches:
+    for inputs, targets, *segments in batches:
         start = time.perf_counter()
         optimizer.zero_grad()
-        logits = network(inputs)
+        logits = network(inputs, *segments)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         times.append(time.perf_counter() - start)
@@ -242,7 +260,7 @@ def _advice(contenders: list[Verdict], step_ms: float | None, policy: str) -> li
         advice.append(
             f"{found.name} would be {state}: changing to fastcollate makes that loop {faster:.2f} times as fast"
         )
-    if policy != "bucketed":
+    if policy not in ("bucketed", "packed"):
         advice.append("bucketed batches hold less padding, which shortens the step itself: see inspect --report")
     return advice
 
@@ -252,7 +270,10 @@ def print_report(report: BenchReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{report.policy}, {report.batch_size} rows a batch", title_justify="left")
+    table = Table(
+        title=f"{report.policy}, {report.batch_size} {'packs' if report.policy == 'packed' else 'rows'} a batch",
+        title_justify="left",
+    )
     table.add_column("")
     for name in ("batches/s", "ms a batch", "wait between steps", "data-bound"):
         table.add_column(name, justify="right")

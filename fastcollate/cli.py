@@ -165,6 +165,10 @@ def _parse_fields(pairs: list[str] | None) -> dict[str, str] | None:
 
 
 MaxLength = Annotated[Optional[int], typer.Option(help="Columns kept of a row; all by default.")]  # noqa: UP045
+Capacity = Annotated[
+    Optional[int],  # noqa: UP045 (typer on Python 3.10)
+    typer.Option(help="With --policy packed, cells a pack; --max-length or the longest row if not given."),
+]
 MaskPrompt = Annotated[bool, typer.Option("--mask-prompt/--train-prompt", help="Train the responses only, or all.")]
 Mode = Annotated[str, typer.Option(help="reference (as the chapter's collate) or positional (what you mean).")]
 
@@ -220,8 +224,9 @@ def verify(
         typer.Option(help="A file it was prepared from, to be tokenized again with tiktoken; repeatable, in order."),
     ] = None,
     checksums: Annotated[bool, typer.Option("--checksums", help="Read every file and check its checksum.")] = False,
-    policy: Annotated[str, typer.Option(help="Order of the epoch: sequential, shuffled or bucketed.")] = "bucketed",
-    batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 8,
+    policy: Annotated[str, typer.Option(help="Order: sequential, shuffled, bucketed, packed.")] = "bucketed",
+    batch_size: Annotated[int, typer.Option(help="Rows (packs) in a batch.")] = 8,
+    capacity: Capacity = None,
     seed: Annotated[int, typer.Option(help="Seed of the epoch's order.")] = 0,
     max_length: MaxLength = None,
     mask_prompt: MaskPrompt = True,
@@ -236,7 +241,7 @@ def verify(
 
     options = MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
     found = run(
-        TokenStore(store), options, policy=policy, batch_size=batch_size, seed=seed,
+        TokenStore(store), options, policy=policy, batch_size=batch_size, capacity=capacity, seed=seed,
         sources=source or [], checksums=checksums, silent=json_output,
     )  # fmt: skip
     if json_output:
@@ -258,8 +263,9 @@ def bench(
         Optional[str],  # noqa: UP045 (typer on Python 3.10)
         typer.Option(help="Measure the step of this bundled GPT-2 on this machine's CPU, such as tiny."),
     ] = None,
-    policy: Annotated[str, typer.Option(help="Order of the epoch: sequential, shuffled or bucketed.")] = "bucketed",
-    batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 8,
+    policy: Annotated[str, typer.Option(help="Order: sequential, shuffled, bucketed, packed.")] = "bucketed",
+    batch_size: Annotated[int, typer.Option(help="Rows (packs) in a batch.")] = 8,
+    capacity: Capacity = None,
     max_length: MaxLength = None,
     mask_prompt: MaskPrompt = True,
     rounds: Annotated[int, typer.Option(help="Turns of each contender; the median counts.")] = 5,
@@ -273,8 +279,8 @@ def bench(
 
     options = MaskOptions(max_length=max_length, mask_prompt=mask_prompt)
     report = run(
-        TokenStore(store), options, policy=policy, batch_size=batch_size, step_ms=step_ms, model=model,
-        rounds=rounds, silent=json_output,
+        TokenStore(store), options, policy=policy, batch_size=batch_size, capacity=capacity, step_ms=step_ms,
+        model=model, rounds=rounds, silent=json_output,
     )  # fmt: skip
     if json_output:
         _print_json(asdict(report))

@@ -51,6 +51,16 @@ class MaskOptions:
         return Collator(store.shards, pad_token_id=store.pad_token_id, name=str(store.path), **asdict(self))
 
 
+def order_of(
+    store: TokenStore, policy: str, batch_size: int, options: MaskOptions, capacity: int | None = None
+) -> dict[str, Any]:
+    """The order's options; by default a pack holds what a row may take, at most the longest row of the store."""
+    order: dict[str, Any] = {"policy": policy, "batch_size": batch_size}
+    if policy == "packed" and capacity is None:
+        capacity = options.max_length or max(store.max_length, 1)
+    return order if capacity is None else order | {"capacity": capacity}
+
+
 @dataclass(frozen=True, slots=True)
 class Histogram:
     """Counts in bars of equal width.

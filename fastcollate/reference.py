@@ -208,3 +208,49 @@ def custom_collate_with_masking_fn(
         all_inputs.append(inputs)
         all_targets.append(targets)
     return torch.stack(all_inputs).to(device), torch.stack(all_targets).to(device)
+
+
+def put_end_to_end(
+    packs: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]],
+    capacity: int,
+    longest: int,
+    pad_token_id: int = 50256,
+    ignore_index: int = -100,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Packs of rows that were collated each in a batch of its own; the chapter has no such thing.
+
+    Args:
+        packs: inputs and targets `(1, length)` of each row of each pack.
+        capacity: cells a pack.
+        longest: cells that a row may take; unused cells are segments of at most as many.
+        pad_token_id: fills unused inputs.
+        ignore_index: fills unused targets.
+
+    Returns:
+        inputs, targets and positions, int64 `(packs, capacity)`, and the segments' bounds, int32.
+    """
+    inputs_lst, targets_lst, positions_lst, bounds = [], [], [], [0]
+    for number, pack in enumerate(packs):
+        inputs, targets, positions = [], [], []
+        for row_inputs, row_targets in pack:
+            row = row_inputs[0].tolist()
+            inputs += row
+            targets += row_targets[0].tolist()
+            positions += list(range(len(row)))
+            if row:
+                bounds.append(number * capacity + len(inputs))
+        while len(inputs) < capacity:
+            unused = min(longest, capacity - len(inputs))
+            inputs += [pad_token_id] * unused
+            targets += [ignore_index] * unused
+            positions += list(range(unused))
+            bounds.append(number * capacity + len(inputs))
+        inputs_lst.append(inputs)
+        targets_lst.append(targets)
+        positions_lst.append(positions)
+    return (
+        torch.tensor(inputs_lst),
+        torch.tensor(targets_lst),
+        torch.tensor(positions_lst),
+        torch.tensor(bounds, dtype=torch.int32),
+    )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.collate import Batch
+from fastcollate.collate import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.inspect import (
     KINDS,
@@ -33,15 +33,15 @@ from fastcollate.plan import EpochPlan, plan_epoch
 from fastcollate.store import TokenStore
 from fastcollate.tokenizer import Tokenizer
 
-POLICIES = ("sequential", "shuffled", "bucketed")
+POLICIES = ("sequential", "shuffled", "bucketed", "packed")
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _PLANNED_ROWS = 1 << 20  # rows that the padding figure plans; more would say the same, later
 _PICTURED_BATCHES = 96
 _SHOWN_TOKENS = 500_000  # tokens in the mask viewer: keeps the page at a few megabytes
 _INK = "#1f2937"
-_SHADES = {"sequential": "#6b7280", "shuffled": "#b45309", "bucketed": "#1d4ed8"}
-_DASHES = {"sequential": "dot", "shuffled": "dash", "bucketed": "solid"}
-_SYMBOLS = {"sequential": "circle", "shuffled": "square", "bucketed": "diamond"}
+_SHADES = {"sequential": "#6b7280", "shuffled": "#b45309", "bucketed": "#1d4ed8", "packed": "#047857"}
+_DASHES = {"sequential": "dot", "shuffled": "dash", "bucketed": "solid", "packed": "dashdot"}
+_SYMBOLS = {"sequential": "circle", "shuffled": "square", "bucketed": "diamond", "packed": "triangle-up"}
 
 
 class Padding(NamedTuple):
@@ -130,12 +130,26 @@ def padding_by_policy(
     return {
         policy: {
             size: padding_of(
-                plan_epoch(lengths, batch_size=size, policy=policy, seed=seed, max_length=max_length), max_length
+                plan_epoch(
+                    lengths,
+                    batch_size=size,
+                    policy=policy,
+                    seed=seed,
+                    max_length=max_length,
+                    capacity=capacity_of(lengths, max_length) if policy == "packed" else None,
+                ),
+                max_length,
             )
             for size in sizes
         }
         for policy in POLICIES
     }
+
+
+def capacity_of(lengths: npt.NDArray[Any], max_length: int | None) -> int:
+    """Cells of the packs shown: what the longest row takes."""
+    longest = max(int(lengths.max(initial=1)), 1)
+    return longest if max_length is None else min(longest, max_length)
 
 
 def padding_of(plan: EpochPlan, max_length: int | None) -> Padding:
@@ -149,7 +163,10 @@ def padding_of(plan: EpochPlan, max_length: int | None) -> Padding:
         if max_length is not None:
             lengths = np.minimum(lengths, max_length)
         num_batches += len(bounds) - 1
-        cells += int((np.maximum.reduceat(lengths, bounds[:-1]) * np.diff(bounds)).sum())
+        if plan.capacity is None:
+            cells += int((np.maximum.reduceat(lengths, bounds[:-1]) * np.diff(bounds)).sum())
+        else:
+            cells += plan.packs(index).packs.num_packs * plan.capacity
         filled += int(lengths.sum())
     return Padding(num_batches, cells, cells - filled)
 
@@ -158,7 +175,9 @@ def padding_of(plan: EpochPlan, max_length: int | None) -> Padding:
 
 
 def picture(store: TokenStore, options: MaskOptions, policy: str, batch_size: int, seed: int) -> dict[str, Any]:
-    """Some batches of an epoch, evenly spaced, each row as stretches of cells of one kind."""
+    """Some batches of an epoch, evenly spaced, each row (each pack) as stretches of cells of one kind."""
+    if policy == "packed":
+        return _picture_of_packs(store, options, batch_size, seed)
     plan = plan_epoch(store.lengths, batch_size=batch_size, policy=policy, seed=seed, max_length=options.max_length)
     total = len(plan)
     every = -(-total // _PICTURED_BATCHES)
@@ -176,7 +195,26 @@ def picture(store: TokenStore, options: MaskOptions, policy: str, batch_size: in
     return {"total": total, "every": every, "batches": batches}
 
 
-def stretches(batch: Batch, lengths: npt.NDArray[np.int64]) -> list[list[list[int]]]:
+def _picture_of_packs(store: TokenStore, options: MaskOptions, batch_size: int, seed: int) -> dict[str, Any]:
+    lengths = store.lengths[:_PLANNED_ROWS]
+    capacity = capacity_of(lengths, options.max_length)
+    sizes: dict[str, Any] = {"batch_size": batch_size, "capacity": capacity, "max_length": options.max_length}
+    plan = plan_epoch(lengths, policy="packed", seed=seed, **sizes)
+    windows = [plan.packs(index) for index in range(plan.num_windows)]
+    places = [(window, number) for window in windows for number in range(window.num_batches)]
+    every = -(-len(places) // _PICTURED_BATCHES)
+    collator = options.collator(store)
+    batches = []
+    for window, number in places[::every]:
+        packs = window.batch(number)
+        batch = collator.pack(packs.rows, packs.bounds, capacity=capacity)
+        ends = np.concatenate([[0], np.cumsum(np.minimum(lengths[packs.rows].astype(np.int64), capacity))])
+        used = np.diff(ends[packs.bounds])
+        batches.append({"width": capacity, "rows": stretches(batch, used)})
+    return {"total": len(places), "every": every, "batches": batches}
+
+
+def stretches(batch: Batch | PackedBatch, lengths: npt.NDArray[np.int64]) -> list[list[list[int]]]:
     """For each row `[kind, cells]` pairs, the kind by its place in `KINDS`.
 
     A column is padding where its input is; otherwise it is trained or, where its target is ignored, shown as prompt.
@@ -249,6 +287,7 @@ def _padding_figure(padding: Mapping[str, Mapping[int, Padding]]) -> Any:
     go = import_extra("plotly.graph_objects", "report")
     figure = go.Figure()
     for policy, by_size in padding.items():
+        unit = "packs" if policy == "packed" else "rows"
         figure.add_scatter(
             x=[str(size) for size in by_size],
             y=[100 * found.share for found in by_size.values()],
@@ -256,11 +295,11 @@ def _padding_figure(padding: Mapping[str, Mapping[int, Padding]]) -> Any:
             mode="lines+markers",
             line={"color": _SHADES[policy], "dash": _DASHES[policy], "width": 2.5},
             marker={"symbol": _SYMBOLS[policy], "size": 9},
-            hovertemplate=f"{policy}, %{{x}} rows: %{{y:.1f}}% padding<extra></extra>",
+            hovertemplate=f"{policy}, %{{x}} {unit}: %{{y:.1f}}% padding<extra></extra>",
         )
     figure.update_xaxes(type="category")
     figure.update_yaxes(rangemode="tozero")
-    return _styled(figure, "rows in a batch", "padded cells, %")
+    return _styled(figure, "rows (packed: packs) in a batch", "padded cells, %")
 
 
 def _styled(figure: Any, x_title: str, y_title: str) -> Any:

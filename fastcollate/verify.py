@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fastcollate.errors import InputError
-from fastcollate.inspect import MaskOptions, tokenizer_of
+from fastcollate.inspect import MaskOptions, order_of, tokenizer_of
 from fastcollate.loader import BatchLoader
-from fastcollate.plan import plan_epoch
+from fastcollate.plan import EpochPlan, plan_epoch
 from fastcollate.progress import progress_bar
 from fastcollate.records import parse_block
-from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
+from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
 from fastcollate.sources import find_sources, read_blocks
 from fastcollate.store import Example, TokenStore, verify_checksums
 from fastcollate.templates import BadRecordError, load_template
@@ -33,7 +34,7 @@ class Verification:
     Attributes:
         batches: batches compared bit for bit.
         rows: rows in them.
-        cells: input and target cells in them.
+        cells: input and target cells in them, and positions and bounds of packed ones.
         digest: SHA-256 over the shapes and cells of all batches in order; equal runs give equal digests.
         records: records tokenized again, `None` without a source.
         files: files whose checksums were computed, `None` if they were not.
@@ -68,6 +69,7 @@ def verify(
     *,
     policy: str = "bucketed",
     batch_size: int = 8,
+    capacity: int | None = None,
     seed: int = 0,
     epoch: int = 0,
     sources: Sequence[str] = (),
@@ -81,6 +83,7 @@ def verify(
         options: how rows become targets.
         policy: see `plan_epoch`.
         batch_size: see `plan_epoch`.
+        capacity: see `plan_epoch`; by default `max_length`, else the store's longest row.
         seed: see `plan_epoch`.
         epoch: see `plan_epoch`.
         sources: what the store was prepared from; every record is tokenized again with tiktoken.
@@ -96,7 +99,7 @@ def verify(
         found.files = len(store.manifest["files"]) + len(store.manifest["shards"])
         for problem in verify_checksums(store.path):
             found.note(problem)
-    order = {"policy": policy, "batch_size": batch_size, "seed": seed}
+    order = {**order_of(store, policy, batch_size, options, capacity), "seed": seed}
     _compare_batches(store, options, order, epoch, found, silent=silent)
     if sources:
         _compare_ids(store, sources, found, silent=silent)
@@ -116,10 +119,10 @@ def _compare_batches(
     digest = hashlib.sha256()
     with progress_bar(unit="batches", disable=silent) as progress:
         task = progress.add_task("verify", total=len(plan))
-        for number, (rows, batch) in enumerate(zip(plan, loader, strict=True)):
-            expected = expected_batch([store[int(row)] for row in rows], store.pad_token_id, options)
-            for name, got, wanted in zip(("inputs", "targets"), batch, expected, strict=True):
-                _compare_cells(f"batch {number}, {name}", rows, got, wanted, found)
+        expected = (_expected_packs if order["policy"] == "packed" else _expected_batches)(store, plan, options)
+        for number, ((rows, lines, wanted), batch) in enumerate(zip(expected, loader, strict=True)):
+            for name, got, tensor in zip(batch._fields, batch, wanted, strict=True):
+                _compare_cells(f"batch {number}, {name}", lines, got, tensor, found)
                 digest.update(repr(tuple(got.shape)).encode())
                 digest.update(np.ascontiguousarray(got.numpy()).tobytes())
                 found.cells += got.numel()
@@ -132,17 +135,49 @@ def _compare_batches(
     found.digest = digest.hexdigest()
 
 
+class _Expected(NamedTuple):
+    """One batch of the plan.
+
+    Attributes:
+        rows: its row numbers.
+        lines: what a line of its tensors is called.
+        tensors: what the reference makes of it.
+    """
+
+    rows: npt.NDArray[np.int64]
+    lines: Sequence[str]
+    tensors: tuple[torch.Tensor, ...]
+
+
+def _expected_batches(store: TokenStore, plan: EpochPlan, options: MaskOptions) -> Iterator[_Expected]:
+    for rows in plan:
+        tensors = expected_batch([store[int(row)] for row in rows], store.pad_token_id, options)
+        yield _Expected(rows, [f"row {row}" for row in rows], tensors)
+
+
+def _expected_packs(store: TokenStore, plan: EpochPlan, options: MaskOptions) -> Iterator[_Expected]:
+    assert plan.capacity is not None
+    limit = min(options.max_length or plan.capacity, plan.capacity)
+    alone = replace(options, max_length=limit)
+    for index in range(plan.num_windows):
+        window = plan.packs(index)
+        for number in range(window.num_batches):
+            rows, _, bounds = window.batch(number)
+            cells = [expected_batch([store[int(row)]], store.pad_token_id, alone) for row in rows]
+            packs = [cells[start:stop] for start, stop in pairwise(bounds.tolist())]
+            end_to_end = put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
+            yield _Expected(rows, [f"pack {pack}" for pack in range(len(packs))], end_to_end)
+
+
 def _compare_cells(
-    where: str, rows: npt.NDArray[np.int64], got: torch.Tensor, wanted: torch.Tensor, found: Verification
+    where: str, lines: Sequence[str], got: torch.Tensor, wanted: torch.Tensor, found: Verification
 ) -> None:
     if got.dtype != wanted.dtype or got.shape != wanted.shape:
         found.note(f"{where}: {got.dtype} {tuple(got.shape)}, but the reference gives {wanted.dtype} {wanted.shape}")
         return
-    for place, column in torch.nonzero(got != wanted).tolist():
-        found.note(
-            f"{where}: row {rows[place]} column {column} is {int(got[place, column])}, "
-            f"but the reference gives {int(wanted[place, column])}"
-        )
+    for *place, column in torch.nonzero(got != wanted).tolist():
+        line, cell = f"{lines[place[0]]} " if place else "", (*place, column)
+        found.note(f"{where}: {line}column {column} is {int(got[cell])}, but the reference gives {int(wanted[cell])}")
 
 
 def expected_batch(examples: Sequence[Example], pad: int, options: MaskOptions) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from stores import run_cli, write_store
 from fastcollate import bench as room
 from fastcollate.bench import Verdict, bench
 from fastcollate.errors import InputError
-from fastcollate.inspect import MaskOptions
+from fastcollate.inspect import MaskOptions, order_of
 from fastcollate.store import TokenStore
 
 
@@ -44,8 +44,20 @@ def test_without_a_step_there_is_no_verdict(store: TokenStore) -> None:
     assert "--step-ms" in report.advice[0]
 
 
+SHUFFLED = {"policy": "shuffled", "batch_size": 8}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_packs_are_measured_beside_equal_ones(store: TokenStore, masked: bool) -> None:
+    order = order_of(store, "packed", 2, MaskOptions(), capacity=30)
+    room._check_equal(room._contenders(store, MaskOptions(mask_prompt=masked, max_length=25), order))
+    report = bench(store, policy="packed", batch_size=2, model="tiny", rounds=1, seconds=0.02, silent=True)
+    assert report.step_ms is not None
+    assert not any("inspect --report" in sentence for sentence in report.advice)
+
+
 def test_workers_give_the_same_batches(store: TokenStore) -> None:
-    sources = room._contenders(store, MaskOptions(), "shuffled", 8)
+    sources = room._contenders(store, MaskOptions(), SHUFFLED)
     assert list(sources) == [
         "fastcollate", "reference loop", *(f"DataLoader, {workers} workers" for workers in (0, 2, 4)),
     ]  # fmt: skip
@@ -53,8 +65,8 @@ def test_workers_give_the_same_batches(store: TokenStore) -> None:
 
 
 def test_other_batches_are_refused(store: TokenStore) -> None:
-    sources = room._contenders(store, MaskOptions(), "shuffled", 8)
-    wrong = room._contenders(store, MaskOptions(max_length=3), "shuffled", 8)
+    sources = room._contenders(store, MaskOptions(), SHUFFLED)
+    wrong = room._contenders(store, MaskOptions(max_length=3), SHUFFLED)
     with pytest.raises(RuntimeError, match="DataLoader gives other batches"):
         room._check_equal({room.REFERENCE: sources[room.REFERENCE], "DataLoader": wrong["DataLoader, 0 workers"]})
 

@@ -17,6 +17,7 @@ from stores import Row, run_cli, write_store
 from fastcollate import report as room
 from fastcollate.errors import InputError
 from fastcollate.inspect import KINDS, MaskOptions, inspect_store
+from fastcollate.loader import BatchLoader
 from fastcollate.plan import plan_epoch
 from fastcollate.store import TokenStore
 from fastcollate.tokenizer import load_tokenizer
@@ -55,6 +56,9 @@ def data_of(page: Path) -> dict[str, Any]:
 def test_padding_is_that_of_the_filled_batches(store: TokenStore) -> None:
     options = MaskOptions(max_length=30)
     table = room.padding_by_policy(store.lengths, 30, seed=3)
+    packed = table.pop("packed")
+    cells = int(np.minimum(store.lengths, 30).sum())
+    assert all(found.cells - found.padded == cells for found in packed.values())
     assert list(table) == ["sequential", "shuffled", "bucketed"]
     assert list(table["bucketed"]) == [1, 2, 4, 8, 16, 32]
     collator = options.collator(store)
@@ -79,6 +83,23 @@ def test_the_picture_holds_every_cell(store: TokenStore) -> None:
             prompt, length = int(example.spans[0]), len(example.input_ids)
             expected = [["prompt", prompt - 1], ["trained", length - prompt + 1], ["padding", batch["width"] - length]]
             assert [[KINDS[kind], cells] for kind, cells in row] == [pair for pair in expected if pair[1]]
+
+
+def test_the_picture_of_packs_holds_every_token(store: TokenStore) -> None:
+    pictured = room.picture(store, MaskOptions(max_length=20), "packed", 2, 0)
+    assert len(pictured["batches"]) == pictured["total"]
+    cells = dict.fromkeys(KINDS, 0)
+    for batch in pictured["batches"]:
+        assert batch["width"] == 20
+        for row in batch["rows"]:
+            assert sum(count for _, count in row) == 20
+            for kind, count in row:
+                cells[KINDS[kind]] += count
+    loader = BatchLoader(store, batch_size=1, max_length=20, mask_prompt=True)
+    for _ in loader:
+        pass
+    assert cells["trained"] == loader.stats.trained_tokens
+    assert cells["trained"] + cells["prompt"] == int(np.minimum(store.lengths, 20).sum())
 
 
 def test_a_long_epoch_is_pictured_by_evenly_spaced_batches(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +191,7 @@ def test_it_renders_and_asks_for_nothing(browser: Any, page_file: Path) -> None:
         for name in ("lengths", "padding", "shares"):
             assert page.locator(f"#figure-{name} .main-svg").count() > 0
         assert page.locator("#figure-lengths .bars path").count() > 0
-        assert page.locator("#figure-padding .scatterlayer .trace").count() == 3
+        assert page.locator("#figure-padding .scatterlayer .trace").count() == 4
         colours = page.evaluate(
             """() => { const c = document.getElementById("epoch");
             const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stores import Row, run_cli, write_store
 
 from fastcollate import verify as room
-from fastcollate.collate import Batch, Collator
+from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
 from fastcollate.inspect import MaskOptions
 from fastcollate.prepare import prepare
@@ -47,6 +47,35 @@ def test_a_whole_store_agrees(prepared: TokenStore, source: Path, policy: str) -
     assert found.files is not None
     assert found.files >= 2
     assert found.cells > 2 * prepared.num_tokens
+
+
+@pytest.mark.parametrize(("masked", "mode"), [(True, "reference"), (False, "positional")])
+def test_packs_agree(prepared: TokenStore, masked: bool, mode: str) -> None:
+    for options, capacity in (({}, 120), ({"max_length": 40}, 100), ({}, None)):
+        found = verify(
+            prepared, MaskOptions(mask_prompt=masked, mode=mode, **options), policy="packed", batch_size=2,
+            capacity=capacity, silent=True,
+        )  # fmt: skip
+        assert found.ok, found.problems
+        assert found.rows >= 23
+
+
+def test_one_wrong_cell_of_a_pack_is_found(prepared: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Collator.packed_batch_at
+    numbers = iter(range(100))
+
+    def broken(self: Collator, *args: Any) -> PackedBatch:
+        batch = original(self, *args)
+        if next(numbers) == 1:
+            batch.position_ids[0, 3] += 1
+            batch.cu_seqlens[1] += 1
+        return batch
+
+    monkeypatch.setattr(Collator, "packed_batch_at", broken)
+    found = verify(prepared, policy="packed", batch_size=2, silent=True)
+    assert found.num_problems == 2
+    assert found.problems[0].startswith("batch 1, position_ids: pack 0 column 3 is ")
+    assert found.problems[1].startswith("batch 1, cu_seqlens: column 1 is ")
 
 
 def test_the_digest_depends_on_the_batches_only(prepared: TokenStore) -> None:
