@@ -127,6 +127,9 @@ class Table:
         if len(shard.offsets) < 1 or len(shard.span_offsets) != len(shard.offsets):
             raise InputError(f"{self.name}, shard {index}: offsets and span_offsets must both have num_rows + 1 items")
 
+    def __getstate__(self) -> Any:
+        raise TypeError("addresses of this process cannot be pickled; pickle the store, the loader or the data set")
+
     def explain(self, row: int) -> InputError:
         """What is wrong with a row that a kernel has refused."""
         if not 0 <= row < self.num_rows:

@@ -322,3 +322,11 @@ def test_batches_equal_the_reference_with_wide_rows_among_narrow_ones(monkeypatc
     loader = BatchLoader(make_store(rows), policy="sequential", batch_size=2, prefetch=3)
     expected = [custom_collate_fn(rows[i : i + 2]) for i in range(0, 80, 2)]
     assert equal(list(loader), expected)
+
+
+def test_addresses_are_not_pickled() -> None:
+    loader = BatchLoader(make_store(ROWS), **OPTIONS)
+    with pytest.raises(TypeError, match="addresses of this process"):
+        pickle.dumps(loader._collator)
+    with pytest.raises(TypeError, match="one process"):
+        pickle.dumps(loader._own_transfer()._pool)  # type: ignore[attr-defined]
