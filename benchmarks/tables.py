@@ -62,10 +62,13 @@ def loader_table() -> str:
         "| loader, µs a batch of | " + " | ".join(str(case["batch_size"]) for case in cases) + " |",
         "|---" * (len(cases) + 1) + "|",
     ]
-    for name in cases[0]["loaders"]:
+    for name in dict.fromkeys(name for case in cases for name in case["loaders"]):
         cells = []
         for case in cases:
-            row = case["loaders"][name]
+            row = case["loaders"].get(name)
+            if row is None:
+                cells.append("–")
+                continue
             times = "" if name.startswith("fastcollate") else f" ({row['times_ours']:.3g} ×)"
             cells.append(f"{row['microseconds_per_batch']:,.4g}{times}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
