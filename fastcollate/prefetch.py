@@ -1,6 +1,6 @@
 """Batches filled ahead of the consumer by threads, and handed over in groups, in order.
 
-A hand-over between threads costs as much as filling several small batches, so a group is one or two megabytes. The
+A hand-over between threads costs as much as filling several small batches, so a group is about one megabyte. The
 kernels run without the GIL; what is left of a thread's work in Python is a few calls a group.
 """
 
@@ -24,7 +24,7 @@ from fastcollate.transfer import Arrival, Transfer
 
 Int64Array = npt.NDArray[np.int64]
 
-GROUP_CELLS = 1 << 18  # 2 MiB of int64
+GROUP_CELLS = 1 << 17  # 1 MiB of int64
 MAX_GROUP = 256  # batches
 THREAD_NAME = "fastcollate-"
 
