@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -270,6 +271,15 @@ class EpochPlan:
         return Window(out[: out_bounds[-1]], out_bounds)
 
 
+def _read_here_and_there(lengths: npt.NDArray[Any]) -> None:
+    """Tell the system how a memory map is read: reading ahead would fetch most of a large file for one window."""
+    base: Any = lengths
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):
+        base.madvise(mmap.MADV_RANDOM)
+
+
 def plan_epoch(
     lengths: npt.ArrayLike,
     *,
@@ -355,6 +365,8 @@ def plan_epoch(
         window = MAX_WINDOW if policy == "packed" else min(max(WINDOW_BATCHES * group, MIN_WINDOW), MAX_WINDOW)
     if block is None:
         block = BLOCK if len(array) >= BLOCK_FROM else 1
+    if block > 1:
+        _read_here_and_there(array)
     return EpochPlan(
         lengths=array,
         batch_size=batch_size,
