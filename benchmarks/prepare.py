@@ -168,7 +168,7 @@ def main(kind: str, *, megabytes: int, map_megabytes: int, repeats: int, fresh: 
     if path.exists() and not fresh:
         earlier = json.loads(path.read_text())
         if all(earlier.get(name) == value for name, value in sizes.items()):
-            result = {name: earlier[name] for name in result}
+            result = {name: earlier.get(name, {}) for name in result}
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(folder or Path(name), kind, megabytes, map_megabytes)
         seconds = interleave(bench.contenders(), repeats=repeats, warmup=0)
