@@ -26,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+_INTERRUPTED = "interrupted; what was finished is kept"
 _SAMPLE_RECORDS = 3000
 _SAMPLE_STEPS = 120  # enough to see the loss fall, in a minute or two on two cores
 
@@ -44,7 +45,12 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename is not None else ""
         _fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
-        _fail("interrupted; what was finished is kept", status=130)
+        _fail(_INTERRUPTED, status=130)
+    except SystemExit as stop:
+        cause = stop.__context__ and stop.__context__.__cause__
+        if isinstance(cause, KeyboardInterrupt):  # typer has caught Ctrl-C, and says nothing
+            _fail(_INTERRUPTED, status=130)
+        raise
 
 
 def _fail(message: str, status: int = 1) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from stores import run_cli
 
 
 def fastcollate(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -63,3 +65,14 @@ def test_a_wrong_field_mapping_is_named(tmp_path: Path) -> None:
         1,
         "error: --field 'x': write it as NAME=SOURCE, such as instruction=question\n",
     )
+
+
+def test_ctrl_c_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("fastcollate.prepare"), "prepare", interrupted)
+    assert run_cli(monkeypatch, "prepare", "records.jsonl", tmp_path / "store") == 130
+    assert capsys.readouterr().err.splitlines() == ["error: interrupted; what was finished is kept"]
