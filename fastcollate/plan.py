@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -132,11 +132,16 @@ class EpochPlan:
         return full + 1 if self.tail == "repeat" or rest > self.rank else full
 
     def __iter__(self) -> Iterator[Int64Array]:
-        for index in range(self.num_windows):
-            rows, bounds = self.window(index)
-            edges = bounds.tolist()
-            for start, stop in itertools.pairwise(edges):
-                yield rows[start:stop]
+        return itertools.chain.from_iterable(map(self._batches, range(self.num_windows)))
+
+    def _batches(self, index: int) -> Iterable[Int64Array]:
+        """A window's batches, an array each."""
+        rows, bounds = self.window(index)
+        size = self.batch_size
+        whole = 0 if size is None or self.policy == "packed" else len(rows) // size
+        if whole and whole == len(bounds) - 1:
+            return rows.reshape(whole, -1)  # iterated over in half the time of slices
+        return [rows[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
 
     def locate(self, step: int) -> tuple[int, int]:
         """The window and the batch within it that the epoch's batch number `step` is.
@@ -215,9 +220,10 @@ class EpochPlan:
         packed = self.policy == "packed"
         if self.drop_last and not packed:
             count -= count % self._group
-        rows = np.arange(first, first + count)
+        is_permuted = self.policy != "sequential" and self.num_windows > 1
+        rows = np.empty(count, np.int64) if is_permuted else np.arange(first, first + count)
         if self.policy != "sequential":
-            if self.num_windows > 1:
+            if is_permuted:
                 rotation = int(self._key(_ROTATION_KEY)) % self.num_rows
                 plan_kernels.permuted_rows(first, self.num_rows, self.block, self._key(_ROWS_KEY), rotation, rows)
             if self.num_windows == 1 or self.block > 1:
@@ -239,7 +245,8 @@ class EpochPlan:
         if longest > 16 * self.window_rows:  # a counting sort would count mostly zeros
             order = np.argsort(lengths, kind="stable")
             return rows[order], lengths[order]
-        result = np.empty_like(rows), np.empty_like(lengths)
+        # Lengths in order are needed by `max_tokens` only.
+        result = np.empty_like(rows), lengths[:0] if self.max_tokens is None else np.empty_like(lengths)
         plan_kernels.sort_by_length(rows, lengths, longest, *result)
         return result
 

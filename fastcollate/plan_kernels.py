@@ -15,7 +15,11 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _27, _30, _31, _32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
-_ROUNDS = 6
+_LOW = np.uint64(0xFFFFFFFF)
+_FACTOR_1, _FACTOR_2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)  # a 32-bit finalizer of low bias
+_15 = np.uint32(15)
+_ROUNDS = 4
+_STRETCH = 2048  # positions permuted at once
 
 
 @kernel
@@ -44,26 +48,79 @@ def shuffle(values: Any, key: Any) -> None:
 
 
 @kernel
-def _permuted(position: Any, size: Any, rows: Any, columns: Any, key: Any) -> Any:
-    """Where a keyed bijection on `[0, size)` sends a position.
+def _salts(key: Any) -> Any:
+    """Two uint32 numbers for each round, made of a uint64 key."""
+    salts = np.empty((_ROUNDS, 2), np.uint32)
+    for turn in range(_ROUNDS):
+        number = mix(key, np.uint64(turn))
+        salts[turn, 0], salts[turn, 1] = np.uint32(number >> _32), np.uint32(number & _LOW)
+    return salts
+
+
+@kernel
+def _turn(moved: Any, fixed: Any, size: int, salt: Any, salt_2: Any) -> None:
+    """One round: add to each `moved`, modulo `size`, a keyed number that its `fixed` decides; all of them uint32.
+
+    In 32 bits throughout, so that a processor does eight or more at once.
+    """
+    modulus, bound = np.uint32(size), np.uint64(size)
+    for i in range(np.uint64(len(moved))):
+        z = np.uint32(np.uint32(fixed[i] ^ salt) * _FACTOR_1)
+        z = np.uint32(np.uint32(np.uint32(z ^ np.uint32(z >> _15)) + salt_2) * _FACTOR_2)
+        total = np.uint32(moved[i] + np.uint32((np.uint64(z) * bound) >> _32))
+        moved[i] = np.uint32(total - modulus) if total >= modulus else total
+
+
+@kernel
+def _turns(lefts: Any, rights: Any, rows: int, columns: int, salts: Any) -> None:
+    for turn in range(0, _ROUNDS, 2):
+        _turn(lefts, rights, rows, salts[turn, 0], salts[turn, 1])
+        _turn(rights, lefts, columns, salts[turn + 1, 0], salts[turn + 1, 1])
+
+
+@kernel
+def _cells(first: int, columns: int, lefts: Any, rights: Any) -> None:
+    """Row and column, in a grid of so many columns, of the positions `first`, `first + 1`, ..."""
+    left, right = first // columns, first % columns
+    i = 0
+    while i < len(lefts):
+        count = min(columns - right, len(lefts) - i)
+        own_lefts, own_rights = lefts[i : i + count], rights[i : i + count]
+        for j in range(np.uint64(count)):
+            own_lefts[j], own_rights[j] = left, right + np.int64(j)
+        left, right, i = left + 1, 0, i + count
+
+
+@kernel
+def permute(first: int, size: int, key: Any, out: Any) -> None:
+    """Where a keyed bijection on `[0, size)` sends the positions `first`, `first + 1`, ...
 
     A Feistel network over a grid of `rows * columns >= size` cells, walked until it lands below `size`.
+
+    Args:
+        first: the first position.
+        size: at most 2**62, so that a side of the grid fits 31 bits.
+        key: uint64.
+        out: int64, written, a place a position.
     """
-    while True:
-        left, right = position // columns, position % columns
-        for turn in range(_ROUNDS):
-            salt = np.uint64(turn) << _32
-            if turn & 1:
-                right += _below(key, salt | left, columns)
-                if right >= columns:
-                    right -= columns
-            else:
-                left += _below(key, salt | right, rows)
-                if left >= rows:
-                    left -= rows
-        position = left * columns + right
-        if position < size:
-            return position
+    columns = np.int64(np.ceil(np.sqrt(np.float64(size))))
+    rows = (size + columns - 1) // max(columns, 1)
+    salts = _salts(key)
+    lefts, rights = np.empty(_STRETCH, np.uint32), np.empty(_STRETCH, np.uint32)
+    for start in range(0, len(out), _STRETCH):
+        count = min(len(out) - start, _STRETCH)
+        _cells(first + start, columns, lefts[:count], rights[:count])
+        _turns(lefts[:count], rights[:count], rows, columns, salts)
+        part = out[start : start + count]
+        beyond = np.int64(0)
+        for i in range(np.uint64(count)):
+            part[i] = np.int64(lefts[i]) * columns + np.int64(rights[i])
+            beyond += part[i] >= size
+        if beyond:  # seldom: fewer cells than a row of the grid has lie there
+            for i in range(count):
+                while part[i] >= size:
+                    _turns(lefts[i : i + 1], rights[i : i + 1], rows, columns, salts)
+                    part[i] = np.int64(lefts[i]) * columns + np.int64(rights[i])
 
 
 @kernel
@@ -78,16 +135,21 @@ def permuted_rows(first: int, num_rows: int, block: int, key: Any, rotation: int
         rotation: where the first block starts, so that the blocks differ from epoch to epoch.
         out: int64, written, a row number a position.
     """
-    num_blocks = np.uint64(num_rows // block)
-    columns = np.uint64(np.ceil(np.sqrt(np.float64(num_blocks))))
-    rows = (num_blocks + columns - np.uint64(1)) // columns if columns else columns
-    whole = np.int64(num_blocks) * block
+    num_blocks = num_rows // block
+    first_block = first // block
+    last_block = min((first + len(out) + block - 1) // block, num_blocks)
+    moved = np.empty(max(last_block - first_block, 0), np.int64)
+    permute(first_block, num_blocks, key, moved)
+    if block == 1:
+        for i in range(len(out)):
+            row = moved[i] + rotation
+            out[i] = row if row < num_rows else row - num_rows
+        return
     i = 0
     while i < len(out):
         position = first + i
-        if position < whole:
-            moved = np.int64(_permuted(np.uint64(position // block), num_blocks, rows, columns, key))
-            row = moved * block + position % block
+        if position < num_blocks * block:
+            row = moved[position // block - first_block] * block + position % block
             count = min(block - position % block, len(out) - i)
         else:
             row, count = position, len(out) - i
@@ -100,23 +162,25 @@ def permuted_rows(first: int, num_rows: int, block: int, key: Any, rotation: int
 @kernel
 def gather_lengths(lengths: Any, rows: Any, limit: int, out: Any) -> None:
     """Each row's length, at most `limit`."""
-    for i in range(len(rows)):
-        out[i] = min(np.int64(lengths[rows[i]]), limit)
+    for i in range(np.uint64(len(rows))):
+        out[i] = min(np.int64(lengths[np.uint64(rows[i])]), limit)  # an unsigned index is not tried for a negative one
 
 
 @kernel
 def sort_by_length(rows: Any, lengths: Any, longest: int, sorted_rows: Any, sorted_lengths: Any) -> None:
-    """A stable counting sort, shortest first; `lengths` are at most `longest`."""
+    """A stable counting sort, shortest first; `lengths` are at most `longest`. No `sorted_lengths`: not written."""
     starts = np.zeros(longest + 2, np.int64)
-    for i in range(len(rows)):
-        starts[lengths[i] + 1] += 1
+    for i in range(np.uint64(len(rows))):
+        starts[np.uint64(lengths[i]) + np.uint64(1)] += 1
     for length in range(longest + 1):
         starts[length + 1] += starts[length]
-    for i in range(len(rows)):
-        place = starts[lengths[i]]
-        starts[lengths[i]] = place + 1
+    for i in range(np.uint64(len(rows))):
+        length = np.uint64(lengths[i])
+        place = np.uint64(starts[length])
+        starts[length] += 1
         sorted_rows[place] = rows[i]
-        sorted_lengths[place] = lengths[i]
+        if len(sorted_lengths):
+            sorted_lengths[place] = lengths[i]
 
 
 @kernel
@@ -156,9 +220,12 @@ def deal(items: Any, bounds: Any, order: Any, rank: int, world_size: int, out: A
     count = 0
     out_bounds[0] = 0
     for g in range(len(order)):
-        for i in range(bounds[order[g]] + rank, bounds[order[g] + 1], world_size):
-            out[count] = items[i]
-            count += 1
+        begin, end = bounds[order[g]] + rank, bounds[order[g] + 1]
+        own = out[count : count + max(0, (end - begin + world_size - 1) // world_size)]
+        group = items[begin:end]
+        for i in range(np.uint64(len(own))):
+            own[i] = group[i * np.uint64(world_size)]
+        count += len(own)
         out_bounds[g + 1] = count
 
 
