@@ -57,9 +57,9 @@ def padded(mask: bool) -> tuple[Turn, int]:
 
     array, keep, lengths = table()
     rows = np.random.default_rng(1).permutation(NUM_ROWS)[:BATCH]
-    out, report = np.empty(4 * BATCH * 1024, np.int64), np.empty(kernels.REPORT_COLUMNS, np.int64)
+    out = np.empty(4 * BATCH * 1024, np.int64)
     settings = make_settings(mask_prompt=mask)
-    return lambda: (keep, kernels.fill_padded(array, settings, rows, out, report)), int(lengths[rows].sum())
+    return lambda: (keep, kernels.fill_padded(array, settings, rows, out)), int(lengths[rows].sum())
 
 
 def packed() -> tuple[Turn, int]:

@@ -22,6 +22,7 @@ from fastcollate.table import Columns, Table, make_settings
 Int64Array = npt.NDArray[np.int64]
 Take = Callable[[int], Int64Array]
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
+_ndarray, _from_numpy = np.ndarray, torch.from_numpy  # looked up once: a batch costs a few microseconds
 
 
 class Batch(NamedTuple):
@@ -100,6 +101,7 @@ class Collator:
         if inputs_dtype not in (torch.int64, torch.int32):
             raise InputError(f"inputs_dtype={inputs_dtype}: choose torch.int64 or torch.int32")
         self.table = Table(shards, name=name)
+        self._addresses = self.table.array
         self.narrow = inputs_dtype == torch.int32
         self._inputs_dtype = _INT32 if self.narrow else _INT64
         self.settings = make_settings(
@@ -123,21 +125,16 @@ class Collator:
             InputError: no row, a row that does not exist, or a row whose shard is damaged.
         """
         numbers = np.ascontiguousarray(rows, np.int64)
-        if numbers.ndim != 1 or len(numbers) == 0:
+        if numbers.ndim != 1 or not len(numbers):
             raise InputError("a batch needs at least one row number")
-        num_rows = len(numbers)
-        if take is None:
-            take = _allocate
-        report = np.empty(kernels.REPORT_COLUMNS, np.int64)
-        out = take(0)
-        while True:
-            width = kernels.fill_padded(self.table.array, self.settings, numbers, out, report)
-            if width < 0:
-                raise self.table.explain(int(numbers[-1 - width]))
-            middle, end = kernels.plain_cells_of(num_rows, width, self.narrow)
-            if end <= len(out):
-                return self._views(out, 0, middle, num_rows, width)
-            out = take(end)
+        out = _allocate(0) if take is None else take(0)
+        width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out)
+        if end > len(out):
+            out = (take or _allocate)(end)
+            width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out)
+        if width < 0:
+            raise self.table.explain(int(numbers[-1 - width]))
+        return self._views(out, 0, 8 * middle, (len(numbers), width))
 
     def fill_group(self, rows: Int64Array, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
         """Fill as many batches as `out` holds in one kernel call; see `kernels.fill_padded_group`.
@@ -156,18 +153,13 @@ class Collator:
     def batch_at(self, out: Int64Array, start: int, num_rows: int, width: int) -> Batch:
         """The tensors of a batch that a kernel has filled at `out[start:]`; views, nothing is copied."""
         middle = start + kernels.plain_cells_of(num_rows, width, self.narrow)[0]
-        return self._views(out, start, middle, num_rows, width)
+        return self._views(out, 8 * start, 8 * middle, (num_rows, width))
 
-    def _views(self, out: Int64Array, start: int, middle: int, num_rows: int, width: int) -> Batch:
-        num_cells = num_rows * width
-        if self.narrow:
-            inputs: npt.NDArray[Any] = out[start:middle].view(np.int32)[:num_cells]
-        else:
-            inputs = out[start : start + num_cells]
-        targets = out[middle : middle + num_cells]
+    def _views(self, out: Int64Array, inputs_at: int, targets_at: int, shape: tuple[int, int]) -> Batch:
+        """Tensors over `out`, from these bytes on."""
         pair = (
-            torch.from_numpy(inputs.reshape(num_rows, width)),
-            torch.from_numpy(targets.reshape(num_rows, width)),
+            _from_numpy(_ndarray(shape, self._inputs_dtype, out, inputs_at)),
+            _from_numpy(_ndarray(shape, _INT64, out, targets_at)),
         )
         return tuple.__new__(Batch, pair)  # what `Batch(*pair)` does, in half the time
 
@@ -363,8 +355,7 @@ def _collate_rows(rows: _Rows, settings: Int64Array) -> Batch:
     num_cells = num_rows * width
     middle, end = kernels.plain_cells_of(num_rows, width, False)
     out = np.empty(end, np.int64)
-    report = np.empty(kernels.REPORT_COLUMNS, np.int64)
-    found = kernels.fill_padded(table, settings, np.arange(num_rows), out, report)
+    found, _, _ = kernels.fill_padded(table, settings, np.arange(num_rows), out)
     assert found == width
     shape = (num_rows, width)
     return Batch(

@@ -379,21 +379,25 @@ def _fill_next(table: Any, settings: Any, rows: Any, start: int, out: Any, repor
 
 
 @kernel
-def fill_padded(table: Any, settings: Any, rows: Any, out: Any, report: Any) -> int:
-    """Fill one padded batch at the start of `out`.
+def fill_padded(table: Any, settings: Any, rows: Any, out: Any) -> tuple[int, int, int]:
+    """Fill one padded batch at the start of `out`; takes no report, since each array costs the caller.
 
     Args:
         table: int64 `(num_shards, TABLE_COLUMNS)`.
         settings: int64 `(NUM_SETTINGS,)`.
         rows: int64 `(num_rows,)`, row numbers.
-        out: int64, any size: inputs, then targets at `cells_of(...)[0]`. Left alone where the batch does not fit.
-        report: int64 `(REPORT_COLUMNS,)`, written: width, start (0), real cells, trained targets.
+        out: int64, any size: inputs, then targets. Left alone where the batch does not fit.
 
     Returns:
-        The width, or `-1 - i` where `rows[i]` does not exist or its offsets or spans are broken.
+        The width, and the cells where the targets start and the batch ends, as `cells_of` has them. In the place of
+        the width `-1 - i` where `rows[i]` does not exist or its offsets or spans are broken.
     """
+    report = np.empty(REPORT_COLUMNS, np.int64)
     end = _fill_next(table, settings, rows, 0, out, report)
-    return end if end < 0 else int(report[WIDTH])
+    if end < 0:
+        return end, 0, 0
+    width = report[WIDTH]
+    return width, cells_of(len(rows), width, settings[NARROW])[0], end
 
 
 @kernel

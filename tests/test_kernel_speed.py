@@ -33,11 +33,11 @@ def test_fill_padded(benchmark: Any, rows: list[list[int]], mask: bool) -> None:
     numbers = np.arange(64) * 7
     width = max(len(rows[i]) for i in numbers)
     out = np.empty(kernels.cells_of(64, width, 0)[1], np.int64)
-    report = np.empty(kernels.REPORT_COLUMNS, np.int64)
-    found = benchmark(kernels.fill_padded, collator.table.array, collator.settings, numbers, out, report)
-    assert found == width
-    assert report[kernels.REAL] == sum(len(rows[i]) for i in numbers)
-    assert report[kernels.TRAINED] == sum(len(rows[i]) - 29 * mask for i in numbers)
+    found = benchmark(kernels.fill_padded, collator.table.array, collator.settings, numbers, out)
+    assert found == (width, *kernels.cells_of(64, width, 0))
+    inputs, targets = out[: 64 * width], out[found[1] :][: 64 * width]
+    assert (inputs != 50256).sum() == sum(len(rows[i]) for i in numbers)
+    assert (targets != -100).sum() == sum(len(rows[i]) - 29 * mask for i in numbers)
 
 
 def test_parse_rows(benchmark: Any, rows: list[list[int]]) -> None:
