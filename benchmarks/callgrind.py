@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from benchmarks.harness import save
 from benchmarks.synthetic import make_lengths
@@ -81,16 +80,6 @@ def packed() -> tuple[Turn, int]:
     return turn, capacity
 
 
-def parse() -> tuple[Turn, int]:
-    from fastcollate import list_kernels
-
-    ids = np.random.default_rng(0).integers(0, 50256, (BATCH, 100))
-    text = np.frombuffer(orjson.dumps(ids.tolist()), np.uint8)
-    tokens, bounds = np.empty(len(text), np.int64), np.empty(BATCH + 1, np.int64)
-    prompts = np.zeros(BATCH, np.int64)
-    return lambda: list_kernels.parse_rows(text, False, tokens, bounds, prompts), ids.size
-
-
 def permute() -> tuple[Turn, int]:
     from fastcollate import plan_kernels
 
@@ -118,7 +107,6 @@ KERNELS: dict[str, tuple[str, Callable[[], tuple[Turn, int]]]] = {
     "fill_padded, 64 rows at random": ("token", lambda: padded(False)),
     "fill_padded, 64 rows at random, prompts masked": ("token", lambda: padded(True)),
     "fill_packed_group, 64 rows": ("token", packed),
-    "parse_rows, 64 rows of 100 ids": ("token", parse),
     "permuted_rows": ("row", permute),
     "sort_by_length": ("row", sort),
     "pack_lengths at 1,024, Python included": ("row", pack),

@@ -28,7 +28,6 @@ TESTS = {
     "kernels": ["test_collate.py", "test_kernel_memory.py", "test_loader.py", "test_prefetch.py", "test_verify.py"],
     "pack_kernels": ["test_packing.py", "test_packed_loader.py"],
     "plan_kernels": ["test_plan_properties.py", "test_packing.py", "test_loader.py"],
-    "list_kernels": ["test_collate.py"],
     "table": ["test_collate.py", "test_kernel_memory.py", "test_packing.py", "test_packed_loader.py"],
     "collate": ["test_collate.py", "test_packing.py", "test_packed_loader.py", "test_loader.py", "test_verify.py"],
     "packing": ["test_packing.py", "test_packed_loader.py"],

@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
 from stores import make_shards
 
-from fastcollate import kernels, list_kernels, pack_kernels, pack_lengths, plan_kernels
+from fastcollate import kernels, pack_kernels, pack_lengths, plan_kernels
 from fastcollate.collate import Collator
 
 NUM_ROWS = 512
@@ -38,13 +37,6 @@ def test_fill_padded(benchmark: Any, rows: list[list[int]], mask: bool) -> None:
     inputs, targets = out[: 64 * width], out[found[1] :][: 64 * width]
     assert (inputs != 50256).sum() == sum(len(rows[i]) for i in numbers)
     assert (targets != -100).sum() == sum(len(rows[i]) - 29 * mask for i in numbers)
-
-
-def test_parse_rows(benchmark: Any, rows: list[list[int]]) -> None:
-    text = np.frombuffer(orjson.dumps(rows), np.uint8)
-    tokens, bounds = np.empty(len(text) // 2 + 1, np.int64), np.empty(NUM_ROWS + 1, np.int64)
-    assert benchmark(list_kernels.parse_rows, text, False, tokens, bounds, np.zeros(NUM_ROWS, np.int64))
-    assert tokens[: bounds[-1]].tolist() == [token for row in rows for token in row]
 
 
 def test_sort_by_length(benchmark: Any) -> None:
