@@ -267,8 +267,8 @@ class EpochPlan:
         order = np.arange(len(bounds) - 1)
         if self.policy == "bucketed":
             whole = order
-            if self.batch_size is not None and len(rows) % self._group:
-                whole = order[:-1]  # a last, smaller batch comes last
+            if len(rows) % self._group:
+                whole = order[:-1]  # what cannot be dealt evenly comes last: a rank may get nothing of it
             plan_kernels.shuffle(whole, self._key(_ORDER_KEY, index))
         out = np.empty(len(rows) // self.world_size + len(order), np.int64)
         out_bounds = np.empty(len(bounds), np.int64)

@@ -1,6 +1,6 @@
 """Batches filled ahead of the consumer by threads, and handed over in groups, in order.
 
-A hand-over between threads costs as much as filling several small batches, so a group is about one megabyte. The
+A hand-over between threads costs as much as filling several small batches, so a group is about a megabyte. The
 kernels run without the GIL; what is left of a thread's work in Python is a few calls a group.
 """
 
@@ -24,7 +24,8 @@ from fastcollate.transfer import Arrival, Transfer
 
 Int64Array = npt.NDArray[np.int64]
 
-GROUP_CELLS = 1 << 17  # 1 MiB of int64
+GROUP_CELLS = 5 << 15  # 1.25 MiB of int64, where threads hand over
+ALONE_CELLS = 1 << 15  # where none does: what is filled and used at once should stay in a core's own cache
 MAX_GROUP = 256  # batches
 THREAD_NAME = "fastcollate-"
 
@@ -111,13 +112,15 @@ class Filler:
 
     Args:
         transfer: gives the buffers and takes them to the device.
+        ahead: whether threads fill ahead of the consumer.
     """
 
-    def __init__(self, transfer: Transfer) -> None:
+    def __init__(self, transfer: Transfer, *, ahead: bool = True) -> None:
         self._transfer = transfer
+        self._group_cells = GROUP_CELLS if ahead else ALONE_CELLS
         self.num_batches = 1
-        """Batches that make a group of about `GROUP_CELLS`; starts at one, so that the first batch comes at once."""
-        self._buffer_cells = 2 * GROUP_CELLS  # groups differ in size, and should fit one buffer
+        """Batches that make a group; starts at one, so that the first batch comes at once."""
+        self._buffer_cells = 3 * self._group_cells // 2  # groups differ in size, and should fit one buffer
 
     def __call__(self, job: Job, window: int, first: int, stop: int) -> list[Group]:
         """Fill some batches of a window; several groups where one buffer does not hold them."""
@@ -129,7 +132,7 @@ class Filler:
             first += len(group.lines)
         if len(groups) > 1:
             self.num_batches = len(groups[0].lines)
-        elif 2 * used <= GROUP_CELLS:
+        elif 2 * used <= self._group_cells:
             self.num_batches = min(2 * self.num_batches, MAX_GROUP)
         return groups
 
@@ -141,7 +144,7 @@ class Filler:
             self._transfer.send(out, 0)
             num_cells = job.num_cells(first, report[0].tolist())
             # New memory costs more than filling it: a power of two is not outgrown by the next, wider batch.
-            self._buffer_cells = max(self._buffer_cells, 1 << int(num_cells).bit_length())
+            self._buffer_cells = max(self._buffer_cells, 1 << int(num_cells - 1).bit_length())
             out = self._transfer.take(self._buffer_cells)
             filled = job.fill(first, stop, out, report)
         lines: list[list[int]] = report[:filled].tolist()
@@ -179,9 +182,18 @@ def fill_groups(
         for work in _cut(windows, position, filler):
             ahead.append(fillers.submit(filler, *work))
             if len(ahead) > prefetch:
+                if not ahead[0].done():
+                    _help(ahead, work, filler)
                 yield from _take(ahead, process)
         while ahead:
             yield from _take(ahead, process)
+
+
+def _help(ahead: deque[Future[list[Group]]], work: tuple[Job, int, int, int], filler: Filler) -> None:
+    """Fill the newest groups in this thread, which has to wait anyway, where no other has begun with them."""
+    if ahead[-1].cancel():
+        ahead[-1] = Future()
+        ahead[-1].set_result(filler(*work))
 
 
 def _take(ahead: deque[Future[list[Group]]], process: int) -> Iterator[Group]:
@@ -223,8 +235,9 @@ class _Threads(ThreadPoolExecutor):
         super().__init__(num_threads, thread_name_prefix=THREAD_NAME + name)
         self._process = os.getpid()
 
-    def __exit__(self, *_: Any) -> None:
-        if os.getpid() != self._process or sys.is_finalizing():
+    def __exit__(self, *_: Any, getpid: Any = os.getpid, is_finalizing: Any = sys.is_finalizing) -> None:
+        # Defaults, since an interpreter that ends has taken the modules away.
+        if is_finalizing() or getpid() != self._process:
             return  # a fork has no threads to end, and an interpreter that ends has ended them
         # The garbage collector may close an iterator on one of its own threads, which cannot wait for itself.
         is_own = threading.current_thread().name.startswith(THREAD_NAME)

@@ -143,3 +143,18 @@ def test_wrong_lengths() -> None:
     assert sorted(row for rows in plan for row in rows.tolist()) == [0, 1]
     with pytest.raises(IndexError):
         plan.window(1)
+
+
+def test_an_uneven_tail_leaves_no_batch_without_rows() -> None:
+    """With `max_tokens` the last rows of a window may be fewer than the ranks; the batches are shuffled."""
+    lengths = np.tile([3, 90, 7], 17)[:50]
+    without = 0
+    for seed in range(40):
+        plans = [
+            plan_epoch(lengths, max_tokens=100, world_size=4, rank=rank, tail="uneven", seed=seed) for rank in range(4)
+        ]
+        batches = [list(plan) for plan in plans]
+        assert all(len(rows) for own in batches for rows in own)
+        assert sorted(int(row) for own in batches for rows in own for row in rows) == list(range(50))
+        without += len({len(own) for own in batches}) > 1
+    assert without > 0

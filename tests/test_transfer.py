@@ -144,7 +144,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 def test_copies_as_late_as_events_allow(
     policy: str, ahead: int, by_hand: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefetch, "GROUP_CELLS", 3000)
+    monkeypatch.setattr(prefetch, "GROUP_CELLS" if ahead else "ALONE_CELLS", 3000)
     taken = ToCuda.take
 
     def take_poisoned(self: ToCuda, num_cells: int) -> Any:
