@@ -7,8 +7,9 @@
 - litdata and MosaicML Streaming, in an environment of their own: see `benchmarks/peer_loaders.py`. Its Python is
   `.peers-venv/bin/python`, or what FASTCOLLATE_PEERS names; without one they are left out, and the result says so.
 
-A peer's best number of workers is found in a short trial; then all take turns. It is timed from its first batch on,
-over as many batches as take it about a second; ours over a whole epoch, thread start and planning included.
+A peer's best number of workers is found in a short trial (of ours the best `prefetch`: the consumer does nothing, so
+that there is nothing to fill ahead of); then all take turns. It is timed from its first batch on, over as many batches
+as take it about a second; ours over a whole epoch, thread start and planning included.
 
     python -m benchmarks.loader
 """
@@ -153,8 +154,12 @@ def timers(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size
     """By contender and workers: a function of a number of batches that gives seconds a batch."""
     found: dict[str, Any] = {}
     for policy in ("shuffled", "bucketed"):
-        ours = BatchLoader(store, policy=policy, batch_size=batch_size, drop_last=True)
-        found[f"fastcollate, {policy}"] = {0: lambda _, ours=ours: epoch_seconds_per_batch(ours)}
+        loaders = {
+            n: BatchLoader(store, policy=policy, batch_size=batch_size, drop_last=True, prefetch=n) for n in (0, 2)
+        }
+        found[f"fastcollate, {policy}"] = {
+            prefetch: lambda _, ours=ours: epoch_seconds_per_batch(ours) for prefetch, ours in loaders.items()
+        }
     for name, start in starts.items():
         found[name] = {
             workers: lambda count, start=start, workers=workers: seconds_per_batch(start(batch_size, workers), count)
@@ -175,7 +180,7 @@ def compare(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_siz
     most = NUM_ROWS // batch_size - 2 - 2 * max(WORKERS)
     trials, table, runs = timers(store, peers, starts, batch_size), {}, {}
     for name, by_workers in trials.items():
-        trial = {workers: run(min(most, 40)) for workers, run in by_workers.items()}
+        trial = {workers: min(run(min(most, 40)) for _ in range(2)) for workers, run in by_workers.items()}
         best = min(trial, key=lambda workers: trial[workers])
         count = max(4, min(most, int(SECONDS / trial[best])))
         runs[name] = by_workers[best], count
