@@ -6,7 +6,7 @@ import base64
 import gc
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, overload
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import tiktoken
 
 _CACHE_GROWTH = 64 << 20  # bytes by which gigatoken's caches may grow before they are thrown away
+_PIECE_BYTES = 1 << 20  # of text, after which that growth is looked at: on words never seen it is fifty times as much
 
 
 class RaggedIds(NamedTuple):
@@ -127,7 +128,6 @@ class GigatokenBackend:
     def __init__(self, encoding: tiktoken.Encoding, scheme: str) -> None:
         self._encoding = encoding
         self._scheme = scheme
-        self._process = os.getpid()
         self._load()
 
     def _load(self) -> None:
@@ -140,31 +140,62 @@ class GigatokenBackend:
             path = Path(folder) / "ranks.tiktoken"
             path.write_bytes(lines)
             self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer=self._scheme, special_tokens={})
-        self._resident = 0  # not measured yet
+        self._grown = 0
 
     def encode_batch(self, texts: Texts) -> RaggedIds:
         """The ids of each text."""
-        given = texts.strings() if texts.offsets is None else _awkward_strings(texts.data, texts.offsets)
-        encoded = self._tokenizer.encode_batch(given, parallel=False).layout
+        return joined([self._encode_piece(piece) for piece in _pieces(texts)])
+
+    def _encode_piece(self, piece: Any) -> RaggedIds:
+        before = resident_bytes()
+        encoded = self._tokenizer.encode_batch(piece, parallel=False).layout
         ids = np.asarray(encoded.content.data)
         offsets = np.asarray(encoded.offsets.data)
         if offsets[0] != 0 or len(ids) != offsets[-1]:  # awkward may hand out a view of something longer
             ids, offsets = ids[offsets[0] : offsets[-1]], offsets - offsets[0]
+        self._grown += max(0, resident_bytes() - before - ids.nbytes - offsets.nbytes)
+        if self._grown > _CACHE_GROWTH:
+            ids, offsets = ids.copy(), offsets.copy()  # nothing of the old tokenizer is kept
+            del encoded
+            self._start_afresh()
         return RaggedIds(ids, offsets)
 
-    def trim(self) -> None:
-        """Start with empty caches if they have grown by more than `_CACHE_GROWTH`; call it between blocks."""
-        if self._resident and self._process == os.getpid():  # a forked worker counts its own growth
-            if resident_bytes() - self._resident <= _CACHE_GROWTH:
-                return
-            return_free_memory()  # what the block itself has left behind is not the caches'
-            if resident_bytes() - self._resident <= _CACHE_GROWTH:
-                return
-            del self._tokenizer
-            gc.collect()
-            self._load()
+    def _start_afresh(self) -> None:
+        del self._tokenizer
+        gc.collect()
         return_free_memory()
-        self._resident, self._process = resident_bytes(), os.getpid()
+        self._load()
+
+    def trim(self) -> None:
+        """Give back what a block has left behind; call it between blocks."""
+        return_free_memory()
+
+
+def _pieces(texts: Texts) -> Iterator[Any]:
+    """Texts in runs of about `_PIECE_BYTES`, as gigatoken takes them."""
+    if texts.offsets is None:
+        strings = texts.strings()
+        ends = np.cumsum(np.fromiter(map(len, strings), np.int64, len(strings)))
+    else:
+        ends = texts.offsets[1:]
+    start = 0
+    while start < len(texts) or start == 0:
+        begun = int(ends[start - 1]) if start else (0 if texts.offsets is None else int(texts.offsets[0]))
+        stop = max(start + 1, int(np.searchsorted(ends, begun + _PIECE_BYTES, side="right")))
+        if texts.offsets is None:
+            yield strings[start:stop]
+        else:
+            yield _awkward_strings(texts.data, texts.offsets[start : stop + 1])
+        start = stop
+
+
+def joined(parts: Sequence[RaggedIds]) -> RaggedIds:
+    """Several batches as one."""
+    if len(parts) == 1:
+        return parts[0]
+    before = np.cumsum([0, *(len(part.ids) for part in parts)])
+    offsets = [part.offsets[1:] + start for part, start in zip(parts, before, strict=False)]
+    return RaggedIds(np.concatenate([part.ids for part in parts]), np.concatenate([np.zeros(1, np.int64), *offsets]))
 
 
 def _awkward_strings(data: memoryview | bytes, offsets: npt.NDArray[np.int64]) -> Any:

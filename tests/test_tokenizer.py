@@ -177,15 +177,25 @@ def test_one_wrong_id_stops_the_job_naming_the_text(monkeypatch: pytest.MonkeyPa
 
 
 @NEEDS_GIGATOKEN
-def test_caches_are_thrown_away_and_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_caches_are_thrown_away_and_ids_stay(as_bytes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer.__wrapped__("gpt2", "gigatoken")
+    strings = [f"{number} words about the number {number * number}, é {'x' * number}\n" for number in range(300)]
+    texts = backends.Texts(strings)
+    if as_bytes:
+        encoded = [text.encode() for text in strings]
+        offsets = np.cumsum([3, *map(len, encoded)])  # the first text need not begin at 0
+        texts = backends.Texts(data=b"..." + b"".join(encoded), offsets=offsets)
+    expected = [tokenizer.encode(text) for text in strings]
+    monkeypatch.setattr(backends, "_PIECE_BYTES", 1000)
     before = tokenizer._backend._tokenizer
-    tokenizer.trim()
+    assert rows(tokenizer.encode_batch(texts)) == expected
     assert tokenizer._backend._tokenizer is before
-    monkeypatch.setattr(backends, "_CACHE_GROWTH", -(1 << 60))
-    tokenizer.trim()
+    monkeypatch.setattr(backends, "_CACHE_GROWTH", -1)
+    assert rows(tokenizer.encode_batch(texts)) == expected
     assert tokenizer._backend._tokenizer is not before
-    tokenizer.check_before_start()
+    tokenizer.trim()
+    assert rows(tokenizer.encode_batch([])) == []
 
 
 @pytest.fixture
