@@ -15,19 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-_CACHE_GROWTH = 64 << 20  # bytes by which gigatoken's caches may grow before they are thrown away
-_PIECE_BYTES = 1 << 20  # of text, after which that growth is looked at: on words never seen it is fifty times as much
+_CACHE_GROWTH = 24 << 20  # bytes by which gigatoken's caches may grow before they are thrown away
+_PIECE_BYTES = 1 << 19  # of text, after which that growth is looked at: on words never seen it is fifty times as much
 
 
 class RaggedIds(NamedTuple):
     """Token ids of several texts, end to end.
 
     Attributes:
-        ids: uint32 `(num_tokens,)`.
+        ids: uint32, or uint16 where all ids of the vocabulary fit, `(num_tokens,)`.
         offsets: int64 `(num_texts + 1,)`, where each text starts in `ids`.
     """
 
-    ids: npt.NDArray[np.uint32]
+    ids: npt.NDArray[Any]
     offsets: npt.NDArray[np.int64]
 
 
@@ -128,6 +128,7 @@ class GigatokenBackend:
     def __init__(self, encoding: tiktoken.Encoding, scheme: str) -> None:
         self._encoding = encoding
         self._scheme = scheme
+        self._dtype = np.uint16 if encoding.max_token_value < 1 << 16 else np.uint32
         self._load()
 
     def _load(self) -> None:
@@ -140,25 +141,27 @@ class GigatokenBackend:
             path = Path(folder) / "ranks.tiktoken"
             path.write_bytes(lines)
             self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer=self._scheme, special_tokens={})
-        self._grown = 0
+        self._empty: int | None = None  # resident bytes with caches as good as empty; taken at the next `trim`
+        self._grown = 0  # by how much there were more at the last one
 
     def encode_batch(self, texts: Texts) -> RaggedIds:
         """The ids of each text."""
-        return joined([self._encode_piece(piece) for piece in _pieces(texts)])
+        parts = []
+        start, kept = resident_bytes() - self._grown, 0
+        for piece in _pieces(texts):
+            parts.append(self._encode_piece(piece))
+            kept += parts[-1].ids.nbytes + parts[-1].offsets.nbytes
+            if resident_bytes() - start - kept > _CACHE_GROWTH:
+                self._start_afresh()
+                start, kept = resident_bytes(), 0
+        return joined(parts)
 
     def _encode_piece(self, piece: Any) -> RaggedIds:
-        before = resident_bytes()
         encoded = self._tokenizer.encode_batch(piece, parallel=False).layout
-        ids = np.asarray(encoded.content.data)
-        offsets = np.asarray(encoded.offsets.data)
-        if offsets[0] != 0 or len(ids) != offsets[-1]:  # awkward may hand out a view of something longer
-            ids, offsets = ids[offsets[0] : offsets[-1]], offsets - offsets[0]
-        self._grown += max(0, resident_bytes() - before - ids.nbytes - offsets.nbytes)
-        if self._grown > _CACHE_GROWTH:
-            ids, offsets = ids.copy(), offsets.copy()  # nothing of the old tokenizer is kept
-            del encoded
-            self._start_afresh()
-        return RaggedIds(ids, offsets)
+        offsets = np.array(encoded.offsets.data)
+        # A copy, as narrow as can be: what gigatoken has written is free again before the next piece.
+        ids = np.asarray(encoded.content.data)[offsets[0] : offsets[-1]].astype(self._dtype)
+        return RaggedIds(ids, offsets - offsets[0])
 
     def _start_afresh(self) -> None:
         del self._tokenizer
@@ -167,8 +170,10 @@ class GigatokenBackend:
         self._load()
 
     def trim(self) -> None:
-        """Give back what a block has left behind; call it between blocks."""
+        """Give back what a block has left behind, and see what the caches hold; call it between blocks."""
         return_free_memory()
+        self._empty = resident_bytes() if self._empty is None else self._empty
+        self._grown = resident_bytes() - self._empty
 
 
 def _pieces(texts: Texts) -> Iterator[Any]:

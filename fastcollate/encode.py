@@ -154,7 +154,7 @@ def _encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
     _count(rows, tokenizer, spec, counts)
     shard = None
     if len(rows.source_row):
-        columns = ShardColumns(rows.ids.astype(token_dtype(tokenizer.vocab_size)), *rows[1:])
+        columns = ShardColumns(rows.ids.astype(token_dtype(tokenizer.vocab_size), copy=False), *rows[1:])
         shard = write_shard(Path(directory), shard_name(block.index), columns)
     digest = hashlib.sha256(data).hexdigest()
     lines = lines_of(block, data, {record.row for record in bad if not record.line})

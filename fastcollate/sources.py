@@ -24,6 +24,7 @@ from fastcollate.errors import InputError, import_extra
 from fastcollate.scanner import scan_array
 
 BLOCK_BYTES = 8 << 20
+_PIECE = 1 << 17  # bytes looked at at once
 MAX_RECORD_BYTES = 256 << 20
 _FORMATS = {
     ".json": "json", ".jsonl": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "csv",
@@ -337,10 +338,15 @@ def _line_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
 def _count_lines(data: bytes, size: int) -> tuple[int, int]:
     """The number of lines that are not blank, and of line breaks, in the first `size` bytes."""
     values = np.frombuffer(data, np.uint8, size)
-    is_break = values == ord("\n")
-    num_breaks = int(np.count_nonzero(is_break))
+    num_breaks, has_blanks = 0, data[0] in b" \t\r\n"
+    for start in range(0, size, _PIECE):  # in pieces that stay in a core's cache
+        piece = values[start : start + _PIECE + 1]
+        is_break = piece[:_PIECE] == ord("\n")
+        num_breaks += int(np.count_nonzero(is_break))
+        following = piece[1:]
+        has_blanks = has_blanks or bool((is_break[: len(following)] & (following <= ord(" "))).any())
     count = num_breaks + (data[size - 1] != ord("\n"))
-    if data[0] in b" \t\r\n" or (is_break[:-1] & (values[1:] <= ord(" "))).any():
+    if has_blanks:
         count -= sum(1 for match in _BLANK_LINE.finditer(data, 0, size) if match.start() < size)
     return count, num_breaks
 

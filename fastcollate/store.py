@@ -87,10 +87,8 @@ def write_shard(directory: Path, name: str, columns: ShardColumns) -> ShardInfo:
     schema, batch = _record_batch(columns)
 
     def fill(file: _HashedFile) -> None:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, schema) as writer:
+        with pa.PythonFile(file, "w") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch)
-        file.write(sink.getvalue())
 
     written = _write_atomically(directory / name, fill)
     lengths = np.diff(columns.offsets)
@@ -383,7 +381,9 @@ def _open_lengths(root: Path, manifest: Mapping[str, Any]) -> npt.NDArray[Any]:
 
 
 class _HashedFile:
-    """A file being written, and the hash of what has been written."""
+    """A file being written, and the hash of what has been written. Arrow may write to it and close it."""
+
+    closed = False
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -394,6 +394,11 @@ class _HashedFile:
         self.digest.update(data)
         self.num_bytes += memoryview(data).nbytes
         self._file.write(data)
+
+    def flush(self) -> None:
+        """Left to `_write_atomically`, and so is closing."""
+
+    close = flush
 
 
 def _write_atomically(path: Path, fill: Callable[[_HashedFile], object]) -> FileInfo:

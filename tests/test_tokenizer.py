@@ -49,7 +49,7 @@ def test_backends_give_the_ids_of_tiktoken(backend: str, texts: list[str]) -> No
     tokenizer = load_tokenizer("gpt2", backend)
     assert tokenizer.backend == backend
     encoded = tokenizer.encode_batch(texts)
-    assert encoded.ids.dtype == np.uint32
+    assert encoded.ids.dtype in (np.uint16, np.uint32)
     assert encoded.offsets.dtype == np.int64
     assert rows(encoded) == [load_encoding("gpt2").encode_ordinary(text) for text in texts]
 
@@ -191,7 +191,7 @@ def test_caches_are_thrown_away_and_ids_stay(as_bytes: bool, monkeypatch: pytest
     before = tokenizer._backend._tokenizer
     assert rows(tokenizer.encode_batch(texts)) == expected
     assert tokenizer._backend._tokenizer is before
-    monkeypatch.setattr(backends, "_CACHE_GROWTH", -1)
+    monkeypatch.setattr(backends, "_CACHE_GROWTH", -(1 << 60))
     assert rows(tokenizer.encode_batch(texts)) == expected
     assert tokenizer._backend._tokenizer is not before
     tokenizer.trim()
