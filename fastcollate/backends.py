@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-_CACHE_GROWTH = 24 << 20  # bytes by which gigatoken's caches may grow before they are thrown away
+_CACHE_GROWTH = 16 << 20  # bytes by which gigatoken's caches may grow before they are thrown away
 _PIECE_BYTES = 1 << 19  # of text, after which that growth is looked at: on words never seen it is fifty times as much
 
 

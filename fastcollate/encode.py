@@ -141,9 +141,11 @@ def _encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
     tokenizer = load_tokenizer(spec.tokenizer, spec.backend)
     template = load_template(spec.template, spec.fields)
     data = block.read()
+    digest = hashlib.sha256(data).hexdigest()
     bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
     special_texts = tokenizer.special_texts if spec.special_text == "reject" else ()
     parts = _texts(block, data, template, special_texts, bad, scan=spec.scan)
+    del data  # eight megabytes, and the tokenizer's memory is still to come
     counts = Counts()
     started = time.thread_time()
     encoded = tokenizer.encode_batch(parts.texts)
@@ -156,8 +158,8 @@ def _encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
     if len(rows.source_row):
         columns = ShardColumns(rows.ids.astype(token_dtype(tokenizer.vocab_size), copy=False), *rows[1:])
         shard = write_shard(Path(directory), shard_name(block.index), columns)
-    digest = hashlib.sha256(data).hexdigest()
-    lines = lines_of(block, data, {record.row for record in bad if not record.line})
+    unplaced = {record.row for record in bad if not record.line}
+    lines = lines_of(block, block.read(), unplaced) if unplaced else {}
     bad = sorted(record._replace(line=lines.get(record.row, record.line)) for record in bad)
     return BlockResult(block.index, block.source, digest, shard, counts, bad, seconds)
 
