@@ -35,10 +35,10 @@ BATCH = 64
 Turn = Callable[[], object]
 
 
-def table() -> tuple[Any, Any, Any]:
-    """A shard in memory: kernel table, what keeps it alive, lengths."""
+def collator_of(*, mask: bool) -> tuple[Any, Any]:
+    """A collator over a shard in memory, and the rows' lengths."""
+    from fastcollate.collate import Collator
     from fastcollate.store import ShardColumns
-    from fastcollate.table import Table
 
     lengths = make_lengths(NUM_ROWS)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -46,36 +46,31 @@ def table() -> tuple[Any, Any, Any]:
     spans = np.stack([half, lengths - half], 1).astype(np.uint32).ravel()
     ids = np.random.default_rng(0).integers(0, 50256, offsets[-1]).astype(np.uint16)
     places = np.arange(0, 2 * NUM_ROWS + 1, 2)
-    made = Table([ShardColumns(ids, offsets, spans, places, np.arange(NUM_ROWS, dtype=np.uint64))])
-    return made.array, made, lengths
+    shard = ShardColumns(ids, offsets, spans, places, np.arange(NUM_ROWS, dtype=np.uint64))
+    return Collator([shard], mask_prompt=mask), lengths
 
 
 def padded(mask: bool) -> tuple[Turn, int]:
     from fastcollate import kernels
-    from fastcollate.table import make_settings
 
-    array, keep, lengths = table()
+    collator, lengths = collator_of(mask=mask)
     rows = np.random.default_rng(1).permutation(NUM_ROWS)[:BATCH]
     out = np.empty(4 * BATCH * 1024, np.int64)
-    settings = make_settings(mask_prompt=mask)
-    return lambda: (keep, kernels.fill_padded(array, settings, rows, out)), int(lengths[rows].sum())
+    return lambda: kernels.fill_padded(collator.table.array, collator.settings, rows, out), int(lengths[rows].sum())
 
 
 def packed() -> tuple[Turn, int]:
-    from fastcollate import kernels, pack_kernels
-    from fastcollate.table import make_settings
+    from fastcollate import kernels
 
-    array, keep, lengths = table()
+    collator, lengths = collator_of(mask=False)
     rows = np.arange(BATCH)
     packs, starts = np.array([0, BATCH]), np.empty(0, np.int64)
     capacity = int(lengths[rows].sum())
     out, report = np.empty(8 * capacity, np.int64), np.empty((1, kernels.REPORT_COLUMNS), np.int64)
-    settings, batches = make_settings(), np.array([0, 1])
+    batches = np.array([0, 1])
 
-    def turn() -> object:
-        filled = pack_kernels.fill_packed_group(array, settings, rows, starts, packs, batches, capacity, out, report)
-        assert filled == 1
-        return keep
+    def turn() -> None:
+        assert collator.fill_packed_group(rows, starts, packs, batches, capacity, out, report) == 1
 
     return turn, capacity
 

@@ -21,6 +21,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tqdm
 
 from benchmarks.harness import RESULTS, interleave, medians, save
 from benchmarks.prepare_data import WRITERS
@@ -28,6 +29,9 @@ from fastcollate.prepare import PrepareReport, prepare
 from fastcollate.store import TokenStore
 from fastcollate.tokenizer import load_encoding
 
+# The thread that watches `datasets`' progress bars would outlive them, and where a process has threads ours starts its
+# workers afresh instead of by a fork, which costs a second.
+tqdm.tqdm.monitor_interval = 0
 HEAD = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n"

@@ -329,6 +329,8 @@ def collate_fn(
         limit=None if allowed_max_length is None else _index(allowed_max_length, "allowed_max_length"),
         mask_prompt=pairs,
         mode=mode,
+        truncation="right",
+        narrow=False,
     )
     inputs, targets = _collate_rows(rows, settings)
     if str(device) != "cpu":

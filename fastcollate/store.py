@@ -405,7 +405,7 @@ def _write_atomically(path: Path, fill: Callable[[_HashedFile], object]) -> File
     """Fill a temporary file beside `path`, sync it, rename it; a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb", buffering=1 << 16) as file:
+        with open(temporary, "wb") as file:
             hashed = _HashedFile(file)
             fill(hashed)
             file.flush()

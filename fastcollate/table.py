@@ -41,13 +41,13 @@ class Columns(Protocol):
 @functools.lru_cache(maxsize=64)
 def make_settings(
     *,
-    pad_token_id: int = 50256,
-    ignore_index: int = -100,
-    limit: int | None = None,
-    mask_prompt: bool = False,
-    mode: str = "reference",
-    truncation: str = "right",
-    narrow: bool = False,
+    pad_token_id: int,
+    ignore_index: int,
+    limit: int | None,
+    mask_prompt: bool,
+    mode: str,
+    truncation: str,
+    narrow: bool,
 ) -> Int64Array:
     """The settings that the kernels read.
 
@@ -135,13 +135,11 @@ class Table:
         if not 0 <= row < self.num_rows:
             return InputError(f"row {row} of {self.name}, which has {self.num_rows:,} rows")
         index = int(np.searchsorted(self.array[:, kernels.FIRST_ROW], row, side="right")) - 1
-        while self.array[index, kernels.NUM_ROWS] == 0:
-            index -= 1
         local = row - int(self.array[index, kernels.FIRST_ROW])
         shard = self._shards[index]
-        tokens, spans = shard.offsets[local : local + 2].tolist(), shard.span_offsets[local : local + 2].tolist()
         return InputError(
             f"{self.name}, shard {index}, row {local} (row {row} of the store) is damaged: tokens "
-            f"{tokens[0]}..{tokens[1]} of {len(shard.input_ids)}, spans {spans[0]}..{spans[1]} of {len(shard.spans)}; "
+            f"{shard.offsets[local]}..{shard.offsets[local + 1]} of {len(shard.input_ids)}, spans "
+            f"{shard.span_offsets[local]}..{shard.span_offsets[local + 1]} of {len(shard.spans)}; "
             "run `fastcollate verify --checksums` on it, then prepare the store again"
         )

@@ -19,6 +19,7 @@ from fastcollate import kernels
 from fastcollate.collate import Batch, Collator, collate_fn
 from fastcollate.errors import InputError
 from fastcollate.reference import InstructionDataset, custom_collate_fn, custom_collate_with_masking_fn
+from fastcollate.table import Table
 
 PAD = 50256
 ids = st.one_of(st.integers(0, 50255), st.just(PAD), st.sampled_from([0, 1, 7]))
@@ -242,8 +243,38 @@ def test_damaged_offsets_are_named_and_never_followed() -> None:
         with pytest.raises(InputError, match=r"STORE, shard 1, row 0 \(row 2 of the store\) is damaged"):
             collator([0, 2])
     shards = make_shards(batch, [[5, 5]] * 4)
-    with pytest.raises(InputError, match="row 0"):
+    with pytest.raises(InputError, match=r"shard 0, row 0 \(row 0 of the store\) is damaged"):
         Collator(shards, mask_prompt=True)([0])
+
+
+def test_damage_is_told_in_full() -> None:
+    shards = make_shards([[1, 2], [3], [4, 5, 6], [7]], num_shards=2)
+    shards[1] = shards[1]._replace(offsets=np.array([0, 3, 99]))
+    with pytest.raises(
+        InputError, match=r"shard 1, row 1 \(row 3 of the store\) is damaged: tokens 3\.\.99 of 4, spans"
+    ):
+        Collator(shards)([0, 3])
+
+
+def test_a_table_of_nothing_and_of_less() -> None:
+    nothing = Table([])
+    assert nothing.num_rows == 0
+    assert nothing.array.shape == (1, kernels.TABLE_COLUMNS)
+    with pytest.raises(InputError, match="row 0 of the store, which has 0 rows"):
+        Collator([])([0])
+    (shard,) = make_shards([[1]])
+    empty = np.empty(0, np.int64)
+    with pytest.raises(InputError, match=r"num_rows \+ 1 items"):
+        Table([shard._replace(offsets=empty, span_offsets=empty)])
+    with pytest.raises(InputError, match=r"num_rows \+ 1 items"):
+        Table([shard._replace(span_offsets=np.zeros(3, np.int64))])
+
+
+def test_settings_are_shared_and_so_cannot_be_written() -> None:
+    settings = Collator(make_shards([[1]])).settings
+    assert settings is Collator(make_shards([[2]])).settings
+    with pytest.raises(ValueError, match="read-only"):
+        settings[0] = 1
 
 
 def test_rows_that_do_not_exist_are_named() -> None:

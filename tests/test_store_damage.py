@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from stores import make_shards, write_store
 
@@ -174,3 +175,43 @@ def test_the_manifest_comes_last_and_after_every_name_is_on_disk(store: TokenSto
         *("file synced", "lengths.npy renamed", "directory synced"),
         *("file synced", f"{room.MANIFEST} renamed", "directory synced"),
     ]
+
+
+def test_a_shard_of_several_record_batches_is_none(store: TokenStore) -> None:
+    path = store.path / "shard-00000.arrow"
+    with pa.ipc.open_file(path) as reader:
+        schema, batch = reader.schema, reader.get_batch(0)
+    for batches in ([batch.slice(0, 1), batch.slice(1)], []):
+        with pa.ipc.new_file(path, schema) as writer:
+            for part in batches:
+                writer.write_batch(part)
+        size = path.stat().st_size
+        entry = {**store.manifest["shards"][0], "num_bytes": size}
+        rewrite_manifest(store, lambda manifest, entry=entry: manifest.update(shards=[entry]))
+        with pytest.raises(InputError, match=r"shard-00000\.arrow: not a shard of a token store"):
+            TokenStore(store.path)
+
+
+def test_no_value_of_a_shard_may_be_missing(store: TokenStore) -> None:
+    with pa.ipc.open_file(store.path / "shard-00000.arrow") as reader:
+        schema = reader.schema
+    assert not any(field.nullable for field in schema)
+    assert not any(field.type.value_field.nullable for field in list(schema)[:2])
+
+
+@pytest.mark.parametrize(("rows", "longest"), [([], 0), ([[]], 0), ([[], [5]], 1), ([[4, 5, 6], [7]], 3)])
+def test_a_shard_knows_its_longest_row(tmp_path: Path, rows: list[list[int]], longest: int) -> None:
+    columns = ShardColumns(
+        np.array([i for row in rows for i in row], np.uint16), np.cumsum([0, *map(len, rows)]),
+        np.empty(0, np.uint32), np.zeros(len(rows) + 1, np.int64), np.arange(len(rows), dtype=np.uint64),
+    )  # fmt: skip
+    info = write_shard(tmp_path, "shard-00000.arrow", columns)
+    assert (info.max_length, info.num_rows, info.num_tokens) == (longest, len(rows), sum(map(len, rows)))
+
+
+def test_rows_are_counted_from_either_end(store: TokenStore) -> None:
+    assert store[-3].input_ids.tolist() == store[0].input_ids.tolist() == [1, 2, 3]
+    assert store[-1].input_ids.tolist() == [6]
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=f"row {index} of a store with 3 rows"):
+            store[index]
