@@ -1,6 +1,6 @@
 """File to finished store: fastcollate against `datasets.map` with the Hugging Face tokenizer, and a tiktoken pool.
 
-`python -m benchmarks.prepare short|long [--repeats N] [--fresh]` adds N interleaved rounds to the results file, so that
+`python -m benchmarks.prepare [short] [long] [--repeats N] [--fresh]` adds N interleaved rounds to the results file, so that
 many short pieces make one long run. Every contender tokenizes the full text and the prompt. `datasets.map` would take
 half an hour a round: it gets a prefix of the same file (`--map-megabytes`), and MB a second are compared.
 """
@@ -186,10 +186,12 @@ def main(kind: str, *, megabytes: int, map_megabytes: int, repeats: int, fresh: 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=list(WRITERS))
+    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(WRITERS)}; all by default")
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--map-megabytes", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=1, help="rounds to add, each contender once a round")
     parser.add_argument("--fresh", action="store_true", help="forget the rounds in the results file")
     parser.add_argument("--folder", type=Path, help="where to keep the records for the next piece")
-    main(**vars(parser.parse_args()))
+    options = vars(parser.parse_args())
+    for name in options.pop("kinds") or WRITERS:
+        main(name, **options)

@@ -75,6 +75,28 @@ def loader_table() -> str:
     return "\n".join(lines)
 
 
+PREPARE = {
+    "fastcollate_gigatoken": "fastcollate, gigatoken",
+    "fastcollate_tiktoken": "fastcollate, tiktoken",
+    "tiktoken_pool": "tiktoken in two processes",
+    "datasets_map": "`datasets.map`, two processes",
+}
+
+
+def prepare_table() -> str:
+    """Megabytes of records a second, file to finished store, and how many times as many ours are."""
+    kinds = [result(f"prepare_{kind}")["megabytes_per_second"] for kind in ("short", "long")]
+    lines = ["| MB of records a second | short instructions | long texts |", "|---|---|---|"]
+    for name, title in PREPARE.items():
+        cells = [
+            f"{rates[name]:,.3g}"
+            + ("" if name.startswith("fast") else f" ({rates['fastcollate_gigatoken'] / rates[name]:.3g} ×)")
+            for rates in kinds
+        ]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TRAINING = {
     "t0_like": "T0-like lengths, every token trained",
     "gsm8k": "gsm8k, every token trained",
@@ -102,6 +124,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes_table,
     "collate": collate_table,
     "loader": loader_table,
+    "prepare": prepare_table,
 }
 
 
