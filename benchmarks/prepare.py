@@ -1,8 +1,8 @@
 """File to finished store: fastcollate against `datasets.map` with the Hugging Face tokenizer, and a tiktoken pool.
 
-`python -m benchmarks.prepare [short] [long] [--repeats N] [--fresh]` adds N interleaved rounds to the results file, so that
-many short pieces make one long run. Every contender tokenizes the full text and the prompt. `datasets.map` would take
-half an hour a round: it gets a prefix of the same file (`--map-megabytes`), and MB a second are compared.
+`python -m benchmarks.prepare [short] [long] [--repeats N] [--fresh]` adds N interleaved rounds to the results file, so
+that many short pieces make one long run. Every contender tokenizes the full text and the prompt. `datasets.map`, many
+times slower, gets a prefix of the same file (`--map-megabytes`), and MB a second are compared.
 """
 
 from __future__ import annotations

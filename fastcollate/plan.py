@@ -339,34 +339,17 @@ def plan_epoch(
     Raises:
         InputError: a value or a combination is wrong.
     """
-    array = np.asarray(lengths)
-    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer a row")
-    if array.size == 0:
-        array = np.zeros(0, np.int64)
-    if policy not in POLICIES:
-        raise InputError(f"policy={policy!r}: choose one of {', '.join(map(repr, POLICIES))}")
+    array = _as_lengths(lengths)
+    shares = world_size if shares is None else shares
+    _check_choices(policy, tail, long_rows)
+    _check_ranks(rank, world_size, shares)
     if (batch_size is None) == (max_tokens is None):
         raise InputError("give either batch_size (rows) or max_tokens (cells, padding included), not both or none")
-    if tail not in TAILS:
-        raise InputError(f"tail={tail!r}: choose one of {', '.join(map(repr, TAILS))}")
-    if not 0 <= rank < world_size:
-        raise InputError(f"rank={rank} of world_size={world_size}: ranks count from 0 to world_size - 1")
-    shares = world_size if shares is None else shares
-    for name, value in (
-        ("batch_size", batch_size), ("max_tokens", max_tokens), ("window", window), ("shares", shares),
-        ("max_length", max_length), ("block", block),
-    ):  # fmt: skip
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value}: give at least 1")
+    _check_positive(batch_size=batch_size, max_tokens=max_tokens, window=window, max_length=max_length, block=block)
     if policy == "packed":
         batch_size, max_tokens, capacity = _sizes_of_packs(batch_size, max_tokens, max_length, capacity)
     elif capacity is not None or long_rows != "truncate":
         raise InputError(f"capacity={capacity}, long_rows={long_rows!r}: these are for policy='packed'")
-    if long_rows not in LONG_ROWS:
-        raise InputError(f"long_rows={long_rows!r}: choose one of {', '.join(map(repr, LONG_ROWS))}")
-    if shares % world_size:
-        raise InputError(f"shares={shares} cannot be divided among world_size={world_size} ranks")
     group = shares if batch_size is None else batch_size * world_size
     if window is None:
         window = MAX_WINDOW if policy == "packed" else min(max(WINDOW_BATCHES * group, MIN_WINDOW), MAX_WINDOW)
@@ -392,6 +375,34 @@ def plan_epoch(
         capacity=capacity,
         long_rows=long_rows,
     )
+
+
+def _as_lengths(lengths: npt.ArrayLike) -> npt.NDArray[Any]:
+    array = np.asarray(lengths)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer a row")
+    return array if array.size else np.zeros(0, np.int64)
+
+
+def _check_choices(policy: str, tail: str, long_rows: str) -> None:
+    for name, value, choices in (
+        ("policy", policy, POLICIES), ("tail", tail, TAILS), ("long_rows", long_rows, LONG_ROWS),
+    ):  # fmt: skip
+        if value not in choices:
+            raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+def _check_ranks(rank: int, world_size: int, shares: int) -> None:
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank={rank} of world_size={world_size}: ranks count from 0 to world_size - 1")
+    if shares < 1 or shares % world_size:
+        raise InputError(f"shares={shares}: give a multiple of world_size={world_size}")
+
+
+def _check_positive(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value}: give at least 1")
 
 
 def _sizes_of_packs(
