@@ -1,4 +1,4 @@
-"""The README's tables, from `bench_results/`: `python -m benchmarks.tables` rewrites them, a test holds them equal."""
+"""The pages' tables, from `bench_results/`: `python -m benchmarks.tables` rewrites them, a test holds them equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS
 
-README = RESULTS.parent / "README.md"
+PAGES = [RESULTS.parent / "README.md", RESULTS.parent / "docs" / "randomness.md"]
 RECIPES = {  # the benchmark's name of a recipe -> its heading in docs/recipes.md
     "DataLoader": "PyTorch: `DataLoader`",
     "Trainer": "Hugging Face: `Trainer`",
@@ -119,12 +119,21 @@ def training_table() -> str:
     return "\n".join(lines)
 
 
+def windows_table() -> str:
+    """Padding and the correlation of neighbouring batches' mean lengths, by window."""
+    lines = ["| window, in batches | padding | correlation |", "|---|---|---|"]
+    for line in result("plan")["windows"]["by_window"]:
+        lines.append(f"| {line['window_batches']:,} | {line['padding']:.2%} | {line['neighbour_correlation']:+.3f} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "training": training_table,
     "recipes": recipes_table,
     "collate": collate_table,
     "loader": loader_table,
     "prepare": prepare_table,
+    "windows": windows_table,
 }
 
 
@@ -135,4 +144,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))

@@ -343,3 +343,44 @@ def test_the_chapters_loader_gives_the_same_widths(instruction_data: Path, expec
     expected = json.loads(expected_widths.read_text())
     assert widths == (expected["widths"] if isinstance(expected, dict) else expected)
     assert len(widths) == 116
+
+
+def test_a_buffer_that_just_fits_is_filled_once() -> None:
+    collator = Collator(make_shards([[1, 2], [3]]))
+    asked = []
+    exact = np.empty(kernels.plain_cells_of(2, 2, 0)[1], np.int64)
+
+    def take(num_cells: int) -> np.ndarray:
+        asked.append(num_cells)
+        return exact
+
+    inputs, _ = collator([0, 1], take)
+    assert asked == [0]
+    assert inputs.tolist() == [[1, 2], [3, 50256]]
+
+
+def test_a_group_that_does_not_fit_and_one_that_is_damaged() -> None:
+    shards = make_shards([[1, 2, 3], [4], [5, 6]])
+    rows, bounds = np.arange(3), np.array([0, 2, 3])
+    report = np.zeros((2, kernels.REPORT_COLUMNS), np.int64)
+    collator = Collator(shards)
+    assert collator.fill_group(rows, bounds, np.empty(3, np.int64), report) == 0
+    assert report[0, kernels.WIDTH] == 3
+    assert collator.fill_group(rows, bounds, np.empty(kernels.plain_cells_of(2, 3, 0)[1], np.int64), report) == 1
+    shards[0] = shards[0]._replace(offsets=np.array([0, 3, 4, 99]))
+    with pytest.raises(InputError, match=r"row 2 of the store\) is damaged"):
+        Collator(shards).fill_group(rows, bounds, np.empty(100, np.int64), report)
+
+
+def test_limits_and_packs_at_their_edges() -> None:
+    shards = make_shards([[1, 2, 3], [4]])
+    for limit in (0, -1):
+        with pytest.raises(InputError, match=f"max_length={limit}: give at least 1"):
+            Collator(shards, max_length=limit)
+    assert Collator(shards, max_length=1)([0]).inputs.tolist() == [[1]]
+    collator = Collator(shards)
+    with pytest.raises(InputError, match=r"bounds=\[0\] of 0 rows"):
+        collator.pack([], [0], capacity=4)
+    with pytest.raises(InputError, match=r"bounds=\[0, 2, 1\]"):
+        collator.pack([0], [0, 2, 1], capacity=4)
+    assert collator.pack([1], [0, 0, 1], capacity=2).inputs.tolist() == [[50256, 50256], [4, 50256]]

@@ -55,12 +55,13 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
         assert result.returncode == 0, f"{page.name}, block at line {line}:\n{text}\n{result.stdout}{result.stderr}"
 
 
-def test_the_readmes_tables_agree_with_the_results() -> None:
+@pytest.mark.parametrize(("page", "cell"), [("README.md", "| Lightning |"), ("docs/randomness.md", "| 15,625 |")])
+def test_the_pages_tables_agree_with_the_results(page: str, cell: str) -> None:
     sys.path.insert(0, str(ROOT))  # `benchmarks` is no part of the installed package
     from benchmarks.tables import with_tables
 
-    text = (ROOT / "README.md").read_text()
-    assert "| Lightning |" in text
+    text = (ROOT / page).read_text()
+    assert cell in text
     assert with_tables(text) == text
 
 

@@ -158,3 +158,27 @@ def test_an_uneven_tail_leaves_no_batch_without_rows() -> None:
         assert sorted(int(row) for own in batches for rows in own for row in rows) == list(range(50))
         without += len({len(own) for own in batches}) > 1
     assert without > 0
+
+
+def of_rows(num_rows: int) -> np.ndarray:
+    return np.broadcast_to(np.uint16(1), num_rows)  # takes no memory
+
+
+def test_windows_and_blocks_by_default() -> None:
+    many = of_rows(5_000_000)
+    assert plan_epoch(many, batch_size=64).window_rows == 65_536
+    assert plan_epoch(many, batch_size=32, world_size=2).window_rows == 65_536
+    assert plan_epoch(many, batch_size=17).window_rows == 17_408
+    assert plan_epoch(many, batch_size=1).window_rows == 16_384
+    assert plan_epoch(many, batch_size=1000).window_rows == 263_000
+    assert plan_epoch(many, max_tokens=4096).window_rows == 16_384
+    assert plan_epoch(many, batch_size=2, policy="packed", capacity=8).window_rows == 262_144
+    assert plan_epoch(many, batch_size=8, window=17).window_rows == 24
+    assert [plan_epoch(of_rows(n), batch_size=8).block for n in (4_194_303, 4_194_304)] == [1, 64]
+
+
+def test_a_plan_cannot_be_changed() -> None:
+    plan = plan_epoch([1, 2, 3], batch_size=2)
+    with pytest.raises(AttributeError):
+        plan.seed = 1  # type: ignore[misc]
+    assert not hasattr(plan, "__dict__")
