@@ -120,8 +120,6 @@ class EpochPlan:
             return sum(self.packs(index).num_batches for index in range(self.num_windows))
         if self.batch_size is None:
             return sum(self.window(index).num_batches for index in range(self.num_windows))
-        if self.num_rows == 0:
-            return 0
         last = self.num_rows - (self.num_windows - 1) * self.window_rows
         return (self.num_windows - 1) * (self.window_rows // self._group) + self._last_batches(last)
 

@@ -34,6 +34,7 @@ TESTS = {
     "plan": ["test_plan_properties.py", "test_packing.py", "test_loader.py", "test_integrations_pytorch.py"],
     "store": ["test_store_damage.py", "test_store.py", "test_prepare.py"],
 }
+MAX_EXAMPLES = "100"  # what the test run has
 SECONDS = 120  # a mutant that loops for ever is caught
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -127,9 +128,15 @@ def _is_type(node: ast.AST) -> bool:
 
 
 def survives(mutant: Mutant) -> bool:
+    """Run the room's tests on a mutant; one that gets through meets them again with all of Hypothesis' examples."""
+    return passes(mutant, os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "")) and passes(mutant, MAX_EXAMPLES)
+
+
+def passes(mutant: Mutant, max_examples: str) -> bool:
     """Run the room's tests on a mutant in a forked process."""
     child = os.fork()
     if child == 0:
+        os.environ["HYPOTHESIS_MAX_EXAMPLES"] = max_examples or MAX_EXAMPLES
         os._exit(run_tests(mutant))
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:

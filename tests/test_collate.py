@@ -384,3 +384,11 @@ def test_limits_and_packs_at_their_edges() -> None:
     with pytest.raises(InputError, match=r"bounds=\[0, 2, 1\]"):
         collator.pack([0], [0, 2, 1], capacity=4)
     assert collator.pack([1], [0, 0, 1], capacity=2).inputs.tolist() == [[50256, 50256], [4, 50256]]
+
+
+def test_a_packed_group_that_does_not_fit() -> None:
+    collator = Collator(make_shards([[1, 2], [3]]))
+    report = np.zeros((1, kernels.REPORT_COLUMNS), np.int64)
+    group = np.arange(2), np.empty(0, np.int64), np.array([0, 2]), np.array([0, 1]), 4
+    assert collator.fill_packed_group(*group, np.empty(8, np.int64), report) == 0
+    assert collator.fill_packed_group(*group, np.empty(collator.packed_cells(1, 4, 2), np.int64), report) == 1
