@@ -193,7 +193,10 @@ def _help(ahead: deque[Future[list[Group]]], work: tuple[Job, int, int, int], fi
     """Fill the newest groups in this thread, which has to wait anyway, where no other has begun with them."""
     if ahead[-1].cancel():
         ahead[-1] = Future()
-        ahead[-1].set_result(filler(*work))
+        try:
+            ahead[-1].set_result(filler(*work))
+        except Exception as error:  # told when its turn comes: the groups before it are good
+            ahead[-1].set_exception(error)
 
 
 def _take(ahead: deque[Future[list[Group]]], process: int) -> Iterator[Group]:

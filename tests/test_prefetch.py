@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ import torch
 from stores import make_store, write_store
 
 from fastcollate import prefetch
+from fastcollate.collate import Collator
 from fastcollate.errors import InputError
 from fastcollate.loader import BatchLoader
 from fastcollate.reference import custom_collate_fn
@@ -118,6 +120,34 @@ def test_an_error_of_a_thread_reaches_the_consumer_with_its_traceback(ahead: int
     assert not threads()
     assert loader.stats.batches < 38
     assert loader.state_dict()["next_batch"] == loader.stats.batches
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_consumer_that_waits_fills_too_and_meets_an_error_in_its_turn(
+    damaged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "GROUP_CELLS", 1)  # a group a batch
+    fill_group, fillers = Collator.fill_group, []
+
+    def slow_in_threads(self: Collator, *args: Any) -> int:
+        fillers.append(threading.current_thread())
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.002)
+        return fill_group(self, *args)
+
+    monkeypatch.setattr(Collator, "fill_group", slow_in_threads)
+    store = make_store(ROWS)
+    if damaged:
+        store.shards[0].offsets[300] = -1
+    loader = BatchLoader(store, policy="sequential", batch_size=8, prefetch=3)
+    found: list[Any] = []
+    with pytest.raises(InputError, match="row 299") if damaged else contextlib.nullcontext():
+        found.extend(tuple(tensor.clone() for tensor in batch) for batch in loader)
+    expected = [custom_collate_fn(ROWS[i : i + 8]) for i in range(0, 296 if damaged else 403, 8)]
+    assert equal(found, expected)
+    assert threading.main_thread() in fillers
+    assert len(set(fillers)) == 2
+    assert not threads()
 
 
 def test_leaving_early_ends_the_threads_and_frees_the_memory() -> None:
