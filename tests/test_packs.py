@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from fastcollate.errors import InputError
 from fastcollate.packing import Packs, check_capacity, pack_lengths, pack_rows
+from fastcollate.plan import plan_epoch
 
 NONE = np.empty(0, np.int64)
 
@@ -88,3 +91,54 @@ def test_lengths_that_are_none() -> None:
     for wrong in ([-1, 3], [[1, 2]], [1.5]):
         with pytest.raises(InputError, match="one integer of at least 0 a row"):
             pack_lengths(wrong, 4)
+
+
+def plan_of(lengths: list[int], **options: Any) -> list[tuple[list[int], list[int]]]:
+    """Each window's rows and the bounds of its packs."""
+    plan = plan_epoch(np.array(lengths, np.int32), policy="packed", **options)
+    windows = [plan.packs(index).packs for index in range(plan.num_windows)]
+    return [(packs.rows.tolist(), packs.bounds.tolist()) for packs in windows]
+
+
+def test_only_the_last_window_may_leave_a_step_short() -> None:
+    # Each window of eight rows makes two packs; a step has four, which the first window is halved to.
+    (_, first), (_, last) = plan_of([1] * 16, batch_size=4, capacity=4, window=8)
+    assert len(first) - 1 == 4
+    assert len(last) - 1 == 2
+    ((_, only),) = plan_of([1] * 8, batch_size=4, capacity=4)
+    assert len(only) - 1 == 2
+
+
+@pytest.mark.parametrize("tail", ["repeat", "uneven"])
+def test_a_window_of_fewer_rows_than_packs(tail: str) -> None:
+    lengths = [9, 9, 9, 1] * 2  # the long ones are dropped: one row a window, of four packs
+    for rows, bounds in plan_of(lengths, batch_size=4, capacity=4, window=4, long_rows="drop", tail=tail)[:1]:
+        assert len(bounds) - 1 == 4
+        if tail == "repeat":
+            assert len(rows) == 4
+            assert len(set(rows)) == 1
+        else:
+            assert len(rows) < 4
+
+
+def test_what_is_left_after_the_last_whole_step() -> None:
+    lengths = [4] * 10  # ten packs, of which two steps of four on each of two ranks take eight
+    dropped = [plan_of(lengths, batch_size=2, capacity=4, world_size=2, rank=rank, drop_last=True) for rank in (0, 1)]
+    assert [len(rows) for ((rows, _),) in dropped] == [4, 4]
+    assert len({row for ((rows, _),) in dropped for row in rows}) == 8
+    kept = [plan_of(lengths, batch_size=2, capacity=4, world_size=2, rank=rank) for rank in (0, 1)]
+    assert sorted(row for ((rows, _),) in kept for row in rows) == list(range(10))
+    odd = [plan_of([4] * 9, batch_size=2, capacity=4, world_size=2, rank=rank) for rank in (0, 1)]
+    assert [len(rows) for ((rows, _),) in odd] == [5, 5]
+    assert len({row for ((rows, _),) in odd for row in rows}) == 9
+    uneven = [plan_of([4] * 9, batch_size=2, capacity=4, world_size=2, rank=rank, tail="uneven") for rank in (0, 1)]
+    assert [len(rows) for ((rows, _),) in uneven] == [5, 4]
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_window_that_is_not_there(index: int) -> None:
+    plan = plan_epoch([1] * 8, batch_size=2, window=4)
+    packed = plan_epoch([1] * 8, batch_size=2, window=4, policy="packed", capacity=2)
+    for ask in (plan.window, packed.window, packed.packs):
+        with pytest.raises(IndexError, match=f"window {index} of a plan with 2"):
+            ask(index)
