@@ -31,7 +31,13 @@ TESTS = {
     "table": ["test_collate.py", "test_kernel_memory.py", "test_packing.py", "test_packed_loader.py"],
     "collate": ["test_collate.py", "test_packing.py", "test_packed_loader.py", "test_loader.py", "test_verify.py"],
     "packing": ["test_packs.py", "test_packing.py", "test_packed_loader.py"],
-    "plan": ["test_plan_properties.py", "test_packing.py", "test_loader.py", "test_integrations_pytorch.py"],
+    "plan": [
+        "test_plan_properties.py",
+        "test_packs.py",
+        "test_packing.py",
+        "test_loader.py",
+        "test_integrations_pytorch.py",
+    ],
     "store": ["test_store_damage.py", "test_store.py", "test_prepare.py"],
 }
 MAX_EXAMPLES = "100"  # what the test run has

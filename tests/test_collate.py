@@ -392,3 +392,24 @@ def test_a_packed_group_that_does_not_fit() -> None:
     group = np.arange(2), np.empty(0, np.int64), np.array([0, 2]), np.array([0, 1]), 4
     assert collator.fill_packed_group(*group, np.empty(8, np.int64), report) == 0
     assert collator.fill_packed_group(*group, np.empty(collator.packed_cells(1, 4, 2), np.int64), report) == 1
+
+
+def test_a_damaged_first_row_and_a_pack_overfull_are_told_by_row() -> None:
+    shards = make_shards([[1, 2], [3, 4], [5, 6], [7]])
+    collator = Collator(shards)
+    with pytest.raises(InputError, match=r"the rows of pack 1 take 4 cells up to row 2, more than capacity=3"):
+        collator.pack([0, 1, 2, 3], [0, 1, 4], capacity=3)
+    shards[0] = shards[0]._replace(offsets=np.array([-1, 2, 4, 6, 7]))
+    report = np.zeros((1, kernels.REPORT_COLUMNS), np.int64)
+    with pytest.raises(InputError, match=r"row 0 of the store\) is damaged"):
+        Collator(shards).fill_group(np.array([0, 1]), np.array([0, 2]), np.empty(64, np.int64), report)
+
+
+def test_rows_without_ids_and_with_the_largest() -> None:
+    one = np.array([5], np.uint16)
+    for empty in (np.array([]), torch.tensor([]), [], ()):
+        inputs, targets = collate_fn([empty, one])
+        assert (inputs.tolist(), targets.tolist()) == ([[50256], [5]], [[50256], [50256]])
+    assert collate_fn([np.array([2**62, 1], np.uint64)]).inputs.tolist() == [[2**62, 1]]
+    with pytest.raises(InputError, match="row 0 of the batch is uint64"):
+        collate_fn([np.array([2**63], np.uint64)])

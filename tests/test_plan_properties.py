@@ -182,3 +182,15 @@ def test_a_plan_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         plan.seed = 1  # type: ignore[misc]
     assert not hasattr(plan, "__dict__")
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+@pytest.mark.parametrize("block", [1, 4])
+def test_every_row_is_shuffled_however_many_windows(windows: int, block: int) -> None:
+    plan = plan_epoch(of_rows(96), policy="shuffled", batch_size=4, window=96 // windows, block=block, seed=5)
+    assert plan.num_windows == windows
+    rows = np.concatenate(list(plan))
+    assert sorted(rows.tolist()) == list(range(96))
+    assert (np.diff(rows) == 1).sum() < 12  # a row's neighbour follows it by chance only
+    first = rows[: 96 // windows]
+    assert windows == 1 or first.max() - first.min() > 96 // windows + 3  # drawn from everywhere
