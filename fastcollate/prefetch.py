@@ -237,11 +237,12 @@ class _Threads(ThreadPoolExecutor):
     def __init__(self, num_threads: int, name: str) -> None:
         super().__init__(num_threads, thread_name_prefix=THREAD_NAME + name)
         self._process = os.getpid()
+        self._thread = threading.get_ident()
 
     def __exit__(self, *_: Any, getpid: Any = os.getpid, is_finalizing: Any = sys.is_finalizing) -> None:
         # Defaults, since an interpreter that ends has taken the modules away.
         if is_finalizing() or getpid() != self._process:
             return  # a fork has no threads to end, and an interpreter that ends has ended them
-        # The garbage collector may close an iterator on one of its own threads, which cannot wait for itself.
-        is_own = threading.current_thread().name.startswith(THREAD_NAME)
-        self.shutdown(wait=not is_own, cancel_futures=True)
+        # The garbage collector may close an iterator on any thread: one of these, which cannot wait for itself, or one
+        # that is just starting, which holds a lock of `threading` that waiting needs.
+        self.shutdown(wait=threading.get_ident() == self._thread, cancel_futures=True)

@@ -6,6 +6,7 @@ leader notes finished blocks in order in a journal. The manifest, written last, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import multiprocessing.connection
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -159,7 +160,8 @@ def prepare(
     return job.report(reused is not None, time.perf_counter() - started)
 
 
-Runner = Callable[[Iterator[Block], JobSpec, str], Iterator[tuple[Block, BlockResult]]]
+Results = Generator[tuple[Block, BlockResult], None, None]
+Runner = Callable[[Iterator[Block], JobSpec, str], Results]
 
 
 class _Job:
@@ -222,23 +224,27 @@ class _Job:
     def run(self, runner: Runner) -> None:
         """Encode all blocks that the journal does not hold, then commit."""
         with Journal(self.root, asdict(self._identity(None)), _differences) as journal:
-            total = sum(source.num_bytes for source in self.sources)
-            started, num_bytes = time.perf_counter(), 0
             results = runner(self._skip_finished(read_blocks(self.sources), journal), self.spec, str(self.root))
-            head = list(islice(results, 1))  # workers are forked by now: the bar has a thread, which no fork may copy
-            with progress_bar("rate", unit="MB", disable=not self._progress) as bar:
-                task = bar.add_task("prepare", total=(total + 999_999) // 1_000_000 or None, rate="")
-                for block, result in chain(head, results):
-                    self._accept(block, result)
-                    journal.add(result)
-                    num_bytes += block.num_bytes
-                    seconds = time.perf_counter() - started
-                    rate = (
-                        f"{num_bytes / 1e6 / seconds:.1f} MB/s {self._counts.num_tokens / 1e6 / seconds:.2f}M tokens/s"
-                    )
-                    bar.update(task, completed=block.source_bytes // 1_000_000, rate=rate)
+            # Closed here and now, also after an error: left to the garbage collector, which may run in any thread, the
+            # workers' pool could wait for itself.
+            with contextlib.closing(results):
+                self._accept_all(results, journal)
             self._commit(journal)
         Journal.remove(self.root)
+
+    def _accept_all(self, results: Results, journal: Journal) -> None:
+        total = sum(source.num_bytes for source in self.sources)
+        started, num_bytes = time.perf_counter(), 0
+        head = list(islice(results, 1))  # workers are forked by now: the bar has a thread, which no fork may copy
+        with progress_bar("rate", unit="MB", disable=not self._progress) as bar:
+            task = bar.add_task("prepare", total=(total + 999_999) // 1_000_000 or None, rate="")
+            for block, result in chain(head, results):
+                self._accept(block, result)
+                journal.add(result)
+                num_bytes += block.num_bytes
+                seconds = time.perf_counter() - started
+                rate = f"{num_bytes / 1e6 / seconds:.1f} MB/s {self._counts.num_tokens / 1e6 / seconds:.2f}M tokens/s"
+                bar.update(task, completed=block.source_bytes // 1_000_000, rate=rate)
 
     def _skip_finished(self, blocks: Iterator[Block], journal: Journal) -> Iterator[Block]:
         """Blocks that are still to do; those in the journal are compared with what it says of them."""
@@ -332,7 +338,7 @@ def _usable_cores() -> int:
 def _local_runner(workers: int | None, lock: int) -> Runner:
     """Worker processes; one block alone, or one worker, is done in this process."""
 
-    def run(blocks: Iterator[Block], spec: JobSpec, root: str) -> Iterator[tuple[Block, BlockResult]]:
+    def run(blocks: Iterator[Block], spec: JobSpec, root: str) -> Results:
         head = [block for _, block in zip(range(2), blocks, strict=False)]
         count = workers or _usable_cores()
         if count == 1 or len(head) < 2:
@@ -389,7 +395,7 @@ def _ray_runner(workers: int | None) -> Runner:
     """The same block function as tasks of a Ray cluster; Ray runs a lost task again."""
     ray = import_extra("ray", "ray")
 
-    def run(blocks: Iterator[Block], spec: JobSpec, root: str) -> Iterator[tuple[Block, BlockResult]]:
+    def run(blocks: Iterator[Block], spec: JobSpec, root: str) -> Results:
         if not ray.is_initialized():
             ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
         task = ray.remote(num_cpus=1, max_retries=5)(encode_block)

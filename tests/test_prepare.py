@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -241,6 +244,21 @@ def test_a_fault_is_one_clear_line_and_leaves_no_store(tmp_path: Path, name: str
         prepare(tmp_path / name, tmp_path / "s")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_after_an_error_no_worker_is_left_to_the_garbage_collector(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b'{"instruction": "a", "output": "b"}\n' * 2000 + b"no json\n" + b"{}\n" * 2000)
+    gc.disable()
+    try:
+        with pytest.raises(InputError, match="not valid JSON") as caught:  # whose traceback keeps the job's frames
+            prepare(source, tmp_path / "s", workers=2)
+        assert not multiprocessing.active_children()
+        assert not [thread for thread in threading.enumerate() if "Executor" in type(thread).__name__]
+    finally:
+        gc.enable()
+    assert caught.traceback
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
