@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fastcollate import kernels
 from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
-from fastcollate.transfer import Arrival, ToCpu, Transfer
+from fastcollate.transfer import Arrival, Transfer
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -117,8 +117,6 @@ class Filler:
 
     def __init__(self, transfer: Transfer, *, ahead: bool = True) -> None:
         self._transfer = transfer
-        self.may_help = isinstance(transfer, ToCpu)
-        """Whether a waiting consumer may fill too; copies to a device are left to the threads."""
         self._group_cells = GROUP_CELLS if ahead else ALONE_CELLS
         self.num_batches = 1
         """Batches that make a group; starts at one, so that the first batch comes at once."""
@@ -184,7 +182,7 @@ def fill_groups(
         for work in _cut(windows, position, filler):
             ahead.append(fillers.submit(filler, *work))
             if len(ahead) > prefetch:
-                if filler.may_help and not ahead[0].done():
+                if not ahead[0].done():
                     _help(ahead, work, filler)
                 yield from _take(ahead, process)
         while ahead:

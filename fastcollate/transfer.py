@@ -95,13 +95,13 @@ def make_transfer(device: torch.device, num_buffers: int) -> Transfer:
         num_buffers: host buffers kept.
     """
     if device.type == "cpu":
-        return ToCpu(num_buffers)
+        return _ToCpu(num_buffers)
     if device.type == "cuda":
         return ToCuda(device, num_buffers)
     return _ToOther(device, num_buffers)
 
 
-class ToCpu:
+class _ToCpu:
     """Tensors over recycled buffers; nothing is copied."""
 
     def __init__(self, num_buffers: int) -> None:
