@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -73,11 +74,13 @@ class FakeStream:
 
     def __init__(self, *_: Any) -> None:
         self.work: list[Callable[[], None]] = []
+        self.lock = threading.RLock()  # threads may wait for the same work, which a stream does once
 
     def run(self, until: int) -> None:
-        for index in range(until):
-            self.work[index]()
-            self.work[index] = lambda: None
+        with self.lock:
+            for index in range(until):
+                self.work[index]()
+                self.work[index] = lambda: None
 
     def wait_event(self, event: FakeEvent) -> None:
         event.synchronize()
@@ -139,10 +142,10 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     return log
 
 
-@pytest.mark.parametrize("ahead", [0, 3])
+@pytest.mark.parametrize(("ahead", "num_threads"), [(0, 1), (3, 1), (3, 3)])
 @pytest.mark.parametrize("policy", ["shuffled", "packed"])
 def test_copies_as_late_as_events_allow(
-    policy: str, ahead: int, by_hand: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    policy: str, ahead: int, num_threads: int, by_hand: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefetch, "GROUP_CELLS" if ahead else "ALONE_CELLS", 3000)
     taken = ToCuda.take
@@ -155,7 +158,7 @@ def test_copies_as_late_as_events_allow(
     monkeypatch.setattr(ToCuda, "take", take_poisoned)
     options = {**OPTIONS, "policy": policy, "max_length": 200}
     plain = [[tensor.clone() for tensor in batch] for batch in BatchLoader(make_store(ROWS), prefetch=0, **options)]
-    loader = BatchLoader(make_store(ROWS), device="cuda", prefetch=ahead, **options)
+    loader = BatchLoader(make_store(ROWS), device="cuda", prefetch=ahead, num_threads=num_threads, **options)
     found = [[torch.Tensor(t).to(t.dtype).clone() for t in batch] for batch in loader]
     assert len(found) == len(plain)
     assert all(same(a, b) for a, b in zip(found, plain, strict=True))
