@@ -154,7 +154,7 @@ class GigatokenBackend:
             if resident_bytes() - start - kept > _CACHE_GROWTH:
                 self._start_afresh()
                 start, kept = resident_bytes(), 0
-        return joined(parts)
+        return _joined(parts)
 
     def _encode_piece(self, piece: Any) -> RaggedIds:
         encoded = self._tokenizer.encode_batch(piece, parallel=False).layout
@@ -177,24 +177,23 @@ class GigatokenBackend:
 
 
 def _pieces(texts: Texts) -> Iterator[Any]:
-    """Texts in runs of about `_PIECE_BYTES`, as gigatoken takes them."""
-    if texts.offsets is None:
-        strings = texts.strings()
-        ends = np.cumsum(np.fromiter(map(len, strings), np.int64, len(strings)))
-    else:
-        ends = texts.offsets[1:]
+    """Texts in runs of about `_PIECE_BYTES`, as gigatoken takes them; one run without a text where there is none."""
+    strings = texts.strings() if texts.offsets is None else []
+    offsets = np.cumsum([0, *map(len, strings)]) if texts.offsets is None else texts.offsets
     start = 0
-    while start < len(texts) or start == 0:
-        begun = int(ends[start - 1]) if start else (0 if texts.offsets is None else int(texts.offsets[0]))
-        stop = max(start + 1, int(np.searchsorted(ends, begun + _PIECE_BYTES, side="right")))
+    while True:
+        stop = int(np.searchsorted(offsets, offsets[start] + _PIECE_BYTES, side="right")) - 1
+        stop = min(max(stop, start + 1), len(texts))
         if texts.offsets is None:
             yield strings[start:stop]
         else:
-            yield _awkward_strings(texts.data, texts.offsets[start : stop + 1])
+            yield _awkward_strings(texts.data, offsets[start : stop + 1])
+        if stop >= len(texts):
+            return
         start = stop
 
 
-def joined(parts: Sequence[RaggedIds]) -> RaggedIds:
+def _joined(parts: Sequence[RaggedIds]) -> RaggedIds:
     """Several batches as one."""
     if len(parts) == 1:
         return parts[0]
