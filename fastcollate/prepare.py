@@ -141,7 +141,7 @@ def prepare(
     fields = dict(fields or {})
     spec = JobSpec(template, tokenizer, backend, fields, boundary, max_length, long_prompt, special_text, scan)
     job = _Job(found, Path(store), spec, on_error, progress)
-    is_new = not job.root.exists()
+    made = [folder for folder in (job.root, *job.root.parents) if not folder.exists()]
     try:
         with JobLock(job.root) as lock:
             reused = job.find_finished()
@@ -151,8 +151,11 @@ def prepare(
     except SourceReadError:
         raise
     except InputError:
-        if is_new:
+        if made:
             shutil.rmtree(job.root, ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                for folder in made[1:]:
+                    folder.rmdir()
         raise
     except OSError as error:
         reason = f"{error.strerror or error}; the finished shards are kept: mend that and run the same command again"

@@ -244,6 +244,10 @@ def test_a_fault_is_one_clear_line_and_leaves_no_store(tmp_path: Path, name: str
         prepare(tmp_path / name, tmp_path / "s")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "s" / "manifest.json").exists()
+    with pytest.raises(InputError, match=message):
+        prepare(tmp_path / name, tmp_path / "runs" / "first" / "store")
+    kept = isinstance(caught.value, sources_module.SourceReadError)  # the storage's fault: what is finished stays
+    assert (tmp_path / "runs").exists() == kept
 
 
 @pytest.mark.usefixtures("small_blocks")
