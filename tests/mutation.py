@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "kernels": ["test_collate.py", "test_kernel_memory.py", "test_loader.py", "test_prefetch.py", "test_verify.py"],
-    "pack_kernels": ["test_packing.py", "test_packed_loader.py"],
-    "plan_kernels": ["test_plan_properties.py", "test_packing.py", "test_loader.py"],
+    "pack_kernels": ["test_packs.py", "test_packing.py", "test_packed_loader.py"],
+    "plan_kernels": ["test_plan_properties.py", "test_packs.py", "test_packing.py", "test_loader.py"],
     "table": ["test_collate.py", "test_kernel_memory.py", "test_packing.py", "test_packed_loader.py"],
     "collate": ["test_collate.py", "test_packing.py", "test_packed_loader.py", "test_loader.py", "test_verify.py"],
     "packing": ["test_packs.py", "test_packing.py", "test_packed_loader.py"],

@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from stores import make_shards
 
+from fastcollate import kernels, plan_kernels
+from fastcollate.collate import Collator
 from fastcollate.errors import InputError
 from fastcollate.packing import Packs, check_capacity, pack_lengths, pack_rows
 from fastcollate.plan import plan_epoch
@@ -142,3 +146,36 @@ def test_a_window_that_is_not_there(index: int) -> None:
     for ask in (plan.window, packed.window, packed.packs):
         with pytest.raises(IndexError, match=f"window {index} of a plan with 2"):
             ask(index)
+
+
+def test_rows_are_split_in_order() -> None:
+    out, starts, lengths = (np.empty(5, np.int64) for _ in range(3))
+    plan_kernels.split_rows(np.array([7, 8, 9]), np.array([9, 0, 4]), 4, out, starts, lengths)
+    assert list(zip(out.tolist(), starts.tolist(), lengths.tolist(), strict=True)) == [
+        (7, 0, 4), (7, 4, 4), (7, 8, 1), (8, 0, 0), (9, 0, 4),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
+@pytest.mark.parametrize("inputs_dtype", [torch.int32, torch.int64])
+def test_packs_of_every_kind_of_ids(dtype: Any, inputs_dtype: torch.dtype) -> None:
+    rows = [[1, 2, 3], [40_000, 5], [6]]
+    (shard,) = make_shards(rows)
+    collator = Collator([shard._replace(input_ids=shard.input_ids.astype(dtype))], inputs_dtype=inputs_dtype)
+    found = collator.pack([1, 0, 2], [0, 2, 3], capacity=5)
+    assert found.inputs.dtype == inputs_dtype
+    assert found.inputs.tolist() == [[40_000, 5, 1, 2, 3], [6, 50256, 50256, 50256, 50256]]
+    assert found.targets.tolist() == [[5, 50256, 2, 3, 50256], [50256, -100, -100, -100, -100]]
+    assert found.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 2, 3]]
+    assert found.cu_seqlens.tolist() == [0, 2, 5, 6, 10]
+
+
+def test_a_second_packed_batch_that_does_not_fit_is_left() -> None:
+    collator = Collator(make_shards([[1, 2], [3], [4]]))
+    report = np.zeros((2, kernels.REPORT_COLUMNS), np.int64)
+    group = np.arange(3), NONE, np.array([0, 2, 3]), np.array([0, 1, 2]), 4
+    one = collator.packed_cells(1, 4, 2)
+    out = np.full(one + 1, 77, np.int64)
+    assert collator.fill_packed_group(*group, out, report) == 1
+    assert out[one] == 77
+    assert collator.fill_packed_group(*group, np.empty(one + collator.packed_cells(1, 4, 1), np.int64), report) == 2

@@ -185,7 +185,7 @@ def test_a_plan_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])
-@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("block", [1, 2, 4])
 def test_every_row_is_shuffled_however_many_windows(windows: int, block: int) -> None:
     plan = plan_epoch(of_rows(96), policy="shuffled", batch_size=4, window=96 // windows, block=block, seed=5)
     assert plan.num_windows == windows
@@ -194,3 +194,16 @@ def test_every_row_is_shuffled_however_many_windows(windows: int, block: int) ->
     assert (np.diff(rows) == 1).sum() < 12  # a row's neighbour follows it by chance only
     first = rows[: 96 // windows]
     assert windows == 1 or first.max() - first.min() > 96 // windows + 3  # drawn from everywhere
+
+
+@pytest.mark.parametrize("num_rows", [100, 103])
+@pytest.mark.parametrize("window", [25, 30, 200])
+def test_windows_that_begin_within_a_block(num_rows: int, window: int) -> None:
+    plan = plan_epoch(of_rows(num_rows), policy="shuffled", batch_size=5, window=window, block=4, seed=3)
+    assert sorted(np.concatenate(list(plan)).tolist()) == list(range(num_rows))
+
+
+@pytest.mark.parametrize("shares", [0, -2, 3])
+def test_shares_that_ranks_cannot_divide(shares: int) -> None:
+    with pytest.raises(InputError, match=f"shares={shares}: give a multiple of world_size=2"):
+        plan_epoch([1, 2], max_tokens=8, world_size=2, shares=shares)
