@@ -179,3 +179,26 @@ def test_a_second_packed_batch_that_does_not_fit_is_left() -> None:
     assert collator.fill_packed_group(*group, out, report) == 1
     assert out[one] == 77
     assert collator.fill_packed_group(*group, np.empty(one + collator.packed_cells(1, 4, 1), np.int64), report) == 2
+
+
+def test_iterating_over_a_packed_plan_gives_each_batch_its_rows() -> None:
+    plan = plan_epoch([4, 4, 4, 2, 2], policy="packed", batch_size=2, capacity=4)
+    batches = [rows.tolist() for rows in plan]
+    assert sorted(map(len, batches)) == [2, 3]
+    assert sorted(row for rows in batches for row in rows) == list(range(5))
+
+
+def test_starts_go_with_the_rows_of_each_batch() -> None:
+    collator = Collator(make_shards([[1, 2, 3, 4, 5], [6]]))
+    report = np.zeros((2, kernels.REPORT_COLUMNS), np.int64)
+    rows, starts, packs, batches = np.array([0, 1, 0]), np.array([2, 0, 4]), np.array([0, 1, 3]), np.array([0, 1, 2])
+    out = np.empty(2 * collator.packed_cells(1, 4, 3), np.int64)
+    assert collator.fill_packed_group(rows, starts, packs, batches, 4, out, report) == 2
+    found = [collator.packed_batch_at(out, 1, line) for line in report.tolist()]
+    assert [batch.inputs.tolist() for batch in found] == [[[3, 4, 5, 50256]], [[6, 5, 50256, 50256]]]
+
+
+def test_a_row_of_a_pack_whose_spans_are_broken_is_named() -> None:
+    shards = make_shards([[1], [2], [3, 4]], [[0, 1], [0, 1], [9, 9]])
+    with pytest.raises(InputError, match=r"row 2 of the store\) is damaged"):
+        Collator(shards, mask_prompt=True).pack([0, 1, 2], [0, 1, 3], capacity=4)
