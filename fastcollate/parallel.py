@@ -24,7 +24,7 @@ _JOIN_TIMEOUT = timedelta(minutes=10)
 _CONNECT_TIMEOUT = timedelta(seconds=2)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ranks:
     """This process's place among those that train together.
 
@@ -32,7 +32,8 @@ class Ranks:
         rank: from 0.
         world_size: how many.
         device: where this rank computes.
-        counters: the group over which counts are summed on the CPU (no wait for the GPU); `None` if alone.
+        counters: the group over which counts are summed on the CPU (no wait for the GPU), apart from the gradients' so
+            that `close` can end its threads; `None` if alone.
     """
 
     rank: int
@@ -47,7 +48,7 @@ class Ranks:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks, exactly for counts below 2**53."""
-        if self.counters is None:
+        if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.counters)
@@ -56,7 +57,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, by rank; empty on all but the first."""
-        if self.counters is None:
+        if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size if self.is_first else []
         dist.gather_object(value, gathered if self.is_first else None, group=self.counters)
@@ -64,20 +65,26 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
-        if self.counters is not None:
+        if self.world_size > 1:
             dist.barrier(group=self.counters)
 
     def share(self, model: nn.Module) -> nn.Module:
         """`model`, with gradients summed over ranks during the backward pass."""
-        if self.counters is None:
+        if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group.
+
+        The last reference to a group waits for its threads. One of them may still hold a tensor of the last sum, and
+        ask an interpreter that has ended for leave to free it, which ends the process by a signal (pytorch issue
+        190489). The gradients' group holds no tensor of Python's; PyTorch may keep it.
+        """
         if self.counters is not None and dist.is_initialized():
             dist.destroy_process_group()
+        self.counters = None
 
 
 def join_ranks(device: str = "auto") -> Ranks:
@@ -100,8 +107,7 @@ def join_ranks(device: str = "auto") -> Ranks:
         dist.init_process_group(backend, store=_store_of_this_attempt(rank), rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend)
-    counters = dist.new_group(backend="gloo") if chosen.type == "cuda" else dist.group.WORLD
-    return Ranks(rank, world_size, chosen, counters)
+    return Ranks(rank, world_size, chosen, dist.new_group(backend="gloo"))
 
 
 def _store_of_this_attempt(rank: int) -> Store:

@@ -357,12 +357,20 @@ def train(
     """
     store = store if isinstance(store, TokenStore) else TokenStore(store)
     joined = ranks or join_ranks(options.device)
-    if joined.device.type == "cpu":
+    try:
+        return _train(store, options, joined, show=show and joined.is_first)
+    finally:
+        if ranks is None:
+            joined.close()
+
+
+def _train(store: TokenStore, options: TrainOptions, ranks: Ranks, *, show: bool) -> TrainReport:
+    if ranks.device.type == "cpu":
         recycle_freed_memory()
-    run = _Run(store, options, joined)
+    run = _Run(store, options, ranks)
     with (
         _Interrupts() as interrupts,
-        progress_bar("loss", "rate", "waiting", unit="steps", disable=not (show and joined.is_first)) as progress,
+        progress_bar("loss", "rate", "waiting", unit="steps", disable=not show) as progress,
     ):
         run.loop(interrupts, progress)
         return run.finish()
