@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import array
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -22,7 +22,6 @@ from fastcollate.table import Columns, Table, make_settings
 Int64Array = npt.NDArray[np.int64]
 Take = Callable[[int], Int64Array]
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
-_ndarray, _from_numpy = np.ndarray, torch.from_numpy  # looked up once: a batch costs a few microseconds
 
 
 class Batch(NamedTuple):
@@ -134,13 +133,13 @@ class Collator:
             width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out)
         if width < 0:
             raise self.table.explain(int(numbers[-1 - width]))
-        return self._views(out, 0, 8 * middle, (len(numbers), width))
+        return self._views(out, ((len(numbers), width, 0, middle),))[0]
 
     def fill_group(self, rows: Int64Array, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
         """Fill as many batches as `out` holds in one kernel call; see `kernels.fill_padded_group`.
 
         Returns:
-            The number of batches filled; 0 where `out` is too small for the first, whose width is in `report[0]`.
+            The number of batches filled; 0 where `out` is too small for the first, whose size is in `report[0]`.
 
         Raises:
             InputError: a row does not exist, or its shard is damaged.
@@ -150,18 +149,23 @@ class Collator:
             raise self.table.explain(int(rows[-1 - filled]))
         return int(filled)
 
-    def batch_at(self, out: Int64Array, start: int, num_rows: int, width: int) -> Batch:
-        """The tensors of a batch that a kernel has filled at `out[start:]`; views, nothing is copied."""
-        middle = start + kernels.plain_cells_of(num_rows, width, self.narrow)[0]
-        return self._views(out, 8 * start, 8 * middle, (num_rows, width))
+    def batches(self, out: Int64Array, report: Int64Array) -> list[Batch]:
+        """The tensors of the batches that a kernel has filled, a line of its report each; views, nothing is copied."""
+        return self._views(out, report[:, kernels.ROWS : kernels.END].tolist())
 
-    def _views(self, out: Int64Array, inputs_at: int, targets_at: int, shape: tuple[int, int]) -> Batch:
-        """Tensors over `out`, from these bytes on."""
-        pair = (
-            _from_numpy(_ndarray(shape, self._inputs_dtype, out, inputs_at)),
-            _from_numpy(_ndarray(shape, _INT64, out, targets_at)),
-        )
-        return tuple.__new__(Batch, pair)  # what `Batch(*pair)` does, in half the time
+    def _views(self, out: Int64Array, places: Iterable[Sequence[int]]) -> list[Batch]:
+        """Tensors over `out`: rows, width, cells from which inputs and targets start."""
+        array, tensor, batch, inputs_dtype = np.ndarray, torch.from_numpy, tuple.__new__, self._inputs_dtype
+        return [
+            batch(  # what `Batch(...)` does, in half the time
+                Batch,
+                (
+                    tensor(array((num_rows, width), inputs_dtype, out, 8 * start)),
+                    tensor(array((num_rows, width), _INT64, out, 8 * middle)),
+                ),
+            )
+            for num_rows, width, start, middle in places
+        ]
 
     def pack(
         self,
@@ -203,7 +207,7 @@ class Collator:
         batches = np.array([0, len(packs) - 1])
         out = (take or _allocate)(self.packed_cells(len(packs) - 1, capacity, len(numbers)))
         self.fill_packed_group(numbers, firsts, packs, batches, capacity, out, report)
-        return self.packed_batch_at(out, len(packs) - 1, report[0].tolist())
+        return self.packed_batches(out, report)[0]
 
     def fill_packed_group(
         self,
@@ -237,9 +241,13 @@ class Collator:
         limit = min(int(self.settings[kernels.LIMIT]), capacity)
         return int(pack_kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self.narrow)[3])
 
-    def packed_batch_at(self, out: Int64Array, num_packs: int, line: Sequence[int]) -> PackedBatch:
-        """The tensors of a packed batch that a kernel has filled, with its line of the report; nothing is copied."""
+    def packed_batches(self, out: Int64Array, report: Int64Array) -> list[PackedBatch]:
+        """Like `batches`, for packed ones."""
+        return [self._packed_batch(out, line) for line in report.tolist()]
+
+    def _packed_batch(self, out: Int64Array, line: Sequence[int]) -> PackedBatch:
         capacity, start, num_segments = line[kernels.WIDTH], line[kernels.START], line[kernels.SEGMENTS]
+        num_packs = line[kernels.CELLS] // capacity
         places = pack_kernels.packed_cells_of(num_packs, capacity, 0, capacity, self.narrow)
         targets, positions, segments = (8 * (start + place) for place in places[:3])
         shape = (num_packs, capacity)

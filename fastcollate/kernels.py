@@ -26,9 +26,10 @@ PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, NARROW = range(7)
 NUM_SETTINGS = 7
 NO_LIMIT = 2**62
 
-# Columns of a group's report, a batch a line.
-WIDTH, START, REAL, TRAINED, CORNERS, SEGMENTS = range(6)
-REPORT_COLUMNS = 6
+# Columns of a group's report, a batch a line: what can be summed, then the batch's shape and its place in the buffer,
+# in int64 cells.
+CELLS, REAL, TRAINED, CORNERS, ROWS, WIDTH, START, TARGETS, END, SEGMENTS = range(10)
+REPORT_COLUMNS = 10
 
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
 # Columns of the places of a batch's rows: address of the first token, length, tokens readable from there, shard.
@@ -309,7 +310,6 @@ def _fill_rows(
     targets_at: int, report: Any,
 ) -> int:  # fmt: skip
     """Fill `(len(rows), width)` inputs and targets; returns 0, or `-1 - i` where `rows[i]` is broken."""
-    report[REAL:] = 0
     pad, ignore, reference, mask = settings[PAD], settings[IGNORE], settings[REFERENCE], settings[MASK]
     left, cell_size = settings[LEFT] != 0, 4 if settings[NARROW] != 0 else 8
     sum_real = sum_trained = sum_corners = 0
@@ -370,9 +370,11 @@ def _fill_next(table: Any, settings: Any, rows: Any, start: int, out: Any, repor
     if padded < 0:
         return padded
     width = _width_of(padded, settings[LIMIT])
-    report[WIDTH], report[START] = width, start
     targets_at, cells = cells_of(len(rows), width, settings[NARROW])
     end = start + cells
+    report[:] = 0
+    report[CELLS], report[ROWS], report[WIDTH] = len(rows) * width, len(rows), width
+    report[START], report[TARGETS], report[END] = start, start + targets_at, end
     if end > len(out):
         return end
     at = out.ctypes.data + 8 * start
@@ -401,8 +403,7 @@ def fill_padded(table: Any, settings: Any, rows: Any, out: Any) -> tuple[int, in
     end = _fill_next(table, settings, rows, 0, out, report)
     if end < 0:
         return end, 0, 0
-    width = report[WIDTH]
-    return width, cells_of(len(rows), width, settings[NARROW])[0], end
+    return report[WIDTH], report[TARGETS], end
 
 
 @kernel
@@ -415,8 +416,8 @@ def fill_padded_group(table: Any, settings: Any, rows: Any, bounds: Any, out: An
         rows: int64, row numbers of all batches.
         bounds: int64 `(num_batches + 1,)`: batch `b` is `rows[bounds[b]:bounds[b + 1]]`.
         out: int64, any size.
-        report: int64 `(num_batches, REPORT_COLUMNS)`, written a line a filled batch; the first line also where
-            not even the first batch fits.
+        report: int64 `(num_batches, REPORT_COLUMNS)`, written a line a filled batch; where not even the first batch
+            fits, its line says how much room it takes.
 
     Returns:
         The number of batches filled, or `-1 - i` where `rows[i]` is broken.

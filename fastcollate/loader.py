@@ -7,9 +7,10 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -18,7 +19,7 @@ from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
 from fastcollate.packed import PackedJob
 from fastcollate.plan import EpochPlan, plan_epoch
-from fastcollate.prefetch import Filler, Job, PaddedJob, fill_groups
+from fastcollate.prefetch import Filler, Group, Job, PaddedJob, fill_groups
 from fastcollate.table import Columns
 from fastcollate.transfer import Transfer, make_transfer
 
@@ -48,7 +49,7 @@ class Stats:
         padded_cells: input cells that hold padding.
         trained_tokens: targets that are not ignored.
         corner_rows: rows on which `mode="reference"` differs from `mode="positional"`.
-        wait_s: seconds that the consumer has spent in the loader, waiting for a batch.
+        wait_s: seconds that the consumer has waited for batches; those of a group come together.
         h2d_bytes: bytes of the batches that were copied to a device.
     """
 
@@ -60,6 +61,16 @@ class Stats:
     corner_rows: int = 0
     wait_s: float = 0.0
     h2d_bytes: int = 0
+
+    def count(self, report: npt.NDArray[np.int64]) -> None:
+        """Add a kernel's report of some batches."""
+        cells, real, trained, corners, rows = report[:, : kernels.ROWS + 1].sum(axis=0).tolist()
+        self.batches += len(report)
+        self.rows += rows
+        self.real_cells += real
+        self.padded_cells += cells - real
+        self.trained_tokens += trained
+        self.corner_rows += corners
 
 
 class BatchLoader:
@@ -173,7 +184,8 @@ class BatchLoader:
             inputs_dtype=inputs_dtype,
             name=str(getattr(store, "path", "the store")),
         )
-        self.stats = Stats()
+        self._stats = Stats()  # without the batches of the current group
+        self._group: Group | None = None
         self.epoch = 0
         self._position = (0, 0)  # window, batch within it: the next to hand over
         self._resume = False
@@ -213,30 +225,40 @@ class BatchLoader:
             prefetch=self._prefetch,
             num_threads=self._num_threads,
         )
-        stats = self.stats
         with contextlib.closing(groups):
             for group in groups:
-                job, window, out, arrival = group.job, group.window, group.out, group.arrival
-                for number, line in enumerate(group.lines, group.first):
-                    batch = job.batch_at(out, number, line)
-                    if arrival is not None:
-                        batch = type(batch)(*arrival.receive(batch))
-                        stats.h2d_bytes += sum(tensor.nbytes for tensor in batch)
-                    if line[kernels.CORNERS]:
-                        self._count_corners(line[kernels.CORNERS])
-                    stats.batches += 1
-                    stats.rows += job.num_rows(number)
-                    stats.real_cells += line[kernels.REAL]
-                    stats.padded_cells += batch.inputs.numel() - line[kernels.REAL]
-                    stats.trained_tokens += line[kernels.TRAINED]
-                    self._position = (window, number + 1)
-                    stats.wait_s += time.perf_counter() - start
-                    yield batch
-                    del batch
-                    start = time.perf_counter()
-                del group, out, arrival  # before the next is waited for, so that the buffer is used again
+                self._stats.wait_s += time.perf_counter() - start
+                yield from self._hand_over(group)
+                del group  # before the next is waited for, so that the buffer is used again
+                start = time.perf_counter()
         self.epoch += 1
         self._position = (0, 0)
+
+    def _hand_over(self, group: Group) -> Iterator[Batch | PackedBatch]:
+        """A group's batches; each costs little here, where there may be 100,000 a second."""
+        if group.report[:, kernels.CORNERS].any():
+            self._warn_of_corners()
+        window, arrival, handed = group.window, group.arrival, group.first
+        self._group = group
+        try:
+            for number, batch in enumerate(group.batches, group.first + 1):
+                if arrival is not None:
+                    batch = type(batch)(*arrival.receive(batch))
+                    self._stats.h2d_bytes += sum(tensor.nbytes for tensor in batch)
+                self._position = (window, number)
+                handed = number
+                yield batch
+        finally:
+            self._group = None
+            self._stats.count(group.report[: handed - group.first])
+
+    @property
+    def stats(self) -> Stats:
+        """What has been handed over until now; a copy, which does not change."""
+        stats, group, (window, number) = replace(self._stats), self._group, self._position
+        if group is not None and group.window == window and number > group.first:
+            stats.count(group.report[: number - group.first])
+        return stats
 
     def _job(self, plan: EpochPlan, window: int) -> Job:
         """One window's batches, to be filled."""
@@ -255,14 +277,13 @@ class BatchLoader:
             self._transfer = os.getpid(), make_transfer(self.device, num_buffers)
         return self._transfer[1]
 
-    def _count_corners(self, num_rows: int) -> None:
-        if not self.stats.corner_rows and self._mode == "reference":
+    def _warn_of_corners(self) -> None:
+        if not self._stats.corner_rows and self._mode == "reference":
             warnings.warn(
                 "a row on which mode='reference' gives other targets than mode='positional' (an end-of-text inside the "
                 "text, an empty row, or a prompt of length 0); this is said once, loader.stats.corner_rows counts on",
-                stacklevel=3,
+                stacklevel=4,
             )
-        self.stats.corner_rows += num_rows
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is, in plain numbers and strings; exact to the batch, the same on every rank."""
@@ -340,5 +361,5 @@ def _loader_at(store: Store, options: dict[str, Any], state: dict[str, Any], res
     loader = BatchLoader(store, **options)
     loader.load_state_dict(state)
     loader._resume = resume
-    loader.stats = stats
+    loader._stats = stats
     return loader

@@ -11,7 +11,9 @@ from fastcollate.kernels import (
     AHEAD,
     ALIGNMENT,
     AT,
+    CELLS,
     CORNERS,
+    END,
     IGNORE,
     LEFT,
     LENGTH,
@@ -23,9 +25,11 @@ from fastcollate.kernels import (
     READABLE,
     REAL,
     REFERENCE,
+    ROWS,
     SEGMENTS,
     SHARD,
     START,
+    TARGETS,
     TOKEN_SIZE,
     TRAINED,
     WIDTH,
@@ -176,7 +180,8 @@ def fill_packed_group(
         limit, narrow = min(settings[LIMIT], capacity), settings[NARROW]
         targets, positions, bounds, end = packed_cells_of(len(own) - 1, capacity, num_rows, limit, narrow)
         report[b] = 0
-        report[b, WIDTH], report[b, START] = capacity, at
+        report[b, CELLS], report[b, ROWS], report[b, WIDTH] = (len(own) - 1) * capacity, num_rows, capacity
+        report[b, START], report[b, TARGETS], report[b, END] = at, at + targets, at + end
         if at + end > len(out):
             return b
         places, segments = out[at + positions : at + bounds], out[at + bounds : at + end].view(np.int32)

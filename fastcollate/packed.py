@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -28,13 +26,11 @@ class PackedJob:
         self._packs = packs
         self._bounds = bounds
         self._capacity = capacity
-        self._edges: list[int] = bounds.tolist()
-        self._rows: list[int] = packs.bounds[bounds].tolist()
 
     @property
     def num_batches(self) -> int:
         """Batches in the window."""
-        return len(self._edges) - 1
+        return len(self._bounds) - 1
 
     def fill(self, first: int, stop: int, out: Int64Array, report: Int64Array) -> int:
         """See `prefetch.Job`."""
@@ -43,15 +39,6 @@ class PackedJob:
             packs.rows, packs.starts, packs.bounds, bounds, self._capacity, out, report
         )
 
-    def num_cells(self, number: int, line: Sequence[int]) -> int:
+    def batches(self, out: Int64Array, report: Int64Array) -> list[PackedBatch]:
         """See `prefetch.Job`."""
-        num_packs = self._edges[number + 1] - self._edges[number]
-        return self._collator.packed_cells(num_packs, self._capacity, self.num_rows(number))
-
-    def num_rows(self, number: int) -> int:
-        """See `prefetch.Job`."""
-        return self._rows[number + 1] - self._rows[number]
-
-    def batch_at(self, out: Int64Array, number: int, line: Sequence[int]) -> PackedBatch:
-        """See `prefetch.Job`."""
-        return self._collator.packed_batch_at(out, self._edges[number + 1] - self._edges[number], line)
+        return self._collator.packed_batches(out, report)

@@ -40,14 +40,8 @@ class Job(Protocol):
     def fill(self, first: int, stop: int, out: Int64Array, report: Int64Array) -> int:
         """Fill batches from `first` on, as many as `out` holds, and write a line of `report` each; their number."""
 
-    def num_cells(self, number: int, line: Sequence[int]) -> int:
-        """Cells that a batch takes in `out`, whose line was written when it did not fit."""
-
-    def num_rows(self, number: int) -> int:
-        """Rows of a batch."""
-
-    def batch_at(self, out: Int64Array, number: int, line: Sequence[int]) -> Batch | PackedBatch:
-        """A filled batch."""
+    def batches(self, out: Int64Array, report: Int64Array) -> Sequence[Batch | PackedBatch]:
+        """The filled batches that some lines of `report` tell of, as views of `out`."""
 
 
 class PaddedJob:
@@ -63,47 +57,36 @@ class PaddedJob:
         self._collator = collator
         self._rows = rows
         self._bounds = bounds
-        self._edges: list[int] = bounds.tolist()
 
     @property
     def num_batches(self) -> int:
         """Batches in the window."""
-        return len(self._edges) - 1
+        return len(self._bounds) - 1
 
     def fill(self, first: int, stop: int, out: Int64Array, report: Int64Array) -> int:
         """See `Job`."""
         return self._collator.fill_group(self._rows, self._bounds[first : stop + 1], out, report)
 
-    def num_cells(self, number: int, line: Sequence[int]) -> int:
+    def batches(self, out: Int64Array, report: Int64Array) -> list[Batch]:
         """See `Job`."""
-        return int(kernels.cells_of(self.num_rows(number), line[kernels.WIDTH], self._collator.narrow)[1])
-
-    def num_rows(self, number: int) -> int:
-        """See `Job`."""
-        return self._edges[number + 1] - self._edges[number]
-
-    def batch_at(self, out: Int64Array, number: int, line: Sequence[int]) -> Batch:
-        """See `Job`."""
-        return self._collator.batch_at(out, line[kernels.START], self.num_rows(number), line[kernels.WIDTH])
+        return self._collator.batches(out, report)
 
 
 class Group(NamedTuple):
     """Batches that lie in one buffer.
 
     Attributes:
-        job: their window.
-        window: its number.
+        window: the number of their window.
         first: the first batch's number in the window.
-        out: the buffer.
-        lines: a line of the kernel's report for each batch.
-        arrival: the copy on the device; `None` where `out` itself is handed over.
+        batches: views of the buffer.
+        report: the kernel's, a line a batch.
+        arrival: the copy on the device; `None` where the views themselves are handed over.
     """
 
-    job: Job
     window: int
     first: int
-    out: Int64Array
-    lines: list[list[int]]
+    batches: Sequence[Batch | PackedBatch]
+    report: Int64Array
     arrival: Arrival | None
 
 
@@ -129,9 +112,9 @@ class Filler:
         while first < stop:
             group, used = self._fill(job, window, first, stop)
             groups.append(group)
-            first += len(group.lines)
+            first += len(group.batches)
         if len(groups) > 1:
-            self.num_batches = len(groups[0].lines)
+            self.num_batches = len(groups[0].batches)
         elif 2 * used <= self._group_cells:
             self.num_batches = min(2 * self.num_batches, MAX_GROUP)
         return groups
@@ -142,14 +125,15 @@ class Filler:
         filled = job.fill(first, stop, out, report)
         if not filled:
             self._transfer.send(out, 0)
-            num_cells = job.num_cells(first, report[0].tolist())
+            num_cells = report[0, kernels.END]
             # New memory costs more than filling it: a power of two is not outgrown by the next, wider batch.
             self._buffer_cells = max(self._buffer_cells, 1 << int(num_cells - 1).bit_length())
             out = self._transfer.take(self._buffer_cells)
             filled = job.fill(first, stop, out, report)
-        lines: list[list[int]] = report[:filled].tolist()
-        used = lines[-1][kernels.START] + job.num_cells(first + filled - 1, lines[-1])
-        return Group(job, window, first, out, lines, self._transfer.send(out, used)), used
+        report = report[:filled]
+        used = int(report[-1, kernels.END])
+        arrival = self._transfer.send(out, used)
+        return Group(window, first, job.batches(out, report), report, arrival), used
 
 
 def fill_groups(

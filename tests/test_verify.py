@@ -61,17 +61,18 @@ def test_packs_agree(prepared: TokenStore, masked: bool, mode: str) -> None:
 
 
 def test_one_wrong_cell_of_a_pack_is_found(prepared: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Collator.packed_batch_at
+    original = Collator.packed_batches
     numbers = iter(range(100))
 
-    def broken(self: Collator, *args: Any) -> PackedBatch:
-        batch = original(self, *args)
-        if next(numbers) == 1:
-            batch.position_ids[0, 3] += 1
-            batch.cu_seqlens[1] += 1
-        return batch
+    def broken(self: Collator, *args: Any) -> list[PackedBatch]:
+        batches = original(self, *args)
+        for batch in batches:
+            if next(numbers) == 1:
+                batch.position_ids[0, 3] += 1
+                batch.cu_seqlens[1] += 1
+        return batches
 
-    monkeypatch.setattr(Collator, "packed_batch_at", broken)
+    monkeypatch.setattr(Collator, "packed_batches", broken)
     found = verify(prepared, policy="packed", batch_size=2, silent=True)
     assert found.num_problems == 2
     assert found.problems[0].startswith("batch 1, position_ids: pack 0 column 3 is ")
@@ -87,25 +88,28 @@ def test_the_digest_depends_on_the_batches_only(prepared: TokenStore) -> None:
 
 @pytest.mark.parametrize("tensor", [0, 1])
 def test_one_wrong_cell_is_found(prepared: TokenStore, monkeypatch: pytest.MonkeyPatch, tensor: int) -> None:
-    original, batches = Collator.batch_at, iter(range(100))
+    original, numbers = Collator.batches, iter(range(100))
 
-    def broken(self: Collator, *args: Any) -> Batch:
-        batch = original(self, *args)
-        if next(batches) == 1:
-            batch[tensor][2, 3] += 1
-        return batch
+    def broken(self: Collator, *args: Any) -> list[Batch]:
+        batches = original(self, *args)
+        for batch in batches:
+            if next(numbers) == 1:
+                batch[tensor][2, 3] += 1
+        return batches
 
-    monkeypatch.setattr(Collator, "batch_at", broken)
+    monkeypatch.setattr(Collator, "batches", broken)
     found = verify(prepared, policy="sequential", silent=True)
     assert found.num_problems == 1
     assert found.problems[0].startswith(f"batch 1, {('inputs', 'targets')[tensor]}: row 10 column 3 is ")
 
 
 def test_a_wrong_width_is_found(prepared: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Collator.batch_at
-    monkeypatch.setattr(
-        Collator, "batch_at", lambda self, *args: Batch(*(cells[:, 1:] for cells in original(self, *args)))
-    )
+    original = Collator.batches
+
+    def cut(self: Collator, *args: Any) -> list[Batch]:
+        return [Batch(*(cells[:, 1:] for cells in batch)) for batch in original(self, *args)]
+
+    monkeypatch.setattr(Collator, "batches", cut)
     found = verify(prepared, silent=True)
     assert found.num_problems == 6
     assert "but the reference gives" in found.problems[0]
