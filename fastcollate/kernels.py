@@ -29,6 +29,7 @@ NO_LIMIT = 2**62
 # Columns of a group's report, a batch a line: what can be summed, then the batch's shape and its place in the buffer,
 # in int64 cells.
 CELLS, REAL, TRAINED, CORNERS, ROWS, WIDTH, START, TARGETS, END, SEGMENTS = range(10)
+NUM_TOTALS = 5
 REPORT_COLUMNS = 10
 
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is

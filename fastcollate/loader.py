@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -19,7 +19,7 @@ from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
 from fastcollate.packed import PackedJob
 from fastcollate.plan import EpochPlan, plan_epoch
-from fastcollate.prefetch import Filler, Group, Job, PaddedJob, fill_groups
+from fastcollate.prefetch import Filler, Group, Job, PaddedJob, fill_groups, totals_of
 from fastcollate.table import Columns
 from fastcollate.transfer import Transfer, make_transfer
 
@@ -62,10 +62,10 @@ class Stats:
     wait_s: float = 0.0
     h2d_bytes: int = 0
 
-    def count(self, report: npt.NDArray[np.int64]) -> None:
-        """Add a kernel's report of some batches."""
-        cells, real, trained, corners, rows = report[:, : kernels.ROWS + 1].sum(axis=0).tolist()
-        self.batches += len(report)
+    def count(self, num_batches: int, totals: Sequence[int]) -> None:
+        """Add some batches, by the sums of the kernel's report."""
+        cells, real, trained, corners, rows = totals
+        self.batches += num_batches
         self.rows += rows
         self.real_cells += real
         self.padded_cells += cells - real
@@ -234,9 +234,11 @@ class BatchLoader:
         self.epoch += 1
         self._position = (0, 0)
 
-    def _hand_over(self, group: Group) -> Iterator[Batch | PackedBatch]:
+    def _hand_over(
+        self, group: Group, is_finalizing: Callable[[], bool] = sys.is_finalizing
+    ) -> Iterator[Batch | PackedBatch]:
         """A group's batches; each costs little here, where there may be 100,000 a second."""
-        if group.report[:, kernels.CORNERS].any():
+        if group.totals[kernels.CORNERS]:
             self._warn_of_corners()
         window, arrival, handed = group.window, group.arrival, group.first
         self._group = group
@@ -249,16 +251,23 @@ class BatchLoader:
                 handed = number
                 yield batch
         finally:
-            self._group = None
-            self._stats.count(group.report[: handed - group.first])
+            if not is_finalizing():  # an interpreter that ends has taken the modules away
+                self._group = None
+                self._count(self._stats, group, handed)
 
     @property
     def stats(self) -> Stats:
         """What has been handed over until now; a copy, which does not change."""
         stats, group, (window, number) = replace(self._stats), self._group, self._position
         if group is not None and group.window == window and number > group.first:
-            stats.count(group.report[: number - group.first])
+            self._count(stats, group, number)
         return stats
+
+    @staticmethod
+    def _count(stats: Stats, group: Group, stop: int) -> None:
+        """Add a group's batches up to number `stop` of their window."""
+        count = stop - group.first
+        stats.count(count, group.totals if count == len(group.batches) else totals_of(group.report[:count]))
 
     def _job(self, plan: EpochPlan, window: int) -> Job:
         """One window's batches, to be filled."""

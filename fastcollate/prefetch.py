@@ -25,7 +25,7 @@ from fastcollate.transfer import Arrival, Transfer
 Int64Array = npt.NDArray[np.int64]
 
 GROUP_CELLS = 5 << 15  # 1.25 MiB of int64, where threads hand over
-ALONE_CELLS = 1 << 15  # where none does: what is filled and used at once should stay in a core's own cache
+ALONE_CELLS = 1 << 16  # where none does: what is filled and used at once should stay in a core's own cache
 MAX_GROUP = 256  # batches
 THREAD_NAME = "fastcollate-"
 
@@ -80,6 +80,7 @@ class Group(NamedTuple):
         first: the first batch's number in the window.
         batches: views of the buffer.
         report: the kernel's, a line a batch.
+        totals: its sums over the batches, of the columns that can be summed.
         arrival: the copy on the device; `None` where the views themselves are handed over.
     """
 
@@ -87,7 +88,14 @@ class Group(NamedTuple):
     first: int
     batches: Sequence[Batch | PackedBatch]
     report: Int64Array
+    totals: list[int]
     arrival: Arrival | None
+
+
+def totals_of(report: Int64Array) -> list[int]:
+    """The sums of a report, by column."""
+    totals: list[int] = np.add.reduce(report[:, : kernels.NUM_TOTALS]).tolist()
+    return totals
 
 
 class Filler:
@@ -113,10 +121,9 @@ class Filler:
             group, used = self._fill(job, window, first, stop)
             groups.append(group)
             first += len(group.batches)
-        if len(groups) > 1:
-            self.num_batches = len(groups[0].batches)
-        elif 2 * used <= self._group_cells:
-            self.num_batches = min(2 * self.num_batches, MAX_GROUP)
+        # As many as fill a group, by the last one; twice as many at most, since batches differ.
+        count = len(groups[-1].batches)
+        self.num_batches = max(1, min(count * self._group_cells // max(used, 1), 2 * count, MAX_GROUP))
         return groups
 
     def _fill(self, job: Job, window: int, first: int, stop: int) -> tuple[Group, int]:
@@ -133,7 +140,7 @@ class Filler:
         report = report[:filled]
         used = int(report[-1, kernels.END])
         arrival = self._transfer.send(out, used)
-        return Group(window, first, job.batches(out, report), report, arrival), used
+        return Group(window, first, job.batches(out, report), report, totals_of(report), arrival), used
 
 
 def fill_groups(
