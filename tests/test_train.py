@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -214,6 +215,17 @@ def test_a_crash_and_a_resume_give_the_same_losses(
     assert report.tokens_seen == 3 * int(random_store.lengths[:102].sum())
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Here and in processes: with two, a product of matrices is now and then another in its last bit (1 run of 20)."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_ctrl_c_leaves_a_run_that_goes_on_to_the_last_bit(tmp_path: Path) -> None:
     store = sample_store(tmp_path / "store", 60)
     plain = options(tmp_path / "plain", batch_size=4, max_steps=14)
