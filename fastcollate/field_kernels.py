@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fastcollate.jit import kernel
+from fastcollate.jit import borrow, kernel, load_byte, load_word, store_word, trailing_zeros, view
 
 INSTRUCTION, INPUT, OUTPUT = range(3)  # fields; the input may be missing or null
 NUM_FIELDS = 3
+NUM_SCRATCH = NUM_FIELDS + 8
 _NO_NAME = 1 << 30
 _MAX_DIGITS = 18  # every parser reads these alike
 
@@ -37,10 +38,14 @@ for _digit in "0123456789abcdefABCDEF":
 
 
 @kernel
-def _skip_space(data: Any, i: int, with_newlines: bool) -> int:
-    while i < len(data) and (_SPACE[data[i]] or (with_newlines and data[i] == _NEWLINE)):
-        i += 1
-    return i
+def _skip_space(read: int, end: int, with_newlines: bool) -> int:
+    """The first address from `read` on that holds no white space, or `end`."""
+    while read < end:
+        byte = load_byte(read)
+        if byte > 32 or not (_SPACE[byte] or (with_newlines and byte == _NEWLINE)):
+            return read
+        read += 1
+    return end
 
 
 @kernel
@@ -97,12 +102,33 @@ def _utf8_end(data: Any, i: int) -> int:
     return i + size
 
 
+_EVERY = 0x0101010101010101  # a byte's value times this is a word of eight such bytes
+_TOP, _LOW7 = np.uint64(0x80 * _EVERY), np.uint64(0x7F * _EVERY)
+_TO_SPACE = np.uint64(0x60 * _EVERY)  # carries a character from the first printing one on into the top bit
+_QUOTES, _BACKSLASHES = np.uint64(_QUOTE * _EVERY), np.uint64(_BACKSLASH * _EVERY)
+
+
 @kernel
-def _is_plain8(data: Any, i: int) -> Any:
-    """Whether none of eight bytes is special: one branch in place of eight."""
-    first = _SPECIAL[data[i]] | _SPECIAL[data[i + 1]] | _SPECIAL[data[i + 2]] | _SPECIAL[data[i + 3]]
-    second = _SPECIAL[data[i + 4]] | _SPECIAL[data[i + 5]] | _SPECIAL[data[i + 6]] | _SPECIAL[data[i + 7]]
-    return (first | second) == 0
+def _special_bytes(word: Any) -> Any:
+    """The top bit of each of eight bytes that `_SPECIAL` holds; no sum carries from byte to byte."""
+    low = word & _LOW7
+    plain = (low + _TO_SPACE) & ((low ^ _QUOTES) + _LOW7) & ((low ^ _BACKSLASHES) + _LOW7)
+    return ((plain & _TOP) ^ _TOP) | (word & _TOP)
+
+
+@kernel
+def _next_special(read: int, readable: int) -> int:
+    """The first address from `read` on of a byte that does not stand for itself, or the end of what can be read."""
+    while read + 8 <= readable:
+        special = _special_bytes(load_word(read))
+        if special != 0:
+            return read + (trailing_zeros(special) >> 3)
+        read += 8
+    rest = view(read, readable - read, np.uint8)
+    for k in range(len(rest)):
+        if _SPECIAL[rest[k]]:
+            return read + k
+    return readable
 
 
 @kernel
@@ -111,12 +137,9 @@ def _string_end(data: Any, i: int) -> tuple[int, bool]:
 
     -1 where it is not valid.
     """
-    has_escape = False
+    has_escape, first = False, np.int64(data.ctypes.data)
     while True:
-        while i + 8 <= len(data) and _is_plain8(data, i):
-            i += 8
-        while i < len(data) and not _SPECIAL[data[i]]:
-            i += 1
+        i = _next_special(first + i, first + len(data)) - first
         if i >= len(data):
             return -1, has_escape
         if data[i] == _QUOTE:
@@ -174,17 +197,36 @@ def _scalar_end(data: Any, i: int) -> int:
 
 
 @kernel
-def _find_name(data: Any, start: int, stop: int, names: Any, ends: Any) -> int:
-    """Which name a key is, or -1."""
-    first = 0
+def _is_name(read: int, readable: int, names: Any, begin: int, size: int) -> bool:
+    """Whether a name and a quote stand at an address."""
+    if read + size >= readable or load_byte(read + size) != _QUOTE:
+        return False
+    name = np.int64(names.ctypes.data) + begin
+    k = 0
+    if begin + ((size + 7) & -8) <= len(names) and read + ((size + 7) & -8) <= readable:
+        while k + 8 <= size:
+            if load_word(read + k) != load_word(name + k):
+                return False
+            k += 8
+        if k < size:
+            different = load_word(read + k) ^ load_word(name + k)
+            return different == 0 or (trailing_zeros(different) >> 3) >= size - k
+        return True
+    while k < size:
+        if load_byte(read + k) != load_byte(name + k):
+            return False
+        k += 1
+    return True
+
+
+@kernel
+def _find_name(read: int, readable: int, size: int, names: Any, ends: Any) -> int:
+    """Which name the key at an address is, or -1."""
+    begin = 0
     for name in range(len(ends)):
-        if ends[name] - first == stop - start:
-            k = 0
-            while k < stop - start and data[start + k] == names[first + k]:
-                k += 1
-            if k == stop - start:
-                return name
-        first = ends[name]
+        if ends[name] - begin == size and _is_name(read, readable, names, begin, size):
+            return name
+        begin = ends[name]
     return -1
 
 
@@ -225,33 +267,54 @@ def _is_whole(span: Any) -> bool:
 
 
 @kernel
+def _quote_after(data: Any, i: int) -> tuple[int, bool]:
+    """Like `_string_end`; most strings have nothing special before the quote that ends them."""
+    first = np.int64(data.ctypes.data)
+    end = first + len(data)
+    found = _next_special(first + i, end)
+    if found < end and load_byte(found) == _QUOTE:
+        return found - first, False
+    return _string_end(data, i)
+
+
+@kernel
 def _scan_record(
-    data: Any, i: int, in_array: bool, names: Any, ends: Any, name_field: Any, span: Any, best: Any
+    data: Any, i: int, in_array: bool, names: Any, ends: Any, name_field: Any, span: Any, best: Any, order: Any
 ) -> int:
-    """The place behind the regular record at `i`, or -1; its fields' places go to `span`."""
-    span[:, :2] = -1
-    best[:] = _NO_NAME
-    seen = 0
-    if i >= len(data) or data[i] != _OPEN:
+    """The place behind the regular record at `i`, or -1; its fields' places go to `span`.
+
+    `order` keeps the names of the last record's keys: the next record has mostly the same.
+    """
+    for field in range(NUM_FIELDS):
+        span[field, 0], span[field, 1], best[field] = -1, -1, _NO_NAME
+    seen, number, first, size = 0, -1, np.int64(data.ctypes.data), len(data)
+    stop_at = first + size
+    if i >= size or data[i] != _OPEN:
         return -1
     while True:
-        i = _skip_space(data, i + 1, in_array)
-        if i >= len(data) or data[i] != _QUOTE:
+        i = _skip_space(first + i + 1, stop_at, in_array) - first
+        if i >= size or data[i] != _QUOTE:
             return -1
-        key = i + 1
-        stop, has_escape = _string_end(data, key)
-        if stop < 0 or has_escape:
+        key, number = i + 1, min(number + 1, len(order) - 1)
+        name = order[number]
+        begin = ends[name - 1] if name > 0 else 0
+        if name >= 0 and _is_name(first + key, stop_at, names, begin, ends[name] - begin):
+            stop = key + ends[name] - begin
+        else:
+            stop, has_escape = _quote_after(data, key)
+            if stop < 0 or has_escape:
+                return -1
+            name = _find_name(first + key, stop_at, stop - key, names, ends)
+            order[number] = name
+        i = _skip_space(first + stop + 1, stop_at, in_array) - first
+        if i >= size or data[i] != _COLON:
             return -1
-        name = _find_name(data, key, stop, names, ends)
-        i = _skip_space(data, stop + 1, in_array)
-        if i >= len(data) or data[i] != _COLON:
-            return -1
-        i = _skip_space(data, i + 1, in_array)
-        if i >= len(data) or (name >= 0 and (seen >> name) & 1):
+        i = _skip_space(first + i + 1, stop_at, in_array) - first
+        if i >= size or (name >= 0 and (seen >> name) & 1):
             return -1  # cut off, or a name for the second time
         is_text = data[i] == _QUOTE
         if is_text:
-            stop, has_escape = _string_end(data, i + 1)
+            stop, has_escape = _quote_after(data, i + 1)
         else:
             stop = _scalar_end(data, i)
         if stop < 0:
@@ -263,17 +326,18 @@ def _scan_record(
                 span[field, 2] = has_escape
             elif not is_text and (field != INPUT or data[i] != _N):
                 return -1
-        i = _skip_space(data, stop + 1 if is_text else stop, in_array)
-        if i < len(data) and data[i] == _CLOSE:
+        i = _skip_space(first + (stop + 1 if is_text else stop), stop_at, in_array) - first
+        if i < size and data[i] == _CLOSE:
             return i + 1 if _is_whole(span) else -1
-        if i >= len(data) or data[i] != _COMMA:
+        if i >= size or data[i] != _COMMA:
             return -1
 
 
 @kernel
 def scan_records(
-    data: Any, in_array: bool, names: Any, ends: Any, name_field: Any, spans: Any, bounds: Any, regular: Any
-) -> int:
+    data: Any, in_array: bool, names: Any, ends: Any, name_field: Any, spans: Any, bounds: Any, regular: Any,
+    scratch: Any,
+) -> int:  # fmt: skip
     """Find every record's fields.
 
     Args:
@@ -286,22 +350,25 @@ def scan_records(
             whether it holds escapes.
         bounds: out, int64 `(num_rows, 2)`, where each record begins and ends.
         regular: out, bool `(num_rows,)`; the spans of other records mean nothing.
+        scratch: int64 `(NUM_SCRATCH,)`, from the caller since what is allocated here cannot be borrowed.
 
     Returns:
         The number of records, or -1 where there are more than there is room for.
     """
-    best = np.empty(NUM_FIELDS, np.int64)
+    data, names, ends, name_field, spans = borrow(data), borrow(names), borrow(ends), borrow(name_field), borrow(spans)
+    scratch[:], first = -1, np.int64(data.ctypes.data)
+    best, order = borrow(scratch)[:NUM_FIELDS], borrow(scratch)[NUM_FIELDS:]
     separator = _COMMA if in_array else _NEWLINE
     i = row = 0
     while True:
-        i = _skip_space(data, i, True)
+        i = _skip_space(first + i, first + len(data), True) - first
         if i >= len(data) and not (in_array and 0 < row < len(regular)):  # behind a last comma lies an empty element
             return row
         if row == len(regular):
             return -1
-        stop = _scan_record(data, i, in_array, names, ends, name_field, spans[row], best)
+        stop = _scan_record(data, i, in_array, names, ends, name_field, spans[row], best, order)
         if stop >= 0:
-            stop = _skip_space(data, stop, in_array)
+            stop = _skip_space(first + stop, first + len(data), in_array) - first
         regular[row] = stop >= 0 and (stop >= len(data) or data[stop] == separator)
         if not regular[row]:
             stop = _record_end(data, i, in_array)
@@ -313,11 +380,33 @@ def scan_records(
 
 
 @kernel
-def _copy(source: Any, out: Any, at: int) -> int:
-    target = out[at : at + len(source)]
-    for k in range(len(target)):  # of slices, so that no index could be negative: this loop is vectorized
-        target[k] = source[k]
-    return at + len(source)
+def _copy(read: int, size: int, readable: int, write: int, writable: int) -> int:
+    """Copy bytes, in words of eight where memory ends late enough: what the last one leaves behind is overwritten.
+
+    Takes addresses only: an array argument costs more than the copy.
+
+    Args:
+        read: where from.
+        size: how many.
+        readable: the end of what can be read.
+        write: where to.
+        writable: the end of what can be written.
+
+    Returns:
+        The address behind the copy.
+    """
+    end = read + size
+    whole = end if read + ((size + 7) & -8) <= readable and write + ((size + 7) & -8) <= writable else end - 7
+    at = write
+    while read < whole:
+        store_word(at, load_word(read))
+        read += 8
+        at += 8
+    if read < end:
+        source, target = view(read, end - read, np.uint8), view(at, end - read, np.uint8)
+        for k in range(len(source)):
+            target[k] = source[k]
+    return write + size
 
 
 @kernel
@@ -341,13 +430,30 @@ def _write_utf8(code: int, out: Any, at: int) -> int:
 
 
 @kernel
+def _next_backslash(read: int, end: int, readable: int) -> int:
+    """The address of the first backslash before `end`, or `end`."""
+    while read < end:
+        if read + 8 > readable:
+            if view(read, 1, np.uint8)[0] == _BACKSLASH:
+                return read
+            read += 1
+            continue
+        other = load_word(read) ^ _BACKSLASHES
+        found = ((((other & _LOW7) + _LOW7) | other) & _TOP) ^ _TOP
+        if found != 0:
+            return min(read + (trailing_zeros(found) >> 3), end)
+        read += 8
+    return end
+
+
+@kernel
 def _unescape(data: Any, i: int, stop: int, out: Any, at: int) -> int:
     """Write the text of a valid string."""
+    first, own = np.int64(data.ctypes.data), np.int64(out.ctypes.data)
+    readable, writable = first + len(data), own + len(out)
     while i < stop:
-        run = i
-        while i < stop and data[i] != _BACKSLASH:
-            i += 1
-        at = _copy(data[run:i], out, at)
+        run, i = i, _next_backslash(first + i, first + stop, readable) - first
+        at = _copy(first + run, i - run, readable, own + at, writable) - own
         if i == stop:
             return at
         if data[i + 1] != _U:
@@ -361,14 +467,6 @@ def _unescape(data: Any, i: int, stop: int, out: Any, at: int) -> int:
                 i += 6
             at = _write_utf8(code, out, at)
     return at
-
-
-@kernel
-def _copy_text(data: Any, span: Any, out: Any, at: Any) -> Any:
-    """Write the text of a field."""
-    if span[2]:
-        return _unescape(data, span[0], span[1], out, at)
-    return _copy(data[span[0] : span[1]], out, at)
 
 
 @kernel
@@ -390,17 +488,25 @@ def write_texts(
     Returns:
         The number of bytes written.
     """
+    data, spans, rows, out, offsets = borrow(data), borrow(spans), borrow(rows), borrow(out), borrow(offsets)
+    first, own = np.int64(data.ctypes.data), np.int64(out.ctypes.data)
+    readable, writable = first + len(data), own + len(out)
+    pieces = (np.int64(head.ctypes.data), np.int64(before_input.ctypes.data), np.int64(before_output.ctypes.data))
+    sizes = (len(head), len(before_input), len(before_output))
     at = 0
     offsets[0] = 0
     for k in range(len(rows)):
-        span = spans[rows[k]]
-        at = _copy(head, out, at)
-        at = _copy_text(data, span[INSTRUCTION], out, at)
-        if span[INPUT, 1] > span[INPUT, 0]:
-            at = _copy(before_input, out, at)
-            at = _copy_text(data, span[INPUT], out, at)
-        offsets[2 * k + 1] = at
-        at = _copy(before_output, out, at)
-        at = _copy_text(data, span[OUTPUT], out, at)
+        row = rows[k]
+        for field in range(NUM_FIELDS):
+            begin, end, has_escape = spans[row, field, 0], spans[row, field, 1], spans[row, field, 2]
+            if field == OUTPUT:
+                offsets[2 * k + 1] = at
+            if field != INPUT or end > begin:
+                piece, size = pieces[field], sizes[field]
+                at = _copy(piece, size, piece + size, own + at, writable) - own
+                if has_escape:
+                    at = _unescape(data, begin, end, out, at)
+                else:
+                    at = _copy(first + begin, end - begin, readable, own + at, writable) - own
         offsets[2 * k + 2] = at
     return at

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.field_kernels import INPUT, INSTRUCTION, NUM_FIELDS, OUTPUT, scan_records, write_texts
+from fastcollate.field_kernels import INPUT, INSTRUCTION, NUM_FIELDS, NUM_SCRATCH, OUTPUT, scan_records, write_texts
 
 
 class Recipe(NamedTuple):
@@ -64,6 +64,7 @@ class FlatRecords:
             self._spans,
             self.bounds,
             self.regular,
+            np.empty(NUM_SCRATCH, np.int64),
         )
         self.agrees = found == num_rows and len({name for name, _ in names}) == len(names) <= 62
 
