@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import array
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -133,7 +133,7 @@ class Collator:
             width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out)
         if width < 0:
             raise self.table.explain(int(numbers[-1 - width]))
-        return self._views(out, ((len(numbers), width, 0, middle),))[0]
+        return _batch(out, self._inputs_dtype, len(numbers), width, 0, middle)
 
     def fill_group(self, rows: Int64Array, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
         """Fill as many batches as `out` holds in one kernel call; see `kernels.fill_padded_group`.
@@ -151,21 +151,8 @@ class Collator:
 
     def batches(self, out: Int64Array, report: Int64Array) -> list[Batch]:
         """The tensors of the batches that a kernel has filled, a line of its report each; views, nothing is copied."""
-        return self._views(out, report[:, kernels.ROWS : kernels.END].tolist())
-
-    def _views(self, out: Int64Array, places: Iterable[Sequence[int]]) -> list[Batch]:
-        """Tensors over `out`: rows, width, cells from which inputs and targets start."""
-        array, tensor, batch, inputs_dtype = np.ndarray, torch.from_numpy, tuple.__new__, self._inputs_dtype
-        return [
-            batch(  # what `Batch(...)` does, in half the time
-                Batch,
-                (
-                    tensor(array((num_rows, width), inputs_dtype, out, 8 * start)),
-                    tensor(array((num_rows, width), _INT64, out, 8 * middle)),
-                ),
-            )
-            for num_rows, width, start, middle in places
-        ]
+        dtype = self._inputs_dtype
+        return [_batch(out, dtype, *place) for place in report[:, kernels.ROWS : kernels.END].tolist()]
 
     def pack(
         self,
@@ -278,6 +265,20 @@ class Collator:
                     "pack them by the lengths of this store"
                 )
         return self.table.explain(int(rows[place]))
+
+
+def _batch(
+    out: Int64Array, inputs_dtype: np.dtype[Any], num_rows: int, width: int, start: int, middle: int,
+    array: Any = np.ndarray, tensor: Any = torch.from_numpy, new: Any = tuple.__new__,
+) -> Batch:  # fmt: skip
+    """Tensors over `out`, whose cells from `start` on are inputs, from `middle` on targets.
+
+    A batch of eight rows takes a few microseconds in all: hence the defaults, and what `Batch(...)` does in half its
+    time.
+    """
+    shape = (num_rows, width)
+    pair = (tensor(array(shape, inputs_dtype, out, 8 * start)), tensor(array(shape, _INT64, out, 8 * middle)))
+    return new(Batch, pair)  # type: ignore[no-any-return]
 
 
 def _allocate(num_cells: int) -> Int64Array:
