@@ -27,6 +27,8 @@ from fastcollate.store import ShardColumns, ShardInfo, shard_name, token_dtype, 
 from fastcollate.templates import BadRecordError, Template, load_template
 from fastcollate.tokenizer import Tokenizer, load_tokenizer
 
+_PIECE = 1 << 17  # bytes
+
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
@@ -174,7 +176,7 @@ def _texts(
     scan: bool,
 ) -> _Parts:
     """The rows' texts; records that give none go to `bad`."""
-    special = re.compile("|".join(map(re.escape, special_texts))) if special_texts else None
+    special = _SpecialTexts(special_texts)
     recipe = template.recipe()
     if recipe is not None and scan and block.kind != "arrow":
         flat = FlatRecords(data, in_array=block.kind != "lines", num_rows=block.num_rows, recipe=recipe)
@@ -185,23 +187,44 @@ def _texts(
     columns = template.columns(parsed.records) if parsed.records else None
     if columns is not None:
         texts = list(chain.from_iterable(zip(columns.prompts, columns.responses, strict=True)))
-        if special is None or not special.search("".join(texts)):
+        if special.find("".join(texts)) is None:
             rows = np.fromiter(parsed.rows, np.uint64, len(parsed.rows))
             return _Parts(Texts(texts), np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
     return _parsed_texts(parsed, template, special, bad)
 
 
-def _parsed_texts(parsed: Records, template: Template, special: re.Pattern[str] | None, bad: list[BadRecord]) -> _Parts:
+class _SpecialTexts:
+    """Looks for texts like `<|endoftext|>`."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        pattern = "|".join(map(re.escape, texts))
+        self._texts = re.compile(pattern) if texts else None
+        self._bytes = re.compile(pattern.encode())
+        self._firsts = {text.encode()[0] for text in texts}
+
+    def find(self, text: str) -> str | None:
+        """The first one in a text."""
+        found = self._texts.search(text) if self._texts is not None else None
+        return found.group() if found is not None else None
+
+    def places(self, data: npt.NDArray[np.uint8]) -> list[int]:
+        """Where those in UTF-8 text begin; to look for their first bytes alone, in a core's cache, is much faster."""
+        pieces = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
+        if not any((piece == first).any() for piece in pieces for first in self._firsts):
+            return []
+        return [match.start() for match in self._bytes.finditer(data.data)]
+
+
+def _parsed_texts(parsed: Records, template: Template, special: _SpecialTexts, bad: list[BadRecord]) -> _Parts:
     """Texts record by record."""
     texts: list[str] = []
     starts, rows = [0], []
     for record, row in zip(parsed.records, parsed.rows, strict=True):
         try:
             parts = template.parts(record)
-            if special is not None and (found := special.search("".join(parts))):
+            if (found := special.find("".join(parts))) is not None:
                 raise BadRecordError(
-                    f"holds the special token {found.group()!r} as text; store it as ordinary text with "
-                    "--special-text encode"
+                    f"holds the special token {found!r} as text; store it as ordinary text with --special-text encode"
                 )
         except BadRecordError as error:
             bad.append(BadRecord(row, 0, str(error)))
@@ -217,20 +240,17 @@ def _flat_texts(
     data: bytes,
     flat: FlatRecords,
     template: Template,
-    special: re.Pattern[str] | None,
+    special: _SpecialTexts,
     bad: list[BadRecord],
 ) -> _Parts:
     """Texts of regular records without parsing them, those of all others record by record."""
     texts, offsets = flat.write()
-    if special is not None:
-        pattern = re.compile(special.pattern.encode())
-        places = [match.start() for match in pattern.finditer(texts, 0, int(offsets[-1]))]
-        if places:
-            hit = np.searchsorted(offsets[::2], places, side="right") - 1
-            flat.regular[np.flatnonzero(flat.regular)[hit]] = False
-            texts, offsets = flat.write()
+    if places := special.places(texts[: offsets[-1]]):
+        hit = np.searchsorted(offsets[::2], places, side="right") - 1
+        flat.regular[np.flatnonzero(flat.regular)[hit]] = False
+        texts, offsets = flat.write()
     rows = np.flatnonzero(flat.regular).astype(np.uint64) + np.uint64(block.first_row)
-    parts = _Parts(Texts(data=texts, offsets=offsets), np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
+    parts = _Parts(Texts(data=texts.data, offsets=offsets), np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
     irregular = np.flatnonzero(~flat.regular)
     if not len(irregular):
         return parts

@@ -68,7 +68,7 @@ class FlatRecords:
         )
         self.agrees = found == num_rows and len({name for name, _ in names}) == len(names) <= 62
 
-    def write(self) -> tuple[memoryview, npt.NDArray[np.int64]]:
+    def write(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """The regular records' prompts and responses by turns, end to end as UTF-8, and where each begins.
 
         Behind the last text the memory may be longer.
@@ -80,7 +80,7 @@ class FlatRecords:
         out = np.empty(size, np.uint8)
         offsets = np.empty(2 * len(rows) + 1, np.int64)
         write_texts(self._data, self._spans, rows, head, before[0], before[1], out, offsets)
-        return out.data, offsets
+        return out, offsets
 
 
 def _bytes(value: bytes) -> npt.NDArray[Any]:

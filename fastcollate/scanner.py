@@ -22,7 +22,7 @@ class ArrayScan(NamedTuple):
     end: int | None
 
 
-def scan_array(data: bytes) -> ArrayScan:
+def scan_array(data: bytes | memoryview) -> ArrayScan:
     """Scan a piece of a JSON array that begins inside the array and outside every element.
 
     Strings, escapes and nesting are followed exactly; nothing else of the grammar is checked.

@@ -9,23 +9,19 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
-import numpy as np
 import orjson
 import pyarrow as pa
 
 from fastcollate.errors import InputError, import_extra
-from fastcollate.scanner import scan_array
+from fastcollate.json_pieces import MAX_RECORD_BYTES, json_pieces
 
 BLOCK_BYTES = 8 << 20
-_PIECE = 1 << 17  # bytes looked at at once
-MAX_RECORD_BYTES = 256 << 20
 _FORMATS = {
     ".json": "json", ".jsonl": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "csv",
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
@@ -33,8 +29,6 @@ _FORMATS = {
 _COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _SAVED = ("state.json", "dataset_dict.json")  # what tells a directory that a data set was saved to
 BAD_ROW = "\x00bad"  # the key under which a table row that cannot be read carries the reason
-_BOM = b"\xef\xbb\xbf"
-_BLANK_LINE = re.compile(rb"^[ \t\r]*(?:\n|\Z)", re.M)
 
 
 class SourceReadError(InputError):
@@ -234,7 +228,7 @@ def _pieces(source: Source, block_bytes: int) -> Iterator[dict[str, Any]]:
             elif source.format == "csv":
                 yield from _csv_pieces(source, file, block_bytes)
             else:
-                yield from _json_pieces(source, file, block_bytes)
+                yield from json_pieces(source, file, block_bytes)
     except pa.ArrowException as error:
         raise InputError(f"{source.name}: cannot be read ({error})") from error
     except (OSError, EOFError) as error:
@@ -243,148 +237,6 @@ def _pieces(source: Source, block_bytes: int) -> Iterator[dict[str, Any]]:
         if type(error).__name__ in ("error", "ZstdError"):  # zlib and zstandard name theirs so
             raise SourceReadError(f"{source.name}: damaged compression ({error})") from error
         raise
-
-
-def _json_pieces(source: Source, file: IO[bytes], block_bytes: int) -> Iterator[dict[str, Any]]:
-    head = file.read(block_bytes)
-    skipped = len(_BOM) if head.startswith(_BOM) else 0
-    head = head[skipped:]
-    is_array = source.format == "json" and head.lstrip()[:1] == b"["
-    reader = _Reader(source, file, head, skipped, block_bytes)
-    yield from _array_pieces(reader) if is_array else _line_pieces(reader)
-
-
-class _Reader:
-    """What is read of a source and not yet cut into blocks."""
-
-    def __init__(self, source: Source, file: IO[bytes], head: bytes, position: int, block_bytes: int) -> None:
-        self.source = source
-        self.buffer = head
-        self.position = position
-        self.line = 1
-        self.at_end = not head
-        self._file = file
-        self._block_bytes = block_bytes
-
-    def fill_block(self) -> None:
-        """Read until the buffer holds a whole block, or the source's end is reached."""
-        while not self.at_end and len(self.buffer) < self._block_bytes:
-            self.fill()
-
-    def fill(self) -> None:
-        """Read another block behind the buffer."""
-        more = self._file.read(self._block_bytes)
-        self.buffer += more
-        self.at_end = not more
-        if len(self.buffer) > MAX_RECORD_BYTES + 2 * self._block_bytes:
-            raise InputError(
-                f"{self.source.name}, line {self.line}: a record of more than {MAX_RECORD_BYTES >> 20} MB, or a "
-                "quotation mark that is never closed; mend or split it"
-            )
-
-    def take(
-        self, size: int, kind: str, num_rows: int, fault: str = "", *, num_breaks: int | None = None
-    ) -> dict[str, Any]:
-        """Cut a block of `size` bytes off the front."""
-        piece = {
-            "kind": kind,
-            "num_rows": num_rows,
-            "first_line": self.line,
-            "num_bytes": size,
-            "source_bytes": self._stored_position(size),
-            "fault": fault,
-            "data": None if self.source.local else self.buffer[:size],
-            "path": self.source.local or "",
-            "start": self.position,
-        }
-        self.skip(size, num_breaks)
-        return piece
-
-    def skip(self, size: int, num_breaks: int | None = None) -> None:
-        """Drop bytes off the front."""
-        self.line += self.buffer.count(b"\n", 0, size) if num_breaks is None else num_breaks
-        self.position += size
-        self.buffer = self.buffer[size:]
-
-    def _stored_position(self, size: int) -> int:
-        if self.source.compression is None:
-            return self.position + size
-        raw = getattr(self._file, "fileobj", None) or getattr(self._file, "_fp", None)
-        try:
-            return int(raw.tell()) if raw is not None else 0
-        except (OSError, ValueError, AttributeError):
-            return 0  # only the progress bar asks
-
-
-def _line_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
-    searched = 0
-    reader.fill_block()
-    while not (reader.at_end and not reader.buffer):
-        stop = reader.buffer.rfind(b"\n", searched) + 1
-        if not stop and not reader.at_end:
-            searched = len(reader.buffer)
-            reader.fill()
-            continue
-        size = stop if stop and not reader.at_end else len(reader.buffer)
-        searched = 0
-        num_rows, num_breaks = _count_lines(reader.buffer, size)
-        if num_rows:
-            yield reader.take(size, "lines", num_rows, num_breaks=num_breaks)
-        else:
-            reader.skip(size)
-        reader.fill_block()
-
-
-def _count_lines(data: bytes, size: int) -> tuple[int, int]:
-    """The number of lines that are not blank, and of line breaks, in the first `size` bytes."""
-    values = np.frombuffer(data, np.uint8, size)
-    num_breaks, has_blanks = 0, data[0] in b" \t\r\n"
-    for start in range(0, size, _PIECE):  # in pieces that stay in a core's cache
-        piece = values[start : start + _PIECE + 1]
-        is_break = piece[:_PIECE] == ord("\n")
-        num_breaks += int(np.count_nonzero(is_break))
-        following = piece[1:]
-        has_blanks = has_blanks or bool((is_break[: len(following)] & (following <= ord(" "))).any())
-    count = num_breaks + (data[size - 1] != ord("\n"))
-    if has_blanks:
-        count -= sum(1 for match in _BLANK_LINE.finditer(data, 0, size) if match.start() < size)
-    return count, num_breaks
-
-
-def _array_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
-    reader.skip(reader.buffer.index(b"[") + 1)
-    is_first = True
-    while True:
-        reader.fill_block()
-        scan = scan_array(reader.buffer)
-        if scan.end is not None:
-            if reader.buffer[: scan.end].strip() or not is_first:
-                yield reader.take(scan.end, "array", len(scan.commas) + 1)
-            else:
-                reader.skip(scan.end)
-            reader.skip(1)
-            yield from _after_array(reader)
-            return
-        if reader.at_end:
-            yield reader.take(len(reader.buffer), "array", len(scan.commas) + 1)
-            yield reader.take(
-                0, "array", 0, "the file ends inside its JSON array: cut off, or a stray quotation mark or bracket"
-            )
-            return
-        if scan.commas:
-            yield reader.take(scan.commas[-1], "array", len(scan.commas))
-            reader.skip(1)
-            is_first = False
-        else:
-            reader.fill()
-
-
-def _after_array(reader: _Reader) -> Iterator[dict[str, Any]]:
-    while not reader.at_end and not reader.buffer.strip():
-        reader.skip(len(reader.buffer))
-        reader.fill()
-    if reader.buffer.strip():
-        yield reader.take(0, "array", 0, "something follows the end of the JSON array")
 
 
 def _csv_pieces(source: Source, file: IO[bytes], block_bytes: int) -> Iterator[dict[str, Any]]:

@@ -24,9 +24,9 @@ def length_summary(root: Path, shards: Sequence[ShardInfo]) -> dict[str, Any]:
     step = -(-num_rows // _SAMPLE_ROWS)
     lengths = np.concatenate([shard_lengths(root, shard)[::step] for shard in shards])
     order = np.random.default_rng(0).permutation(lengths)
-    summary: dict[str, Any] = {
-        f"length_p{q}": int(np.percentile(lengths, q, method="nearest")) for q in (0, 5, 50, 95, 99, 100)
-    }
+    quantiles = (0, 5, 50, 95, 99, 100)
+    found = np.percentile(lengths, quantiles, method="nearest").tolist()
+    summary: dict[str, Any] = {f"length_p{q}": int(length) for q, length in zip(quantiles, found, strict=True)}
     summary["length_mean"] = round(float(lengths.mean()), 2)
     for batch_size in (8, 64):
         summary[f"padding_{batch_size}_random"] = _padding(order, batch_size)

@@ -14,6 +14,7 @@ import fsspec
 import pytest
 from test_prepare import check_against_reference, many, store_hash, write_lines
 
+from fastcollate import json_pieces
 from fastcollate import sources as sources_module
 from fastcollate.prepare import prepare
 from fastcollate.sources import SourceReadError
@@ -106,7 +107,7 @@ def test_a_read_error_in_the_middle_of_a_file(
     source = write_lines(tmp_path / "a.jsonl", records)
     monkeypatch.setattr(sources_module.read_blocks, "__kwdefaults__", {"block_bytes": 20_000})
     prepare(source, tmp_path / "s0", workers=1)
-    fill, calls = sources_module._Reader.fill, []
+    fill, calls = json_pieces._Reader.fill, []
 
     def fails_once(self: Any) -> None:
         calls.append(1)
@@ -114,7 +115,7 @@ def test_a_read_error_in_the_middle_of_a_file(
             raise OSError(5, "Input/output error")
         fill(self)
 
-    monkeypatch.setattr(sources_module._Reader, "fill", fails_once)
+    monkeypatch.setattr(json_pieces._Reader, "fill", fails_once)
     with pytest.raises(SourceReadError, match=r"a\.jsonl: cannot be read to its end \(.*Input/output error\)"):
         prepare(source, tmp_path / "s", workers=1)
     assert 0 < shards(tmp_path / "s") < shards(tmp_path / "s0")
