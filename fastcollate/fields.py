@@ -47,7 +47,7 @@ class FlatRecords:
         agrees: whether there are as many records as there should be; nothing else means anything where not.
     """
 
-    def __init__(self, data: bytes, *, in_array: bool, num_rows: int, recipe: Recipe) -> None:
+    def __init__(self, data: bytes | memoryview, *, in_array: bool, num_rows: int, recipe: Recipe) -> None:
         self._data = np.frombuffer(data, np.uint8)
         self._recipe = recipe
         fields = {INSTRUCTION: recipe.instruction, INPUT: recipe.input, OUTPUT: recipe.output}

@@ -92,6 +92,17 @@ def test_damaged_bytes(data: list[bytes], at: int, byte: bytes) -> None:
     assert scanned == parsed
 
 
+@pytest.mark.parametrize("escape", [b"", b"\\"])
+def test_every_byte_at_every_place_of_a_word(escape: bytes) -> None:
+    """Strings are read eight bytes at a time: whatever byte stands wherever, the parser sees the same."""
+    for byte in range(256):
+        strings = [b"x" * at + escape + bytes([byte]) + b"y" * (17 - at) for at in range(18)]
+        block = b"\n".join(b'{"instruction": "%b", "output": "%b"}' % (text, text[::2]) for text in strings)
+        num_rows = sum(1 for piece in block.split(b"\n") if piece.strip(b" \t\r"))
+        scanned, parsed = both(block, in_array=False, num_rows=num_rows, name="alpaca")
+        assert scanned == parsed, byte
+
+
 @pytest.mark.parametrize(
     ("record", "regular"),
     [

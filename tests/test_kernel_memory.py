@@ -6,16 +6,21 @@ import ctypes
 import itertools
 import mmap
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from stores import make_shards
 
 from fastcollate import kernels
 from fastcollate.collate import Collator
+from fastcollate.field_kernels import write_texts
+from fastcollate.fields import FlatRecords
 from fastcollate.reference import custom_collate_fn
+from fastcollate.templates import load_template
 
 PAD = 50256
 SENTINEL = -7
@@ -67,17 +72,24 @@ def test_cells_outside_the_batches_stay_as_they_are(seed: int, narrow: bool) -> 
     assert (out.view(np.int32) == expected)[left_alone].all(), seed
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs an anonymous memory map with a guard page")
-def test_a_shard_is_never_read_past_its_end() -> None:
-    """The shard ends where a page begins that cannot be read: a token too far kills this process."""
+@pytest.fixture
+def guarded() -> Iterator[npt.NDArray[np.uint8]]:
+    """A page of memory behind which one begins that cannot be touched: a byte too far kills this process."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        pytest.skip("needs an anonymous memory map with a guard page")
     size = mmap.PAGESIZE
     pages = mmap.mmap(-1, 2 * size)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    guard = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(pages)) + size)
     libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(size), 0) == 0
+    assert libc.mprotect(guard, ctypes.c_size_t(size), 0) == 0
+    yield np.frombuffer(pages, np.uint8, count=size)
+    assert libc.mprotect(guard, ctypes.c_size_t(size), 3) == 0
+
+
+def test_a_shard_is_never_read_past_its_end(guarded: npt.NDArray[np.uint8]) -> None:
     lengths = np.array([100, 5, 1, 0, 16, 15, 17, 31, 1, 2, 0])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.frombuffer(pages, np.uint16, count=size // 2)[size // 2 - offsets[-1] :]
+    ids = guarded.view(np.uint16)[-offsets[-1] :]
     ids[:] = np.arange(len(ids))
     shard = make_shards([[0]] * len(lengths))[0]._replace(input_ids=ids, offsets=offsets)
     rows = [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)]
@@ -86,4 +98,38 @@ def test_a_shard_is_never_read_past_its_end() -> None:
         found = Collator([shard])(order)
         expected = custom_collate_fn([rows[i] for i in order])
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(size), 3) == 0
+
+
+RECORDS = (
+    '{"instruction": "a", "output": "b"}', '{"output":"12345678","instruction":"x","input":"1234567"}',
+    '{"instruction": "\\n\\u00e9 é", "input": "y", "output": "z\\\\"}', '{"instruction": "cut',
+    '{"instruction": "\\u00', '{"instruction": "\\ud83d', '{"instruct', '{"instruction": "é', "{", '{"id": 1', '{"id": nul', '{"id": 1.',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("last", RECORDS)
+@pytest.mark.parametrize("cut", range(9))
+def test_records_are_never_read_past_their_end(guarded: npt.NDArray[np.uint8], last: str, cut: int) -> None:
+    data = f"{RECORDS[0]}\n{last}".encode()
+    data = data[: len(data) - cut]
+    guarded[-len(data) :] = np.frombuffer(data, np.uint8)
+    recipe = load_template("alpaca", {}).recipe()
+    assert recipe is not None
+    found = FlatRecords(guarded[-len(data) :].data, in_array=False, num_rows=2, recipe=recipe)
+    expected = FlatRecords(data, in_array=False, num_rows=2, recipe=recipe)
+    assert found.agrees == expected.agrees
+    assert found.regular.tolist() == expected.regular.tolist()
+
+
+@pytest.mark.parametrize("record", RECORDS[:3])
+def test_texts_are_never_written_past_their_end(guarded: npt.NDArray[np.uint8], record: str) -> None:
+    recipe = load_template("alpaca", {}).recipe()
+    assert recipe is not None
+    flat = FlatRecords(record.encode(), in_array=False, num_rows=1, recipe=recipe)
+    texts, offsets = flat.write()
+    wanted = texts[: offsets[-1]].tobytes()
+    pieces = [np.frombuffer(text.encode(), np.uint8) for text in recipe[3:]]
+    for room in range(len(texts), len(wanted) - 1, -1):  # down to not a byte more than the texts take
+        out = guarded[-room:]
+        assert write_texts(flat._data, flat._spans, np.array([0]), *pieces, out, offsets) == len(wanted)
+        assert out[: len(wanted)].tobytes() == wanted
