@@ -103,7 +103,8 @@ def test_a_shard_is_never_read_past_its_end(guarded: npt.NDArray[np.uint8]) -> N
 RECORDS = (
     '{"instruction": "a", "output": "b"}', '{"output":"12345678","instruction":"x","input":"1234567"}',
     '{"instruction": "\\n\\u00e9 é", "input": "y", "output": "z\\\\"}', '{"instruction": "cut',
-    '{"instruction": "\\u00', '{"instruction": "\\ud83d', '{"instruct', '{"instruction": "é', "{", '{"id": 1', '{"id": nul', '{"id": 1.',
+    '{"instruction": "\\u00', '{"instruction": "\\ud83d', '{"instruct', '{"instruction": "é',
+    "{", '{"id": 1', '{"id": nul', '{"id": 1.',
 )  # fmt: skip
 
 
