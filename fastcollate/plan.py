@@ -211,7 +211,7 @@ class EpochPlan:
             key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
         return key
 
-    def _rows(self, index: int) -> Int64Array:
+    def _rows(self, index: int) -> npt.NDArray[Any]:
         """The window's rows in the policy's order, of a number that the tail policy makes right."""
         first = index * self.window_rows
         count = min(self.window_rows, self.num_rows - first)
@@ -219,7 +219,10 @@ class EpochPlan:
         if self.drop_last and not packed:
             count -= count % self._group
         is_permuted = self.policy != "sequential" and self.num_windows > 1
-        rows = np.empty(count, np.int64) if is_permuted else np.arange(first, first + count)
+        dtype = np.uint32 if self.num_rows < 1 << 31 and not packed else np.int64  # half the memory to go through
+        rows: npt.NDArray[Any] = (
+            np.empty(count, dtype) if is_permuted else np.arange(first, first + count).astype(dtype)
+        )
         if self.policy != "sequential":
             if is_permuted:
                 rotation = int(self._key(_ROTATION_KEY)) % self.num_rows
@@ -231,13 +234,13 @@ class EpochPlan:
             rows = np.concatenate([rows, np.resize(rows, missing)])
         return rows
 
-    def _lengths(self, rows: Int64Array, limit: int | None) -> npt.NDArray[np.int32]:
+    def _lengths(self, rows: npt.NDArray[Any], limit: int | None) -> npt.NDArray[np.int32]:
         lengths = np.empty(len(rows), np.int32)
         limit = 2**31 - 1 if limit is None else limit
         plan_kernels.gather_lengths(self.lengths, rows, limit, lengths)
         return lengths
 
-    def _sorted(self, rows: Int64Array) -> tuple[Int64Array, npt.NDArray[np.int32]]:
+    def _sorted(self, rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         lengths = self._lengths(rows, self.max_length)
         longest = int(lengths.max(initial=0))
         if longest > 16 * self.window_rows:  # a counting sort would count mostly zeros
@@ -248,7 +251,7 @@ class EpochPlan:
         plan_kernels.sort_by_length(rows, lengths, longest, *result)
         return result
 
-    def _cut(self, rows: Int64Array, lengths: npt.NDArray[np.int32]) -> Int64Array:
+    def _cut(self, rows: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> Int64Array:
         if self.max_tokens is None:
             return np.append(np.arange(0, len(rows), self._group), len(rows)) if len(rows) else np.zeros(1, np.int64)
         bounds = np.empty(len(rows) // self.shares + 2, np.int64)
@@ -261,7 +264,7 @@ class EpochPlan:
             )
         return bounds[: count + 1]
 
-    def _deal(self, index: int, rows: Int64Array, bounds: Int64Array) -> Window:
+    def _deal(self, index: int, rows: npt.NDArray[Any], bounds: Int64Array) -> Window:
         order = np.arange(len(bounds) - 1)
         if self.policy == "bucketed":
             whole = order

@@ -92,6 +92,24 @@ def _cells(first: int, columns: int, lefts: Any, rights: Any) -> None:
 
 
 @kernel
+def _join(lefts: Any, rights: Any, columns: int, size: int, out: Any) -> bool:
+    """Cells of a grid as numbers; returns whether one of them is not below `size`."""
+    beyond = 0
+    if out.itemsize == 4:
+        factor, end = np.uint32(columns), np.uint32(size)
+        for i in range(np.uint64(len(out))):
+            narrow = np.uint32(np.uint32(lefts[i] * factor) + rights[i])
+            out[i] = narrow
+            beyond |= narrow >= end
+    else:
+        for i in range(np.uint64(len(out))):
+            place = np.int64(lefts[i]) * columns + np.int64(rights[i])
+            out[i] = place
+            beyond |= place >= size
+    return beyond != 0
+
+
+@kernel
 def permute(first: int, size: int, key: Any, out: Any) -> None:
     """Where a keyed bijection on `[0, size)` sends the positions `first`, `first + 1`, ...
 
@@ -99,9 +117,9 @@ def permute(first: int, size: int, key: Any, out: Any) -> None:
 
     Args:
         first: the first position.
-        size: at most 2**62, so that a side of the grid fits 31 bits.
+        size: at most 2**62, so that a side of the grid fits 31 bits; at most 2**31 where `out` is uint32.
         key: uint64.
-        out: int64, written, a place a position.
+        out: int64 or uint32, written, a place a position.
     """
     columns = np.int64(np.ceil(np.sqrt(np.float64(size))))
     rows = (size + columns - 1) // max(columns, 1)
@@ -112,11 +130,7 @@ def permute(first: int, size: int, key: Any, out: Any) -> None:
         _cells(first + start, columns, lefts[:count], rights[:count])
         _turns(lefts[:count], rights[:count], rows, columns, salts)
         part = out[start : start + count]
-        beyond = np.int64(0)
-        for i in range(np.uint64(count)):
-            part[i] = np.int64(lefts[i]) * columns + np.int64(rights[i])
-            beyond += part[i] >= size
-        if beyond:  # seldom: fewer cells than a row of the grid has lie there
+        if _join(lefts[:count], rights[:count], columns, size, part):  # seldom: there are few cells beyond
             for i in range(count):
                 while part[i] >= size:
                     _turns(lefts[i : i + 1], rights[i : i + 1], rows, columns, salts)
@@ -133,18 +147,19 @@ def permuted_rows(first: int, num_rows: int, block: int, key: Any, rotation: int
         block: rows a block; a last, shorter block stays last.
         key: uint64.
         rotation: where the first block starts, so that the blocks differ from epoch to epoch.
-        out: int64, written, a row number a position.
+        out: int64, or uint32 for less than 2**31 rows, written, a row number a position.
     """
+    if block == 1:
+        permute(first, num_rows, key, out)
+        for i in range(np.uint64(len(out))):
+            row = np.int64(out[i]) + rotation
+            out[i] = row if row < num_rows else row - num_rows
+        return
     num_blocks = num_rows // block
     first_block = first // block
     last_block = min((first + len(out) + block - 1) // block, num_blocks)
     moved = np.empty(max(last_block - first_block, 0), np.int64)
     permute(first_block, num_blocks, key, moved)
-    if block == 1:
-        for i in range(len(out)):
-            row = moved[i] + rotation
-            out[i] = row if row < num_rows else row - num_rows
-        return
     i = 0
     while i < len(out):
         position = first + i
