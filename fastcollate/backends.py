@@ -16,9 +16,8 @@ import numpy.typing as npt
 import tiktoken
 
 _CACHE_GROWTH = 16 << 20  # bytes by which gigatoken's caches may grow before they are thrown away
-# Of text, after which that growth is looked at: on words never seen it is fifty times as much. Twice as much where it
-# grows little: a call takes a third of a millisecond, whatever it gets.
-_PIECE_BYTES = 1 << 19
+_PIECE_BYTES = 1 << 19  # of text, after which that growth is looked at: on words never seen it is fifty times as much
+_CALM = 8  # pieces with hardly any growth, after which they are twice as large: a call costs a third of a millisecond
 
 
 class RaggedIds(NamedTuple):
@@ -130,7 +129,7 @@ class GigatokenBackend:
     def __init__(self, encoding: tiktoken.Encoding, scheme: str) -> None:
         self._encoding = encoding
         self._scheme = scheme
-        self._piece_bytes = _PIECE_BYTES
+        self._calm = 0  # pieces in a row on which the caches have hardly grown
         self._dtype = np.uint16 if encoding.max_token_value < 1 << 16 else np.uint32
         self._load()
 
@@ -152,11 +151,11 @@ class GigatokenBackend:
         parts = []
         start, kept = resident_bytes() - self._grown, 0
         grown = self._grown
-        for piece in _pieces(texts, lambda: self._piece_bytes):
+        for piece in _pieces(texts, lambda: _PIECE_BYTES if self._calm < _CALM else 2 * _PIECE_BYTES):
             parts.append(self._encode_piece(piece))
             kept += parts[-1].ids.nbytes + parts[-1].offsets.nbytes
             before, grown = grown, resident_bytes() - start - kept
-            self._piece_bytes = _PIECE_BYTES if grown - before > _CACHE_GROWTH // 8 else 2 * _PIECE_BYTES
+            self._calm = self._calm + 1 if grown - before < _CACHE_GROWTH // 8 else 0
             if grown > _CACHE_GROWTH:
                 self._start_afresh()
                 start, kept, grown = resident_bytes(), 0, 0

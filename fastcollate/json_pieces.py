@@ -55,7 +55,7 @@ class _Reader:
         self.at_end = False
         self._file = file
         self._block_bytes = block_bytes
-        self._memory = bytearray(2 * block_bytes)
+        self._memory = bytearray(block_bytes + block_bytes // 8)
         self._begin = self._end = 0
 
     @property

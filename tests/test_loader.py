@@ -83,6 +83,31 @@ def test_statistics_count_what_was_handed_over() -> None:
     assert (stats.h2d_bytes, stats.corner_rows) == (0, 0)
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("policy", ["bucketed", "packed"])
+def test_statistics_are_exact_to_the_batch(policy: str, ahead: int) -> None:
+    """Also in the midst of a group, after it was left, and from one iteration to the next."""
+    options: dict[str, Any] = {"policy": policy, "batch_size": 2, "prefetch": ahead, "mode": "positional"}
+    loader = BatchLoader(make_store(ROWS), **options, capacity=64 if policy == "packed" else None)
+    cells = real = trained = batches = 0
+    for stop in (1, 5, 17, 1000):
+        for number, batch in enumerate(loader, 1):
+            cells += batch.inputs.numel()
+            real += int((batch.inputs != 50256).sum())
+            trained += int((batch.targets != -100).sum())
+            batches += 1
+            stats = loader.stats
+            assert (stats.batches, stats.real_cells + stats.padded_cells) == (batches, cells)
+            assert (stats.real_cells, stats.trained_tokens) == (real, trained)
+            if number == stop:
+                break
+        after = loader.stats
+        assert (after.batches, after.real_cells, after.trained_tokens) == (batches, real, trained)
+        assert after.rows == stats.rows
+    assert loader.stats is not loader.stats
+    assert batches > 23
+
+
 def test_copies_to_a_device_are_counted() -> None:
     loader = BatchLoader(make_store(ROWS), batch_size=8, device="meta")
     batch = next(iter(loader))
