@@ -210,7 +210,7 @@ class BatchLoader:
             self._position = (0, 0)
             self._resume = False
 
-    def __iter__(self) -> Iterator[Batch | PackedBatch]:
+    def __iter__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> Iterator[Batch | PackedBatch]:
         """Batches of the current epoch; from a loaded position on, once. The end advances the epoch by one."""
         if not self._resume:
             self._position = (0, 0)
@@ -228,32 +228,26 @@ class BatchLoader:
         with contextlib.closing(groups):
             for group in groups:
                 self._stats.wait_s += time.perf_counter() - start
-                yield from self._hand_over(group)
-                del group  # before the next is waited for, so that the buffer is used again
+                if group.totals[kernels.CORNERS]:
+                    self._warn_of_corners()
+                window, arrival, handed = group.window, group.arrival, group.first
+                self._group = group
+                try:
+                    for number, batch in enumerate(group.batches, group.first + 1):
+                        if arrival is not None:
+                            batch = type(batch)(*arrival.receive(batch))
+                            self._stats.h2d_bytes += sum(tensor.nbytes for tensor in batch)
+                        self._position = (window, number)
+                        handed = number
+                        yield batch
+                finally:
+                    if not is_finalizing():  # an interpreter that ends has taken the modules away
+                        self._group = None
+                        self._count(self._stats, group, handed)
+                del group, batch, arrival  # before the next is waited for, so that the buffer is used again
                 start = time.perf_counter()
         self.epoch += 1
         self._position = (0, 0)
-
-    def _hand_over(
-        self, group: Group, is_finalizing: Callable[[], bool] = sys.is_finalizing
-    ) -> Iterator[Batch | PackedBatch]:
-        """A group's batches; each costs little here, where there may be 100,000 a second."""
-        if group.totals[kernels.CORNERS]:
-            self._warn_of_corners()
-        window, arrival, handed = group.window, group.arrival, group.first
-        self._group = group
-        try:
-            for number, batch in enumerate(group.batches, group.first + 1):
-                if arrival is not None:
-                    batch = type(batch)(*arrival.receive(batch))
-                    self._stats.h2d_bytes += sum(tensor.nbytes for tensor in batch)
-                self._position = (window, number)
-                handed = number
-                yield batch
-        finally:
-            if not is_finalizing():  # an interpreter that ends has taken the modules away
-                self._group = None
-                self._count(self._stats, group, handed)
 
     @property
     def stats(self) -> Stats:
@@ -291,7 +285,7 @@ class BatchLoader:
             warnings.warn(
                 "a row on which mode='reference' gives other targets than mode='positional' (an end-of-text inside the "
                 "text, an empty row, or a prompt of length 0); this is said once, loader.stats.corner_rows counts on",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def state_dict(self) -> dict[str, Any]:

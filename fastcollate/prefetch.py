@@ -94,7 +94,8 @@ class Group(NamedTuple):
 
 def totals_of(report: Int64Array) -> list[int]:
     """The sums of a report, by column."""
-    totals: list[int] = np.add.reduce(report[:, : kernels.NUM_TOTALS]).tolist()
+    own = report[:, : kernels.NUM_TOTALS]
+    totals: list[int] = (own[0] if len(own) == 1 else np.add.reduce(own)).tolist()
     return totals
 
 
@@ -111,6 +112,7 @@ class Filler:
         self._group_cells = GROUP_CELLS if ahead else ALONE_CELLS
         self.num_batches = 1
         """Batches that make a group; starts at one, so that the first batch comes at once."""
+        self._mean_cells = 0.0  # of a batch
         self._buffer_cells = 3 * self._group_cells // 2  # groups differ in size, and should fit one buffer
 
     def __call__(self, job: Job, window: int, first: int, stop: int) -> list[Group]:
@@ -121,9 +123,10 @@ class Filler:
             group, used = self._fill(job, window, first, stop)
             groups.append(group)
             first += len(group.batches)
-        # As many as fill a group, by the last one; twice as many at most, since batches differ.
+        # As many as fill a group by the mean of the last ones, since batches differ; twice as many at most.
         count = len(groups[-1].batches)
-        self.num_batches = max(1, min(count * self._group_cells // max(used, 1), 2 * count, MAX_GROUP))
+        self._mean_cells += (used / count - self._mean_cells) / (8 if self._mean_cells else 1)
+        self.num_batches = max(1, min(int(self._group_cells / max(self._mean_cells, 1)), 2 * count, MAX_GROUP))
         return groups
 
     def _fill(self, job: Job, window: int, first: int, stop: int) -> tuple[Group, int]:
