@@ -187,7 +187,7 @@ def main(kind: str, *, megabytes: int, map_megabytes: int, repeats: int, fresh: 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(WRITERS)}; all by default")
-    parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--map-megabytes", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=1, help="rounds to add, each contender once a round")
     parser.add_argument("--fresh", action="store_true", help="forget the rounds in the results file")
