@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 from fastcollate.errors import InputError
 from fastcollate.scanner import scan_array
-
-if TYPE_CHECKING:
-    from fastcollate.sources import Source
 
 MAX_RECORD_BYTES = 256 << 20
 _PIECE = 1 << 17  # bytes looked at at once
@@ -22,22 +19,27 @@ _BLANK = re.compile(rb"\s*")
 _BLANK_LINE = re.compile(rb"^[ \t\r]*(?:\n|\Z)", re.M)
 
 
-def json_pieces(source: Source, file: IO[bytes], block_bytes: int) -> Iterator[dict[str, Any]]:
-    """A file's blocks, as the keywords of `Block` that the source decides.
+def json_pieces(
+    file: IO[bytes], block_bytes: int, *, name: str, only_lines: bool, local: str | None, is_compressed: bool
+) -> Iterator[dict[str, Any]]:
+    """A file's blocks, as the keywords of `Block` that the file decides.
 
     Args:
-        source: of format `json` or `lines`.
-        file: open at its start, uncompressed.
+        file: open at its start, uncompressed on the way.
         block_bytes: about how large a block is.
+        name: the file's, for messages.
+        only_lines: whether `[` at its start is a record's, and not an array's of records.
+        local: its path where workers can read it themselves; the blocks are places in it then.
+        is_compressed: whether positions in what is read are not positions in the file.
 
     Raises:
         InputError: a record is larger than `MAX_RECORD_BYTES`.
     """
-    reader = _Reader(source, file, block_bytes)
+    reader = _Reader(file, block_bytes, name, local, is_compressed)
     reader.fill()
     if reader.buffer[: len(_BOM)] == _BOM:
         reader.skip(len(_BOM))
-    is_array = source.format == "json" and _ARRAY.match(reader.buffer) is not None
+    is_array = not only_lines and _ARRAY.match(reader.buffer) is not None
     yield from _array_pieces(reader) if is_array else _line_pieces(reader)
 
 
@@ -48,8 +50,10 @@ class _Reader:
     reading it.
     """
 
-    def __init__(self, source: Source, file: IO[bytes], block_bytes: int) -> None:
-        self.source = source
+    def __init__(self, file: IO[bytes], block_bytes: int, name: str, local: str | None, is_compressed: bool) -> None:
+        self._name = name
+        self._local = local
+        self._is_compressed = is_compressed
         self.position = 0
         self.line = 1
         self.at_end = False
@@ -86,7 +90,7 @@ class _Reader:
         self.at_end = bool(room)
         if len(self) > MAX_RECORD_BYTES + 2 * self._block_bytes:
             raise InputError(
-                f"{self.source.name}, line {self.line}: a record of more than {MAX_RECORD_BYTES >> 20} MB, or a "
+                f"{self._name}, line {self.line}: a record of more than {MAX_RECORD_BYTES >> 20} MB, or a "
                 "quotation mark that is never closed; mend or split it"
             )
 
@@ -109,8 +113,8 @@ class _Reader:
             "num_bytes": size,
             "source_bytes": self._stored_position(size),
             "fault": fault,
-            "data": None if self.source.local else bytes(self.buffer[:size]),
-            "path": self.source.local or "",
+            "data": None if self._local else bytes(self.buffer[:size]),
+            "path": self._local or "",
             "start": self.position,
         }
         self.skip(size, num_breaks)
@@ -124,7 +128,7 @@ class _Reader:
         self._begin = stop
 
     def _stored_position(self, size: int) -> int:
-        if self.source.compression is None:
+        if not self._is_compressed:
             return self.position + size
         raw = getattr(self._file, "fileobj", None) or getattr(self._file, "_fp", None)
         try:

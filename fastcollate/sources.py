@@ -228,7 +228,14 @@ def _pieces(source: Source, block_bytes: int) -> Iterator[dict[str, Any]]:
             elif source.format == "csv":
                 yield from _csv_pieces(source, file, block_bytes)
             else:
-                yield from json_pieces(source, file, block_bytes)
+                yield from json_pieces(
+                    file,
+                    block_bytes,
+                    name=source.name,
+                    only_lines=source.format == "lines",
+                    local=source.local,
+                    is_compressed=source.compression is not None,
+                )
     except pa.ArrowException as error:
         raise InputError(f"{source.name}: cannot be read ({error})") from error
     except (OSError, EOFError) as error:
