@@ -1,4 +1,4 @@
-"""Numba loops over JSON bytes: find the text fields of flat records, and write them into a template; nothing else.
+"""Numba loops over JSON bytes: find the text fields of flat records; nothing else.
 
 `fields.py` validates and allocates; see `jit.py` for how they are compiled. A record is **regular** when it is a JSON
 object of strings, short plain numbers, `true`, `false` and `null`, valid to the last byte, whose fields are texts. Of
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcollate.jit import borrow, kernel, load_byte, load_word, store_word, trailing_zeros, view
+from fastcollate.jit import borrow, kernel, load_byte, load_word, trailing_zeros, view
 
 INSTRUCTION, INPUT, OUTPUT = range(3)  # fields; the input may be missing or null
 NUM_FIELDS = 3
@@ -19,19 +19,19 @@ NUM_SCRATCH = NUM_FIELDS + 8
 _NO_NAME = 1 << 30
 _MAX_DIGITS = 18  # every parser reads these alike
 
-_QUOTE, _BACKSLASH, _OPEN, _CLOSE, _COLON, _COMMA, _NEWLINE, _MINUS, _POINT = (ord(c) for c in '"\\{}:,\n-.')
-_N, _T, _F, _U = (ord(c) for c in "ntfu")
+_QUOTE, BACKSLASH, _OPEN, _CLOSE, _COLON, _COMMA, _NEWLINE, _MINUS, _POINT = (ord(c) for c in '"\\{}:,\n-.')
+_N, _T, _F, UNICODE = (ord(c) for c in "ntfu")
 _OPEN_LIST, _CLOSE_LIST = ord("["), ord("]")
 
 _SPECIAL = np.zeros(256, np.uint8)  # bytes that do not stand for themselves in a string
 _SPECIAL[:32] = 1
-_SPECIAL[[_QUOTE, _BACKSLASH]] = 1
+_SPECIAL[[_QUOTE, BACKSLASH]] = 1
 _SPECIAL[128:] = 1
 _SPACE = np.zeros(256, np.bool_)  # white space within a line
 _SPACE[[ord(c) for c in " \t\r"]] = True
-_ESCAPED = np.zeros(256, np.uint8)  # what a one-letter escape means
+ESCAPED = np.zeros(256, np.uint8)  # what a one-letter escape means
 for _letter, _meaning in zip('"\\/bfnrt', '"\\/\b\f\n\r\t', strict=True):
-    _ESCAPED[ord(_letter)] = ord(_meaning)
+    ESCAPED[ord(_letter)] = ord(_meaning)
 _HEX = np.full(256, -1, np.int64)
 for _digit in "0123456789abcdefABCDEF":
     _HEX[ord(_digit)] = int(_digit, 16)
@@ -49,7 +49,7 @@ def _skip_space(read: int, end: int, with_newlines: bool) -> int:
 
 
 @kernel
-def _hex4(data: Any, i: int) -> int:
+def hex4(data: Any, i: int) -> int:
     """The number that four digits name, or -1."""
     if i + 4 > len(data):
         return -1
@@ -67,16 +67,16 @@ def _escape_end(data: Any, i: int) -> int:
     """The place behind the escape at `i`, or -1 where it is not valid or half a surrogate pair."""
     if i + 1 >= len(data):
         return -1
-    if data[i + 1] != _U:
-        return i + 2 if _ESCAPED[data[i + 1]] else -1
-    code = _hex4(data, i + 2)
+    if data[i + 1] != UNICODE:
+        return i + 2 if ESCAPED[data[i + 1]] else -1
+    code = hex4(data, i + 2)
     if code < 0 or 0xDC00 <= code < 0xE000:
         return -1
     if code < 0xD800 or code >= 0xE000:
         return i + 6
-    if i + 12 > len(data) or data[i + 6] != _BACKSLASH or data[i + 7] != _U:
+    if i + 12 > len(data) or data[i + 6] != BACKSLASH or data[i + 7] != UNICODE:
         return -1
-    return i + 12 if 0xDC00 <= _hex4(data, i + 8) < 0xE000 else -1
+    return i + 12 if 0xDC00 <= hex4(data, i + 8) < 0xE000 else -1
 
 
 @kernel
@@ -103,17 +103,17 @@ def _utf8_end(data: Any, i: int) -> int:
 
 
 _EVERY = 0x0101010101010101  # a byte's value times this is a word of eight such bytes
-_TOP, _LOW7 = np.uint64(0x80 * _EVERY), np.uint64(0x7F * _EVERY)
+TOP, LOW7 = np.uint64(0x80 * _EVERY), np.uint64(0x7F * _EVERY)
 _TO_SPACE = np.uint64(0x60 * _EVERY)  # carries a character from the first printing one on into the top bit
-_QUOTES, _BACKSLASHES = np.uint64(_QUOTE * _EVERY), np.uint64(_BACKSLASH * _EVERY)
+_QUOTES, BACKSLASHES = np.uint64(_QUOTE * _EVERY), np.uint64(BACKSLASH * _EVERY)
 
 
 @kernel
 def _special_bytes(word: Any) -> Any:
     """The top bit of each of eight bytes that `_SPECIAL` holds; no sum carries from byte to byte."""
-    low = word & _LOW7
-    plain = (low + _TO_SPACE) & ((low ^ _QUOTES) + _LOW7) & ((low ^ _BACKSLASHES) + _LOW7)
-    return ((plain & _TOP) ^ _TOP) | (word & _TOP)
+    low = word & LOW7
+    plain = (low + _TO_SPACE) & ((low ^ _QUOTES) + LOW7) & ((low ^ BACKSLASHES) + LOW7)
+    return ((plain & TOP) ^ TOP) | (word & TOP)
 
 
 @kernel
@@ -144,7 +144,7 @@ def _string_end(data: Any, i: int) -> tuple[int, bool]:
             return -1, has_escape
         if data[i] == _QUOTE:
             return i, has_escape
-        if data[i] == _BACKSLASH:
+        if data[i] == BACKSLASH:
             has_escape = True
             i = _escape_end(data, i)
         elif data[i] >= 0x80:
@@ -239,8 +239,8 @@ def _record_end(data: Any, i: int, in_array: bool) -> int:
         if not in_array:
             if byte == _NEWLINE:
                 return i
-        elif byte == _BACKSLASH:
-            if i + 1 < len(data) and (data[i + 1] == _QUOTE or data[i + 1] == _BACKSLASH):
+        elif byte == BACKSLASH:
+            if i + 1 < len(data) and (data[i + 1] == _QUOTE or data[i + 1] == BACKSLASH):
                 i += 1
         elif byte == _QUOTE:
             in_string = not in_string
@@ -377,136 +377,3 @@ def scan_records(
         if stop >= len(data):
             return row
         i = stop + 1
-
-
-@kernel
-def _copy(read: int, size: int, readable: int, write: int, writable: int) -> int:
-    """Copy bytes, in words of eight where memory ends late enough: what the last one leaves behind is overwritten.
-
-    Takes addresses only: an array argument costs more than the copy.
-
-    Args:
-        read: where from.
-        size: how many.
-        readable: the end of what can be read.
-        write: where to.
-        writable: the end of what can be written.
-
-    Returns:
-        The address behind the copy.
-    """
-    end = read + size
-    whole = end if read + ((size + 7) & -8) <= readable and write + ((size + 7) & -8) <= writable else end - 7
-    at = write
-    while read < whole:
-        store_word(at, load_word(read))
-        read += 8
-        at += 8
-    if read < end:
-        source, target = view(read, end - read, np.uint8), view(at, end - read, np.uint8)
-        for k in range(len(source)):
-            target[k] = source[k]
-    return write + size
-
-
-@kernel
-def _write_utf8(code: int, out: Any, at: int) -> int:
-    if code < 0x80:
-        out[at] = code
-        return at + 1
-    if code < 0x800:
-        out[at] = 0xC0 | (code >> 6)
-    elif code < 0x10000:
-        out[at] = 0xE0 | (code >> 12)
-        at += 1
-        out[at] = 0x80 | ((code >> 6) & 0x3F)
-    else:
-        out[at] = 0xF0 | (code >> 18)
-        out[at + 1] = 0x80 | ((code >> 12) & 0x3F)
-        at += 2
-        out[at] = 0x80 | ((code >> 6) & 0x3F)
-    out[at + 1] = 0x80 | (code & 0x3F)
-    return at + 2
-
-
-@kernel
-def _next_backslash(read: int, end: int, readable: int) -> int:
-    """The address of the first backslash before `end`, or `end`."""
-    while read < end:
-        if read + 8 > readable:
-            if view(read, 1, np.uint8)[0] == _BACKSLASH:
-                return read
-            read += 1
-            continue
-        other = load_word(read) ^ _BACKSLASHES
-        found = ((((other & _LOW7) + _LOW7) | other) & _TOP) ^ _TOP
-        if found != 0:
-            return min(read + (trailing_zeros(found) >> 3), end)
-        read += 8
-    return end
-
-
-@kernel
-def _unescape(data: Any, i: int, stop: int, out: Any, at: int) -> int:
-    """Write the text of a valid string."""
-    first, own = np.int64(data.ctypes.data), np.int64(out.ctypes.data)
-    readable, writable = first + len(data), own + len(out)
-    while i < stop:
-        run, i = i, _next_backslash(first + i, first + stop, readable) - first
-        at = _copy(first + run, i - run, readable, own + at, writable) - own
-        if i == stop:
-            return at
-        if data[i + 1] != _U:
-            out[at] = _ESCAPED[data[i + 1]]
-            at, i = at + 1, i + 2
-        else:
-            code = _hex4(data, i + 2)
-            i += 6
-            if 0xD800 <= code < 0xDC00:
-                code = 0x10000 + ((code - 0xD800) << 10) + _hex4(data, i + 2) - 0xDC00
-                i += 6
-            at = _write_utf8(code, out, at)
-    return at
-
-
-@kernel
-def write_texts(
-    data: Any, spans: Any, rows: Any, head: Any, before_input: Any, before_output: Any, out: Any, offsets: Any
-) -> int:
-    """Write prompt and response of some regular records end to end.
-
-    Args:
-        data: as in `scan_records`.
-        spans: what it found.
-        rows: int64, the records to write.
-        head: uint8, begins every prompt.
-        before_input: uint8, stands before an input that is not empty.
-        before_output: uint8, begins every response.
-        out: out, uint8, long enough: no text grows by unescaping.
-        offsets: out, int64 `(2 * len(rows) + 1,)`, where each prompt and each response begins.
-
-    Returns:
-        The number of bytes written.
-    """
-    data, spans, rows, out, offsets = borrow(data), borrow(spans), borrow(rows), borrow(out), borrow(offsets)
-    first, own = np.int64(data.ctypes.data), np.int64(out.ctypes.data)
-    readable, writable = first + len(data), own + len(out)
-    pieces = (np.int64(head.ctypes.data), np.int64(before_input.ctypes.data), np.int64(before_output.ctypes.data))
-    sizes = (len(head), len(before_input), len(before_output))
-    at = 0
-    offsets[0] = 0
-    for k in range(len(rows)):
-        row = rows[k]
-        for field in range(NUM_FIELDS):
-            begin, end, has_escape = spans[row, field, 0], spans[row, field, 1], spans[row, field, 2]
-            if field == OUTPUT:
-                offsets[2 * k + 1] = at
-            if field != INPUT or end > begin:
-                piece, size = pieces[field], sizes[field]
-                at = _copy(piece, size, piece + size, own + at, writable) - own
-                if has_escape:
-                    at = _unescape(data, begin, end, out, at)
-                else:
-                    at = _copy(first + begin, end - begin, readable, own + at, writable) - own
-        offsets[2 * k + 2] = at
-    return at

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.field_kernels import INPUT, INSTRUCTION, NUM_FIELDS, NUM_SCRATCH, OUTPUT, scan_records, write_texts
+from fastcollate.field_kernels import INPUT, INSTRUCTION, NUM_FIELDS, NUM_SCRATCH, OUTPUT, scan_records
+from fastcollate.text_kernels import write_texts
 
 
 class Recipe(NamedTuple):

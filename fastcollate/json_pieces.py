@@ -200,7 +200,10 @@ def _array_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
             yield from _after_array(reader)
             return
         if reader.at_end:
-            yield reader.take(len(reader), "array", len(scan.commas) + 1)
+            size, num_rows = len(reader), len(scan.commas) + 1
+            if scan.commas and _is_blank(reader.buffer[scan.commas[-1] + 1 :]):  # cut off behind a comma
+                size, num_rows = scan.commas[-1], len(scan.commas)
+            yield reader.take(size, "array", num_rows)
             yield reader.take(
                 0, "array", 0, "the file ends inside its JSON array: cut off, or a stray quotation mark or bracket"
             )

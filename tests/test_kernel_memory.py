@@ -17,10 +17,10 @@ from stores import make_shards
 
 from fastcollate import kernels
 from fastcollate.collate import Collator
-from fastcollate.field_kernels import write_texts
 from fastcollate.fields import FlatRecords
 from fastcollate.reference import custom_collate_fn
 from fastcollate.templates import load_template
+from fastcollate.text_kernels import write_texts
 
 PAD = 50256
 SENTINEL = -7

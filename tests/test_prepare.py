@@ -229,6 +229,7 @@ def test_a_dataset_and_several_files(tmp_path: Path) -> None:
         ("a.jsonl", b"\n \n", r"a\.jsonl: no usable record"),
         ("a.json", b"[]", r"a\.json: no usable record"),
         ("a.json", b'[{"instruction": "a", "output": "b"}', r"line 1, record 1: the file ends inside its JSON array"),
+        ("b.json", b'[{"instruction": "a", "output": "b"}, ', r"line 1, record 1: the file ends inside its JSON array"),
         ("a.json", b'[\n{"instruction": "a", "output": "b"},\n{]', r"a\.json, line 3, record 1: not valid JSON"),
         ("a.json", b'[{"instruction": "a", "output": "b"}] x', r"something follows the end of the JSON array"),
         ("a.jsonl", b'{"instruction": "", "input": "", "output": ""}', r"record 0: no text"),
