@@ -27,7 +27,7 @@ from fastcollate.store import ShardColumns, ShardInfo, shard_name, token_dtype, 
 from fastcollate.templates import BadRecordError, Template, load_template
 from fastcollate.tokenizer import Tokenizer, load_tokenizer
 
-_PIECE = 1 << 17  # bytes
+_PIECE = 1 << 17  # bytes of text that are looked through at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def _texts(
     columns = template.columns(parsed.records) if parsed.records else None
     if columns is not None:
         texts = list(chain.from_iterable(zip(columns.prompts, columns.responses, strict=True)))
-        if special.find("".join(texts)) is None:
+        if special.find(texts) is None:
             rows = np.fromiter(parsed.rows, np.uint64, len(parsed.rows))
             return _Parts(Texts(texts), np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
     return _parsed_texts(parsed, template, special, bad)
@@ -202,9 +202,9 @@ class _SpecialTexts:
         self._bytes = re.compile(pattern.encode())
         self._firsts = {text.encode()[0] for text in texts}
 
-    def find(self, text: str) -> str | None:
-        """The first one in a text."""
-        found = self._texts.search(text) if self._texts is not None else None
+    def find(self, texts: Sequence[str]) -> str | None:
+        """The first one in texts that are put end to end."""
+        found = self._texts.search("".join(texts)) if self._texts is not None else None
         return found.group() if found is not None else None
 
     def places(self, data: npt.NDArray[np.uint8]) -> list[int]:
@@ -222,7 +222,7 @@ def _parsed_texts(parsed: Records, template: Template, special: _SpecialTexts, b
     for record, row in zip(parsed.records, parsed.rows, strict=True):
         try:
             parts = template.parts(record)
-            if (found := special.find("".join(parts))) is not None:
+            if (found := special.find(parts)) is not None:
                 raise BadRecordError(
                     f"holds the special token {found!r} as text; store it as ordinary text with --special-text encode"
                 )
