@@ -23,7 +23,7 @@ from fastcollate.table import Columns, Table, make_settings
 Int64Array = npt.NDArray[np.int64]
 Take = Callable[[int], Int64Array]
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
-_NO_CELLS = np.empty(0, np.int64)
+_NO_CELLS: npt.NDArray[np.int64] = np.array([], np.int64)
 
 
 class Batch(NamedTuple):
@@ -128,7 +128,7 @@ class Collator:
         numbers = np.ascontiguousarray(rows, np.int64)
         if numbers.ndim != 1 or not len(numbers):
             raise InputError("a batch needs at least one row number")
-        out = _allocate(0) if take is None else take(0)
+        out = _NO_CELLS if take is None else take(0)
         width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out)
         if end > len(out):
             out = (take or _allocate)(end)
@@ -196,7 +196,8 @@ class Collator:
         batches = np.array([0, len(packs) - 1])
         out = (take or _allocate)(self.packed_cells(len(packs) - 1, capacity, len(numbers)))
         self.fill_packed_group(numbers, firsts, packs, batches, capacity, out, report)
-        return self.packed_batches(out, report)[0]
+        (batch,) = self.packed_batches(out, report)
+        return batch
 
     def fill_packed_group(
         self,
@@ -237,15 +238,14 @@ class Collator:
     def _packed_batch(self, out: Int64Array, line: Sequence[int]) -> PackedBatch:
         capacity, start, num_segments = line[kernels.WIDTH], line[kernels.START], line[kernels.SEGMENTS]
         num_packs = line[kernels.CELLS] // capacity
-        places = pack_kernels.packed_cells_of(num_packs, capacity, 0, capacity, self.narrow)
-        targets, positions, segments = (8 * (start + place) for place in places[:3])
-        shape = (num_packs, capacity)
+        targets, (size, _) = line[kernels.TARGETS], kernels.plain_cells_of(num_packs, capacity, narrow=0)
+        shape, positions = (num_packs, capacity), targets + size
         inputs: npt.NDArray[Any] = np.ndarray(shape, self._inputs_dtype, out, 8 * start)
         return PackedBatch(
             torch.from_numpy(inputs),
-            torch.from_numpy(np.ndarray(shape, _INT64, out, targets)),
-            torch.from_numpy(np.ndarray(shape, _INT64, out, positions)),
-            torch.from_numpy(np.ndarray((num_segments + 1,), _INT32, out, segments)),
+            torch.from_numpy(np.ndarray(shape, _INT64, out, 8 * targets)),
+            torch.from_numpy(np.ndarray(shape, _INT64, out, 8 * positions)),
+            torch.from_numpy(np.ndarray((num_segments + 1,), _INT32, out, 8 * (positions + size))),
         )
 
     def _explain_pack(
@@ -299,7 +299,7 @@ class _Rows(NamedTuple):
     span_offsets: Int64Array
 
 
-_settings = lru_cache(maxsize=64)(make_settings)  # read-only, and mostly the same for each batch
+_settings = lru_cache(make_settings)  # read-only, and mostly the same for each batch
 
 
 def collate_fn(

@@ -394,6 +394,12 @@ def test_a_packed_group_that_does_not_fit() -> None:
     assert collator.fill_packed_group(*group, np.empty(collator.packed_cells(1, 4, 2), np.int64), report) == 1
 
 
+def test_cells_of_a_part_are_counted_from_its_start() -> None:
+    collator = Collator(make_shards([list(range(9)), list(range(7))]))
+    with pytest.raises(InputError, match=r"the rows of pack 0 take 13 cells up to row 1, more than capacity=12"):
+        collator.pack([0, 1], [0, 2], starts=[3, 0], capacity=12)
+
+
 def test_a_damaged_first_row_and_a_pack_overfull_are_told_by_row() -> None:
     shards = make_shards([[1, 2], [3, 4], [5, 6], [7]])
     collator = Collator(shards)
