@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import array
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -151,10 +151,10 @@ class Collator:
             raise self.table.explain(int(rows[-1 - filled]))
         return int(filled)
 
-    def batches(self, out: Int64Array, report: Int64Array) -> list[Batch]:
+    def batches(self, out: Int64Array, lines: Iterable[Sequence[int]]) -> list[Batch]:
         """The tensors of the batches that a kernel has filled, a line of its report each; views, nothing is copied."""
         dtype = self._inputs_dtype
-        return [_batch(out, dtype, *place) for place in report[:, kernels.ROWS : kernels.END].tolist()]
+        return [_batch(out, dtype, *line[kernels.ROWS : kernels.END]) for line in lines]
 
     def pack(
         self,
@@ -196,7 +196,7 @@ class Collator:
         batches = np.array([0, len(packs) - 1])
         out = (take or _allocate)(self.packed_cells(len(packs) - 1, capacity, len(numbers)))
         self.fill_packed_group(numbers, firsts, packs, batches, capacity, out, report)
-        (batch,) = self.packed_batches(out, report)
+        (batch,) = self.packed_batches(out, report.tolist())
         return batch
 
     def fill_packed_group(
@@ -231,9 +231,9 @@ class Collator:
         limit = min(int(self.settings[kernels.LIMIT]), capacity)
         return int(pack_kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self.narrow)[3])
 
-    def packed_batches(self, out: Int64Array, report: Int64Array) -> list[PackedBatch]:
+    def packed_batches(self, out: Int64Array, lines: Iterable[Sequence[int]]) -> list[PackedBatch]:
         """Like `batches`, for packed ones."""
-        return [self._packed_batch(out, line) for line in report.tolist()]
+        return [self._packed_batch(out, line) for line in lines]
 
     def _packed_batch(self, out: Int64Array, line: Sequence[int]) -> PackedBatch:
         capacity, start, num_segments = line[kernels.WIDTH], line[kernels.START], line[kernels.SEGMENTS]

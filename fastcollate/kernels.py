@@ -38,7 +38,7 @@ AT, LENGTH, READABLE, SHARD = range(4)
 PLACE_COLUMNS = 4
 
 STRIDE = 16  # cells that a vectorized loop handles a turn
-AHEAD = 8  # rows whose tokens are asked for before they are filled
+AHEAD = 8  # rows whose tokens are asked for at once, before the rows in front of them are filled
 FAR_AHEAD = 16  # rows whose offsets are asked for before they are read
 ALIGNMENT = 8  # int64 cells in a cache line: each batch of a group starts on one
 
@@ -118,9 +118,12 @@ def locate(table: Any, rows: Any, places: Any) -> int:
 
 
 @kernel
-def prefetch_place(table: Any, places: Any, i: int) -> None:
-    """Ask for the tokens of the `i`-th row, if there is one."""
-    if i < len(places):
+def prefetch_places(table: Any, places: Any, first: int) -> None:
+    """Ask for the tokens of the `AHEAD` rows from `first` on.
+
+    At once: each may wait for its page's address, and these waits overlap where no row's stores lie between.
+    """
+    for i in range(first, min(first + AHEAD, len(places))):
         _prefetch(places[i, AT], places[i, LENGTH] * table[places[i, SHARD], TOKEN_SIZE])
 
 
@@ -315,7 +318,8 @@ def _fill_rows(
     left, cell_size = settings[LEFT] != 0, 4 if settings[NARROW] != 0 else 8
     sum_real = sum_trained = sum_corners = 0
     for i in range(len(rows)):
-        prefetch_place(table, places, i + AHEAD)
+        if i % AHEAD == 0:
+            prefetch_places(table, places, i + AHEAD)
         shard, length = places[i, SHARD], places[i, LENGTH]
         start = max(length - width, 0) if left else 0
         done, writable = i * width, (len(rows) - i) * width

@@ -19,7 +19,7 @@ from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
 from fastcollate.packed import PackedJob
 from fastcollate.plan import EpochPlan, plan_epoch
-from fastcollate.prefetch import Filler, Group, Job, PaddedJob, fill_groups, totals_of
+from fastcollate.prefetch import Filler, Group, Job, PaddedJob, fill_groups
 from fastcollate.table import Columns
 from fastcollate.transfer import Transfer, make_transfer
 
@@ -63,8 +63,8 @@ class Stats:
     h2d_bytes: int = 0
 
     def count(self, num_batches: int, totals: Sequence[int]) -> None:
-        """Add some batches, by the sums of the kernel's report."""
-        cells, real, trained, corners, rows = totals
+        """Add some batches, by their lines of the kernel's report, or the sums of these."""
+        cells, real, trained, corners, rows = totals[: kernels.NUM_TOTALS]
         self.batches += num_batches
         self.rows += rows
         self.real_cells += real
@@ -261,7 +261,11 @@ class BatchLoader:
     def _count(stats: Stats, group: Group, stop: int) -> None:
         """Add a group's batches up to number `stop` of their window."""
         count = stop - group.first
-        stats.count(count, group.totals if count == len(group.batches) else totals_of(group.report[:count]))
+        if count == len(group.batches):
+            stats.count(count, group.totals)
+        else:
+            for line in group.lines[:count]:
+                stats.count(1, line)
 
     def _job(self, plan: EpochPlan, window: int) -> Job:
         """One window's batches, to be filled."""

@@ -37,7 +37,7 @@ from fastcollate.kernels import (
     fill_row,
     locate,
     mask_row,
-    prefetch_place,
+    prefetch_places,
 )
 
 
@@ -82,7 +82,8 @@ def _fill_pack(
     pad, ignore, reference, mask = settings[PAD], settings[IGNORE], settings[REFERENCE], settings[MASK]
     left, cell_size, capacity, column = settings[LEFT], 4 if settings[NARROW] != 0 else 8, len(positions), 0
     for i in range(begin, end):
-        prefetch_place(table, places, i + AHEAD)
+        if i % AHEAD == 0:
+            prefetch_places(table, places, i + AHEAD)
         shard, length = places[i, SHARD], places[i, LENGTH]
         first = starts[i] if len(starts) > 0 else max(length - limit, 0) * left
         width = min(length - first, limit)

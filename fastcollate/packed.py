@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -39,6 +41,6 @@ class PackedJob:
             packs.rows, packs.starts, packs.bounds, bounds, self._capacity, out, report
         )
 
-    def batches(self, out: Int64Array, report: Int64Array) -> list[PackedBatch]:
+    def batches(self, out: Int64Array, lines: Sequence[Sequence[int]]) -> list[PackedBatch]:
         """See `prefetch.Job`."""
-        return self._collator.packed_batches(out, report)
+        return self._collator.packed_batches(out, lines)

@@ -23,6 +23,7 @@ from fastcollate.errors import InputError
 from fastcollate.transfer import Arrival, Transfer
 
 Int64Array = npt.NDArray[np.int64]
+Lines = Sequence[Sequence[int]]
 
 GROUP_CELLS = 5 << 15  # 1.25 MiB of int64, where threads hand over
 ALONE_CELLS = 1 << 16  # where none does: what is filled and used at once should stay in a core's own cache
@@ -40,8 +41,8 @@ class Job(Protocol):
     def fill(self, first: int, stop: int, out: Int64Array, report: Int64Array) -> int:
         """Fill batches from `first` on, as many as `out` holds, and write a line of `report` each; their number."""
 
-    def batches(self, out: Int64Array, report: Int64Array) -> Sequence[Batch | PackedBatch]:
-        """The filled batches that some lines of `report` tell of, as views of `out`."""
+    def batches(self, out: Int64Array, lines: Lines) -> Sequence[Batch | PackedBatch]:
+        """The filled batches that some lines of the report tell of, as views of `out`."""
 
 
 class PaddedJob:
@@ -67,9 +68,9 @@ class PaddedJob:
         """See `Job`."""
         return self._collator.fill_group(self._rows, self._bounds[first : stop + 1], out, report)
 
-    def batches(self, out: Int64Array, report: Int64Array) -> list[Batch]:
+    def batches(self, out: Int64Array, lines: Lines) -> list[Batch]:
         """See `Job`."""
-        return self._collator.batches(out, report)
+        return self._collator.batches(out, lines)
 
 
 class Group(NamedTuple):
@@ -79,24 +80,17 @@ class Group(NamedTuple):
         window: the number of their window.
         first: the first batch's number in the window.
         batches: views of the buffer.
-        report: the kernel's, a line a batch.
-        totals: its sums over the batches, of the columns that can be summed.
+        lines: the kernel's report, a line a batch.
+        totals: its sums over the batches.
         arrival: the copy on the device; `None` where the views themselves are handed over.
     """
 
     window: int
     first: int
     batches: Sequence[Batch | PackedBatch]
-    report: Int64Array
-    totals: list[int]
+    lines: Lines
+    totals: Sequence[int]
     arrival: Arrival | None
-
-
-def totals_of(report: Int64Array) -> list[int]:
-    """The sums of a report, by column."""
-    own = report[:, : kernels.NUM_TOTALS]
-    totals: list[int] = (own[0] if len(own) == 1 else np.add.reduce(own)).tolist()
-    return totals
 
 
 class Filler:
@@ -118,32 +112,33 @@ class Filler:
     def __call__(self, job: Job, window: int, first: int, stop: int) -> list[Group]:
         """Fill some batches of a window; several groups where one buffer does not hold them."""
         groups = []
-        used = 0
         while first < stop:
-            group, used = self._fill(job, window, first, stop)
-            groups.append(group)
-            first += len(group.batches)
-        # As many as fill a group by the mean of the last ones, since batches differ; twice as many at most.
-        count = len(groups[-1].batches)
-        self._mean_cells += (used / count - self._mean_cells) / (8 if self._mean_cells else 1)
-        self.num_batches = max(1, min(int(self._group_cells / max(self._mean_cells, 1)), 2 * count, MAX_GROUP))
+            groups.append(self.fill(job, window, first, stop))
+            first += len(groups[-1].batches)
         return groups
 
-    def _fill(self, job: Job, window: int, first: int, stop: int) -> tuple[Group, int]:
+    def fill(self, job: Job, window: int, first: int, stop: int) -> Group:
+        """Fill as many of some batches as one buffer holds, and choose how many the next group should have.
+
+        What was just filled has driven Python's own code and data out of the cache, so each step here is dear.
+        """
         report = np.empty((stop - first, kernels.REPORT_COLUMNS), np.int64)
         out = self._transfer.take(self._buffer_cells)
-        filled = job.fill(first, stop, out, report)
-        if not filled:
+        count = job.fill(first, stop, out, report)
+        if not count:
             self._transfer.send(out, 0)
             num_cells = report[0, kernels.END]
             # New memory costs more than filling it: a power of two is not outgrown by the next, wider batch.
             self._buffer_cells = max(self._buffer_cells, 1 << int(num_cells - 1).bit_length())
             out = self._transfer.take(self._buffer_cells)
-            filled = job.fill(first, stop, out, report)
-        report = report[:filled]
-        used = int(report[-1, kernels.END])
-        arrival = self._transfer.send(out, used)
-        return Group(window, first, job.batches(out, report), report, totals_of(report), arrival), used
+            count = job.fill(first, stop, out, report)
+        lines = report[:count].tolist()
+        totals = lines[0] if count == 1 else np.add.reduce(report[:count]).tolist()
+        used = lines[-1][kernels.END]
+        # As many as fill a group by the mean of the last ones, since batches differ; twice as many at most.
+        self._mean_cells += (used / count - self._mean_cells) / (8 if self._mean_cells else 1)
+        self.num_batches = max(1, min(int(self._group_cells / max(self._mean_cells, 1)), 2 * count, MAX_GROUP))
+        return Group(window, first, job.batches(out, lines), lines, totals, self._transfer.send(out, used))
 
 
 def fill_groups(
@@ -166,8 +161,15 @@ def fill_groups(
         num_threads: threads that fill; another one plans the next window.
     """
     if not prefetch:
-        for job, window, first, stop in _cut(map(window_job, range(position[0], num_windows)), position, filler):
-            yield from filler(job, window, first, stop)
+        first = position[1]
+        for window in range(position[0], num_windows):
+            job = window_job(window)
+            while first < job.num_batches:
+                group = filler.fill(job, window, first, min(first + filler.num_batches, job.num_batches))
+                first += len(group.batches)
+                yield group
+                del group  # before the next is filled, so that its buffer is used again
+            first = 0
         return
     process = os.getpid()
     with _Threads(1, "plan") as planner, _Threads(num_threads, "fill") as fillers:

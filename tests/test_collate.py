@@ -219,7 +219,7 @@ def test_report_counts_cells_targets_and_corners(batch: list[list[int]], masked:
         collator = Collator(shards, mask_prompt=masked, mode=mode, ignore_index=-100)
         out, report = np.empty(4096, np.int64), np.empty((1, kernels.REPORT_COLUMNS), np.int64)
         assert collator.fill_group(np.arange(len(batch)), bounds, out, report) == 1
-        (results[mode],) = collator.batches(out, report)
+        (results[mode],) = collator.batches(out, report.tolist())
         assert report[0, kernels.TRAINED] == (results[mode].targets != -100).sum()
         assert report[0, kernels.REAL] == sum(map(len, batch))
         corners = report[0, kernels.CORNERS]

@@ -194,7 +194,7 @@ def test_starts_go_with_the_rows_of_each_batch() -> None:
     rows, starts, packs, batches = np.array([0, 1, 0]), np.array([2, 0, 4]), np.array([0, 1, 3]), np.array([0, 1, 2])
     out = np.empty(2 * collator.packed_cells(1, 4, 3), np.int64)
     assert collator.fill_packed_group(rows, starts, packs, batches, 4, out, report) == 2
-    found = collator.packed_batches(out, report)
+    found = collator.packed_batches(out, report.tolist())
     assert [batch.inputs.tolist() for batch in found] == [[[3, 4, 5, 50256]], [[6, 5, 50256, 50256]]]
 
 
