@@ -8,16 +8,18 @@ A kernel's cached machine code is renewed when its own file changes, not when th
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import carray, njit, types
-from numba.core import config
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
+WILL_NEED: int | None = getattr(mmap, "MADV_WILLNEED", None)  # `madvise` takes it, where a system has that
 
 
 def kernel(function: F) -> F:
@@ -43,6 +45,11 @@ if config.DISABLE_JIT:
 
     def prefetch(address: int) -> None:
         """Nothing to do: a hint to the processor."""
+
+    def ask_for(address: int, size: int) -> None:
+        """Ask the system for the pages of some memory, which begins with a page; nothing is read here."""
+        if WILL_NEED is not None:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(int(address)), ctypes.c_size_t(int(size)), WILL_NEED)
 
     def load_word(address: int) -> Any:
         """The eight bytes at an address as a number, the first one lowest."""
@@ -86,6 +93,24 @@ else:
             return context.get_dummy_value()
 
         return types.void(types.int64), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def ask_for(_: Any, address: Any, size: Any) -> Any:
+        """Ask the system for the pages of some memory, which begins with a page; nothing is read here."""
+        from llvmlite import ir
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if WILL_NEED is not None:
+                number = ir.IntType(32)
+                function = cgutils.get_or_insert_function(
+                    builder.module,
+                    ir.FunctionType(number, [cgutils.voidptr_t, args[1].type, number]),
+                    "madvise",
+                )
+                builder.call(function, [builder.inttoptr(args[0], cgutils.voidptr_t), args[1], number(WILL_NEED)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
 
     def _as_word(builder: Any, address: Any) -> Any:
         from llvmlite import ir

@@ -47,7 +47,7 @@ ALIGNMENT = 8  # int64 cells in a cache line: each batch of a group starts on on
 
 
 @kernel
-def _shard_of(table: Any, row: int, guess: int) -> int:
+def shard_of(table: Any, row: int, guess: int) -> int:
     """The table's line that holds `row`, or -1; neighbours mostly share a shard, so `guess` is tried first."""
     first = np.int64(table[guess, FIRST_ROW])
     if first <= row < first + table[guess, NUM_ROWS]:
@@ -65,7 +65,7 @@ def _shard_of(table: Any, row: int, guess: int) -> int:
 
 
 @kernel
-def _bounds(table: Any, shard: int, row: int, offsets: int = OFFSETS, total: int = NUM_TOKENS) -> tuple[int, int]:
+def bounds_of(table: Any, shard: int, row: int, offsets: int = OFFSETS, total: int = NUM_TOKENS) -> tuple[int, int]:
     """First token (or span) and number of them in a row; number -1 where the offsets leave what the shard holds."""
     bounds = view(table[shard, offsets] + 8 * (row - table[shard, FIRST_ROW]), 2, np.int64)
     begin, end = bounds[0], bounds[1]
@@ -95,7 +95,7 @@ def locate(table: Any, rows: Any, places: Any) -> int:
     for i in range(len(rows)):
         local = rows[i] - first_row
         if local < 0 or local >= num_rows:
-            shard = _shard_of(table, rows[i], shard)
+            shard = shard_of(table, rows[i], shard)
             if shard < 0:
                 return -1 - i
             first_row, num_rows, offsets_at = table[shard, FIRST_ROW], table[shard, NUM_ROWS], table[shard, OFFSETS]
@@ -293,7 +293,7 @@ def mask_row(
     table: Any, shard: int, row: int, length: int, start: int, padded: int, settings: Any, targets: Any, report: Any
 ) -> int:
     """Ignore a row's prompts; returns how many of their targets were trained, or -1 where its spans are broken."""
-    first, count = _bounds(table, shard, row, SPAN_OFFSETS, NUM_SPANS)
+    first, count = bounds_of(table, shard, row, SPAN_OFFSETS, NUM_SPANS)
     if count < 0:
         return -1
     size = table[shard, SPAN_SIZE]

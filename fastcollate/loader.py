@@ -20,10 +20,11 @@ from fastcollate.errors import InputError
 from fastcollate.packed import PackedJob
 from fastcollate.plan import EpochPlan, plan_epoch
 from fastcollate.prefetch import Filler, Group, Job, PaddedJob, fill_groups
+from fastcollate.read_ahead import ask_for_rows
 from fastcollate.table import Columns
 from fastcollate.transfer import Transfer, make_transfer
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Store(Protocol):
@@ -272,9 +273,17 @@ class BatchLoader:
         if plan.capacity is not None:
             packs, bounds = plan.packs(window)
             packs = packs._replace(rows=packs.rows + self._first_row)
+            self._read_ahead(plan, packs.rows)
             return PackedJob(self._collator, packs, bounds, plan.capacity)
         planned = plan.window(window)
-        return PaddedJob(self._collator, planned.rows + self._first_row, planned.bounds)
+        rows = planned.rows + self._first_row
+        self._read_ahead(plan, rows)
+        return PaddedJob(self._collator, rows, planned.bounds)
+
+    def _read_ahead(self, plan: EpochPlan, rows: npt.NDArray[Any]) -> None:
+        """Without blocks a window touches most of the store, which the system reads by itself soon enough."""
+        if plan.block > 1 and plan.policy != "sequential":
+            ask_for_rows(self._collator.table.array, rows, with_spans=bool(self._collator.settings[kernels.MASK]))
 
     def _own_transfer(self) -> Transfer:
         """This process's buffers: a fork's copies of them may be in the midst of a change."""

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from fastcollate import plan_kernels
 from fastcollate.errors import InputError
 from fastcollate.packing import LONG_ROWS, Packs, check_capacity, pack_rows
+from fastcollate.read_ahead import ask_for_items
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -237,6 +238,8 @@ class EpochPlan:
     def _lengths(self, rows: npt.NDArray[Any], limit: int | None) -> npt.NDArray[np.int32]:
         lengths = np.empty(len(rows), np.int32)
         limit = 2**31 - 1 if limit is None else limit
+        if self.block > 1:
+            ask_for_items(self.lengths, rows)
         plan_kernels.gather_lengths(self.lengths, rows, limit, lengths)
         return lengths
 

@@ -17,8 +17,9 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _27, _30, _31, _32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
 _FACTOR_1, _FACTOR_2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)  # a 32-bit finalizer of low bias
-_15 = np.uint32(15)
+_12, _15, _20 = np.uint32(12), np.uint32(15), np.uint32(20)
 _ROUNDS = 4
+_SMALL = 1 << 12
 _STRETCH = 2048  # positions permuted at once
 
 
@@ -61,14 +62,27 @@ def _salts(key: Any) -> Any:
 def _turn(moved: Any, fixed: Any, size: int, salt: Any, salt_2: Any) -> None:
     """One round: add to each `moved`, modulo `size`, a keyed number that its `fixed` decides; all of them uint32.
 
-    In 32 bits throughout, so that a processor does eight or more at once.
+    In 32 bits throughout, so that a processor does eight or more at once. Up to `_SMALL` a number is scaled down to
+    `size` by its upper 20 bits, whose product fits 32: even to 1 in 256, and done in half the time.
     """
     modulus, bound = np.uint32(size), np.uint64(size)
-    for i in range(np.uint64(len(moved))):
-        z = np.uint32(np.uint32(fixed[i] ^ salt) * _FACTOR_1)
-        z = np.uint32(np.uint32(np.uint32(z ^ np.uint32(z >> _15)) + salt_2) * _FACTOR_2)
-        total = np.uint32(moved[i] + np.uint32((np.uint64(z) * bound) >> _32))
-        moved[i] = np.uint32(total - modulus) if total >= modulus else total
+    if size <= _SMALL:
+        for i in range(np.uint64(len(moved))):
+            z = _hash(fixed[i], salt, salt_2)
+            total = np.uint32(moved[i] + np.uint32(np.uint32(np.uint32(z >> _12) * modulus) >> _20))
+            moved[i] = min(total, np.uint32(total - modulus))  # what is below zero wraps around to the top
+    else:
+        for i in range(np.uint64(len(moved))):
+            z = _hash(fixed[i], salt, salt_2)
+            total = np.uint32(moved[i] + np.uint32((np.uint64(z) * bound) >> _32))
+            moved[i] = min(total, np.uint32(total - modulus))
+
+
+@kernel
+def _hash(value: Any, salt: Any, salt_2: Any) -> Any:
+    """A uint32 number that looks random, of a uint32 value and two salts."""
+    z = np.uint32(np.uint32(value ^ salt) * _FACTOR_1)
+    return np.uint32(np.uint32(np.uint32(z ^ np.uint32(z >> _15)) + salt_2) * _FACTOR_2)
 
 
 @kernel

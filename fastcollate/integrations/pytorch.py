@@ -18,7 +18,7 @@ from fastcollate.plan import EpochPlan, plan_epoch
 from fastcollate.store import Example, TokenStore
 
 Int64Array = npt.NDArray[np.int64]
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class PackedRows(list[int]):

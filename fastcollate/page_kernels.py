@@ -1,0 +1,112 @@
+"""Numba loops that ask the system for pages of memory-mapped files, before somebody waits for them.
+
+A page that is not in memory is read when it is touched, one after another, and each costs a disk's latency. What is
+asked for is read at once, while the caller goes on. It is a hint: nothing here reads what it asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastcollate.jit import ask_for, kernel
+from fastcollate.kernels import (
+    FIRST_ROW,
+    NUM_SPANS,
+    NUM_TOKENS,
+    OFFSETS,
+    SPAN_OFFSETS,
+    SPAN_SIZE,
+    SPANS,
+    STRIDE,
+    TOKEN_SIZE,
+    TOKENS,
+    bounds_of,
+    shard_of,
+)
+
+
+@kernel
+def _ask_for_stretches(begins: Any, ends: Any, page: int) -> int:
+    """Ask for the pages of stretches of memory, each page once where they are in order; how often it asked."""
+    asked = 0
+    first = last = np.int64(-1)
+    for i in range(len(begins)):
+        if begins[i] >= ends[i]:
+            continue
+        own_first, own_last = begins[i] // page, (ends[i] - 1) // page
+        if first <= own_first <= last + 1 and first >= 0:
+            last = max(last, own_last)
+            continue
+        if first >= 0:
+            ask_for(first * page, (last + 1 - first) * page)
+            asked += 1
+        first, last = own_first, own_last
+    if first >= 0:
+        ask_for(first * page, (last + 1 - first) * page)
+        asked += 1
+    return asked
+
+
+@kernel
+def ask_for_items(address: int, size: int, rows: Any, page: int) -> int:
+    """Ask for the pages of some items of an array.
+
+    Args:
+        address: of the array.
+        size: bytes an item.
+        rows: the items' numbers, in order.
+        page: bytes a page.
+
+    Returns:
+        How often it asked.
+    """
+    begins, ends = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+    for i in range(len(rows)):
+        begins[i] = address + size * np.int64(rows[i])
+        ends[i] = begins[i] + size
+    return int(_ask_for_stretches(begins, ends, page))
+
+
+@kernel
+def ask_for_rows(table: Any, rows: Any, with_spans: bool, page: int) -> int:
+    """Ask for the pages of some rows' tokens, and of what tells where they are.
+
+    Rows that do not exist, or whose offsets are broken, are passed over: whoever reads them says so.
+
+    Args:
+        table: see `kernels.fill_padded`.
+        rows: row numbers, in order.
+        with_spans: whether the spans will be read as well.
+        page: bytes a page.
+
+    Returns:
+        How often it asked.
+    """
+    shards, begins, ends = np.zeros((3, len(rows)), np.int64)
+    asked = 0
+    for i in range(len(rows)):
+        shards[i] = shard_of(table, rows[i], max(shards[i - 1], 0) if i > 0 else 0)
+    for column in (OFFSETS, SPAN_OFFSETS):
+        if column == OFFSETS or with_spans:
+            for i in range(len(rows)):
+                if shards[i] >= 0:
+                    begins[i] = table[shards[i], column] + 8 * (rows[i] - table[shards[i], FIRST_ROW])
+                    ends[i] = begins[i] + 16
+            asked += _ask_for_stretches(begins, ends, page)
+    for column, total, at, size_at in (
+        (OFFSETS, NUM_TOKENS, TOKENS, TOKEN_SIZE),
+        (SPAN_OFFSETS, NUM_SPANS, SPANS, SPAN_SIZE),
+    ):
+        if column == OFFSETS or with_spans:
+            for i in range(len(rows)):
+                ends[i] = 0
+                if shards[i] >= 0:
+                    first, count = bounds_of(table, shards[i], rows[i], column, total)
+                    size = table[shards[i], size_at]
+                    begins[i] = table[shards[i], at] + size * first
+                    if count > 0:  # a fill reads a little beyond a row
+                        ends[i] = begins[i] + size * min(count + STRIDE, table[shards[i], total] - first)
+            asked += _ask_for_stretches(begins, ends, page)
+    return asked
