@@ -6,6 +6,7 @@ kernels run without the GIL; what is left of a thread's work in Python is a few 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -107,7 +108,7 @@ class Filler:
         self.num_batches = 1
         """Batches that make a group; starts at one, so that the first batch comes at once."""
         self._mean_cells = 0.0  # of a batch
-        self._buffer_cells = 3 * self._group_cells // 2  # groups differ in size, and should fit one buffer
+        self._usual_cells = 3 * self._group_cells // 2  # of a buffer: groups differ in size, and should fit one
 
     def __call__(self, job: Job, window: int, first: int, stop: int) -> list[Group]:
         """Fill some batches of a window; several groups where one buffer does not hold them."""
@@ -123,14 +124,12 @@ class Filler:
         What was just filled has driven Python's own code and data out of the cache, so each step here is dear.
         """
         report = np.empty((stop - first, kernels.REPORT_COLUMNS), np.int64)
-        out = self._transfer.take(self._buffer_cells)
+        usual = self._usual_cells
+        out = self._transfer.take(usual if self._mean_cells <= usual else _power_of_two(self._mean_cells))
         count = job.fill(first, stop, out, report)
         if not count:
             self._transfer.send(out, 0)
-            num_cells = report[0, kernels.END]
-            # New memory costs more than filling it: a power of two is not outgrown by the next, wider batch.
-            self._buffer_cells = max(self._buffer_cells, 1 << int(num_cells - 1).bit_length())
-            out = self._transfer.take(self._buffer_cells)
+            out = self._transfer.take(_power_of_two(report[0, kernels.END]))
             count = job.fill(first, stop, out, report)
         lines = report[:count].tolist()
         totals = lines[0] if count == 1 else np.add.reduce(report[:count]).tolist()
@@ -139,6 +138,11 @@ class Filler:
         self._mean_cells += (used / count - self._mean_cells) / (8 if self._mean_cells else 1)
         self.num_batches = max(1, min(int(self._group_cells / max(self._mean_cells, 1)), 2 * count, MAX_GROUP))
         return Group(window, first, job.batches(out, lines), lines, totals, self._transfer.send(out, used))
+
+
+def _power_of_two(num_cells: float) -> int:
+    """A size that the next, wider batch does not outgrow: new memory costs more than filling it."""
+    return 1 << (math.ceil(num_cells) - 1).bit_length()
 
 
 def fill_groups(

@@ -34,8 +34,8 @@ class HostPool:
     views of them, in any library) keep its array alive, which shows in the array's reference count.
 
     Args:
-        num_buffers: buffers kept. Where all are in use, `take` allocates a new one in the place of the oldest, which
-            then belongs to whoever still holds it.
+        num_buffers: buffers kept. Where none will do, `take` allocates a new one in the place of an idle one, or of
+            the oldest, which then belongs to whoever still holds it.
     """
 
     def __init__(self, num_buffers: int = 4) -> None:
@@ -47,24 +47,29 @@ class HostPool:
 
     def take(self, num_cells: int = 0) -> Int64Array:
         """A buffer of at least `num_cells` cells that nobody else refers to; its contents are arbitrary."""
+        buffers = self._buffers
         with self._lock:
-            buffers = self._buffers
-            if buffers and len(buffers[-1]) >= num_cells and _references(buffers, -1) <= _IDLE:
+            if buffers and self._is_idle(-1) and (not num_cells or num_cells <= len(buffers[-1]) <= 2 * num_cells):
                 return buffers[-1]  # what was used last is still in the cache
-            for index in reversed(range(len(self._buffers))):
-                if _references(self._buffers, index) <= _IDLE and len(self._buffers[index]) >= num_cells:
-                    buffer = self._buffers.pop(index)
-                    self._buffers.append(buffer)  # the most recently used goes last
-                    return buffer
-            return self._allocate(num_cells)
+            found = -1
+            for index in range(len(buffers)):  # the smallest that will do: a large one may be needed next
+                if num_cells <= len(buffers[index]) and (found < 0 or len(buffers[index]) <= len(buffers[found])):
+                    found = index if self._is_idle(index) else found
+            if found < 0:
+                return self._allocate(num_cells)
+            buffers.append(buffers.pop(found))  # the most recently used goes last
+            return buffers[-1]
+
+    def _is_idle(self, index: int) -> bool:
+        return _references(self._buffers, index) <= _IDLE
 
     def _allocate(self, num_cells: int) -> Int64Array:
-        buffer = np.empty(num_cells, np.int64)
         if len(self._buffers) >= self._num_buffers:
-            del self._buffers[0]
-        self._buffers.append(buffer)
+            idle = (index for index in range(len(self._buffers)) if self._is_idle(index))
+            del self._buffers[next(idle, 0)]
+        self._buffers.append(np.empty(num_cells, np.int64))
         self.num_allocated += 1
-        return buffer
+        return self._buffers[-1]
 
     def __getstate__(self) -> Any:
         raise TypeError("a pool of host buffers belongs to one process and cannot be pickled")

@@ -91,6 +91,20 @@ def test_buffers_are_used_again() -> None:
     assert len(addresses) < 8 * (1 << 20) // 4096
 
 
+def test_one_wide_batch_does_not_widen_all_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "ALONE_CELLS", 1 << 10)
+    rows = [[1] * 20] * 400 + [[1] * 3000] + [[1] * 20] * 400
+    loader = BatchLoader(make_store(rows), policy="sequential", batch_size=1, prefetch=0)
+    for batch in loader:
+        del batch
+    sizes = sorted(len(buffer) for buffer in loader._own_transfer()._pool._buffers)  # type: ignore[attr-defined]
+    assert sizes == [1536, 8192]
+    wide = BatchLoader(make_store([[1] * 3000] * 60), policy="sequential", batch_size=1, prefetch=0)
+    kept = [batch.inputs.data_ptr() for batch in wide]
+    assert len(set(kept)) <= 3
+    assert wide._own_transfer()._pool.num_allocated <= 4  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("policy", ["bucketed", "packed"])
 def test_a_position_is_exact_while_batches_are_ahead(policy: str) -> None:
     store = make_store(ROWS)

@@ -163,18 +163,18 @@ def test_a_loader_asks_for_the_rows_of_each_window(monkeypatch: pytest.MonkeyPat
     store = SimpleNamespace(shards=shards, lengths=np.array([len(row) for row in rows], np.uint16))
     asked: list[Any] = []
     monkeypatch.setattr(loader_room, "ask_for_rows", lambda table, some, with_spans: asked.append((some, with_spans)))
-    loader = BatchLoader(store, window=64, rows=range(100, 400), prefetch=0, **options)
-    list(loader)
+    options = {"window": 64, "rows": range(100, 400), "prefetch": 0, "mode": "positional", **options}
+    list(BatchLoader(store, **options))
     assert not asked  # few rows are not moved in blocks
     monkeypatch.setattr(plan, "BLOCK_FROM", 100)
     for policy, mask in (("bucketed", True), ("shuffled", False)):
         asked.clear()
         own = {"policy": policy, **options}
-        list(BatchLoader(store, window=64, rows=range(100, 400), prefetch=0, mask_prompt=mask, **own))
+        list(BatchLoader(store, mask_prompt=mask, **own))
         assert len(asked) == -(-300 // 64)
         assert {with_spans for _, with_spans in asked} == {mask}
         assert sorted(set(np.concatenate([some for some, _ in asked]).tolist())) == list(range(100, 400))
     asked.clear()
     if "policy" not in options:
-        list(BatchLoader(store, window=64, policy="sequential", prefetch=0, **options))
+        list(BatchLoader(store, policy="sequential", **options))
         assert not asked

@@ -66,6 +66,29 @@ def test_a_pool_makes_room_for_wider_batches() -> None:
     assert len({buffer.ctypes.data for buffer in held}) == 4
 
 
+def test_a_large_buffer_is_kept_for_what_needs_it() -> None:
+    pool = HostPool(4)
+    small, large = pool.take(10), pool.take(1000)
+    places = small.ctypes.data, large.ctypes.data
+    del small, large  # the large one was used last
+    small = pool.take(10)
+    large = pool.take(1000)
+    assert (small.ctypes.data, large.ctypes.data) == places
+    assert pool.take(8).ctypes.data not in places
+    assert pool.num_allocated == 3
+
+
+def test_an_idle_buffer_makes_room_first() -> None:
+    pool = HostPool(2)
+    held = pool.take(10)
+    pool.take(20)
+    pool.take(30)  # nothing idle is large enough
+    place = held.ctypes.data
+    del held
+    assert pool.take(10).ctypes.data == place
+    assert pool.num_allocated == 3
+
+
 # ---------------------------------------------------------------------------------- streams that the test runs by hand
 
 
