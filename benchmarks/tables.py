@@ -75,6 +75,23 @@ def loader_table() -> str:
     return "\n".join(lines)
 
 
+def cold_table() -> str:
+    """The first batch and the mean of the next ones from a store that is not in memory."""
+    ways = {
+        "asking ahead": "fastcollate",
+        "without asking": "the same, asking for nothing",
+        "row loop": "NumPy row loop",
+    }
+    lines = [
+        "| batch | " + " | ".join(f"{title}: first, ms | µs a batch" for title in ways.values()) + " |",
+        "|---" * (1 + 2 * len(ways)) + "|",
+    ]
+    for case in result("cold")["cases"]:
+        cells = [f"{case[way]['first_batch_ms']:,.0f} | {case[way]['microseconds_per_batch']:,.0f}" for way in ways]
+        lines.append(f"| {case['batch_size']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 PREPARE = {
     "fastcollate_gigatoken": "fastcollate, gigatoken",
     "fastcollate_tiktoken": "fastcollate, tiktoken",
@@ -132,6 +149,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes_table,
     "collate": collate_table,
     "loader": loader_table,
+    "cold": cold_table,
     "prepare": prepare_table,
     "windows": windows_table,
 }

@@ -273,17 +273,16 @@ class BatchLoader:
         if plan.capacity is not None:
             packs, bounds = plan.packs(window)
             packs = packs._replace(rows=packs.rows + self._first_row)
-            self._read_ahead(plan, packs.rows)
+            self._read_ahead(packs.rows)
             return PackedJob(self._collator, packs, bounds, plan.capacity)
         planned = plan.window(window)
         rows = planned.rows + self._first_row
-        self._read_ahead(plan, rows)
+        if plan.policy != "sequential":  # there the system reads ahead by itself
+            self._read_ahead(rows)
         return PaddedJob(self._collator, rows, planned.bounds)
 
-    def _read_ahead(self, plan: EpochPlan, rows: npt.NDArray[Any]) -> None:
-        """Without blocks a window touches most of the store, which the system reads by itself soon enough."""
-        if plan.block > 1 and plan.policy != "sequential":
-            ask_for_rows(self._collator.table.array, rows, with_spans=bool(self._collator.settings[kernels.MASK]))
+    def _read_ahead(self, rows: npt.NDArray[Any]) -> None:
+        ask_for_rows(self._collator.table.array, rows, with_spans=bool(self._collator.settings[kernels.MASK]))
 
     def _own_transfer(self) -> Transfer:
         """This process's buffers: a fork's copies of them may be in the midst of a change."""

@@ -17,6 +17,7 @@ from fastcollate import page_kernels
 
 Rows = npt.NDArray[Any]
 
+FEW = 4096  # rows that are not worth asking for
 SAMPLE = 32  # rows asked for first
 WARM_S = 3e-6  # an ask takes a third of this where the page is in memory, twice this where a disk has to be told
 
@@ -44,6 +45,8 @@ def ask_for_rows(table: npt.NDArray[np.int64], rows: Rows, *, with_spans: bool) 
 
 
 def _ask(ask: Callable[[Rows], int], rows: Rows) -> None:
+    if len(rows) < FEW:
+        return
     start = time.perf_counter()
     asked = ask(np.sort(rows[:: max(len(rows) // SAMPLE, 1)]))
     if time.perf_counter() - start > WARM_S * asked:

@@ -118,7 +118,7 @@ def resident(array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return np.frombuffer(found, np.uint8) & 1 == 1
 
 
-def test_pages_come_into_memory_without_being_touched(tmp_path: Path) -> None:
+def test_pages_come_into_memory_without_being_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "numbers"
     items = mmap.PAGESIZE // 8
     np.arange(1000 * items, dtype=np.int64).tofile(path)
@@ -129,6 +129,7 @@ def test_pages_come_into_memory_without_being_touched(tmp_path: Path) -> None:
     if resident(numbers).any():
         pytest.skip("this file system keeps its files in memory")
     wanted = np.arange(5, 1000, 50)
+    monkeypatch.setattr(read_ahead, "FEW", 0)
     read_ahead.ask_for_items(numbers, np.random.default_rng(0).permutation(wanted * items))
     end = time.monotonic() + 20
     while not resident(numbers)[wanted].all():
@@ -154,6 +155,9 @@ def test_where_pages_are_in_memory_only_a_few_are_asked_for(monkeypatch: pytest.
     asks.clear()
     read_ahead._ask(lambda some: ask(some, 6e-6), rows)
     assert [len(some) for some in asks] == [33, 10_000]
+    asks.clear()
+    read_ahead._ask(lambda some: ask(some, 6e-6), rows[:4095])
+    assert not asks
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 4}, {"policy": "packed", "batch_size": 1, "capacity": 32}])
@@ -164,10 +168,8 @@ def test_a_loader_asks_for_the_rows_of_each_window(monkeypatch: pytest.MonkeyPat
     asked: list[Any] = []
     monkeypatch.setattr(loader_room, "ask_for_rows", lambda table, some, with_spans: asked.append((some, with_spans)))
     options = {"window": 64, "rows": range(100, 400), "prefetch": 0, "mode": "positional", **options}
-    list(BatchLoader(store, **options))
-    assert not asked  # few rows are not moved in blocks
-    monkeypatch.setattr(plan, "BLOCK_FROM", 100)
-    for policy, mask in (("bucketed", True), ("shuffled", False)):
+    for policy, mask, blocks_from in (("bucketed", True, 100), ("shuffled", False, 1000)):
+        monkeypatch.setattr(plan, "BLOCK_FROM", blocks_from)
         asked.clear()
         own = {"policy": policy, **options}
         list(BatchLoader(store, mask_prompt=mask, **own))
