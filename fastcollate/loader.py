@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -272,17 +273,18 @@ class BatchLoader:
         """One window's batches, to be filled."""
         if plan.capacity is not None:
             packs, bounds = plan.packs(window)
-            packs = packs._replace(rows=packs.rows + self._first_row)
-            self._read_ahead(packs.rows)
+            packs = packs._replace(rows=self._ready(plan, packs.rows))
             return PackedJob(self._collator, packs, bounds, plan.capacity)
         planned = plan.window(window)
-        rows = planned.rows + self._first_row
-        if plan.policy != "sequential":  # there the system reads ahead by itself
-            self._read_ahead(rows)
-        return PaddedJob(self._collator, rows, planned.bounds)
+        return PaddedJob(self._collator, self._ready(plan, planned.rows), planned.bounds)
 
-    def _read_ahead(self, rows: npt.NDArray[Any]) -> None:
-        ask_for_rows(self._collator.table.array, rows, with_spans=bool(self._collator.settings[kernels.MASK]))
+    def _ready(self, plan: EpochPlan, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """A window's rows as the store counts them, asked for."""
+        if self._first_row:
+            rows = rows + self._first_row
+        if plan.policy != "sequential":  # there the system reads ahead by itself
+            ask_for_rows(self._collator.table.array, rows, with_spans=bool(self._collator.settings[kernels.MASK]))
+        return rows
 
     def _own_transfer(self) -> Transfer:
         """This process's buffers: a fork's copies of them may be in the midst of a change."""
