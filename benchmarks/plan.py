@@ -122,8 +122,8 @@ def billion() -> dict[str, Any]:
         "rows": BILLION,
         "lengths_file_bytes": 2 * BILLION,
         "limits": {"first_batch_ms": 250, "memory_mb": 64},
-        "note": "warm: the compiled kernels are loaded before; new process: loading them is part of the first batch, and "
-        "so is what other packages register with Numba (awkward, which gigatoken brings)",
+        "note": "warm: the compiled kernels are loaded before; new process: loading them is part of the first batch, "
+        "and so is what other packages register with Numba (awkward, which gigatoken brings)",
         "cases": cases,
     }
 

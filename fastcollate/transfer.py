@@ -47,25 +47,25 @@ class HostPool:
 
     def take(self, num_cells: int = 0) -> Int64Array:
         """A buffer of at least `num_cells` cells that nobody else refers to; its contents are arbitrary."""
-        buffers = self._buffers
+        buffers, found = self._buffers, -1
         with self._lock:
-            if buffers and self._is_idle(-1) and (not num_cells or num_cells <= len(buffers[-1]) <= 2 * num_cells):
-                return buffers[-1]  # what was used last is still in the cache
-            found = -1
-            for index in range(len(buffers)):  # the smallest that will do: a large one may be needed next
-                if num_cells <= len(buffers[index]) and (found < 0 or len(buffers[index]) <= len(buffers[found])):
-                    found = index if self._is_idle(index) else found
+            for index in range(len(buffers) - 1, -1, -1):  # what was used last is still in the cache
+                size = len(buffers[index])
+                if size >= num_cells and _references(buffers, index) <= _IDLE:
+                    if size <= 2 * num_cells or not num_cells:
+                        found = index
+                        break
+                    if found < 0 or size < len(buffers[found]):  # a large one may be needed next
+                        found = index
             if found < 0:
                 return self._allocate(num_cells)
-            buffers.append(buffers.pop(found))  # the most recently used goes last
+            if found < len(buffers) - 1:
+                buffers.append(buffers.pop(found))  # the most recently used goes last
             return buffers[-1]
-
-    def _is_idle(self, index: int) -> bool:
-        return _references(self._buffers, index) <= _IDLE
 
     def _allocate(self, num_cells: int) -> Int64Array:
         if len(self._buffers) >= self._num_buffers:
-            idle = (index for index in range(len(self._buffers)) if self._is_idle(index))
+            idle = (index for index in range(len(self._buffers)) if _references(self._buffers, index) <= _IDLE)
             del self._buffers[next(idle, 0)]
         self._buffers.append(np.empty(num_cells, np.int64))
         self.num_allocated += 1
