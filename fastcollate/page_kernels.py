@@ -28,25 +28,27 @@ from fastcollate.kernels import (
 
 
 @kernel
+def _ask_for_pages(first: int, last: int, page: int) -> int:
+    """Ask for the pages from `first` to `last`, if there are any; how often it asked."""
+    if last < first:
+        return 0
+    ask_for(first * page, (last + 1 - first) * page)
+    return 1
+
+
+@kernel
 def _ask_for_stretches(begins: Any, ends: Any, page: int) -> int:
     """Ask for the pages of stretches of memory, each page once where they are in order; how often it asked."""
-    asked = 0
-    first = last = np.int64(-1)
+    asked, first, last = 0, np.int64(0), np.int64(-2)
     for i in range(len(begins)):
-        if begins[i] >= ends[i]:
-            continue
-        own_first, own_last = begins[i] // page, (ends[i] - 1) // page
-        if first <= own_first <= last + 1 and first >= 0:
-            last = max(last, own_last)
-            continue
-        if first >= 0:
-            ask_for(first * page, (last + 1 - first) * page)
-            asked += 1
-        first, last = own_first, own_last
-    if first >= 0:
-        ask_for(first * page, (last + 1 - first) * page)
-        asked += 1
-    return asked
+        if begins[i] < ends[i]:
+            own_first, own_last = begins[i] // page, (ends[i] - 1) // page
+            if first <= own_first <= last + 1:
+                last = max(last, own_last)
+            else:
+                asked += _ask_for_pages(first, last, page)
+                first, last = own_first, own_last
+    return asked + int(_ask_for_pages(first, last, page))
 
 
 @kernel
@@ -85,9 +87,10 @@ def ask_for_rows(table: Any, rows: Any, with_spans: bool, page: int) -> int:
         How often it asked.
     """
     shards, begins, ends = np.zeros((3, len(rows)), np.int64)
-    asked = 0
+    asked = shard = 0
     for i in range(len(rows)):
-        shards[i] = shard_of(table, rows[i], max(shards[i - 1], 0) if i > 0 else 0)
+        shards[i] = shard_of(table, rows[i], shard)
+        shard = max(shards[i], 0)
     for column in (OFFSETS, SPAN_OFFSETS):
         if column == OFFSETS or with_spans:
             for i in range(len(rows)):

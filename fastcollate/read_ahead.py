@@ -48,6 +48,6 @@ def _ask(ask: Callable[[Rows], int], rows: Rows) -> None:
     if len(rows) < FEW:
         return
     start = time.perf_counter()
-    asked = ask(np.sort(rows[:: max(len(rows) // SAMPLE, 1)]))
+    asked = ask(np.sort(rows[:: len(rows) // SAMPLE]))
     if time.perf_counter() - start > WARM_S * asked:
         ask(np.sort(rows))

@@ -38,6 +38,10 @@ TESTS = {
         "test_loader.py",
         "test_integrations_pytorch.py",
     ],
+    "page_kernels": ["test_read_ahead.py"],
+    "read_ahead": ["test_read_ahead.py"],
+    "prefetch": ["test_prefetch.py", "test_loader.py", "test_packed_loader.py"],
+    "transfer": ["test_transfer.py", "test_prefetch.py"],
     "store": ["test_store_damage.py", "test_store.py", "test_prepare.py"],
 }
 MAX_EXAMPLES = "100"  # what the test run has

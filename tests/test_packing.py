@@ -282,13 +282,16 @@ def test_packs_by_hand() -> None:
 
 
 def test_packs_that_cannot_be_are_named() -> None:
-    collator = Collator(make_shards([[1, 2, 3], [4, 5, 6, 7]]))
+    collator = Collator(make_shards([[1, 2, 3], [4, 5, 6, 7], []]))
     for rows, bounds, options, message in (
         ([0, 1], [0, 2], {"capacity": 6}, "pack 0 take 7 cells up to row 1, more than capacity=6"),
         ([1, 0, 1], [0, 1, 3], {"capacity": 6}, "pack 1 take 7 cells"),
-        ([0, 2], [0, 2], {"capacity": 6}, "row 2 of the store, which has 2 rows"),
+        ([0, 0, 1], [0, 3], {"capacity": 6}, "take 10 cells up to row 1"),  # the two before it fill the pack
+        ([0, 3], [0, 2], {"capacity": 6}, "row 3 of the store, which has 3 rows"),
         ([0], [0, 1], {"capacity": 2, "starts": [4]}, "cannot start at token 4"),
         ([0], [0, 1], {"capacity": 2, "starts": [-1]}, "cannot start at token -1"),
+        ([2], [0, 1], {"capacity": 2, "starts": [1]}, "row 2 has 0 tokens: a part of it cannot start at token 1"),
+        ([0, 1, 0], [0, 3], {"capacity": 3, "starts": [3, 0, 0]}, "take 6 cells up to row 0, more than capacity=3"),
         ([0], [0, 1], {"capacity": 2, "starts": [0, 1]}, "2 starts of 1 rows"),
         ([0, 1], [0, 1], {"capacity": 9}, "bounds"),
         ([0], [0], {"capacity": 9}, "bounds"),

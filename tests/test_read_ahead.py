@@ -42,7 +42,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         asks.append(list(range(address // PAGE, (address + size) // PAGE)))
 
     monkeypatch.setattr(page_kernels, "ask_for", record)
-    monkeypatch.setattr(page_kernels, "_ask_for_stretches", plain(page_kernels._ask_for_stretches))
+    for name in ("_ask_for_pages", "_ask_for_stretches"):
+        monkeypatch.setattr(page_kernels, name, plain(getattr(page_kernels, name)))
     return asks
 
 
@@ -128,8 +129,8 @@ def test_pages_come_into_memory_without_being_touched(tmp_path: Path, monkeypatc
     numbers = np.memmap(path, np.int64, mode="r")
     if resident(numbers).any():
         pytest.skip("this file system keeps its files in memory")
-    wanted = np.arange(5, 1000, 50)
-    monkeypatch.setattr(read_ahead, "FEW", 0)
+    wanted = np.arange(5, 1000, 25)
+    monkeypatch.setattr(read_ahead, "FEW", 40)
     read_ahead.ask_for_items(numbers, np.random.default_rng(0).permutation(wanted * items))
     end = time.monotonic() + 20
     while not resident(numbers)[wanted].all():
@@ -141,7 +142,7 @@ def test_pages_come_into_memory_without_being_touched(tmp_path: Path, monkeypatc
 def test_where_pages_are_in_memory_only_a_few_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(0).permutation(10_000)
     asks: list[Any] = []
-    clock = [0.0]
+    clock = [100.0]
     monkeypatch.setattr(read_ahead.time, "perf_counter", lambda: clock[0])
 
     def ask(some: Any, seconds: float) -> int:
@@ -158,6 +159,8 @@ def test_where_pages_are_in_memory_only_a_few_are_asked_for(monkeypatch: pytest.
     asks.clear()
     read_ahead._ask(lambda some: ask(some, 6e-6), rows[:4095])
     assert not asks
+    read_ahead._ask(lambda some: ask(some, 6e-6), rows[:4096])
+    assert [len(some) for some in asks] == [32, 4096]
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 4}, {"policy": "packed", "batch_size": 1, "capacity": 32}])
