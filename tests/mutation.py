@@ -19,7 +19,6 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,26 +136,54 @@ def _is_type(node: ast.AST) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Name) and node.id in ("str", "None"))
 
 
-def survives(mutant: Mutant) -> bool:
-    """Run the room's tests on a mutant; one that gets through meets them again with all of Hypothesis' examples."""
-    return passes(mutant, os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "")) and passes(mutant, MAX_EXAMPLES)
+class Trial:
+    """A mutant's tests in a forked process; a mutant that gets through meets them again with all examples.
+
+    Forked by the main thread: a fork of another one is no main thread to what a test forks in its turn, and fails it.
+    """
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.mutant = mutant
+        self.survives = False
+        self._begin(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", MAX_EXAMPLES))
+
+    def _begin(self, max_examples: str) -> None:
+        self._examples, self._deadline = max_examples, time.monotonic() + SECONDS
+        self._child = os.fork()
+        if self._child == 0:
+            os.environ["HYPOTHESIS_MAX_EXAMPLES"] = max_examples
+            os._exit(run_tests(self.mutant))
+
+    def is_over(self) -> bool:
+        """Whether the outcome is known."""
+        done, status = os.waitpid(self._child, os.WNOHANG)
+        if not done:
+            if time.monotonic() < self._deadline:
+                return False
+            os.kill(self._child, 9)
+            os.waitpid(self._child, 0)
+            return True
+        self.survives = os.waitstatus_to_exitcode(status) == 0
+        if self.survives and self._examples != MAX_EXAMPLES:
+            self._begin(MAX_EXAMPLES)
+            return False
+        return True
 
 
-def passes(mutant: Mutant, max_examples: str) -> bool:
-    """Run the room's tests on a mutant in a forked process."""
-    child = os.fork()
-    if child == 0:
-        os.environ["HYPOTHESIS_MAX_EXAMPLES"] = max_examples or MAX_EXAMPLES
-        os._exit(run_tests(mutant))
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status) == 0
+def try_all(mutants: list[Mutant], jobs: int) -> list[Trial]:
+    """Every mutant's outcome, said as soon as it is known: a run that is stopped has still shown what it found."""
+    waiting, running, over = list(reversed(mutants)), [], []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(Trial(waiting.pop()))
         time.sleep(0.02)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    return False
+        for trial in [trial for trial in running if trial.is_over()]:
+            running.remove(trial)
+            over.append(trial)
+            mutant = trial.mutant
+            outcome = "SURVIVES" if trial.survives else "caught"
+            print(f"{mutant.room}.py:{mutant.line}: {mutant.change}: {outcome}", flush=True)
+    return over
 
 
 def run_tests(mutant: Mutant | None, room: str = "") -> int:
@@ -221,12 +248,8 @@ def main() -> None:
         picked = mutants
         if options.sample is not None and options.sample < len(mutants):
             picked = sorted(random.Random(options.seed).sample(mutants, options.sample), key=lambda m: m.line)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            outcomes = []
-            for mutant, alive in zip(picked, pool.map(survives, picked), strict=True):
-                outcomes.append(alive)  # said at once: a run that is stopped has still shown what it found
-                print(f"{room}.py:{mutant.line}: {mutant.change}: {'SURVIVES' if alive else 'caught'}", flush=True)
-        survivors = [f"{m.room}.py:{m.line}: {m.change}" for m, alive in zip(picked, outcomes, strict=True) if alive]
+        trials = sorted(try_all(picked, options.jobs), key=lambda trial: trial.mutant.line)
+        survivors = [f"{t.mutant.room}.py:{t.mutant.line}: {t.mutant.change}" for t in trials if t.survives]
         caught = len(picked) - len(survivors)
         print(
             f"{room}: {caught} of {len(picked)} caught ({caught / len(picked):.1%}), {len(mutants)} exist", flush=True
