@@ -47,12 +47,15 @@ class HostPool:
 
     def take(self, num_cells: int = 0) -> Int64Array:
         """A buffer of at least `num_cells` cells that nobody else refers to; its contents are arbitrary."""
-        buffers, found = self._buffers, -1
+        buffers = self._buffers
         with self._lock:
-            for index in range(len(buffers) - 1, -1, -1):  # what was used last is still in the cache
+            if not num_cells and buffers and _references(buffers, -1) <= _IDLE:
+                return buffers[-1]  # what was used last is still in the cache
+            found = -1
+            for index in range(len(buffers) - 1, -1, -1):
                 size = len(buffers[index])
                 if size >= num_cells and _references(buffers, index) <= _IDLE:
-                    if size <= 2 * num_cells or not num_cells:
+                    if size <= 2 * num_cells:
                         found = index
                         break
                     if found < 0 or size < len(buffers[found]):  # a large one may be needed next
