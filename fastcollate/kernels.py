@@ -228,10 +228,8 @@ def _ignore_later_pads(tokens: Any, start: int, pad: int, ignore: int, targets: 
     ignored = 0
     for token in range(max(first, start) + 1, min(len(tokens), start + len(targets)) + 1):
         if token == len(tokens) or tokens[token] == pad:
-            column = token - 1 - start
-            if 0 <= column < len(targets):
-                targets[column] = ignore
-                ignored += 1
+            targets[token - 1 - start] = ignore
+            ignored += 1
     return ignored
 
 

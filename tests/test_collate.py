@@ -186,6 +186,22 @@ def test_every_response_of_a_chat_is_a_target_and_nothing_else(all_spans: list[l
             assert found == expected + [-100] * (width - len(expected))
 
 
+@given(st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=7), min_size=1, max_size=4), st.integers(1, 12))
+def test_a_chat_cut_on_the_left_trains_what_it_trained(all_spans: list[list[int]], limit: int) -> None:
+    rng = np.random.default_rng(0)
+    batch = [rng.integers(0, 50256, max(sum(counts) - len(counts) % 2, 0)).tolist() for counts in all_spans]
+    spans = [counts if sum(counts) <= len(row) + 1 else [] for row, counts in zip(batch, all_spans, strict=True)]
+    options: dict[str, Any] = {"max_length": limit, "truncation": "left", "mask_prompt": True, "mode": "positional"}
+    cut = Collator(make_shards(batch, spans), **options)(range(len(batch)))
+    for i, row in enumerate(batch):
+        if row:
+            whole = Collator(make_shards([row], [spans[i]]), mask_prompt=True, mode="positional")([0])
+            kept = min(len(row), limit)
+            assert cut.inputs[i, :kept].tolist() == row[-kept:]
+            assert cut.targets[i, :kept].tolist() == whole.targets[0, -kept:].tolist()
+            assert set(cut.targets[i, kept:].tolist()) <= {-100}
+
+
 @given(rows, st.integers(1, 8))
 def test_left_truncation_keeps_the_last_columns(batch: list[list[int]], limit: int) -> None:
     whole = [collate_fn([row], mode="positional") for row in batch]
@@ -207,6 +223,11 @@ def test_narrow_inputs(batch: list[list[int]], limit: int | None) -> None:
     assert inputs.dtype == torch.int32
     assert inputs.tolist() == wide.inputs.tolist()
     check([targets], [wide.targets])
+
+
+def test_narrow_inputs_take_half_the_room() -> None:
+    assert kernels.plain_cells_of(3, 11, narrow=0) == (40, 80)  # 33 cells each, on lines of eight
+    assert kernels.plain_cells_of(3, 11, narrow=1) == (24, 64)
 
 
 @given(rows, st.booleans(), st.data())
