@@ -18,24 +18,28 @@ import numpy as np
 from fastcollate.jit import kernel, prefetch, view
 
 # Columns of a table.
-FIRST_ROW, NUM_ROWS, TOKENS, NUM_TOKENS, TOKEN_SIZE, OFFSETS, SPANS, NUM_SPANS, SPAN_SIZE, SPAN_OFFSETS = range(10)
-TABLE_COLUMNS = 10
+_TABLE = range(10)
+FIRST_ROW, NUM_ROWS, TOKENS, NUM_TOKENS, TOKEN_SIZE, OFFSETS, SPANS, NUM_SPANS, SPAN_SIZE, SPAN_OFFSETS = _TABLE
+TABLE_COLUMNS = len(_TABLE)
 
 # Settings of a fill.
-PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, NARROW = range(7)
-NUM_SETTINGS = 7
+_SETTINGS = range(7)
+PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, NARROW = _SETTINGS
+NUM_SETTINGS = len(_SETTINGS)
 NO_LIMIT = 2**62
 
 # Columns of a group's report, a batch a line: what can be summed, then the batch's shape and its place in the buffer,
 # in int64 cells.
-CELLS, REAL, TRAINED, CORNERS, ROWS, WIDTH, START, TARGETS, END, SEGMENTS = range(10)
+_REPORT = range(10)
+CELLS, REAL, TRAINED, CORNERS, ROWS, WIDTH, START, TARGETS, END, SEGMENTS = _REPORT
 NUM_TOTALS = 5
-REPORT_COLUMNS = 10
+REPORT_COLUMNS = len(_REPORT)
 
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
 # Columns of the places of a batch's rows: address of the first token, length, tokens readable from there, shard.
-AT, LENGTH, READABLE, SHARD = range(4)
-PLACE_COLUMNS = 4
+_PLACE = range(4)
+AT, LENGTH, READABLE, SHARD = _PLACE
+PLACE_COLUMNS = len(_PLACE)
 
 STRIDE = 16  # cells that a vectorized loop handles a turn
 AHEAD = 8  # rows whose tokens are asked for at once, before the rows in front of them are filled

@@ -263,9 +263,10 @@ def test_damaged_offsets_are_named_and_never_followed() -> None:
         collator([0, 1])
         with pytest.raises(InputError, match=r"STORE, shard 1, row 0 \(row 2 of the store\) is damaged"):
             collator([0, 2])
-    shards = make_shards(batch, [[5, 5]] * 4)
-    with pytest.raises(InputError, match=r"shard 0, row 0 \(row 0 of the store\) is damaged"):
-        Collator(shards, mask_prompt=True)([0])
+    for spans in ([5, 5], [1, 3], [0, 1, 1, 2]):  # more than the row and its end-of-text
+        with pytest.raises(InputError, match=r"shard 0, row 0 \(row 0 of the store\) is damaged"):
+            Collator(make_shards(batch, [spans] * 4), mask_prompt=True)([0])
+    Collator(make_shards(batch, [[1, 2]] * 4), mask_prompt=True)([0])
 
 
 def test_damage_is_told_in_full() -> None:
