@@ -202,12 +202,11 @@ def test_a_chat_cut_on_the_left_trains_what_it_trained(all_spans: list[list[int]
             assert set(cut.targets[i, kept:].tolist()) <= {-100}
 
 
-@given(rows, st.integers(1, 8))
-def test_left_truncation_keeps_the_last_columns(batch: list[list[int]], limit: int) -> None:
-    whole = [collate_fn([row], mode="positional") for row in batch]
-    inputs, targets = Collator(make_shards(batch), max_length=limit, truncation="left", mode="positional")(
-        range(len(batch))
-    )
+@given(rows, st.integers(1, 8), st.sampled_from(["positional", "reference"]))
+def test_left_truncation_keeps_the_last_columns(batch: list[list[int]], limit: int, mode: str) -> None:
+    batch = batch if mode == "positional" else [row or [7] for row in batch]  # the reference trains an empty row
+    whole = [collate_fn([row], mode=mode) for row in batch]
+    inputs, targets = Collator(make_shards(batch), max_length=limit, truncation="left", mode=mode)(range(len(batch)))
     for i, (row_inputs, row_targets) in enumerate(whole):
         kept = min(len(batch[i]), limit)
         assert inputs[i, :kept].tolist() == row_inputs[0, len(batch[i]) - kept :].tolist()

@@ -207,3 +207,19 @@ def test_windows_that_begin_within_a_block(num_rows: int, window: int) -> None:
 def test_shares_that_ranks_cannot_divide(shares: int) -> None:
     with pytest.raises(InputError, match=f"shares={shares}: give a multiple of world_size=2"):
         plan_epoch([1, 2], max_tokens=8, world_size=2, shares=shares)
+
+
+@pytest.mark.parametrize("num_rows", [4096, 4096 - 3])
+def test_the_widest_batch_of_a_window_comes_anywhere_but_what_is_left_over_last(num_rows: int) -> None:
+    lengths = np.random.default_rng(0).permutation(num_rows) + 1
+    plan = plan_epoch(lengths, batch_size=8, window=64)
+    places = []
+    for index in range(plan.num_windows):
+        rows, bounds = plan.window(index)
+        if len(rows) % 8:
+            assert len(rows) - bounds[-2] == len(rows) % 8
+        else:
+            places.append(int(np.argmax(np.maximum.reduceat(lengths[rows], bounds[:-1]))))
+    counts = np.bincount(places, minlength=8)  # of 63 or 64 windows, eight in each place on average
+    assert counts.min() >= 1
+    assert counts.max() <= 22  # beyond five standard deviations
