@@ -224,6 +224,14 @@ def test_narrow_inputs(batch: list[list[int]], limit: int | None) -> None:
     check([targets], [wide.targets])
 
 
+def test_a_row_without_spans_has_no_prompt_and_no_corner() -> None:
+    for spans, width, trained, corners in (([], 3, 3, 0), ([0, 3], 3, 1, 1), ([0, 1], 1, 1, 0)):
+        collator = Collator(make_shards([[1, 2, 3][:width]], [spans]), mask_prompt=True)
+        out, report = np.empty(99, np.int64), np.empty((1, kernels.REPORT_COLUMNS), np.int64)
+        assert collator.fill_group(np.array([0]), np.array([0, 1]), out, report) == 1
+        assert (report[0, kernels.TRAINED], report[0, kernels.CORNERS]) == (trained, corners)
+
+
 def test_narrow_inputs_take_half_the_room() -> None:
     assert kernels.plain_cells_of(3, 11, narrow=0) == (40, 80)  # 33 cells each, on lines of eight
     assert kernels.plain_cells_of(3, 11, narrow=1) == (24, 64)
