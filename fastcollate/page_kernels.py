@@ -72,6 +72,36 @@ def ask_for_items(address: int, size: int, rows: Any, page: int) -> int:
 
 
 @kernel
+def _ask_for_lists(
+    table: Any, shards: Any, rows: Any, offsets: int, total: int, items: int, item_size: int, page: int
+) -> int:
+    """Ask for rows' offsets into a column, then, by these, for their items; how often it asked.
+
+    Args:
+        table: see `ask_for_rows`.
+        shards: each row's line of the table; -1 where the row does not exist.
+        rows: see `ask_for_rows`.
+        offsets: the table's column with the offsets' address; and so `total`, `items` and `item_size`.
+        page: bytes a page.
+    """
+    begins, ends = np.zeros((2, len(rows)), np.int64)
+    for i in range(len(rows)):
+        if shards[i] >= 0:
+            begins[i] = table[shards[i], offsets] + 8 * (rows[i] - table[shards[i], FIRST_ROW])
+            ends[i] = begins[i] + 16
+    asked = _ask_for_stretches(begins, ends, page)
+    ends[:] = 0
+    for i in range(len(rows)):
+        if shards[i] >= 0:
+            first, count = bounds_of(table, shards[i], rows[i], offsets, total)
+            size = table[shards[i], item_size]
+            begins[i] = table[shards[i], items] + size * first
+            if count > 0:  # a fill reads a little beyond a row
+                ends[i] = begins[i] + size * min(count + STRIDE, table[shards[i], total] - first)
+    return int(asked + _ask_for_stretches(begins, ends, page))
+
+
+@kernel
 def ask_for_rows(table: Any, rows: Any, with_spans: bool, page: int) -> int:
     """Ask for the pages of some rows' tokens, and of what tells where they are.
 
@@ -86,30 +116,12 @@ def ask_for_rows(table: Any, rows: Any, with_spans: bool, page: int) -> int:
     Returns:
         How often it asked.
     """
-    shards, begins, ends = np.zeros((3, len(rows)), np.int64)
-    asked = shard = 0
+    shards = np.empty(len(rows), np.int64)
+    shard = 0
     for i in range(len(rows)):
         shards[i] = shard_of(table, rows[i], shard)
         shard = max(shards[i], 0)
-    for column in (OFFSETS, SPAN_OFFSETS):
-        if column == OFFSETS or with_spans:
-            for i in range(len(rows)):
-                if shards[i] >= 0:
-                    begins[i] = table[shards[i], column] + 8 * (rows[i] - table[shards[i], FIRST_ROW])
-                    ends[i] = begins[i] + 16
-            asked += _ask_for_stretches(begins, ends, page)
-    for column, total, at, size_at in (
-        (OFFSETS, NUM_TOKENS, TOKENS, TOKEN_SIZE),
-        (SPAN_OFFSETS, NUM_SPANS, SPANS, SPAN_SIZE),
-    ):
-        if column == OFFSETS or with_spans:
-            for i in range(len(rows)):
-                ends[i] = 0
-                if shards[i] >= 0:
-                    first, count = bounds_of(table, shards[i], rows[i], column, total)
-                    size = table[shards[i], size_at]
-                    begins[i] = table[shards[i], at] + size * first
-                    if count > 0:  # a fill reads a little beyond a row
-                        ends[i] = begins[i] + size * min(count + STRIDE, table[shards[i], total] - first)
-            asked += _ask_for_stretches(begins, ends, page)
-    return asked
+    asked = _ask_for_lists(table, shards, rows, OFFSETS, NUM_TOKENS, TOKENS, TOKEN_SIZE, page)
+    if with_spans:
+        asked += _ask_for_lists(table, shards, rows, SPAN_OFFSETS, NUM_SPANS, SPANS, SPAN_SIZE, page)
+    return int(asked)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ import numpy.typing as npt
 from fastcollate import plan_kernels
 from fastcollate.errors import InputError
 from fastcollate.packing import LONG_ROWS, Packs, check_capacity, pack_rows
-from fastcollate.read_ahead import ask_for_items
+from fastcollate.read_ahead import ask_for_items, expect_single_pages
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -282,15 +281,6 @@ class EpochPlan:
         return Window(out[: out_bounds[-1]], out_bounds)
 
 
-def _read_here_and_there(lengths: npt.NDArray[Any]) -> None:
-    """Tell the system how a memory map is read: reading ahead would fetch most of a large file for one window."""
-    base: Any = lengths
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):
-        base.madvise(mmap.MADV_RANDOM)
-
-
 def plan_epoch(
     lengths: npt.ArrayLike,
     *,
@@ -360,7 +350,7 @@ def plan_epoch(
     if block is None:
         block = BLOCK if len(array) >= BLOCK_FROM else 1
     if block > 1:
-        _read_here_and_there(array)
+        expect_single_pages(array)
     return EpochPlan(
         lengths=array,
         batch_size=batch_size,

@@ -134,10 +134,11 @@ class Filler:
         lines = report[:count].tolist()
         totals = lines[0] if count == 1 else np.add.reduce(report[:count]).tolist()
         used = lines[-1][kernels.END]
+        arrival = self._transfer.send(out, used)
         # As many as fill a group by the mean of the last ones, since batches differ; twice as many at most.
         self._mean_cells += (used / count - self._mean_cells) / (8 if self._mean_cells else 1)
         self.num_batches = max(1, min(int(self._group_cells / max(self._mean_cells, 1)), 2 * count, MAX_GROUP))
-        return Group(window, first, job.batches(out, lines), lines, totals, self._transfer.send(out, used))
+        return Group(window, first, job.batches(out, lines), lines, totals, arrival)
 
 
 def _power_of_two(num_cells: float) -> int:
@@ -165,15 +166,12 @@ def fill_groups(
         num_threads: threads that fill; another one plans the next window.
     """
     if not prefetch:
-        first = position[1]
-        for window in range(position[0], num_windows):
-            job = window_job(window)
-            while first < job.num_batches:
-                group = filler.fill(job, window, first, min(first + filler.num_batches, job.num_batches))
+        for job, window, first, stop in _cut(map(window_job, range(position[0], num_windows)), position, filler):
+            while first < stop:
+                group = filler.fill(job, window, first, stop)
                 first += len(group.batches)
                 yield group
                 del group  # before the next is filled, so that its buffer is used again
-            first = 0
         return
     process = os.getpid()
     with _Threads(1, "plan") as planner, _Threads(num_threads, "fill") as fillers:

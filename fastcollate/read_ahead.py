@@ -22,6 +22,15 @@ SAMPLE = 32  # rows asked for first
 WARM_S = 3e-6  # an ask takes a third of this where the page is in memory, twice this where a disk has to be told
 
 
+def expect_single_pages(array: npt.NDArray[Any]) -> None:
+    """Tell the system how a memory map is read: reading ahead would fetch most of a large file for one window."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):
+        base.madvise(mmap.MADV_RANDOM)
+
+
 def ask_for_items(array: npt.NDArray[Any], rows: Rows) -> None:
     """Ask for some items of a one-dimensional array.
 

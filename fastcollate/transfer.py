@@ -179,7 +179,8 @@ class ToCuda:
     def take(self, num_cells: int) -> Int64Array:
         """A buffer whose last copy has ended; waits for the oldest where all copies are under way."""
         with self._lock:
-            slot = next((slot for slot in self._free if len(slot.cells) >= num_cells and _is_over(slot.copied)), None)
+            fit = (slot for slot in self._free if len(slot.cells) >= num_cells and _is_over(slot.copied))
+            slot = min(fit, key=lambda slot: len(slot.cells), default=None)  # a large one may be needed next
             if slot is not None:
                 self._free.remove(slot)
             elif len(self._free) >= self._num_buffers:
