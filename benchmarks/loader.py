@@ -48,6 +48,7 @@ from fastcollate.reference import custom_collate_fn
 BATCH_SIZES = (8, 64, 512)
 WORKERS = (0, 1, 2)
 REPEATS = 5
+PAUSE_S = 1  # before each run: worker processes of the one before it are still ending, and ours uses both cores
 SECONDS = 0.7  # that a peer's measured batches should take
 OTHERS = ("litdata", "streaming")
 Start = Callable[[int, int], Iterator[Any]]  # batch size, workers -> batches of shuffled rows
@@ -155,7 +156,7 @@ def timers(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size
     found: dict[str, Any] = {}
     for policy in ("shuffled", "bucketed"):
         loaders = {
-            n: BatchLoader(store, policy=policy, batch_size=batch_size, drop_last=True, prefetch=n) for n in (0, 2)
+            n: BatchLoader(store, policy=policy, batch_size=batch_size, drop_last=True, prefetch=n) for n in (0, 3)
         }
         found[f"fastcollate, {policy}"] = {
             prefetch: lambda _, ours=ours: epoch_seconds_per_batch(ours) for prefetch, ours in loaders.items()
@@ -192,6 +193,8 @@ def compare(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_siz
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(REPEATS):
         for name, (run, count) in runs.items():
+            time.sleep(PAUSE_S)
+            run(count)
             times[name].append(run(count))
     ours = statistics.median(times["fastcollate, shuffled"])
     for name, line in table.items():

@@ -153,8 +153,13 @@ class Collator:
 
     def batches(self, out: Int64Array, lines: Iterable[Sequence[int]]) -> list[Batch]:
         """The tensors of the batches that a kernel has filled, a line of its report each; views, nothing is copied."""
-        dtype = self._inputs_dtype
-        return [_batch(out, dtype, *line[kernels.ROWS : kernels.END]) for line in lines]
+        dtype, array, tensor, new = self._inputs_dtype, np.ndarray, torch.from_numpy, tuple.__new__
+        found: list[Batch] = []
+        for _, _, _, _, num_rows, width, start, middle, _, _ in lines:  # `_batch`, without a call for each
+            shape = (num_rows, width)
+            pair = (tensor(array(shape, dtype, out, 8 * start)), tensor(array(shape, _INT64, out, 8 * middle)))
+            found.append(new(Batch, pair))
+        return found
 
     def pack(
         self,
@@ -221,7 +226,7 @@ class Collator:
             self.table.array, self.settings, rows, starts, packs, batches, capacity, out, report
         )
         if filled < 0:
-            raise self._explain_pack(rows, starts, packs, capacity, -1 - int(filled))
+            raise self.explain_pack(rows, starts, packs, capacity, -1 - int(filled))
         return int(filled)
 
     def packed_cells(self, num_packs: int, capacity: int, num_rows: int) -> int:
@@ -248,10 +253,10 @@ class Collator:
             torch.from_numpy(np.ndarray((num_segments + 1,), _INT32, out, 8 * (positions + size))),
         )
 
-    def _explain_pack(
+    def explain_pack(
         self, rows: Int64Array, starts: Int64Array, packs: Int64Array, capacity: int, place: int
     ) -> InputError:
-        """Why `fill_packed_group` refused `rows[place]`."""
+        """Why `fill_packed_group`, whose arguments these are, refused `rows[place]`."""
         pack = int(np.searchsorted(packs, place, side="right")) - 1
         limit = min(int(self.settings[kernels.LIMIT]), capacity)
         cells = 0

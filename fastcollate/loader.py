@@ -18,9 +18,9 @@ import torch
 from fastcollate import kernels
 from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
-from fastcollate.packed import PackedJob
+from fastcollate.jobs import Job, PackedJob, PaddedJob
 from fastcollate.plan import EpochPlan, plan_epoch
-from fastcollate.prefetch import Filler, Group, Job, PaddedJob, fill_groups
+from fastcollate.prefetch import Filler, Group, fill_groups
 from fastcollate.read_ahead import ask_for_rows
 from fastcollate.table import Columns
 from fastcollate.transfer import Transfer, make_transfer
@@ -78,7 +78,7 @@ class Stats:
 class BatchLoader:
     """Batches of a store, epoch after epoch.
 
-    Threads fill groups of batches ahead, about a megabyte each. They end with the iteration, also when it is left
+    Threads fill groups of batches ahead, about two megabytes each. They end with the iteration, also when it is left
     early. A batch that is kept is never overwritten, but keeps its group's memory. On a CUDA device the copies run on a
     stream of their own, and a batch is ready for work on the stream that is current when it is handed over.
 
@@ -140,7 +140,7 @@ class BatchLoader:
         capacity: int | None = None,
         long_rows: str = "truncate",
         shares: int | None = None,
-        prefetch: int = 2,
+        prefetch: int = 3,
         num_threads: int = 1,
     ) -> None:
         self._options = {name: value for name, value in locals().items() if name not in ("self", "store")}
@@ -224,6 +224,7 @@ class BatchLoader:
             plan.num_windows,
             self._position,
             Filler(self._own_transfer(), ahead=self._prefetch > 0),
+            self._collator,
             prefetch=self._prefetch,
             num_threads=self._num_threads,
         )
@@ -289,8 +290,8 @@ class BatchLoader:
     def _own_transfer(self) -> Transfer:
         """This process's buffers: a fork's copies of them may be in the midst of a change."""
         if self._transfer is None or self._transfer[0] != os.getpid():
-            # Those filled ahead, each perhaps in two parts, those being filled, and what the consumer holds.
-            num_buffers = 2 * (self._prefetch + self._num_threads + 1)
+            # Those filled ahead, what the consumer holds, and some for batches that one of them does not hold.
+            num_buffers = self._prefetch + 3
             self._transfer = os.getpid(), make_transfer(self.device, num_buffers)
         return self._transfer[1]
 

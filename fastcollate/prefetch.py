@@ -1,7 +1,7 @@
 """Batches filled ahead of the consumer by threads, and handed over in groups, in order.
 
-A hand-over between threads costs as much as filling several small batches, so a group is about a megabyte. The
-kernels run without the GIL; what is left of a thread's work in Python is a few calls a group.
+A hand-over costs as much as filling several small batches, so a group is about two megabytes. The threads need no
+interpreter; what is left in Python, a few calls a group, the consumer's thread does.
 """
 
 from __future__ import annotations
@@ -13,65 +13,34 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate import kernels
+from fastcollate import kernels, queue_kernels
 from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
+from fastcollate.fill_threads import FillThreads
+from fastcollate.jobs import Job, Lines
 from fastcollate.transfer import Arrival, Transfer
 
 Int64Array = npt.NDArray[np.int64]
-Lines = Sequence[Sequence[int]]
 
-GROUP_CELLS = 5 << 15  # 1.25 MiB of int64, where threads hand over
+GROUP_CELLS = 1 << 18  # 2 MiB of int64, where threads hand over
 ALONE_CELLS = 1 << 16  # where none does: what is filled and used at once should stay in a core's own cache
 MAX_GROUP = 256  # batches
 THREAD_NAME = "fastcollate-"
 
 
-class Job(Protocol):
-    """One window's batches, to be filled."""
+class Task(NamedTuple):
+    """A group that is to be filled: batches `first` to `stop` of window number `window`, and the buffer they go to."""
 
-    @property
-    def num_batches(self) -> int:
-        """Batches in the window."""
-
-    def fill(self, first: int, stop: int, out: Int64Array, report: Int64Array) -> int:
-        """Fill batches from `first` on, as many as `out` holds, and write a line of `report` each; their number."""
-
-    def batches(self, out: Int64Array, lines: Lines) -> Sequence[Batch | PackedBatch]:
-        """The filled batches that some lines of the report tell of, as views of `out`."""
-
-
-class PaddedJob:
-    """Padded batches.
-
-    Args:
-        collator: how.
-        rows: int64, row numbers of the store, batch after batch.
-        bounds: int64 `(num_batches + 1,)`: batch `b` is `rows[bounds[b]:bounds[b + 1]]`.
-    """
-
-    def __init__(self, collator: Collator, rows: Int64Array, bounds: Int64Array) -> None:
-        self._collator = collator
-        self._rows = rows
-        self._bounds = bounds
-
-    @property
-    def num_batches(self) -> int:
-        """Batches in the window."""
-        return len(self._bounds) - 1
-
-    def fill(self, first: int, stop: int, out: Int64Array, report: Int64Array) -> int:
-        """See `Job`."""
-        return self._collator.fill_group(self._rows, self._bounds[first : stop + 1], out, report)
-
-    def batches(self, out: Int64Array, lines: Lines) -> list[Batch]:
-        """See `Job`."""
-        return self._collator.batches(out, lines)
+    job: Job
+    window: int
+    first: int
+    stop: int
+    out: Int64Array
 
 
 class Group(NamedTuple):
@@ -103,42 +72,54 @@ class Filler:
     """
 
     def __init__(self, transfer: Transfer, *, ahead: bool = True) -> None:
-        self._transfer = transfer
+        self.transfer = transfer
         self._group_cells = GROUP_CELLS if ahead else ALONE_CELLS
         self.num_batches = 1
         """Batches that make a group; starts at one, so that the first batch comes at once."""
         self._mean_cells = 0.0  # of a batch
         self._usual_cells = 3 * self._group_cells // 2  # of a buffer: groups differ in size, and should fit one
 
-    def __call__(self, job: Job, window: int, first: int, stop: int) -> list[Group]:
-        """Fill some batches of a window; several groups where one buffer does not hold them."""
-        groups = []
-        while first < stop:
-            groups.append(self.fill(job, window, first, stop))
-            first += len(groups[-1].batches)
-        return groups
+    def task(self, job: Job, window: int, first: int, stop: int) -> Task:
+        """Some batches, and a buffer that probably holds them."""
+        usual, mean = self._usual_cells, self._mean_cells
+        return Task(job, window, first, stop, self.transfer.take(usual if mean <= usual else _power_of_two(mean)))
 
-    def fill(self, job: Job, window: int, first: int, stop: int) -> Group:
-        """Fill as many of some batches as one buffer holds, and choose how many the next group should have.
-
-        What was just filled has driven Python's own code and data out of the cache, so each step here is dear.
-        """
-        report = np.empty((stop - first, kernels.REPORT_COLUMNS), np.int64)
-        usual = self._usual_cells
-        out = self._transfer.take(usual if self._mean_cells <= usual else _power_of_two(self._mean_cells))
-        count = job.fill(first, stop, out, report)
+    def fill(self, task: Task) -> Group:
+        """Fill as many of a task's batches as one buffer holds, here and now."""
+        job, _, first, stop, out = task
+        collator, report = job.collator, np.empty((stop - first + 1, kernels.REPORT_COLUMNS), np.int64)
+        count = queue_kernels.fill(collator.table.array, collator.settings, job.line, first, stop, out, report)
         if not count:
-            self._transfer.send(out, 0)
-            out = self._transfer.take(_power_of_two(report[0, kernels.END]))
-            count = job.fill(first, stop, out, report)
-        lines = report[:count].tolist()
-        totals = lines[0] if count == 1 else np.add.reduce(report[:count]).tolist()
+            self.transfer.send(out, 0)
+            task = task._replace(out=self.transfer.take(_power_of_two(report[0, kernels.END])))
+            count = queue_kernels.fill(collator.table.array, collator.settings, job.line, first, stop, task.out, report)
+        return self.finish(task, count, report)
+
+    def finish(self, task: Task, count: int, report: Int64Array) -> Group:
+        """The group of a task of which `count` batches were filled; chooses how many the next one should have."""
+        if count < 0:
+            raise task.job.explain(-1 - count)
+        lines = report[: count + 1].tolist()
+        totals = lines.pop()
         used = lines[-1][kernels.END]
-        arrival = self._transfer.send(out, used)
+        arrival = self.transfer.send(task.out, used)
         # As many as fill a group by the mean of the last ones, since batches differ; twice as many at most.
         self._mean_cells += (used / count - self._mean_cells) / (8 if self._mean_cells else 1)
         self.num_batches = max(1, min(int(self._group_cells / max(self._mean_cells, 1)), 2 * count, MAX_GROUP))
-        return Group(window, first, job.batches(out, lines), lines, totals, arrival)
+        return Group(task.window, task.first, task.job.batches(task.out, lines), lines, totals, arrival)
+
+    def finish_all(self, task: Task, count: int, report: Int64Array) -> list[Group]:
+        """See `finish`; with further groups of those batches that the task's buffer did not hold, filled here."""
+        groups = []
+        if count:
+            groups.append(self.finish(task, count, report))
+        else:
+            self.transfer.send(task.out, 0)
+        first = task.first + count
+        while first < task.stop:
+            groups.append(self.fill(self.task(task.job, task.window, first, task.stop)))
+            first += len(groups[-1].batches)
+        return groups
 
 
 def _power_of_two(num_cells: float) -> int:
@@ -151,6 +132,7 @@ def fill_groups(
     num_windows: int,
     position: tuple[int, int],
     filler: Filler,
+    collator: Collator,
     *,
     prefetch: int,
     num_threads: int,
@@ -162,58 +144,87 @@ def fill_groups(
         num_windows: windows in the epoch.
         position: window, and batch within it, to start with.
         filler: fills.
+        collator: the jobs'.
         prefetch: groups filled ahead; 0 fills each when it is asked for, without threads.
         num_threads: threads that fill; another one plans the next window.
     """
+    windows = range(position[0], num_windows)
     if not prefetch:
-        for job, window, first, stop in _cut(map(window_job, range(position[0], num_windows)), position, filler):
+        for job, window, first, stop in _cut(map(window_job, windows), position, filler):
             while first < stop:
-                group = filler.fill(job, window, first, stop)
+                group = filler.fill(filler.task(job, window, first, stop))
                 first += len(group.batches)
                 yield group
                 del group  # before the next is filled, so that its buffer is used again
         return
-    process = os.getpid()
-    with _Threads(1, "plan") as planner, _Threads(num_threads, "fill") as fillers:
-        windows = _planned_ahead(window_job, range(position[0], num_windows), planner)
-        ahead: deque[Future[list[Group]]] = deque()
-        for work in _cut(windows, position, filler):
-            ahead.append(fillers.submit(filler, *work))
-            if len(ahead) > prefetch:
-                if not ahead[0].done():
-                    _help(ahead, work, filler)
-                yield from _take(ahead, process)
-        while ahead:
-            yield from _take(ahead, process)
+    with (
+        _Planner() as planner,
+        FillThreads(collator, num_threads, prefetch + 1, MAX_GROUP, THREAD_NAME + "fill") as threads,
+    ):
+        ahead = _Ahead(filler, threads)
+        failures: list[Exception] = []
+        for work in _cut(_planned_ahead(window_job, windows, planner, failures), position, filler):
+            ahead.post(filler.task(*work))
+            while len(ahead) > prefetch:
+                yield from ahead.hand_over()
+        while len(ahead):
+            yield from ahead.hand_over()
+        for error in failures:
+            raise error
 
 
-def _help(ahead: deque[Future[list[Group]]], work: tuple[Job, int, int, int], filler: Filler) -> None:
-    """Fill the newest groups in this thread, which has to wait anyway, where no other has begun with them."""
-    if ahead[-1].cancel():
-        ahead[-1] = Future()
-        try:
-            ahead[-1].set_result(filler(*work))
-        except Exception as error:  # told when its turn comes: the groups before it are good
-            ahead[-1].set_exception(error)
+class _Ahead:
+    """The groups that were asked for, and not yet handed over."""
 
+    def __init__(self, filler: Filler, threads: FillThreads) -> None:
+        self._filler = filler
+        self._threads = threads
+        self._copies = filler.transfer.copies
+        self._tasks: deque[Task] = deque()
+        self._groups: deque[Group] = deque()  # of the tasks before those
+        self._process = os.getpid()
 
-def _take(ahead: deque[Future[list[Group]]], process: int) -> Iterator[Group]:
-    """The oldest groups; each is let go of before the next is waited for, so that its buffer is used again."""
-    groups = deque(ahead.popleft().result())
-    while groups:
-        yield groups.popleft()
-        if os.getpid() != process:
+    def __len__(self) -> int:
+        return len(self._tasks) + len(self._groups)
+
+    def post(self, task: Task) -> None:
+        """Ask for a group."""
+        self._threads.post(task.job, task.first, task.stop, task.out)
+        self._tasks.append(task)
+
+    def hand_over(self) -> Iterator[Group]:
+        """The oldest group."""
+        if not self._groups:
+            self._finish_oldest()
+        while self._copies and self._threads.is_next_filled():
+            self._finish_oldest()  # its copy to the device goes on beside the work on this group
+        yield self._groups.popleft()
+        if os.getpid() != self._process:
             raise InputError(
-                f"this iterator belongs to process {process}, whose threads a fork does not copy; make one in this "
-                "process with iter(loader), or give the loader prefetch=0"
+                f"this iterator belongs to process {self._process}, whose threads a fork does not copy; make one in "
+                "this process with iter(loader), or give the loader prefetch=0"
             )
 
+    def _finish_oldest(self) -> None:
+        task = self._tasks.popleft()
+        self._groups.extend(self._filler.finish_all(task, *self._threads.wait()))
 
-def _planned_ahead(window_job: Callable[[int], Job], windows: range, planner: ThreadPoolExecutor) -> Iterator[Job]:
-    """Each window's job; a window is planned while the one before it is filled."""
+
+def _planned_ahead(
+    window_job: Callable[[int], Job], windows: range, planner: ThreadPoolExecutor, failures: list[Exception]
+) -> Iterator[Job]:
+    """Each window's job; a window is planned while the one before it is filled.
+
+    What goes wrong ends the windows and is kept in `failures`: it is told when its turn comes, since the batches before
+    it are good.
+    """
     following: Future[Job] | None = None
     for window in windows:
-        job = window_job(window) if following is None else following.result()
+        try:
+            job = window_job(window) if following is None else following.result()
+        except Exception as error:
+            failures.append(error)
+            return
         following = planner.submit(window_job, window + 1) if window + 1 < windows.stop else None
         yield job
 
@@ -229,11 +240,11 @@ def _cut(jobs: Iterator[Job], position: tuple[int, int], filler: Filler) -> Iter
         window, first = window + 1, 0
 
 
-class _Threads(ThreadPoolExecutor):
-    """Threads that end with the block, also when it is left early; what has not begun by then is dropped."""
+class _Planner(ThreadPoolExecutor):
+    """A thread that ends with the block, also when it is left early; what has not begun by then is dropped."""
 
-    def __init__(self, num_threads: int, name: str) -> None:
-        super().__init__(num_threads, thread_name_prefix=THREAD_NAME + name)
+    def __init__(self) -> None:
+        super().__init__(1, thread_name_prefix=THREAD_NAME + "plan")
         self._process = os.getpid()
         self._thread = threading.get_ident()
 
@@ -241,6 +252,6 @@ class _Threads(ThreadPoolExecutor):
         # Defaults, since an interpreter that ends has taken the modules away.
         if is_finalizing() or getpid() != self._process:
             return  # a fork has no threads to end, and an interpreter that ends has ended them
-        # The garbage collector may close an iterator on any thread: one of these, which cannot wait for itself, or one
-        # that is just starting, which holds a lock of `threading` that waiting needs.
+        # The garbage collector may close an iterator on any thread: this one, which cannot wait for itself, or one that
+        # is just starting, which holds a lock of `threading` that waiting needs.
         self.shutdown(wait=threading.get_ident() == self._thread, cancel_futures=True)

@@ -86,7 +86,13 @@ class Arrival(Protocol):
 
 
 class Transfer(Protocol):
-    """Where buffers to fill come from, and how what is in them gets to the device; used by one process."""
+    """Where buffers to fill come from, and how what is in them gets to the device; used by one process.
+
+    Attributes:
+        copies: whether `send` starts a copy, which goes on beside other work: the sooner it is called the better.
+    """
+
+    copies: bool
 
     def take(self, num_cells: int) -> Int64Array:
         """A buffer of at least `num_cells` cells to fill; nobody else refills it until it is sent."""
@@ -112,6 +118,8 @@ def make_transfer(device: torch.device, num_buffers: int) -> Transfer:
 class _ToCpu:
     """Tensors over recycled buffers; nothing is copied."""
 
+    copies = False
+
     def __init__(self, num_buffers: int) -> None:
         self._pool = HostPool(num_buffers)
         self.take = self._pool.take
@@ -122,6 +130,8 @@ class _ToCpu:
 
 class _ToOther:
     """A plain copy, made when a batch is handed over, for devices without pinned memory of their own."""
+
+    copies = False
 
     def __init__(self, device: torch.device, num_buffers: int) -> None:
         self._device = device
@@ -165,6 +175,8 @@ class ToCuda:
         device: a CUDA device.
         num_buffers: pinned buffers kept.
     """
+
+    copies = True
 
     def __init__(self, device: torch.device, num_buffers: int) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index

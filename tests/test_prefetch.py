@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -24,7 +23,6 @@ import torch
 from stores import make_store, write_store
 
 from fastcollate import prefetch
-from fastcollate.collate import Collator
 from fastcollate.errors import InputError
 from fastcollate.loader import BatchLoader
 from fastcollate.reference import custom_collate_fn
@@ -124,43 +122,40 @@ def test_a_position_is_exact_while_batches_are_ahead(policy: str) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
-def test_an_error_of_a_thread_reaches_the_consumer_with_its_traceback(ahead: int) -> None:
+@pytest.mark.parametrize("group_cells", [1, 1 << 18])
+def test_a_damaged_row_is_met_in_its_turn(ahead: int, group_cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "GROUP_CELLS", group_cells)
+    monkeypatch.setattr(prefetch, "ALONE_CELLS", group_cells)
     store = make_store(ROWS)
-    store.shards[0].offsets[300] = -1  # damage
+    store.shards[0].offsets[300] = -1
     loader = BatchLoader(store, policy="sequential", batch_size=8, prefetch=ahead)
-    with pytest.raises(InputError, match=r"row 299 .* is damaged") as caught:
-        list(loader)
-    assert "fill_group" in "".join(traceback.format_exception(caught.value))
-    assert not threads()
-    assert loader.stats.batches < 38
-    assert loader.state_dict()["next_batch"] == loader.stats.batches
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_consumer_that_waits_fills_too_and_meets_an_error_in_its_turn(
-    damaged: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prefetch, "GROUP_CELLS", 1)  # a group a batch
-    fill_group, fillers = Collator.fill_group, []
-
-    def slow_in_threads(self: Collator, *args: Any) -> int:
-        fillers.append(threading.current_thread())
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.002)
-        return fill_group(self, *args)
-
-    monkeypatch.setattr(Collator, "fill_group", slow_in_threads)
-    store = make_store(ROWS)
-    if damaged:
-        store.shards[0].offsets[300] = -1
-    loader = BatchLoader(store, policy="sequential", batch_size=8, prefetch=3)
     found: list[Any] = []
-    with pytest.raises(InputError, match="row 299") if damaged else contextlib.nullcontext():
+    with pytest.raises(InputError, match=r"row 299 .* is damaged"):
         found.extend(tuple(tensor.clone() for tensor in batch) for batch in loader)
-    expected = [custom_collate_fn(ROWS[i : i + 8]) for i in range(0, 296 if damaged else 403, 8)]
-    assert equal(found, expected)
-    assert threading.main_thread() in fillers
-    assert len(set(fillers)) == 2
+    assert equal(found, [custom_collate_fn(ROWS[i : i + 8]) for i in range(0, 8 * len(found), 8)])
+    assert len(found) == 37 if group_cells == 1 else len(found) < 38
+    assert not threads()
+    assert loader.stats.batches == len(found)
+    assert loader.state_dict()["next_batch"] == len(found)
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_an_error_of_the_planning_thread_reaches_the_consumer_with_its_traceback(
+    ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = BatchLoader._ready
+
+    def fails_later(self: BatchLoader, plan: Any, rows: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread() or not ahead:
+            raise OSError("the disk is gone")
+        return ready(self, plan, rows)
+
+    monkeypatch.setattr(BatchLoader, "_ready", fails_later)
+    loader = BatchLoader(make_store(ROWS), prefetch=ahead, **OPTIONS)
+    with pytest.raises(OSError, match="disk is gone") as caught:
+        list(loader)
+    assert "fails_later" in "".join(traceback.format_exception(caught.value))
+    assert loader.stats.batches == (8 if ahead else 0)  # the first window's
     assert not threads()
 
 
