@@ -7,9 +7,10 @@
 - litdata and MosaicML Streaming, in an environment of their own: see `benchmarks/peer_loaders.py`. Its Python is
   `.peers-venv/bin/python`, or what FASTCOLLATE_PEERS names; without one they are left out, and the result says so.
 
-A peer's best number of workers is found in a short trial (of ours the best `prefetch`: the consumer does nothing, so
-that there is nothing to fill ahead of); then all take turns. It is timed from its first batch on, over as many batches
-as take it about a second; ours over a whole epoch, thread start and planning included.
+A peer's best number of workers is found in a short trial; ours is taken as it is. Then all take turns, and each runs
+twice in its turn, of which the second counts: what the one before it left in the caches, and its worker processes that
+are still ending, would be paid for by the next. A peer is timed from its first batch on, over as many batches as take
+it about a second; ours over a whole epoch, thread start and planning included. The consumer does nothing.
 
     python -m benchmarks.loader
 """
@@ -48,7 +49,7 @@ from fastcollate.reference import custom_collate_fn
 BATCH_SIZES = (8, 64, 512)
 WORKERS = (0, 1, 2)
 REPEATS = 5
-PAUSE_S = 1  # before each run: worker processes of the one before it are still ending, and ours uses both cores
+PAUSE_S = 1  # before a contender's turn, in which worker processes of the one before it end
 SECONDS = 0.7  # that a peer's measured batches should take
 OTHERS = ("litdata", "streaming")
 Start = Callable[[int, int], Iterator[Any]]  # batch size, workers -> batches of shuffled rows
@@ -155,12 +156,8 @@ def timers(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size
     """By contender and workers: a function of a number of batches that gives seconds a batch."""
     found: dict[str, Any] = {}
     for policy in ("shuffled", "bucketed"):
-        loaders = {
-            n: BatchLoader(store, policy=policy, batch_size=batch_size, drop_last=True, prefetch=n) for n in (0, 3)
-        }
-        found[f"fastcollate, {policy}"] = {
-            prefetch: lambda _, ours=ours: epoch_seconds_per_batch(ours) for prefetch, ours in loaders.items()
-        }
+        ours = BatchLoader(store, policy=policy, batch_size=batch_size, drop_last=True)
+        found[f"fastcollate, {policy}"] = {0: lambda _, ours=ours: epoch_seconds_per_batch(ours)}
     for name, start in starts.items():
         found[name] = {
             workers: lambda count, start=start, workers=workers: seconds_per_batch(start(batch_size, workers), count)

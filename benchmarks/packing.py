@@ -129,7 +129,7 @@ def main() -> None:
         store = make_store(Path(folder) / "store", options.rows)
         num_trl = min(options.trl_rows, options.rows)
         dataset = as_dataset(store, num_trl)
-        ours = {"one thread": loader(store, 0), "threads ahead": loader(store, 2)}
+        ours = {"one thread": loader(store, 0), "threads ahead": loader(store, 3)}
         theirs = {f"TRL, map batches of {size:,}": trl_packer(dataset, size) for size in (1000, num_trl)}
         rows = Counter(store[i].input_ids.tobytes() for i in range(options.rows))
         used = {}
