@@ -1,8 +1,8 @@
 """What threads share while they run compiled code: numbers in memory, read and changed in one step, and locks.
 
-Every step is seen by all threads in one order (sequentially consistent). The locks are those that Python's own are
-made of, which need no interpreter: a thread in a `nogil` kernel can sleep on one, and wake another. Under
-`NUMBA_DISABLE_JIT=1` the same in plain Python.
+Every step is seen by all threads in one order (sequentially consistent). The locks are those that the interpreter
+offers to C code (`PyThread_*`), which need no interpreter: a thread in a `nogil` kernel can sleep on one, and wake
+another. Under `NUMBA_DISABLE_JIT=1` the same in plain Python.
 """
 
 from __future__ import annotations

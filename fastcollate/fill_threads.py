@@ -17,6 +17,8 @@ from fastcollate.jobs import Job
 
 Int64Array = npt.NDArray[np.int64]
 
+PATIENCE_S = 10  # far longer than the filling of a group takes
+
 
 class FillThreads:
     """Threads that fill what is posted, in order; used by the thread that made it, as a context manager.
@@ -89,7 +91,7 @@ class FillThreads:
 
 def _load_kernels(queue: Int64Array, table: Int64Array, settings: Int64Array) -> None:
     """Compile what the threads run here: a process that is forked while a thread compiles could never compile again."""
-    queue[queue_kernels.ENDED // 8] = 1
+    queue_kernels.end(queue)
     queue_kernels.serve(queue, queue_kernels.NO_TASK, table, settings)
     queue[queue_kernels.ENDED // 8] = 0
 
@@ -106,9 +108,8 @@ def _end(queue: Int64Array, threads: list[threading.Thread], process: int, owner
         return  # a fork has none of them
     queue_kernels.end(queue)
     # The garbage collector may get here on any thread: also on one that is just starting, which holds a lock of
-    # `threading` that waiting needs.
+    # `threading` that waiting needs. And on this one it may come from where that lock is held: hence not for ever.
     if threading.get_ident() == owner:
         for thread in threads:
             if thread.ident is not None:  # it was started
-                thread.join()
-        queue_kernels.free_queue(queue)  # elsewhere its locks, a hundred bytes, stay for threads that still end
+                thread.join(PATIENCE_S)

@@ -1,8 +1,9 @@
 """How kernels are compiled, and what Numba lacks: memory at an address, asking for it ahead, eight bytes at once.
 
 Every kernel is `nogil`, cached on disk, free of `fastmath`, and runs as plain Python too under `NUMBA_DISABLE_JIT=1`.
-A kernel's cached machine code is renewed when its own file changes, not when one that it uses does (this one, or
-`kernels.py` for `pack_kernels.py`, `page_kernels.py` and `queue_kernels.py`): touch it, or delete `__pycache__`.
+A kernel's cached machine code is renewed when its own file changes, not when one that it uses does: touch it, or delete
+`__pycache__`. All use this file; `pack_kernels.py` and `page_kernels.py` use `kernels.py`; `queue_kernels.py` uses
+both `kernels.py` and `pack_kernels.py`, and `atomics.py`.
 """
 
 from __future__ import annotations

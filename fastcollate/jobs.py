@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,6 @@ Lines = Sequence[Sequence[int]]
 
 class Job(Protocol):
     """One window's batches."""
-
-    @property
-    def collator(self) -> Collator:
-        """How they are filled."""
 
     @property
     def line(self) -> Int64Array:
@@ -49,19 +45,19 @@ class PaddedJob:
     """
 
     def __init__(self, collator: Collator, rows: Int64Array, bounds: Int64Array) -> None:
-        self.collator = collator
+        self._collator = collator
         self.num_batches = len(bounds) - 1
-        self._rows, self._bounds = np.ascontiguousarray(rows), np.ascontiguousarray(bounds)
+        self._rows, self._bounds = _int64(rows), _int64(bounds)
         self.line = np.zeros(queue_kernels.JOB_COLUMNS, np.int64)
         _write_rows(self.line, self._rows, self._bounds)
 
     def batches(self, out: Int64Array, lines: Lines) -> list[Batch]:
         """See `Job`."""
-        return self.collator.batches(out, lines)
+        return self._collator.batches(out, lines)
 
     def explain(self, place: int) -> InputError:
         """See `Job`."""
-        return self.collator.table.explain(int(self._rows[place]))
+        return self._collator.table.explain(int(self._rows[place]))
 
 
 class PackedJob:
@@ -75,9 +71,9 @@ class PackedJob:
     """
 
     def __init__(self, collator: Collator, packs: Packs, bounds: Int64Array, capacity: int) -> None:
-        self.collator = collator
+        self._collator = collator
         self.num_batches = len(bounds) - 1
-        self._packs, self._bounds, self._capacity = Packs(*map(np.ascontiguousarray, packs)), bounds, capacity
+        self._packs, self._bounds, self._capacity = Packs(*map(_int64, packs)), _int64(bounds), capacity
         self.line = np.zeros(queue_kernels.JOB_COLUMNS, np.int64)
         _write_rows(self.line, self._packs.rows, self._bounds)
         self.line[queue_kernels.CAPACITY] = capacity
@@ -86,17 +82,22 @@ class PackedJob:
 
     def batches(self, out: Int64Array, lines: Lines) -> list[PackedBatch]:
         """See `Job`."""
-        return self.collator.packed_batches(out, lines)
+        return self._collator.packed_batches(out, lines)
 
     def explain(self, place: int) -> InputError:
         """See `Job`."""
         packs = self._packs
-        return self.collator.explain_pack(packs.rows, packs.starts, packs.bounds, self._capacity, place)
+        return self._collator.explain_pack(packs.rows, packs.starts, packs.bounds, self._capacity, place)
 
 
 def _write_rows(line: Int64Array, rows: Int64Array, bounds: Int64Array) -> None:
     line[queue_kernels.ROWS], line[queue_kernels.NUM_ROWS] = _place(rows)
     line[queue_kernels.BOUNDS], line[queue_kernels.NUM_BOUNDS] = _place(bounds)
+
+
+def _int64(array: npt.NDArray[Any]) -> Int64Array:
+    """As the kernels read it, who see an address only."""
+    return np.ascontiguousarray(array, np.int64)
 
 
 def _place(array: Int64Array) -> tuple[int, int]:

@@ -223,8 +223,7 @@ class BatchLoader:
             lambda window: self._job(plan, window),
             plan.num_windows,
             self._position,
-            Filler(self._own_transfer(), ahead=self._prefetch > 0),
-            self._collator,
+            Filler(self._collator, self._own_transfer(), ahead=self._prefetch > 0),
             prefetch=self._prefetch,
             num_threads=self._num_threads,
         )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fastcollate import kernels, queue_kernels
 from fastcollate.collate import Batch, Collator, PackedBatch
@@ -67,11 +68,13 @@ class Filler:
     """Fills batches into groups.
 
     Args:
+        collator: how, the same as the jobs'.
         transfer: gives the buffers and takes them to the device.
         ahead: whether threads fill ahead of the consumer.
     """
 
-    def __init__(self, transfer: Transfer, *, ahead: bool = True) -> None:
+    def __init__(self, collator: Collator, transfer: Transfer, *, ahead: bool = True) -> None:
+        self.collator = collator
         self.transfer = transfer
         self._group_cells = GROUP_CELLS if ahead else ALONE_CELLS
         self.num_batches = 1
@@ -81,45 +84,38 @@ class Filler:
 
     def task(self, job: Job, window: int, first: int, stop: int) -> Task:
         """Some batches, and a buffer that probably holds them."""
-        usual, mean = self._usual_cells, self._mean_cells
-        return Task(job, window, first, stop, self.transfer.take(usual if mean <= usual else _power_of_two(mean)))
+        usual, likely = self._usual_cells, 5 * self._mean_cells / 4
+        return Task(job, window, first, stop, self.transfer.take(usual if likely <= usual else _power_of_two(likely)))
 
-    def fill(self, task: Task) -> Group:
-        """Fill as many of a task's batches as one buffer holds, here and now."""
+    def fill(self, task: Task) -> tuple[int, Int64Array]:
+        """Fill as many of a task's batches as its buffer holds, here and now; returns what `FillThreads.wait` does."""
         job, _, first, stop, out = task
-        collator, report = job.collator, np.empty((stop - first + 1, kernels.REPORT_COLUMNS), np.int64)
-        count = queue_kernels.fill(collator.table.array, collator.settings, job.line, first, stop, out, report)
-        if not count:
-            self.transfer.send(out, 0)
-            task = task._replace(out=self.transfer.take(_power_of_two(report[0, kernels.END])))
-            count = queue_kernels.fill(collator.table.array, collator.settings, job.line, first, stop, task.out, report)
-        return self.finish(task, count, report)
+        report = np.empty((stop - first + 1, kernels.REPORT_COLUMNS), np.int64)
+        table, settings = self.collator.table.array, self.collator.settings
+        return queue_kernels.fill(table, settings, job.line, first, stop, out, report), report
 
     def finish(self, task: Task, count: int, report: Int64Array) -> Group:
-        """The group of a task of which `count` batches were filled; chooses how many the next one should have."""
+        """The group of the first `count` batches of a task; chooses how many the next task should have.
+
+        Where the buffer did not hold the first one, that is filled now, into one of its size.
+        """
+        if not count:
+            self.transfer.drop(task.out)
+            task = task._replace(out=self.transfer.take(_power_of_two(report[0, kernels.END])))
+            count, report = self.fill(task)
         if count < 0:
+            self.transfer.drop(task.out)
             raise task.job.explain(-1 - count)
         lines = report[: count + 1].tolist()
         totals = lines.pop()
         used = lines[-1][kernels.END]
-        arrival = self.transfer.send(task.out, used)
         # As many as fill a group by the mean of the last ones, since batches differ; twice as many at most.
         self._mean_cells += (used / count - self._mean_cells) / (8 if self._mean_cells else 1)
         self.num_batches = max(1, min(int(self._group_cells / max(self._mean_cells, 1)), 2 * count, MAX_GROUP))
-        return Group(task.window, task.first, task.job.batches(task.out, lines), lines, totals, arrival)
-
-    def finish_all(self, task: Task, count: int, report: Int64Array) -> list[Group]:
-        """See `finish`; with further groups of those batches that the task's buffer did not hold, filled here."""
-        groups = []
-        if count:
-            groups.append(self.finish(task, count, report))
-        else:
-            self.transfer.send(task.out, 0)
-        first = task.first + count
-        while first < task.stop:
-            groups.append(self.fill(self.task(task.job, task.window, first, task.stop)))
-            first += len(groups[-1].batches)
-        return groups
+        # The consumer may take the first of these batches for inference, and train on the others.
+        with torch.inference_mode(False):
+            arrival = self.transfer.send(task.out, used)
+            return Group(task.window, task.first, task.job.batches(task.out, lines), lines, totals, arrival)
 
 
 def _power_of_two(num_cells: float) -> int:
@@ -132,7 +128,6 @@ def fill_groups(
     num_windows: int,
     position: tuple[int, int],
     filler: Filler,
-    collator: Collator,
     *,
     prefetch: int,
     num_threads: int,
@@ -144,7 +139,6 @@ def fill_groups(
         num_windows: windows in the epoch.
         position: window, and batch within it, to start with.
         filler: fills.
-        collator: the jobs'.
         prefetch: groups filled ahead; 0 fills each when it is asked for, without threads.
         num_threads: threads that fill; another one plans the next window.
     """
@@ -152,23 +146,28 @@ def fill_groups(
     if not prefetch:
         for job, window, first, stop in _cut(map(window_job, windows), position, filler):
             while first < stop:
-                group = filler.fill(filler.task(job, window, first, stop))
+                task = filler.task(job, window, first, stop)
+                group = filler.finish(task, *filler.fill(task))
+                del task
                 first += len(group.batches)
                 yield group
                 del group  # before the next is filled, so that its buffer is used again
         return
     with (
         _Planner() as planner,
-        FillThreads(collator, num_threads, prefetch + 1, MAX_GROUP, THREAD_NAME + "fill") as threads,
+        FillThreads(filler.collator, num_threads, prefetch + 1, MAX_GROUP, THREAD_NAME + "fill") as threads,
     ):
         ahead = _Ahead(filler, threads)
         failures: list[Exception] = []
-        for work in _cut(_planned_ahead(window_job, windows, planner, failures), position, filler):
-            ahead.post(filler.task(*work))
-            while len(ahead) > prefetch:
+        try:
+            for work in _cut(_planned_ahead(window_job, windows, planner, failures), position, filler):
+                ahead.post(filler.task(*work))
+                while len(ahead) > prefetch:
+                    yield from ahead.hand_over()
+            while len(ahead):
                 yield from ahead.hand_over()
-        while len(ahead):
-            yield from ahead.hand_over()
+        finally:
+            ahead.drop()
         for error in failures:
             raise error
 
@@ -182,32 +181,46 @@ class _Ahead:
         self._copies = filler.transfer.copies
         self._tasks: deque[Task] = deque()
         self._groups: deque[Group] = deque()  # of the tasks before those
+        self._rest: tuple[Job, int, int, int] | None = None  # what the buffer of the task before all did not hold
         self._process = os.getpid()
 
     def __len__(self) -> int:
-        return len(self._tasks) + len(self._groups)
+        return len(self._tasks) + len(self._groups) + (self._rest is not None)
 
     def post(self, task: Task) -> None:
         """Ask for a group."""
-        self._threads.post(task.job, task.first, task.stop, task.out)
         self._tasks.append(task)
+        self._threads.post(task.job, task.first, task.stop, task.out)
 
     def hand_over(self) -> Iterator[Group]:
         """The oldest group."""
-        if not self._groups:
-            self._finish_oldest()
-        while self._copies and self._threads.is_next_filled():
-            self._finish_oldest()  # its copy to the device goes on beside the work on this group
-        yield self._groups.popleft()
+        if self._rest is not None:
+            task, self._rest = self._filler.task(*self._rest), None
+            group = self._finish(task, *self._filler.fill(task))
+        elif self._groups:
+            group = self._groups.popleft()
+        else:
+            group = self._finish(self._tasks.popleft(), *self._threads.wait())
+        while self._copies and self._threads.is_next_filled():  # their copies go on beside the work on this group
+            self._groups.append(self._finish(self._tasks.popleft(), *self._threads.wait()))
+        yield group
         if os.getpid() != self._process:
             raise InputError(
                 f"this iterator belongs to process {self._process}, whose threads a fork does not copy; make one in "
                 "this process with iter(loader), or give the loader prefetch=0"
             )
 
-    def _finish_oldest(self) -> None:
-        task = self._tasks.popleft()
-        self._groups.extend(self._filler.finish_all(task, *self._threads.wait()))
+    def _finish(self, task: Task, count: int, report: Int64Array) -> Group:
+        group = self._filler.finish(task, count, report)
+        done = task.first + len(group.batches)
+        if done < task.stop:
+            self._rest = task.job, task.window, done, task.stop
+        return group
+
+    def drop(self) -> None:
+        """Give up what is not handed over yet; threads may still write to the buffers."""
+        for task in self._tasks:
+            self._filler.transfer.drop(task.out)
 
 
 def _planned_ahead(

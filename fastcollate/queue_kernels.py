@@ -12,6 +12,7 @@ may be under way. Task `n` uses line `n % num_lines`, and only one thread, the c
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -45,22 +46,19 @@ PATIENCE = 50_000  # microseconds that the consumer sleeps, before it looks whet
 
 
 def new_queue(reports: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """A queue with a line for each report, which the caller keeps alive; `free_queue` gives its locks back."""
+    """A queue with a line for each report, which the caller keeps alive."""
     queue = np.zeros(HEAD_COLUMNS + len(reports) * LINE_COLUMNS, np.int64)
     queue[NUM_LINES // 8] = len(reports)
     # To wake a thread takes as long as filling ten small batches, so it is not done for each task. Those that nobody
     # is woken for, the consumer does, where it comes to need them.
     queue[WAKE_AT // 8] = max(len(reports) // 2, 1)
-    queue[WORK_LOCK // 8], queue[DONE_LOCK // 8] = atomics.new_lock(), atomics.new_lock()
+    for place in (WORK_LOCK, DONE_LOCK):
+        lock = queue[place // 8] = atomics.new_lock()
+        # Whoever sleeps on it, or is to wake another, holds the queue.
+        weakref.finalize(queue, atomics.free_lock, lock).atexit = False
     lines = queue[HEAD_COLUMNS:].reshape(len(reports), LINE_COLUMNS)
     lines[:, REPORT] = [report.ctypes.data for report in reports]
     return queue
-
-
-def free_queue(queue: npt.NDArray[np.int64]) -> None:
-    """Give a queue's locks back; no thread may use it any more."""
-    for lock in (WORK_LOCK, DONE_LOCK):
-        atomics.free_lock(int(queue[lock // 8]))
 
 
 @kernel

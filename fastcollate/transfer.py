@@ -100,6 +100,9 @@ class Transfer(Protocol):
     def send(self, buffer: Int64Array, num_cells: int) -> Arrival | None:
         """Start the copy of a buffer's first `num_cells`; `None` where tensors over the buffer are used as they are."""
 
+    def drop(self, buffer: Int64Array) -> None:
+        """Forget a buffer that will not be sent; somebody may still be writing to it."""
+
 
 def make_transfer(device: torch.device, num_buffers: int) -> Transfer:
     """How batches get to a device.
@@ -127,6 +130,9 @@ class _ToCpu:
     def send(self, buffer: Int64Array, num_cells: int) -> None:
         """Nothing to do: the reference count tells when the buffer is free again."""
 
+    def drop(self, buffer: Int64Array) -> None:
+        """Nothing to do."""
+
 
 class _ToOther:
     """A plain copy, made when a batch is handed over, for devices without pinned memory of their own."""
@@ -141,6 +147,9 @@ class _ToOther:
     def send(self, buffer: Int64Array, num_cells: int) -> Arrival:
         """Nothing to do yet."""
         return self
+
+    def drop(self, buffer: Int64Array) -> None:
+        """Nothing to do."""
 
     def receive(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Copies."""
@@ -206,12 +215,12 @@ class ToCuda:
         return slot.cells
 
     def _allocate(self, num_cells: int) -> _Slot:
-        host = self._pinned(num_cells) if self._pins else torch.empty(num_cells, dtype=torch.int64)
+        host = self._pinned(num_cells) if self._pins else self._pageable(num_cells)
         return _Slot(host, host.numpy(), _new_event())
 
     def _pinned(self, num_cells: int) -> torch.Tensor:
         try:
-            return torch.empty(num_cells, dtype=torch.int64, pin_memory=True)
+            return torch.empty(num_cells, dtype=torch.int64, device="cpu", pin_memory=True)
         except RuntimeError as error:
             self._pins = False
             warnings.warn(
@@ -220,7 +229,11 @@ class ToCuda:
                 "memory (ulimit -l, or --ulimit memlock=-1 for a container), or free memory",
                 stacklevel=2,
             )
-            return torch.empty(num_cells, dtype=torch.int64)
+            return self._pageable(num_cells)
+
+    @staticmethod
+    def _pageable(num_cells: int) -> torch.Tensor:
+        return torch.empty(num_cells, dtype=torch.int64, device="cpu")  # whatever the caller's default device is
 
     def send(self, buffer: Int64Array, num_cells: int) -> Arrival:
         """Start the copy; the buffer is handed out again once it has ended."""
@@ -235,6 +248,13 @@ class ToCuda:
         with self._lock:
             self._free.append(slot)
         return _OnCuda(copy, slot.host.data_ptr(), arrived)
+
+    def drop(self, buffer: Int64Array) -> None:
+        """Forget a buffer; its memory is free once nobody refers to it.
+
+        Takes no lock: the garbage collector may get here while this thread holds it.
+        """
+        self._taken.pop(buffer.ctypes.data, None)
 
 
 class _OnCuda:

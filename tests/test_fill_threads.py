@@ -37,11 +37,14 @@ def alive() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith(NAME)]
 
 
-def padded_job(collator: Collator) -> PaddedJob:
+COLLATOR = Collator(make_store(ROWS, num_shards=3).shards, mode="positional")
+
+
+def padded_job(collator: Collator = COLLATOR) -> PaddedJob:
     return PaddedJob(collator, np.random.default_rng(3).permutation(300), np.arange(0, 301, 5))
 
 
-def packed_job(collator: Collator) -> PackedJob:
+def packed_job(collator: Collator = COLLATOR) -> PackedJob:
     packs = pack_rows(np.arange(300), LENGTHS, 64, 64, "truncate")
     return PackedJob(collator, packs, np.arange(0, len(packs.bounds), 2), 64)
 
@@ -49,7 +52,7 @@ def packed_job(collator: Collator) -> PackedJob:
 def alone(job: Any, first: int, stop: int, cells: int) -> tuple[int, np.ndarray, np.ndarray]:
     """What a task should come to."""
     out, report = np.zeros(cells, np.int64), np.zeros((stop - first + 1, kernels.REPORT_COLUMNS), np.int64)
-    options = job.collator.table.array, job.collator.settings, job.line, first, stop, out, report
+    options = COLLATOR.table.array, COLLATOR.settings, job.line, first, stop, out, report
     return queue_kernels.fill(*options), out, report
 
 
@@ -59,9 +62,9 @@ def test_tasks_are_done_in_any_number_by_any_number_of_threads(make_job: Any, nu
     seed = int(np.random.SeedSequence().generate_state(1)[0])
     print("seed", seed)
     rng = np.random.default_rng(seed)
-    job = make_job(Collator(make_store(ROWS, num_shards=3).shards, mode="positional"))
+    job = make_job()
     posted: list[Any] = []
-    with FillThreads(job.collator, num_threads, 5, job.num_batches, NAME) as threads:
+    with FillThreads(COLLATOR, num_threads, 5, job.num_batches, NAME) as threads:
         for _ in range(400):
             first = int(rng.integers(job.num_batches))
             stop = int(rng.integers(first + 1, min(first + 12, job.num_batches) + 1))
@@ -82,7 +85,7 @@ def test_tasks_are_done_in_any_number_by_any_number_of_threads(make_job: Any, nu
 
 
 def test_sums_stand_behind_the_lines() -> None:
-    job = padded_job(Collator(make_store(ROWS).shards))
+    job = padded_job()
     count, _, report = alone(job, 3, 9, 20_000)
     assert count == 6
     assert (report[6, : kernels.NUM_TOTALS] == report[:6, : kernels.NUM_TOTALS].sum(0)).all()
@@ -93,8 +96,9 @@ def test_sums_stand_behind_the_lines() -> None:
 def test_a_damaged_row_is_told_by_its_place(num_threads: int) -> None:
     store = make_store(ROWS)
     store.shards[0].offsets[100] = -1
-    job = PaddedJob(Collator(store.shards), np.arange(300), np.arange(0, 301, 5))
-    with FillThreads(job.collator, num_threads, 2, 60, NAME) as threads:
+    collator = Collator(store.shards)
+    job = PaddedJob(collator, np.arange(300), np.arange(0, 301, 5))
+    with FillThreads(collator, num_threads, 2, 60, NAME) as threads:
         threads.post(job, 10, 30, np.zeros(100_000, np.int64))
         count, _ = threads.wait()
     assert count == -1 - 99
@@ -103,8 +107,8 @@ def test_a_damaged_row_is_told_by_its_place(num_threads: int) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_threads_that_sleep_are_woken(num_threads: int) -> None:
-    job = padded_job(Collator(make_store(ROWS).shards))
-    with FillThreads(job.collator, num_threads, 4, 60, NAME) as threads:
+    job = padded_job()
+    with FillThreads(COLLATOR, num_threads, 4, 60, NAME) as threads:
         for _ in range(5):
             assert eventually(lambda: threads._queue[queue_kernels.SLEEPERS // 8] == num_threads)
             before = time.process_time()
@@ -120,8 +124,8 @@ def test_threads_that_sleep_are_woken(num_threads: int) -> None:
 
 
 def test_a_thread_is_not_woken_for_each_task_and_none_is_forgotten() -> None:
-    job = padded_job(Collator(make_store(ROWS).shards))
-    with FillThreads(job.collator, 1, 4, 60, NAME) as threads:
+    job = padded_job()
+    with FillThreads(COLLATOR, 1, 4, 60, NAME) as threads:
         assert eventually(lambda: threads._queue[queue_kernels.SLEEPERS // 8] == 1)
         time.sleep(0.02)  # it looks once more, before it sleeps
         threads.post(job, 0, 1, np.zeros(1000, np.int64))
@@ -131,8 +135,8 @@ def test_a_thread_is_not_woken_for_each_task_and_none_is_forgotten() -> None:
 
 
 def test_a_task_that_its_buffer_does_not_hold_is_not_filled() -> None:
-    job = padded_job(Collator(make_store(ROWS).shards))
-    with FillThreads(job.collator, 1, 4, 60, NAME) as threads:
+    job = padded_job()
+    with FillThreads(COLLATOR, 1, 4, 60, NAME) as threads:
         for _ in range(4):
             threads.post(job, 0, 9, np.zeros(1000, np.int64))
         assert eventually(lambda: queue_kernels.filled(threads._queue, 0) != queue_kernels.NOT_DONE)
@@ -152,16 +156,16 @@ def test_an_error_in_a_thread_reaches_the_consumer(monkeypatch: pytest.MonkeyPat
         return int(serve(queue, awaited, *options))
 
     monkeypatch.setattr(queue_kernels, "serve", fails)
-    job = padded_job(Collator(make_store(ROWS).shards))
-    with pytest.raises(MemoryError, match="places"), FillThreads(job.collator, 1, 2, 60, NAME) as threads:  # noqa: PT012
+    job = padded_job()
+    with pytest.raises(MemoryError, match="places"), FillThreads(COLLATOR, 1, 2, 60, NAME) as threads:  # noqa: PT012
         threads.post(job, 0, 1, np.zeros(1000, np.int64))
         threads.wait()
     assert not alive()
 
 
 def test_what_is_let_go_of_elsewhere_ends_too_and_memory_lasts_as_long_as_the_threads() -> None:
-    job = padded_job(Collator(make_store(ROWS).shards))
-    threads: Any = FillThreads(job.collator, 3, 4, 60, NAME)
+    job = padded_job()
+    threads: Any = FillThreads(COLLATOR, 3, 4, 60, NAME)
     out = np.zeros(100_000, np.int64)
     for first in (0, 20, 40):
         threads.post(job, first, first + 20, out)

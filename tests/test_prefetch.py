@@ -363,6 +363,30 @@ def test_batches_equal_the_reference_with_wide_rows_among_narrow_ones(monkeypatc
     assert equal(list(loader), expected)
 
 
+def test_what_a_buffer_did_not_hold_is_handed_over_before_an_error_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "GROUP_CELLS", 1000)
+    rows = [[number] * (3 if number < 20 else 500) for number in range(80)]
+    store = make_store(rows)
+    store.shards[0].offsets[61] = -1
+    loader = BatchLoader(store, policy="sequential", batch_size=1, prefetch=3)
+    found: list[Any] = []
+    with pytest.raises(InputError, match="row 60"):
+        found.extend(tuple(tensor.clone() for tensor in batch) for batch in loader)
+    assert len(found) >= 58
+    assert equal(found, [custom_collate_fn([row]) for row in rows[: len(found)]])
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_a_batch_taken_for_inference_leaves_the_others_for_training(ahead: int) -> None:
+    iterator = iter(BatchLoader(make_store(ROWS), prefetch=ahead, **OPTIONS))
+    with torch.inference_mode():
+        next(iterator)
+    embedding = torch.nn.Embedding(50257, 2)
+    for batch in iterator:
+        assert not batch.inputs.is_inference()
+        embedding(batch.inputs).sum().backward()
+
+
 def test_addresses_are_not_pickled() -> None:
     loader = BatchLoader(make_store(ROWS), **OPTIONS)
     with pytest.raises(TypeError, match="addresses of this process"):

@@ -17,6 +17,7 @@ import torch
 from stores import make_store
 
 from fastcollate import prefetch, transfer
+from fastcollate.errors import InputError
 from fastcollate.loader import BatchLoader
 from fastcollate.plan import plan_epoch
 from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
@@ -154,7 +155,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     def empty(*sizes: Any, pin_memory: bool = False, device: Any = None, **options: Any) -> torch.Tensor:
         made = torch.full((sizes[0],) if isinstance(sizes[0], int) else sizes[0], POISON, **options)
-        return made if device is None else made.as_subclass(Device)
+        return made if device == "cpu" else made.as_subclass(Device)
 
     cuda = types.SimpleNamespace(
         Stream=FakeStream, Event=FakeEvent, stream=on, current_device=lambda: 0,
@@ -188,6 +189,32 @@ def test_copies_as_late_as_events_allow(
     assert by_hand.copies >= 10
     assert by_hand.recorded >= len(plain)
     assert loader.stats.h2d_bytes == sum(tensor.nbytes for batch in plain for tensor in batch)
+
+
+def test_leaving_early_strands_no_buffer(by_hand: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "GROUP_CELLS", 500)
+    loader = BatchLoader(make_store(ROWS), device="cuda", prefetch=3, **OPTIONS)
+    for steps in (1, 2, 5, 9):
+        for _ in itertools.islice(loader, steps):
+            pass
+        gc.collect()
+        own = loader._own_transfer()
+        assert isinstance(own, ToCuda)
+        assert not own._taken
+    damaged = make_store(ROWS)
+    damaged.shards[0].offsets[60] = -1
+    loader = BatchLoader(damaged, device="cuda", prefetch=3, **{**OPTIONS, "policy": "sequential"})
+    with pytest.raises(InputError, match="row 59"):
+        list(loader)
+    assert not loader._own_transfer()._taken  # type: ignore[attr-defined]
+
+
+def test_host_memory_is_the_hosts_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        assert torch.empty(1).device.type == "meta"
+        loader = BatchLoader(make_store(ROWS), prefetch=2, **OPTIONS)
+        assert {tensor.device.type for batch in loader for tensor in batch} == {"cpu"}
+        assert ToCuda._pageable(3).device.type == "cpu"
 
 
 def test_a_refill_without_waiting_would_be_seen(
