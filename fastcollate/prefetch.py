@@ -6,6 +6,7 @@ interpreter; what is left in Python, a few calls a group, the consumer's thread 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -32,6 +33,8 @@ GROUP_CELLS = 1 << 18  # 2 MiB of int64, where threads hand over
 ALONE_CELLS = 1 << 16  # where none does: what is filled and used at once should stay in a core's own cache
 MAX_GROUP = 256  # batches
 THREAD_NAME = "fastcollate-"
+# A consumer may take the first batches of a group for inference, and train on the others.
+_TRAINING, _AS_IT_IS = torch.inference_mode(False), contextlib.nullcontext()
 
 
 class Task(NamedTuple):
@@ -112,8 +115,7 @@ class Filler:
         # As many as fill a group by the mean of the last ones, since batches differ; twice as many at most.
         self._mean_cells += (used / count - self._mean_cells) / (8 if self._mean_cells else 1)
         self.num_batches = max(1, min(int(self._group_cells / max(self._mean_cells, 1)), 2 * count, MAX_GROUP))
-        # The consumer may take the first of these batches for inference, and train on the others.
-        with torch.inference_mode(False):
+        with _TRAINING if torch.is_inference_mode_enabled() else _AS_IT_IS:
             arrival = self.transfer.send(task.out, used)
             return Group(task.window, task.first, task.job.batches(task.out, lines), lines, totals, arrival)
 
