@@ -29,10 +29,13 @@ class FillThreads:
         num_tasks: tasks under way, at most.
         max_batches: batches a task, at most.
         name: the threads' name.
+        packed: whether the jobs are of packed batches.
     """
 
-    def __init__(self, collator: Collator, num_threads: int, num_tasks: int, max_batches: int, name: str) -> None:
-        self._table, self._settings = collator.table.array, collator.settings
+    def __init__(
+        self, collator: Collator, num_threads: int, num_tasks: int, max_batches: int, name: str, *, packed: bool
+    ) -> None:
+        self._how = collator.table.array, collator.settings, queue_kernels.PACKED if packed else queue_kernels.PADDED
         self._reports = [np.empty((max_batches + 1, kernels.REPORT_COLUMNS), np.int64) for _ in range(num_tasks)]
         self._queue = queue_kernels.new_queue(self._reports)
         self._posted = self._waited = 0
@@ -40,14 +43,14 @@ class FillThreads:
         # What tasks read and write. The threads hold it too: it outlives them, whoever lets go of what, and when.
         self._tasks: list[Any] = [None] * num_tasks
         kept = collator, self._reports, self._tasks
-        options = self._queue, self._table, self._settings, self._failures, kept
+        options = self._queue, self._how, self._failures, kept
         threads = [
             threading.Thread(target=_work, args=options, name=f"{name}_{number}", daemon=True)
             for number in range(num_threads)
         ]
         # At the end of the program too: a daemon is not waited for otherwise.
         self._end = weakref.finalize(self, _end, self._queue, threads, os.getpid(), threading.get_ident())
-        _load_kernels(self._queue, self._table, self._settings)
+        _load_kernels(self._queue, self._how)
         for thread in threads:
             thread.start()
 
@@ -71,7 +74,7 @@ class FillThreads:
             How many batches were filled, or `-1 - i` where row `i` of the job is broken; and the report, which is
             written again once the next task is posted.
         """
-        serve, options = queue_kernels.serve, (self._queue, self._waited, self._table, self._settings)
+        serve, options = queue_kernels.serve, (self._queue, self._waited, *self._how)
         while (filled := serve(*options)) == queue_kernels.NOT_DONE:
             if self._failures:
                 raise self._failures[0]
@@ -89,16 +92,16 @@ class FillThreads:
             self._end()
 
 
-def _load_kernels(queue: Int64Array, table: Int64Array, settings: Int64Array) -> None:
+def _load_kernels(queue: Int64Array, how: Any) -> None:
     """Compile what the threads run here: a process that is forked while a thread compiles could never compile again."""
     queue_kernels.end(queue)
-    queue_kernels.serve(queue, queue_kernels.NO_TASK, table, settings)
+    queue_kernels.serve(queue, queue_kernels.NO_TASK, *how)
     queue[queue_kernels.ENDED // 8] = 0
 
 
-def _work(queue: Int64Array, table: Int64Array, settings: Int64Array, failures: list[BaseException], kept: Any) -> None:
+def _work(queue: Int64Array, how: Any, failures: list[BaseException], kept: Any) -> None:
     try:
-        queue_kernels.serve(queue, queue_kernels.NO_TASK, table, settings)
+        queue_kernels.serve(queue, queue_kernels.NO_TASK, *how)
     except BaseException as error:  # such as no memory: told to the consumer, who would wait for ever
         failures.append(error)
 

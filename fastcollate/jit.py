@@ -31,6 +31,11 @@ def kernel(function: F) -> F:
         return cast("F", njit(nogil=True)(function))
 
 
+def part_of_kernel(function: F) -> F:
+    """A function that is compiled with each kernel that calls it, where it would take as long again by itself."""
+    return cast("F", njit(inline="always")(function))
+
+
 if config.DISABLE_JIT:
 
     def view(address: int, count: int, dtype: Any) -> Any:

@@ -94,7 +94,7 @@ def locate(table: Any, rows: Any, places: Any) -> int:
     Returns:
         Length of the longest row, or `-1 - i` where `rows[i]` does not exist or its offsets are broken.
     """
-    longest = shard = 0
+    longest, shard = 0, np.int64(0)  # typed: a literal would have `shard_of` compiled twice
     first_row = num_rows = offsets_at = tokens_at = num_tokens = size = np.int64(0)
     for i in range(len(rows)):
         local = rows[i] - first_row
@@ -407,7 +407,7 @@ def fill_padded(table: Any, settings: Any, rows: Any, out: Any) -> tuple[int, in
         the width `-1 - i` where `rows[i]` does not exist or its offsets or spans are broken.
     """
     report = np.empty(REPORT_COLUMNS, np.int64)
-    end = _fill_next(table, settings, rows, 0, out, report)
+    end = _fill_next(table, settings, rows, np.int64(0), out, report)
     if end < 0:
         return end, 0, 0
     return report[WIDTH], report[TARGETS], end
@@ -429,7 +429,7 @@ def fill_padded_group(table: Any, settings: Any, rows: Any, bounds: Any, out: An
     Returns:
         The number of batches filled, or `-1 - i` where `rows[i]` is broken.
     """
-    start = 0
+    start = np.int64(0)  # typed: a literal would have `_fill_next` compiled twice
     for b in range(len(bounds) - 1):
         end = _fill_next(table, settings, rows[bounds[b] : bounds[b + 1]], start, out, report[b])
         if end < 0:

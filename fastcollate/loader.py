@@ -223,7 +223,12 @@ class BatchLoader:
             lambda window: self._job(plan, window),
             plan.num_windows,
             self._position,
-            Filler(self._collator, self._own_transfer(), ahead=self._prefetch > 0),
+            Filler(
+                self._collator,
+                self._own_transfer(),
+                packed=plan.capacity is not None,
+                ahead=self._prefetch > 0,
+            ),
             prefetch=self._prefetch,
             num_threads=self._num_threads,
         )

@@ -73,11 +73,13 @@ class Filler:
     Args:
         collator: how, the same as the jobs'.
         transfer: gives the buffers and takes them to the device.
+        packed: whether the jobs are of packed batches.
         ahead: whether threads fill ahead of the consumer.
     """
 
-    def __init__(self, collator: Collator, transfer: Transfer, *, ahead: bool = True) -> None:
+    def __init__(self, collator: Collator, transfer: Transfer, *, packed: bool, ahead: bool) -> None:
         self.collator = collator
+        self.packed = packed
         self.transfer = transfer
         self._group_cells = GROUP_CELLS if ahead else ALONE_CELLS
         self.num_batches = 1
@@ -95,7 +97,8 @@ class Filler:
         job, _, first, stop, out = task
         report = np.empty((stop - first + 1, kernels.REPORT_COLUMNS), np.int64)
         table, settings = self.collator.table.array, self.collator.settings
-        return queue_kernels.fill(table, settings, job.line, first, stop, out, report), report
+        packed = queue_kernels.PACKED if self.packed else queue_kernels.PADDED
+        return queue_kernels.fill(table, settings, job.line, first, stop, out, report, packed), report
 
     def finish(self, task: Task, count: int, report: Int64Array) -> Group:
         """The group of the first `count` batches of a task; chooses how many the next task should have.
@@ -157,7 +160,9 @@ def fill_groups(
         return
     with (
         _Planner() as planner,
-        FillThreads(filler.collator, num_threads, prefetch + 1, MAX_GROUP, THREAD_NAME + "fill") as threads,
+        FillThreads(
+            filler.collator, num_threads, prefetch + 1, MAX_GROUP, THREAD_NAME + "fill", packed=filler.packed
+        ) as threads,
     ):
         ahead = _Ahead(filler, threads)
         failures: list[Exception] = []

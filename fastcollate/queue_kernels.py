@@ -20,11 +20,14 @@ import numpy.typing as npt
 
 from fastcollate import atomics
 from fastcollate.atomics import acquire_lock, add, load, release_lock, store, swap
-from fastcollate.jit import kernel, view
+from fastcollate.jit import kernel, part_of_kernel, view
 from fastcollate.kernels import ALIGNMENT, NUM_TOTALS, REPORT_COLUMNS, fill_padded_group
 from fastcollate.pack_kernels import fill_packed_group
 
-# Columns of a job. Without packs `CAPACITY` is 0.
+# Whether a job's batches are packed: values of two types, so that only the one that is used gets compiled.
+PADDED, PACKED = None, True
+
+# Columns of a job; those from `CAPACITY` on are of packed ones.
 _JOB = range(9)
 ROWS, NUM_ROWS, BOUNDS, NUM_BOUNDS, CAPACITY, STARTS, NUM_STARTS, PACKS, NUM_PACKS = _JOB
 JOB_COLUMNS = len(_JOB)
@@ -62,7 +65,7 @@ def new_queue(reports: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
 
 
 @kernel
-def fill(table: Any, settings: Any, job: Any, first: int, stop: int, out: Any, report: Any) -> int:
+def fill(table: Any, settings: Any, job: Any, first: int, stop: int, out: Any, report: Any, packed: Any) -> int:
     """Fill some batches of a job, as many as `out` holds.
 
     Args:
@@ -74,13 +77,14 @@ def fill(table: Any, settings: Any, job: Any, first: int, stop: int, out: Any, r
         out: int64, any size.
         report: int64, at least `(stop - first + 1, REPORT_COLUMNS)`: a line a batch that was filled, and then one of
             their sums; see `kernels.fill_padded_group`.
+        packed: `PADDED` or `PACKED`.
 
     Returns:
         The number of batches filled, or `-1 - i` where row `i` of the job is broken.
     """
     rows = view(job[ROWS], job[NUM_ROWS], np.int64)
     bounds = view(job[BOUNDS] + 8 * first, stop - first + 1, np.int64)
-    if job[CAPACITY] == 0:
+    if packed is None:
         filled = fill_padded_group(table, settings, rows, bounds, out, report)
     else:
         starts, packs = view(job[STARTS], job[NUM_STARTS], np.int64), view(job[PACKS], job[NUM_PACKS], np.int64)
@@ -111,8 +115,8 @@ def _claim(queue: int) -> int:
             return int(number)
 
 
-@kernel
-def _do(queue: int, number: int, table: Any, settings: Any) -> None:
+@part_of_kernel
+def _do(queue: int, number: int, table: Any, settings: Any, packed: Any) -> None:
     """Do a task, and wake the consumer where it sleeps."""
     at = _line_of(queue, number)
     line = view(at, LINE_COLUMNS, np.int64)
@@ -120,7 +124,7 @@ def _do(queue: int, number: int, table: Any, settings: Any) -> None:
     out = view(line[OUT], line[NUM_CELLS], np.int64)
     cells = view(line[REPORT], (stop - first + 1) * REPORT_COLUMNS, np.int64)
     report = cells.reshape((stop - first + 1, REPORT_COLUMNS))
-    line[FILLED] = fill(table, settings, line[JOB : JOB + JOB_COLUMNS], first, stop, out, report)
+    line[FILLED] = fill(table, settings, line[JOB : JOB + JOB_COLUMNS], first, stop, out, report, packed)
     store(at + 8 * DONE, 1)
     if swap(queue + WAITING, 1, 0):
         release_lock(load(queue + DONE_LOCK))
@@ -142,7 +146,8 @@ def post(queue: Any, number: int, job: Any, first: int, stop: int, out: Any) -> 
     line = view(_line_of(at, number), LINE_COLUMNS, np.int64)
     line[DONE], line[FIRST], line[STOP] = 0, first, stop
     line[OUT], line[NUM_CELLS] = out.ctypes.data, len(out)
-    line[JOB : JOB + JOB_COLUMNS] = job
+    for column in range(JOB_COLUMNS):
+        line[JOB + column] = job[column]
     store(at + POSTED, number + 1)
     _wake(at, load(at + WAKE_AT))
 
@@ -167,7 +172,7 @@ def _wake(queue: int, least: int) -> None:
 
 
 @kernel
-def serve(queue: Any, awaited: int, table: Any, settings: Any) -> int:
+def serve(queue: Any, awaited: int, table: Any, settings: Any, packed: Any) -> int:
     """Do tasks: as a thread until the queue ends, or as the consumer until the task that it needs is done.
 
     One kernel for both, since each holds a copy of all that fills.
@@ -177,6 +182,7 @@ def serve(queue: Any, awaited: int, table: Any, settings: Any) -> int:
         awaited: the consumer's task; `NO_TASK` for a thread.
         table: see `kernels.fill_padded`.
         settings: see `kernels.fill_padded`.
+        packed: `PADDED` or `PACKED`, the same for all tasks.
 
     Returns:
         See `filled`: `NOT_DONE` where the consumer's patience is at an end.
@@ -189,7 +195,7 @@ def serve(queue: Any, awaited: int, table: Any, settings: Any) -> int:
         number = _claim(at)
         if number >= 0:
             _wake(at, 1)  # one wakes the next, since a lock does not count
-            _do(at, number, table, settings)
+            _do(at, number, table, settings, packed)
             idle = 0
             continue
         idle += 1

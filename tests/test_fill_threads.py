@@ -53,7 +53,8 @@ def alone(job: Any, first: int, stop: int, cells: int) -> tuple[int, np.ndarray,
     """What a task should come to."""
     out, report = np.zeros(cells, np.int64), np.zeros((stop - first + 1, kernels.REPORT_COLUMNS), np.int64)
     options = COLLATOR.table.array, COLLATOR.settings, job.line, first, stop, out, report
-    return queue_kernels.fill(*options), out, report
+    packed = queue_kernels.PACKED if isinstance(job, PackedJob) else queue_kernels.PADDED
+    return queue_kernels.fill(*options, packed), out, report
 
 
 @pytest.mark.parametrize("make_job", [padded_job, packed_job])
@@ -63,8 +64,9 @@ def test_tasks_are_done_in_any_number_by_any_number_of_threads(make_job: Any, nu
     print("seed", seed)
     rng = np.random.default_rng(seed)
     job = make_job()
+    packed = isinstance(job, PackedJob)
     posted: list[Any] = []
-    with FillThreads(COLLATOR, num_threads, 5, job.num_batches, NAME) as threads:
+    with FillThreads(COLLATOR, num_threads, 5, job.num_batches, NAME, packed=packed) as threads:
         for _ in range(400):
             first = int(rng.integers(job.num_batches))
             stop = int(rng.integers(first + 1, min(first + 12, job.num_batches) + 1))
@@ -98,7 +100,7 @@ def test_a_damaged_row_is_told_by_its_place(num_threads: int) -> None:
     store.shards[0].offsets[100] = -1
     collator = Collator(store.shards)
     job = PaddedJob(collator, np.arange(300), np.arange(0, 301, 5))
-    with FillThreads(collator, num_threads, 2, 60, NAME) as threads:
+    with FillThreads(collator, num_threads, 2, 60, NAME, packed=False) as threads:
         threads.post(job, 10, 30, np.zeros(100_000, np.int64))
         count, _ = threads.wait()
     assert count == -1 - 99
@@ -108,7 +110,7 @@ def test_a_damaged_row_is_told_by_its_place(num_threads: int) -> None:
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_threads_that_sleep_are_woken(num_threads: int) -> None:
     job = padded_job()
-    with FillThreads(COLLATOR, num_threads, 4, 60, NAME) as threads:
+    with FillThreads(COLLATOR, num_threads, 4, 60, NAME, packed=False) as threads:
         for _ in range(5):
             assert eventually(lambda: threads._queue[queue_kernels.SLEEPERS // 8] == num_threads)
             before = time.process_time()
@@ -125,7 +127,7 @@ def test_threads_that_sleep_are_woken(num_threads: int) -> None:
 
 def test_a_thread_is_not_woken_for_each_task_and_none_is_forgotten() -> None:
     job = padded_job()
-    with FillThreads(COLLATOR, 1, 4, 60, NAME) as threads:
+    with FillThreads(COLLATOR, 1, 4, 60, NAME, packed=False) as threads:
         assert eventually(lambda: threads._queue[queue_kernels.SLEEPERS // 8] == 1)
         time.sleep(0.02)  # it looks once more, before it sleeps
         threads.post(job, 0, 1, np.zeros(1000, np.int64))
@@ -136,7 +138,7 @@ def test_a_thread_is_not_woken_for_each_task_and_none_is_forgotten() -> None:
 
 def test_a_task_that_its_buffer_does_not_hold_is_not_filled() -> None:
     job = padded_job()
-    with FillThreads(COLLATOR, 1, 4, 60, NAME) as threads:
+    with FillThreads(COLLATOR, 1, 4, 60, NAME, packed=False) as threads:
         for _ in range(4):
             threads.post(job, 0, 9, np.zeros(1000, np.int64))
         assert eventually(lambda: queue_kernels.filled(threads._queue, 0) != queue_kernels.NOT_DONE)
@@ -157,7 +159,7 @@ def test_an_error_in_a_thread_reaches_the_consumer(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(queue_kernels, "serve", fails)
     job = padded_job()
-    with pytest.raises(MemoryError, match="places"), FillThreads(COLLATOR, 1, 2, 60, NAME) as threads:  # noqa: PT012
+    with pytest.raises(MemoryError, match="places"), FillThreads(COLLATOR, 1, 2, 60, NAME, packed=False) as threads:  # noqa: PT012
         threads.post(job, 0, 1, np.zeros(1000, np.int64))
         threads.wait()
     assert not alive()
@@ -165,7 +167,7 @@ def test_an_error_in_a_thread_reaches_the_consumer(monkeypatch: pytest.MonkeyPat
 
 def test_what_is_let_go_of_elsewhere_ends_too_and_memory_lasts_as_long_as_the_threads() -> None:
     job = padded_job()
-    threads: Any = FillThreads(COLLATOR, 3, 4, 60, NAME)
+    threads: Any = FillThreads(COLLATOR, 3, 4, 60, NAME, packed=False)
     out = np.zeros(100_000, np.int64)
     for first in (0, 20, 40):
         threads.post(job, first, first + 20, out)
