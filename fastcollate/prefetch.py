@@ -33,8 +33,6 @@ GROUP_CELLS = 1 << 18  # 2 MiB of int64, where threads hand over
 ALONE_CELLS = 1 << 16  # where none does: what is filled and used at once should stay in a core's own cache
 MAX_GROUP = 256  # batches
 THREAD_NAME = "fastcollate-"
-# A consumer may take the first batches of a group for inference, and train on the others.
-_TRAINING, _AS_IT_IS = torch.inference_mode(False), contextlib.nullcontext()
 
 
 class Task(NamedTuple):
@@ -118,7 +116,8 @@ class Filler:
         # As many as fill a group by the mean of the last ones, since batches differ; twice as many at most.
         self._mean_cells += (used / count - self._mean_cells) / (8 if self._mean_cells else 1)
         self.num_batches = max(1, min(int(self._group_cells / max(self._mean_cells, 1)), 2 * count, MAX_GROUP))
-        with _TRAINING if torch.is_inference_mode_enabled() else _AS_IT_IS:
+        # The consumer may take the first of these batches for inference, and train on the others.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
             arrival = self.transfer.send(task.out, used)
             return Group(task.window, task.first, task.job.batches(task.out, lines), lines, totals, arrival)
 
