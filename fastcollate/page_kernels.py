@@ -37,23 +37,23 @@ def _ask_for_pages(first: int, last: int, page: int) -> int:
 
 
 @kernel
-def _ask_for_stretches(begins: Any, ends: Any, page: int) -> int:
-    """Ask for the pages of stretches of memory, each page once where they are in order; how often it asked."""
-    asked, first, last = 0, np.int64(0), np.int64(-2)
-    for i in range(len(begins)):
-        if begins[i] < ends[i]:
-            own_first, own_last = begins[i] // page, (ends[i] - 1) // page
-            if first <= own_first <= last + 1:
-                last = max(last, own_last)
-            else:
-                asked += _ask_for_pages(first, last, page)
-                first, last = own_first, own_last
-    return asked + int(_ask_for_pages(first, last, page))
+def _add_stretch(first: int, last: int, begin: int, end: int, page: int) -> tuple[int, int, int]:
+    """Join a stretch of memory to the pages `first` to `last`, or ask for these where it lies apart.
+
+    Returns:
+        How often it asked, and the first and last page that are still to be asked for.
+    """
+    if begin >= end:
+        return 0, first, last
+    own_first, own_last = begin // page, (end - 1) // page
+    if first <= own_first <= last + 1:
+        return 0, first, max(last, own_last)
+    return _ask_for_pages(first, last, page), own_first, own_last
 
 
 @kernel
 def ask_for_items(address: int, size: int, rows: Any, page: int) -> int:
-    """Ask for the pages of some items of an array.
+    """Ask for the pages of some items of an array, each page once.
 
     Args:
         address: of the array.
@@ -64,41 +64,58 @@ def ask_for_items(address: int, size: int, rows: Any, page: int) -> int:
     Returns:
         How often it asked.
     """
-    begins, ends = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+    asked, first, last = 0, np.int64(0), np.int64(-2)
     for i in range(len(rows)):
-        begins[i] = address + size * np.int64(rows[i])
-        ends[i] = begins[i] + size
-    return int(_ask_for_stretches(begins, ends, page))
+        begin = address + size * np.int64(rows[i])
+        more, first, last = _add_stretch(first, last, begin, begin + size, page)
+        asked += more
+    return int(asked + _ask_for_pages(first, last, page))
 
 
 @kernel
-def _ask_for_lists(
-    table: Any, shards: Any, rows: Any, offsets: int, total: int, items: int, item_size: int, page: int
-) -> int:
-    """Ask for rows' offsets into a column, then, by these, for their items; how often it asked.
+def _ask_for_offsets(table: Any, rows: Any, offsets: int, page: int) -> int:
+    """Ask for the offsets of rows into a column; how often it asked.
 
     Args:
         table: see `ask_for_rows`.
-        shards: each row's line of the table; -1 where the row does not exist.
+        rows: see `ask_for_rows`.
+        offsets: the table's column with the offsets' address.
+        page: bytes a page.
+    """
+    asked, first, last = 0, np.int64(0), np.int64(-2)
+    shard = 0
+    for i in range(len(rows)):
+        shard = shard_of(table, rows[i], max(shard, 0))
+        if shard >= 0:
+            begin = table[shard, offsets] + 8 * (rows[i] - table[shard, FIRST_ROW])
+            more, first, last = _add_stretch(first, last, begin, begin + 16, page)
+            asked += more
+    return int(asked + _ask_for_pages(first, last, page))
+
+
+@kernel
+def _ask_for_lists(table: Any, rows: Any, offsets: int, total: int, items: int, item_size: int, page: int) -> int:
+    """Ask for what rows have in a column, by their offsets; how often it asked.
+
+    Args:
+        table: see `ask_for_rows`.
         rows: see `ask_for_rows`.
         offsets: the table's column with the offsets' address; and so `total`, `items` and `item_size`.
         page: bytes a page.
     """
-    begins, ends = np.zeros((2, len(rows)), np.int64)
+    asked, first, last = 0, np.int64(0), np.int64(-2)
+    shard = 0
     for i in range(len(rows)):
-        if shards[i] >= 0:
-            begins[i] = table[shards[i], offsets] + 8 * (rows[i] - table[shards[i], FIRST_ROW])
-            ends[i] = begins[i] + 16
-    asked = _ask_for_stretches(begins, ends, page)
-    ends[:] = 0
-    for i in range(len(rows)):
-        if shards[i] >= 0:
-            first, count = bounds_of(table, shards[i], rows[i], offsets, total)
-            size = table[shards[i], item_size]
-            begins[i] = table[shards[i], items] + size * first
+        shard = shard_of(table, rows[i], max(shard, 0))
+        if shard >= 0:
+            start, count = bounds_of(table, shard, rows[i], offsets, total)
             if count > 0:  # a fill reads a little beyond a row
-                ends[i] = begins[i] + size * min(count + STRIDE, table[shards[i], total] - first)
-    return int(asked + _ask_for_stretches(begins, ends, page))
+                size = table[shard, item_size]
+                begin = table[shard, items] + size * start
+                end = begin + size * min(count + STRIDE, table[shard, total] - start)
+                more, first, last = _add_stretch(first, last, begin, end, page)
+                asked += more
+    return int(asked + _ask_for_pages(first, last, page))
 
 
 @kernel
@@ -116,12 +133,10 @@ def ask_for_rows(table: Any, rows: Any, with_spans: bool, page: int) -> int:
     Returns:
         How often it asked.
     """
-    shards = np.empty(len(rows), np.int64)
-    shard = 0
-    for i in range(len(rows)):
-        shards[i] = shard_of(table, rows[i], shard)
-        shard = max(shards[i], 0)
-    asked = _ask_for_lists(table, shards, rows, OFFSETS, NUM_TOKENS, TOKENS, TOKEN_SIZE, page)
+    asked = _ask_for_offsets(table, rows, OFFSETS, page)
     if with_spans:
-        asked += _ask_for_lists(table, shards, rows, SPAN_OFFSETS, NUM_SPANS, SPANS, SPAN_SIZE, page)
+        asked += _ask_for_offsets(table, rows, SPAN_OFFSETS, page)
+    asked += _ask_for_lists(table, rows, OFFSETS, NUM_TOKENS, TOKENS, TOKEN_SIZE, page)
+    if with_spans:
+        asked += _ask_for_lists(table, rows, SPAN_OFFSETS, NUM_SPANS, SPANS, SPAN_SIZE, page)
     return int(asked)

@@ -42,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         asks.append(list(range(address // PAGE, (address + size) // PAGE)))
 
     monkeypatch.setattr(page_kernels, "ask_for", record)
-    for name in ("_ask_for_pages", "_ask_for_stretches", "_ask_for_lists"):
+    for name in ("_ask_for_pages", "_add_stretch", "_ask_for_offsets", "_ask_for_lists"):
         monkeypatch.setattr(page_kernels, name, plain(getattr(page_kernels, name)))
     return asks
 
