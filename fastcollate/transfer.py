@@ -34,8 +34,8 @@ class HostPool:
     views of them, in any library) keep its array alive, which shows in the array's reference count.
 
     Args:
-        num_buffers: buffers kept. Where none will do, `take` allocates a new one in the place of an idle one, or of
-            the oldest, which then belongs to whoever still holds it.
+        num_buffers: buffers kept. Where none will do, `take` allocates a new one in the place of the largest idle one,
+            or of the oldest, which then belongs to whoever still holds it.
     """
 
     def __init__(self, num_buffers: int = 4) -> None:
@@ -54,12 +54,11 @@ class HostPool:
             found = -1
             for index in range(len(buffers) - 1, -1, -1):
                 size = len(buffers[index])
-                if size >= num_cells and _references(buffers, index) <= _IDLE:
-                    if size <= 2 * num_cells:
-                        found = index
+                # A large one is left for what needs it.
+                if size >= num_cells and (found < 0 or size < len(buffers[found])) and self._is_idle(index):
+                    found = index
+                    if size == num_cells:
                         break
-                    if found < 0 or size < len(buffers[found]):  # a large one may be needed next
-                        found = index
             if found < 0:
                 return self._allocate(num_cells)
             if found < len(buffers) - 1:
@@ -68,11 +67,15 @@ class HostPool:
 
     def _allocate(self, num_cells: int) -> Int64Array:
         if len(self._buffers) >= self._num_buffers:
-            idle = (index for index in range(len(self._buffers)) if _references(self._buffers, index) <= _IDLE)
-            del self._buffers[next(idle, 0)]
+            idle = filter(self._is_idle, range(len(self._buffers)))
+            # All of them are too small: the new one serves wherever the largest of them would.
+            del self._buffers[max(idle, key=lambda index: len(self._buffers[index]), default=0)]
         self._buffers.append(np.empty(num_cells, np.int64))
         self.num_allocated += 1
         return self._buffers[-1]
+
+    def _is_idle(self, index: int) -> bool:
+        return _references(self._buffers, index) <= _IDLE
 
     def __getstate__(self) -> Any:
         raise TypeError("a pool of host buffers belongs to one process and cannot be pickled")

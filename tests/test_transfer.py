@@ -90,6 +90,18 @@ def test_an_idle_buffer_makes_room_first() -> None:
     assert pool.num_allocated == 3
 
 
+def test_of_idle_buffers_the_largest_makes_room() -> None:
+    pool = HostPool(3)
+    sizes = (20, 10, 10)
+    taken = [pool.take(size) for size in sizes]
+    places = [buffer.ctypes.data for buffer in taken]
+    del taken
+    wide = pool.take(30)
+    assert wide.ctypes.data not in places[1:]
+    assert {pool.take(10).ctypes.data, pool.take(5).ctypes.data} <= set(places[1:])
+    assert pool.num_allocated == 4
+
+
 # ---------------------------------------------------------------------------------- streams that the test runs by hand
 
 
