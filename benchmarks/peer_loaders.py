@@ -4,8 +4,9 @@
     .peers-venv/bin/pip install torch==2.14.1 torchvision==0.29.1 litdata==0.2.76 mosaicml-streaming==0.13.0
 
 (torch and torchvision go together; the pair above is a CUDA build of about 5.5 GB, any other CPU pair does as well.)
-Run as `PYTHON peer_loaders.py FOLDER` this answers, on standard output, each line of JSON on standard input. It imports
-nothing of fastcollate: rows lie in `FOLDER/ids.npy` and `FOLDER/offsets.npy`.
+Run as `PYTHON peer_loaders.py FOLDER` this answers, on standard output, each line of JSON on standard input, each in a
+fork of its own: Streaming's threads go on when its iterator is gone, and would slow down whoever comes next, itself
+included. It imports nothing of fastcollate: rows lie in `FOLDER/ids.npy` and `FOLDER/offsets.npy`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,8 +124,20 @@ def main() -> None:
     folder = sys.argv[1]
     out = os.fdopen(os.dup(1), "w")  # the peers print: what they say must not mix with the answers
     os.dup2(2, 1)
+    import litdata  # noqa: F401  (once, not in each fork)
+    import streaming  # noqa: F401
+
     for line in sys.stdin:
-        print(json.dumps(answer(folder, json.loads(line))), file=out, flush=True)
+        child = os.fork()
+        if not child:
+            try:
+                print(json.dumps(answer(folder, json.loads(line))), file=out, flush=True)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Stats:
 class BatchLoader:
     """Batches of a store, epoch after epoch.
 
-    Threads fill groups of batches ahead, about two megabytes each. They end with the iteration, also when it is left
+    Threads fill groups of batches ahead, about four megabytes each. They end with the iteration, also when it is left
     early. A batch that is kept is never overwritten, but keeps its group's memory. On a CUDA device the copies run on a
     stream of their own, and a batch is ready for work on the stream that is current when it is handed over.
 

@@ -1,6 +1,6 @@
 """Batches filled ahead of the consumer by threads, and handed over in groups, in order.
 
-A hand-over costs as much as filling several small batches, so a group is about two megabytes. The threads need no
+A hand-over costs as much as filling several small batches, so a group is about four megabytes. The threads need no
 interpreter; what is left in Python, a few calls a group, the consumer's thread does.
 """
 
@@ -29,7 +29,7 @@ from fastcollate.transfer import Arrival, Transfer
 
 Int64Array = npt.NDArray[np.int64]
 
-GROUP_CELLS = 1 << 18  # 2 MiB of int64, where threads hand over
+GROUP_CELLS = 1 << 19  # 4 MiB of int64, where threads hand over
 ALONE_CELLS = 1 << 16  # where none does: what is filled and used at once should stay in a core's own cache
 MAX_GROUP = 256  # batches
 THREAD_NAME = "fastcollate-"
@@ -83,7 +83,7 @@ class Filler:
         self.num_batches = 1
         """Batches that make a group; starts at one, so that the first batch comes at once."""
         self._mean_cells = 0.0  # of a batch
-        self._usual_cells = 3 * self._group_cells // 2  # of a buffer: groups differ in size, and should fit one
+        self._usual_cells = 5 * self._group_cells // 4  # of a buffer: groups differ in size, and should fit one
 
     def task(self, job: Job, window: int, first: int, stop: int) -> Task:
         """Some batches, and a buffer that probably holds them."""
