@@ -18,6 +18,7 @@ import torch
 
 from fastcollate import kernels, pack_kernels
 from fastcollate.errors import InputError
+from fastcollate.packing import check_capacity
 from fastcollate.table import Columns, Table, make_settings
 
 Int64Array = npt.NDArray[np.int64]
@@ -123,9 +124,10 @@ class Collator:
             take: gives int64 memory of at least so many cells to fill, such as `HostPool.take`; `None` allocates.
 
         Raises:
-            InputError: no row, a row that does not exist, or a row whose shard is damaged.
+            InputError: no row, a row that does not exist or is no integer, or a row whose shard is damaged.
         """
-        numbers = np.ascontiguousarray(rows, np.int64)
+        is_usual = getattr(rows, "dtype", None) is _INT64
+        numbers = np.ascontiguousarray(rows) if is_usual else _as_integers(rows, "row numbers")
         if numbers.ndim != 1 or not len(numbers):
             raise InputError("a batch needs at least one row number")
         out = _NO_CELLS if take is None else take(0)
@@ -182,11 +184,12 @@ class Collator:
             take: see `__call__`.
 
         Raises:
-            InputError: a row does not exist or its shard is damaged, a pack's rows do not fit it, or the bounds are
-                not of these rows.
+            InputError: a row does not exist or its shard is damaged, a pack's rows do not fit it, the bounds are not
+                of these rows, or a number is no integer or out of range.
         """
-        numbers, packs = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(bounds, np.int64)
-        firsts = np.ascontiguousarray(starts, np.int64)
+        check_capacity(capacity)
+        numbers, packs = _as_integers(rows, "row numbers"), _as_integers(bounds, "bounds")
+        firsts = _as_integers(starts, "starts")
         if (
             packs.ndim != 1
             or len(packs) < 2
@@ -286,6 +289,17 @@ def _batch(
     shape = (num_rows, width)
     pair = (tensor(array(shape, inputs_dtype, out, 8 * start)), tensor(array(shape, _INT64, out, 8 * middle)))
     return new(Batch, pair)  # type: ignore[no-any-return]
+
+
+def _as_integers(values: npt.ArrayLike, name: str) -> Int64Array:
+    """Integers of any kind as int64; others are refused, since a cut fraction or a mask would name other rows."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InputError(f"{name} are not a sequence of integers: {error}") from error
+    if array.size and (array.dtype.kind not in "iu" or (array.dtype == np.uint64 and array.max() >> 63)):
+        raise InputError(f"{name} are {array.dtype}, such as {array.flat[0]!r}: give integers")
+    return np.ascontiguousarray(array, np.int64)
 
 
 def _allocate(num_cells: int) -> Int64Array:
@@ -419,7 +433,8 @@ def _read_arrays(batch: Sequence[Any], pairs: bool) -> _Rows:
         if pairs != _is_pair(row):
             raise InputError(f"row {index} of the batch: rows and (prompt length, row) pairs cannot be mixed")
         if pairs:
-            prompts[index] = _index(row[0], f"row {index} of the batch: the prompt length")
+            prompt = _index(row[0], f"row {index} of the batch: the prompt length")
+            prompts[index] = min(max(prompt, -(2**62)), 2**62)  # longer than any row, as a slice takes it
             row = row[1]
         rows.append(_as_ids(row, index))
     bounds = np.zeros(len(rows) + 1, np.int64)

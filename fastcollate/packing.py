@@ -14,6 +14,7 @@ Int64Array = npt.NDArray[np.int64]
 
 LONG_ROWS = ("truncate", "split", "drop")
 LARGEST_CAPACITY = 1 << 24  # the packer keeps a list for each room from 0 to the capacity
+MOST_PARTS = 1 << 26  # what packs them takes some three gigabytes
 
 
 class Packing(NamedTuple):
@@ -103,6 +104,9 @@ def pack_rows(rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit:
         capacity: cells a pack.
         limit: cells of a row at most; not above the capacity.
         long_rows: what becomes of longer rows: `"truncate"`, `"split"` or `"drop"`.
+
+    Raises:
+        InputError: split rows make more than `MOST_PARTS` parts.
     """
     starts = np.empty(0, np.int64)
     if long_rows == "drop":
@@ -110,6 +114,12 @@ def pack_rows(rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit:
         rows, lengths = rows[kept], lengths[kept]
     elif long_rows == "split" and len(rows) and lengths.max() > limit:
         num_parts = int(np.maximum(-(-lengths.astype(np.int64) // limit), 1).sum())
+        if num_parts > MOST_PARTS:
+            row, length = int(rows[np.argmax(lengths)]), int(lengths.max())
+            raise InputError(
+                f"{len(rows)} rows in parts of {limit} tokens are {num_parts:,} parts, more than {MOST_PARTS:,} in one "
+                f"window (row {row} alone has {length} tokens): raise the capacity, or give a smaller window"
+            )
         parts = np.empty(num_parts, np.int64), np.empty(num_parts, np.int64), np.empty(num_parts, lengths.dtype)
         plan_kernels.split_rows(rows, lengths, limit, *parts)
         rows, starts, lengths = parts

@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ BLOCK = 64
 BLOCK_FROM = 1 << 22
 WINDOW_BATCHES = 1024
 MIN_WINDOW, MAX_WINDOW = 1 << 14, 1 << 18
+LARGEST, MOST_RANKS = (1 << 40) - 1, 1 << 20  # of any size, and of ranks: products of two fit 64 bits
 _ROWS_KEY, _MIX_KEY, _ORDER_KEY, _ROTATION_KEY = range(4)
 
 
@@ -156,7 +157,7 @@ class EpochPlan:
         With the policy packed a batch is the rows of all its packs; `packs` tells them apart.
 
         Raises:
-            InputError: a row is longer than `max_tokens`.
+            InputError: a row is longer than `max_tokens`, or its length is negative.
         """
         if self.policy == "packed":
             packs, batches = self.packs(index)
@@ -164,10 +165,11 @@ class EpochPlan:
         self._check_window(index)
         with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
             rows = self._rows(index)
+            lengths = np.empty(0, np.int32)
             if self.policy == "bucketed":
                 rows, lengths = self._sorted(rows)
-            else:
-                lengths = self._lengths(rows, self.max_length) if self.batch_size is None else np.empty(0, np.int32)
+            elif self.batch_size is None:
+                lengths, _ = self._lengths(rows, self.max_length)
             bounds = self._cut(rows, lengths)
             return self._deal(index, rows, bounds)
 
@@ -179,7 +181,8 @@ class EpochPlan:
         limit = self.capacity if self.max_length is None else min(self.max_length, self.capacity)
         with np.errstate(over="ignore"):
             rows = self._rows(index)
-            packs = pack_rows(rows, self._lengths(rows, 2**31 - 1), self.capacity, limit, self.long_rows)
+            lengths, _ = self._lengths(rows, None)
+            packs = pack_rows(rows, lengths, self.capacity, limit, self.long_rows)
             is_last = index == self.num_windows - 1
             missing = -packs.num_packs % self._group
             if missing and not is_last:
@@ -234,18 +237,22 @@ class EpochPlan:
             rows = np.concatenate([rows, np.resize(rows, missing)])
         return rows
 
-    def _lengths(self, rows: npt.NDArray[Any], limit: int | None) -> npt.NDArray[np.int32]:
+    def _lengths(self, rows: npt.NDArray[Any], limit: int | None) -> tuple[npt.NDArray[np.int32], int]:
+        """The rows' lengths, and the longest of them."""
         lengths = np.empty(len(rows), np.int32)
-        limit = 2**31 - 1 if limit is None else limit
         if self.block > 1:
             ask_for_items(self.lengths, rows)
+        limit = 2**31 - 1 if limit is None else min(limit, 2**31 - 1)
         plan_kernels.gather_lengths(self.lengths, rows, limit, lengths)
-        return lengths
+        longest = int(lengths.view(np.uint32).max(initial=0))
+        if longest >= 1 << 31:  # a negative one: the kernels count by length, and would write before their memory
+            row = int(rows[np.argmin(lengths)])
+            raise InputError(f"row {row} has a length of {self.lengths[row]}; lengths are from 0 to 2**63 - 1")
+        return lengths, longest
 
     def _sorted(self, rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        lengths = self._lengths(rows, self.max_length)
-        longest = int(lengths.max(initial=0))
-        if longest > 16 * self.window_rows:  # a counting sort would count mostly zeros
+        lengths, longest = self._lengths(rows, self.max_length)
+        if longest > 16 * len(rows):  # a counting sort would count mostly zeros
             order = np.argsort(lengths, kind="stable")
             return rows[order], lengths[order]
         # Lengths in order are needed by `max_tokens` only.
@@ -303,7 +310,8 @@ def plan_epoch(
     """Plan one epoch.
 
     Args:
-        lengths: each row's length in tokens, integers `(num_rows,)`; a memory map is read a window at a time.
+        lengths: each row's length in tokens, integers of at least 0 `(num_rows,)`; read, and checked, a window at a
+            time, where the policy needs them at all.
         batch_size: rows (packs, with the policy packed) a batch on each rank; or
         max_tokens: cells a batch on each rank at most, padding included.
         policy: `"sequential"`, `"shuffled"`, `"bucketed"` (rows are shuffled, sorted by length inside a window,
@@ -340,6 +348,8 @@ def plan_epoch(
     if (batch_size is None) == (max_tokens is None):
         raise InputError("give either batch_size (rows) or max_tokens (cells, padding included), not both or none")
     _check_positive(batch_size=batch_size, max_tokens=max_tokens, window=window, max_length=max_length, block=block)
+    if not isinstance(seed, SupportsIndex) or not 0 <= epoch <= LARGEST:
+        raise InputError(f"seed={seed!r}, epoch={epoch}: give an integer, and an epoch of 0 to {LARGEST:,}")
     if policy == "packed":
         batch_size, max_tokens, capacity = _sizes_of_packs(batch_size, max_tokens, max_length, capacity)
     elif capacity is not None or long_rows != "truncate":
@@ -387,16 +397,18 @@ def _check_choices(policy: str, tail: str, long_rows: str) -> None:
 
 
 def _check_ranks(rank: int, world_size: int, shares: int) -> None:
-    if not 0 <= rank < world_size:
-        raise InputError(f"rank={rank} of world_size={world_size}: ranks count from 0 to world_size - 1")
-    if shares < 1 or shares % world_size:
-        raise InputError(f"shares={shares}: give a multiple of world_size={world_size}")
+    if not 0 <= rank < world_size <= MOST_RANKS:
+        raise InputError(
+            f"rank={rank} of world_size={world_size}: ranks count from 0 to world_size - 1, of {MOST_RANKS:,} at most"
+        )
+    if not 1 <= shares <= MOST_RANKS or shares % world_size:
+        raise InputError(f"shares={shares}: give a multiple of world_size={world_size}, {MOST_RANKS:,} at most")
 
 
 def _check_positive(**values: int | None) -> None:
     for name, value in values.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value}: give at least 1")
+        if value is not None and not 1 <= value <= LARGEST:
+            raise InputError(f"{name}={value}: give 1 to {LARGEST:,}")
 
 
 def _sizes_of_packs(

@@ -190,14 +190,15 @@ def permuted_rows(first: int, num_rows: int, block: int, key: Any, rotation: int
 
 @kernel
 def gather_lengths(lengths: Any, rows: Any, limit: int, out: Any) -> None:
-    """Each row's length, at most `limit`."""
+    """Each row's length, at most `limit`; -1 where it is negative."""
     for i in range(np.uint64(len(rows))):
-        out[i] = min(np.int64(lengths[np.uint64(rows[i])]), limit)  # an unsigned index is not tried for a negative one
+        length = np.int64(lengths[np.uint64(rows[i])])  # an unsigned index is not tried for a negative one
+        out[i] = max(min(length, limit), -1)
 
 
 @kernel
 def sort_by_length(rows: Any, lengths: Any, longest: int, sorted_rows: Any, sorted_lengths: Any) -> None:
-    """A stable counting sort, shortest first; `lengths` are at most `longest`. No `sorted_lengths`: not written."""
+    """A stable counting sort, shortest first; `lengths` are 0 to `longest`. No `sorted_lengths`: not written."""
     starts = np.zeros(longest + 2, np.int64)
     for i in range(np.uint64(len(rows))):
         starts[np.uint64(lengths[i]) + np.uint64(1)] += 1

@@ -315,6 +315,38 @@ def test_rows_that_do_not_exist_are_named() -> None:
         collator([])
 
 
+@pytest.mark.parametrize(
+    "rows", [[1.5], [1.0], [True, False], None, "ab", ["1"], [[0], [1, 1]], [2**64], [2**63], [0, None], {0: 1}]
+)
+def test_row_numbers_are_integers(rows: Any) -> None:
+    collator = Collator(make_shards([[1], [2]]))
+    with pytest.raises(InputError, match="row numbers are"):
+        collator(rows)
+    with pytest.raises(InputError, match="row numbers are"):
+        collator.pack(rows, [0, 1], capacity=4)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.uint64, np.dtype(">i8"), torch.int32, torch.int64])
+def test_row_numbers_of_any_kind_of_integer(kind: Any) -> None:
+    collator = Collator(make_shards([[1], [2, 3], [4]]))
+    rows = torch.tensor([2, 1], dtype=kind) if isinstance(kind, torch.dtype) else np.array([2, 1], kind)
+    check(collator(rows), custom_collate_fn([[4], [2, 3]]))
+    check(collator(np.array([2, 0, 1, 0])[::2]), custom_collate_fn([[4], [2, 3]]))
+
+
+@pytest.mark.parametrize("capacity", [0, -1, -(2**70), 2**31, 2**70])
+def test_a_pack_has_a_capacity(capacity: int) -> None:
+    with pytest.raises(InputError, match=f"capacity={capacity}: give 1 to"):
+        Collator(make_shards([[1], [2]])).pack([0], [0, 1], capacity=capacity)
+
+
+@pytest.mark.filterwarnings("ignore:Truncating the start")  # PyTorch, of the reference's slice
+@pytest.mark.parametrize("prompt", [2**62, 2**63, 2**70, -(2**62), -(2**63), -(2**70)])
+def test_prompts_beyond_any_row(prompt: int) -> None:
+    batch = [(1, [4, 5, 6]), (prompt, [7, 8]), (2, [9])]
+    check(collate_fn(batch), custom_collate_with_masking_fn(batch))
+
+
 def test_columns_of_a_wrong_layout_are_refused() -> None:
     shard = make_shards([[1, 2], [3]])[0]
     for change in (

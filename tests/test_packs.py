@@ -77,6 +77,11 @@ def test_rows_beyond_the_limit() -> None:
     assert len(bounds) == 3
 
 
+def test_too_many_parts_are_refused_before_memory_is_taken() -> None:
+    with pytest.raises(InputError, match=r"2 rows in parts of 4 tokens .*\(row 101 alone has 2147483647 tokens\)"):
+        pack_rows(np.array([100, 101]), np.array([4, 2**31 - 1], np.int32), 8, 4, "split")
+
+
 def test_nothing_is_split_that_fits() -> None:
     assert pack([4, 4], 8, 4, "split") == ([100, 101], [], [0, 2])
     assert pack([], 8, 4, "split") == ([], [], [0])

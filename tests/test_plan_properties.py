@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,10 @@ def test_a_step_holds_the_same_rows_at_every_world_size() -> None:
         {}, {"batch_size": 2, "max_tokens": 9}, {"batch_size": 0}, {"batch_size": 2, "window": 0},
         {"batch_size": 2, "policy": "sorted"}, {"batch_size": 2, "tail": "cut"}, {"batch_size": 2, "rank": 1},
         {"batch_size": 2, "rank": -1}, {"max_tokens": 9, "world_size": 2, "shares": 3}, {"max_tokens": 0},
-        {"batch_size": 2, "max_length": 0}, {"batch_size": 2, "block": 0},
+        {"batch_size": 2, "max_length": 0}, {"batch_size": 2, "block": 0}, {"batch_size": 2**63},
+        {"max_tokens": 2**40}, {"batch_size": 2, "window": 2**70}, {"batch_size": 2, "epoch": -1},
+        {"batch_size": 2, "epoch": 2**63}, {"batch_size": 2, "world_size": 2**21},
+        {"max_tokens": 9, "shares": 2**21}, {"max_tokens": 9, "shares": 0},
     ],
 )  # fmt: skip
 def test_wrong_options(options: dict[str, object]) -> None:
@@ -143,6 +147,37 @@ def test_wrong_lengths() -> None:
     assert sorted(row for rows in plan for row in rows.tolist()) == [0, 1]
     with pytest.raises(IndexError):
         plan.window(1)
+
+
+@pytest.mark.parametrize("length", [-1, -5, -(2**31), -(2**32), -(2**63), 2**64 - 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "bucketed", "batch_size": 4},
+        {"policy": "bucketed", "batch_size": 4, "max_length": 10},
+        {"policy": "shuffled", "max_tokens": 64},
+        {"policy": "packed", "batch_size": 1, "capacity": 32},
+        {"policy": "bucketed", "batch_size": 4, "window": 100, "block": 64},
+    ],
+)
+def test_a_negative_length_is_told(length: int, options: dict[str, Any]) -> None:
+    lengths = np.full(300, 9, np.uint64 if length > 0 else np.int64)
+    lengths[217] = length
+    with pytest.raises(InputError, match=f"row 217 has a length of {length}"):
+        list(plan_epoch(lengths, **options))
+
+
+@pytest.mark.parametrize("max_length", [None, 2**35])
+def test_lengths_beyond_32_bits_are_long(max_length: int | None) -> None:
+    lengths = np.array([3, 2**33, 1, 2**31, 2, 2**62])
+    rows = np.concatenate(list(plan_epoch(lengths, policy="bucketed", batch_size=6, max_length=max_length)))
+    assert rows[:3].tolist() == [2, 4, 0]
+    assert sorted(rows[3:].tolist()) == [1, 3, 5]
+
+
+def test_a_window_far_wider_than_the_rows_counts_no_more_than_these() -> None:
+    (rows,) = plan_epoch([3, 2**31, 1], policy="bucketed", batch_size=3, window=2**39)
+    assert rows.tolist() == [2, 0, 1]
 
 
 def test_an_uneven_tail_leaves_no_batch_without_rows() -> None:
