@@ -70,7 +70,8 @@ def loader_table() -> str:
                 cells.append("–")
                 continue
             times = "" if name.startswith("fastcollate") else f" ({row['times_ours']:.3g} ×)"
-            cells.append(f"{row['microseconds_per_batch']:,.4g}{times}")
+            micros = row["microseconds_per_batch"]
+            cells.append((f"{micros:,.0f}" if micros >= 1000 else f"{micros:.4g}") + times)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
