@@ -26,6 +26,8 @@ from fastcollate.kernels import (
     shard_of,
 )
 
+_NO_PAGES = np.int64(0), np.int64(-2)  # first and last: nothing joins these
+
 
 @kernel
 def _ask_for_pages(first: int, last: int, page: int) -> int:
@@ -38,13 +40,11 @@ def _ask_for_pages(first: int, last: int, page: int) -> int:
 
 @kernel
 def _add_stretch(first: int, last: int, begin: int, end: int, page: int) -> tuple[int, int, int]:
-    """Join a stretch of memory to the pages `first` to `last`, or ask for these where it lies apart.
+    """Join a stretch of memory, not empty, to the pages `first` to `last`, or ask for these where it lies apart.
 
     Returns:
         How often it asked, and the first and last page that are still to be asked for.
     """
-    if begin >= end:
-        return 0, first, last
     own_first, own_last = begin // page, (end - 1) // page
     if first <= own_first <= last + 1:
         return 0, first, max(last, own_last)
@@ -64,7 +64,8 @@ def ask_for_items(address: int, size: int, rows: Any, page: int) -> int:
     Returns:
         How often it asked.
     """
-    asked, first, last = 0, np.int64(0), np.int64(-2)
+    asked = 0
+    first, last = _NO_PAGES
     for i in range(len(rows)):
         begin = address + size * np.int64(rows[i])
         more, first, last = _add_stretch(first, last, begin, begin + size, page)
@@ -82,8 +83,8 @@ def _ask_for_offsets(table: Any, rows: Any, offsets: int, page: int) -> int:
         offsets: the table's column with the offsets' address.
         page: bytes a page.
     """
-    asked, first, last = 0, np.int64(0), np.int64(-2)
-    shard = 0
+    asked, shard = 0, 0
+    first, last = _NO_PAGES
     for i in range(len(rows)):
         shard = shard_of(table, rows[i], max(shard, 0))
         if shard >= 0:
@@ -103,8 +104,8 @@ def _ask_for_lists(table: Any, rows: Any, offsets: int, total: int, items: int, 
         offsets: the table's column with the offsets' address; and so `total`, `items` and `item_size`.
         page: bytes a page.
     """
-    asked, first, last = 0, np.int64(0), np.int64(-2)
-    shard = 0
+    asked, shard = 0, 0
+    first, last = _NO_PAGES
     for i in range(len(rows)):
         shard = shard_of(table, rows[i], max(shard, 0))
         if shard >= 0:

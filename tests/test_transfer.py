@@ -16,8 +16,9 @@ import pytest
 import torch
 from stores import make_store
 
-from fastcollate import prefetch, transfer
+from fastcollate import prefetch, queue_kernels, transfer
 from fastcollate.errors import InputError
+from fastcollate.fill_threads import FillThreads
 from fastcollate.loader import BatchLoader
 from fastcollate.plan import plan_epoch
 from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
@@ -233,6 +234,16 @@ def test_a_refill_without_waiting_would_be_seen(
     by_hand: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The streams above do catch what they are for."""
+    is_next_filled = FillThreads.is_next_filled
+
+    def is_next_filled_now(threads: FillThreads) -> bool:
+        """However slow the threads, the next group is there, so that copies wait while other buffers are filled."""
+        if threads._waited < threads._posted:
+            while queue_kernels.serve(threads._queue, threads._waited, *threads._how) == queue_kernels.NOT_DONE:
+                pass
+        return is_next_filled(threads)
+
+    monkeypatch.setattr(FillThreads, "is_next_filled", is_next_filled_now)
     monkeypatch.setattr(prefetch, "GROUP_CELLS", 500)
     monkeypatch.setattr(FakeEvent, "synchronize", lambda self: None)
     monkeypatch.setattr(FakeEvent, "query", lambda self: True)
