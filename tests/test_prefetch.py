@@ -96,7 +96,7 @@ def test_one_wide_batch_does_not_widen_all_buffers(monkeypatch: pytest.MonkeyPat
     for batch in loader:
         del batch
     sizes = sorted(len(buffer) for buffer in loader._own_transfer()._pool._buffers)  # type: ignore[attr-defined]
-    assert sizes == [1536, 8192]
+    assert sizes == [1280, 8192]
     wide = BatchLoader(make_store([[1] * 3000] * 60), policy="sequential", batch_size=1, prefetch=0)
     kept = [batch.inputs.data_ptr() for batch in wide]
     assert len(set(kept)) <= 3
