@@ -99,8 +99,38 @@ def test_of_idle_buffers_the_largest_makes_room() -> None:
     del taken
     wide = pool.take(30)
     assert wide.ctypes.data not in places[1:]
-    assert {pool.take(10).ctypes.data, pool.take(5).ctypes.data} <= set(places[1:])
+    small = [pool.take(10), pool.take(5)]
+    assert {buffer.ctypes.data for buffer in small} == set(places[1:])
     assert pool.num_allocated == 4
+
+
+def test_of_equal_buffers_the_one_used_last_is_taken() -> None:
+    pool = HostPool(3)
+    taken = [pool.take(10) for _ in range(3)]
+    places = [buffer.ctypes.data for buffer in taken]
+    del taken
+    for place in (places[2], places[2], places[2]):
+        assert pool.take(5).ctypes.data == place
+    held = pool.take(5)
+    assert held.ctypes.data == places[2]
+    assert pool.take(5).ctypes.data == places[1]
+
+
+def test_the_oldest_buffer_is_found_where_it_alone_is_idle() -> None:
+    pool = HostPool(3)
+    first, *others = (pool.take(10) for _ in range(3))
+    place = first.ctypes.data
+    del first
+    for num_cells in (0, 5, 10):
+        assert pool.take(num_cells).ctypes.data == place
+        others.append(others.pop(0))
+    assert pool.num_allocated == 3
+
+
+def test_a_pool_that_is_all_in_use_lets_go_of_the_oldest() -> None:
+    pool = HostPool(2)
+    held = [pool.take(10) for _ in range(5)]
+    assert [buffer.ctypes.data for buffer in pool._buffers] == [buffer.ctypes.data for buffer in held[3:]]
 
 
 # ---------------------------------------------------------------------------------- streams that the test runs by hand
@@ -252,6 +282,27 @@ def test_a_refill_without_waiting_would_be_seen(
     found = [[torch.Tensor(t).to(t.dtype).clone() for t in batch] for batch in loader]
     wrong = [not same(a, b) for a, b in zip(found, expected_batches(**OPTIONS), strict=True)]
     assert any(wrong)
+
+
+def test_so_many_buffers_are_pinned_and_no_more(
+    by_hand: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty, pinned = transfer.torch.empty, []
+
+    def count(*sizes: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.extend([sizes[0]] * pin_memory)
+        return empty(*sizes, pin_memory=pin_memory, **options)
+
+    monkeypatch.setattr(transfer.torch, "empty", count)
+    to_cuda = ToCuda(torch.device("cuda"), 3)
+    for _ in range(9):
+        to_cuda.send(to_cuda.take(10), 10)
+    assert pinned == [10, 10, 10]
+    to_cuda.send(to_cuda.take(20), 20)  # in the place of the oldest
+    for _ in range(4):
+        to_cuda.send(to_cuda.take(10), 10)
+    assert pinned == [10, 10, 10, 20]
+    assert len(to_cuda._free) == 3
 
 
 def test_memory_that_cannot_be_pinned_is_told_with_the_remedy(
