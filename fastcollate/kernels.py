@@ -263,7 +263,7 @@ def _mask_prompts(spans: Any, length: int, padded: int, start: int, settings: An
     value = MASKED if reference else ignore
     if len(spans) <= 2:
         prompt = np.int64(spans[0]) if len(spans) > 0 else np.int64(0)
-        stop = prompt - 1
+        stop = max(prompt, -NO_LIMIT) - 1  # any integer is legal, also the least
         if reference and stop < 0 and len(spans) > 0:
             stop = max(padded + stop, 0)
             report[CORNERS] += stop > 0
