@@ -347,7 +347,9 @@ def plan_epoch(
     _check_ranks(rank, world_size, shares)
     if (batch_size is None) == (max_tokens is None):
         raise InputError("give either batch_size (rows) or max_tokens (cells, padding included), not both or none")
-    _check_positive(batch_size=batch_size, max_tokens=max_tokens, window=window, max_length=max_length, block=block)
+    _check_positive(batch_size=batch_size, max_tokens=max_tokens, window=window, block=block)
+    if max_length is not None and max_length < 1:  # any large number stands for no limit
+        raise InputError(f"max_length={max_length}: give at least 1")
     if not isinstance(seed, SupportsIndex) or not 0 <= epoch <= LARGEST:
         raise InputError(f"seed={seed!r}, epoch={epoch}: give an integer, and an epoch of 0 to {LARGEST:,}")
     if policy == "packed":

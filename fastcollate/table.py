@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -65,7 +66,10 @@ def make_settings(
         ("the limit", kernels.LIMIT, kernels.NO_LIMIT if limit is None else limit),
     ):
         try:
-            settings[column] = value
+            number = operator.index(value)
+            if column == kernels.LIMIT:  # a slice takes any number
+                number = min(max(number, -kernels.NO_LIMIT), kernels.NO_LIMIT)
+            settings[column] = number
         except (OverflowError, TypeError, ValueError) as error:
             raise InputError(f"{name} is {value!r}: give an integer of at most 64 bits") from error
     settings[kernels.MASK] = mask_prompt

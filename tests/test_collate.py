@@ -340,6 +340,23 @@ def test_a_pack_has_a_capacity(capacity: int) -> None:
         Collator(make_shards([[1], [2]])).pack([0], [0, 1], capacity=capacity)
 
 
+@pytest.mark.parametrize("limit", [2**62, 2**63, 10**30])
+def test_a_limit_beyond_any_row_is_none(limit: int) -> None:
+    rows = [[4, 5, 6], [7]]
+    check(collate_fn(rows, allowed_max_length=limit), custom_collate_fn(rows))
+    check(Collator(make_shards(rows), max_length=limit)([0, 1]), custom_collate_fn(rows))
+
+
+@pytest.mark.parametrize("limit", [-(2**62), -(2**63), -(10**30)])
+def test_a_limit_below_any_row_leaves_nothing(limit: int) -> None:
+    assert [part.shape for part in collate_fn([[4, 5, 6], [7]], allowed_max_length=limit)] == [(2, 0), (2, 0)]
+
+
+def test_a_limit_is_an_integer() -> None:
+    with pytest.raises(InputError, match=r"the limit is 2\.5: give an integer"):
+        Collator(make_shards([[1, 2, 3]]), max_length=2.5)  # type: ignore[arg-type]
+
+
 @pytest.mark.filterwarnings("ignore:Truncating the start")  # PyTorch, of the reference's slice
 @pytest.mark.parametrize("prompt", [2**62, 2**63, 2**70, -(2**62), -(2**63), -(2**70)])
 def test_prompts_beyond_any_row(prompt: int) -> None:

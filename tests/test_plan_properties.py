@@ -167,7 +167,7 @@ def test_a_negative_length_is_told(length: int, options: dict[str, Any]) -> None
         list(plan_epoch(lengths, **options))
 
 
-@pytest.mark.parametrize("max_length", [None, 2**35])
+@pytest.mark.parametrize("max_length", [None, 2**35, 10**30])
 def test_lengths_beyond_32_bits_are_long(max_length: int | None) -> None:
     lengths = np.array([3, 2**33, 1, 2**31, 2, 2**62])
     rows = np.concatenate(list(plan_epoch(lengths, policy="bucketed", batch_size=6, max_length=max_length)))
