@@ -19,7 +19,7 @@ import torch
 from fastcollate import kernels, pack_kernels
 from fastcollate.errors import InputError
 from fastcollate.packing import check_capacity
-from fastcollate.table import Columns, Table, make_settings
+from fastcollate.table import Columns, Table, clamped, make_settings
 
 Int64Array = npt.NDArray[np.int64]
 Take = Callable[[int], Int64Array]
@@ -297,9 +297,14 @@ def _as_integers(values: npt.ArrayLike, name: str) -> Int64Array:
         array = np.asarray(values)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{name} are not a sequence of integers: {error}") from error
-    if array.size and (array.dtype.kind not in "iu" or (array.dtype == np.uint64 and array.max() >> 63)):
+    if array.size and not _fits_int64(array):
         raise InputError(f"{name} are {array.dtype}, such as {array.flat[0]!r}: give integers")
     return np.ascontiguousarray(array, np.int64)
+
+
+def _fits_int64(array: npt.NDArray[Any]) -> bool:
+    """Whether items, one or more, are integers of at most 63 bits."""
+    return array.dtype.kind in "iu" and not (array.dtype == np.uint64 and array.max() >> 63)
 
 
 def _allocate(num_cells: int) -> Int64Array:
@@ -433,8 +438,7 @@ def _read_arrays(batch: Sequence[Any], pairs: bool) -> _Rows:
         if pairs != _is_pair(row):
             raise InputError(f"row {index} of the batch: rows and (prompt length, row) pairs cannot be mixed")
         if pairs:
-            prompt = _index(row[0], f"row {index} of the batch: the prompt length")
-            prompts[index] = min(max(prompt, -(2**62)), 2**62)  # longer than any row, as a slice takes it
+            prompts[index] = clamped(_index(row[0], f"row {index} of the batch: the prompt length"))
             row = row[1]
         rows.append(_as_ids(row, index))
     bounds = np.zeros(len(rows) + 1, np.int64)
@@ -450,7 +454,7 @@ def _as_ids(row: Any, index: int) -> npt.NDArray[Any]:
         raise InputError(f"row {index} of the batch is not a sequence of token ids: {error}") from error
     if array.size == 0 and array.ndim == 1:
         return np.empty(0, np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or (array.dtype == np.uint64 and array.max() >> 63):
+    if array.ndim != 1 or not _fits_int64(array):
         raise InputError(
             f"row {index} of the batch is {array.dtype} of shape {array.shape}: give a flat sequence of integer ids"
         )

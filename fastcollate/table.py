@@ -39,6 +39,11 @@ class Columns(Protocol):
         """int64 `(num_rows + 1,)`."""
 
 
+def clamped(number: int) -> int:
+    """A length as a Python slice takes it: what lies beyond any row is all the same."""
+    return min(max(number, -kernels.NO_LIMIT), kernels.NO_LIMIT)
+
+
 @functools.lru_cache(maxsize=64)
 def make_settings(
     *,
@@ -67,9 +72,7 @@ def make_settings(
     ):
         try:
             number = operator.index(value)
-            if column == kernels.LIMIT:  # a slice takes any number
-                number = min(max(number, -kernels.NO_LIMIT), kernels.NO_LIMIT)
-            settings[column] = number
+            settings[column] = clamped(number) if column == kernels.LIMIT else number
         except (OverflowError, TypeError, ValueError) as error:
             raise InputError(f"{name} is {value!r}: give an integer of at most 64 bits") from error
     settings[kernels.MASK] = mask_prompt
