@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fastcollate.jit import kernel, prefetch, view
+from fastcollate.jit import borrow, kernel, part_of_kernel, prefetch, view
+from fastcollate.vectors import STRIDE, copy_and_find, copy_tokens, fill_cells
 
 # Columns of a table.
 _TABLE = range(10)
@@ -41,7 +42,6 @@ _PLACE = range(4)
 AT, LENGTH, READABLE, SHARD = _PLACE
 PLACE_COLUMNS = len(_PLACE)
 
-STRIDE = 16  # cells that a vectorized loop handles a turn
 AHEAD = 8  # rows whose tokens are asked for at once, before the rows in front of them are filled
 FAR_AHEAD = 16  # rows whose offsets are asked for before they are read
 ALIGNMENT = 8  # int64 cells in a cache line: each batch of a group starts on one
@@ -140,27 +140,21 @@ def widest(table: Any, rows: Any) -> int:
 # ------------------------------------------------------------------------------------------------- filling rows
 
 
-@kernel
-def _rounded(count: int, most: int) -> int:
-    """`count` in whole strides, or as it is where those are more than `most`: a vectorized loop without a rest."""
-    whole = (count + STRIDE - 1) & -STRIDE
-    return whole if whole <= most else count
-
-
-@kernel
-def fill_row(
-    token: Any, cell: Any, at: int, length: int, readable: int, start: int, width: int, inputs_at: int,
-    targets_at: int, writable: int, pad: int, ignore: int, reference: int,
+def plain_fill_row(
+    token: Any, token_size: int, cell: Any, cell_size: int, at: int, length: int, readable: int, start: int,
+    width: int, inputs_at: int, targets_at: int, writable: int, pad: int, ignore: int, reference: int,
 ) -> tuple[int, int]:  # fmt: skip
     """Fill one row's columns from `start` on; prompts are masked afterwards, by `mask_row`.
 
     Column `c` holds token `c` as input and token `c + 1` as target; token `length` is the end-of-text, what follows
-    is padding. Takes numbers and addresses only, and calls nothing in the usual case: an array argument a row costs
-    more than the row.
+    is padding. The usual row is done here, by whole vectors and in few steps, since these cost as much as reading its
+    tokens; whatever needs more thought is left to `_fill_row_exactly`.
 
     Args:
         token: the tokens' dtype.
+        token_size: its bytes.
         cell: the inputs' dtype.
+        cell_size: its bytes.
         at: address of the row's first token.
         length: tokens of the row.
         readable: tokens of the shard from `at` on.
@@ -174,43 +168,48 @@ def fill_row(
     Returns:
         How many targets are trained, and the corners met.
     """
-    tokens, inputs, targets = (
-        view(at, readable, token),
-        view(inputs_at, writable, cell),
-        view(targets_at, writable, np.int64),
-    )
+    trained, corners, has_pad = length, np.int64(0), np.int64(1)
+    if start == 0 and 0 < length <= width and length + STRIDE <= readable and width + STRIDE <= writable:
+        whole, rest = (length + STRIDE - 1) & -STRIDE, (width - length + STRIDE - 1) & -STRIDE
+        # All inputs, then all targets: two places written by turns take a tenth longer.
+        copy_tokens(at, inputs_at, whole, token, cell)
+        fill_cells(inputs_at + cell_size * length, rest, cell, pad)
+        has_pad = copy_and_find(at + token_size, targets_at, whole, token, pad) & reference
+        fill_cells(targets_at + 8 * length, rest, np.int64, ignore)
+        fill_cells(targets_at + 8 * (length - 1), 1, np.int64, pad)
+    if has_pad != 0:
+        trained, corners = _fill_row_exactly(
+            token, token_size, cell, cell_size, at, length, start, width, inputs_at, targets_at, pad, ignore, reference
+        )
+    return trained, corners
+
+
+fill_row = kernel(plain_fill_row)
+_fill_row_here = part_of_kernel(plain_fill_row)  # without a call, which takes as long as a fifth of a usual row
+
+
+@kernel
+def _fill_row_exactly(
+    token: Any, token_size: int, cell: Any, cell_size: int, at: int, length: int, start: int, width: int,
+    inputs_at: int, targets_at: int, pad: int, ignore: int, reference: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Like `plain_fill_row`, for any row; reads and writes nothing beyond it."""
     copied, shifted = min(max(length - start, 0), width), min(max(length - start - 1, 0), width)
-    most = min(readable - 1 - start, writable)
-    end = _rounded(copied, most)
-    if end > most:  # the row ends its shard: the target after the last token is not there to be read
-        end = shifted
-        if copied > shifted:
-            inputs[shifted] = np.int64(tokens[start + shifted])
-    first, second = tokens[start:], tokens[start + 1 :]
-    rest_inputs, rest_targets = inputs[copied:], targets[copied:]
-    rest = _rounded(width - copied, writable - copied)
-    # All inputs, then all targets: two places written by turns take a tenth longer. An unsigned bound cannot wrap
-    # around, so that LLVM vectorizes.
-    for j in range(np.uint64(end)):
-        inputs[j] = np.int64(first[j])
-    for j in range(np.uint64(rest)):
-        rest_inputs[j] = pad
-    found = 0
-    for j in range(np.uint64(end)):
-        target = np.int64(second[j])
-        targets[j] = target
-        found |= target == pad
-    for j in range(np.uint64(rest)):
-        rest_targets[j] = ignore
+    first = at + token_size * start
+    copy_tokens(first, inputs_at, copied, token, cell)
+    fill_cells(inputs_at + cell_size * copied, width - copied, cell, pad)
+    has_pad = copy_and_find(first + token_size, targets_at, shifted, token, pad)
+    fill_cells(targets_at + 8 * shifted, width - shifted, np.int64, ignore)
     trained, corners = shifted, 0
     if shifted < width and start + shifted + 1 == max(length, reference):
-        targets[shifted] = pad
+        fill_cells(targets_at + 8 * shifted, 1, np.int64, pad)
         trained += 1
         corners += length == 0  # the reference trains an empty row's first padding token
-    # What lies beyond a cut, or before it, counts as well; what was read beyond the row does not.
-    if reference != 0 and length > 1 and (found != 0 or copied < length) and _holds(tokens[1:length], pad):
-        corners += 1
-        trained -= _ignore_later_pads(tokens[:length], start, pad, ignore, targets[:width])
+    if reference != 0 and length > 1 and (has_pad != 0 or shifted < length - 1):  # what lies beyond a cut counts too
+        tokens = view(at, length, token)
+        if _holds(tokens[1:], pad):
+            corners += 1
+            trained -= _ignore_later_pads(tokens, start, pad, ignore, view(targets_at, width, np.int64))
     return trained, corners
 
 
@@ -316,26 +315,39 @@ def _fill_rows(
     targets_at: int, report: Any,
 ) -> int:  # fmt: skip
     """Fill `(len(rows), width)` inputs and targets; returns 0, or `-1 - i` where `rows[i]` is broken."""
+    done = np.int64(0)
+    while 0 <= done < len(rows):
+        batch = table, settings, rows, places, padded, width, inputs_at, cell, targets_at, report, done
+        size = table[places[done, SHARD], TOKEN_SIZE]
+        if size == 2:
+            done = _fill_alike(np.uint16, np.int64(2), *batch)
+        elif size == 4:
+            done = _fill_alike(np.uint32, np.int64(4), *batch)
+        else:
+            done = _fill_alike(np.int64, np.int64(8), *batch)
+    return int(min(done, 0))
+
+
+@kernel
+def _fill_alike(
+    token: Any, token_size: int, table: Any, settings: Any, rows: Any, places: Any, padded: int, width: int,
+    inputs_at: int, cell: Any, targets_at: int, report: Any, first: int,
+) -> int:  # fmt: skip
+    """Fill the rows from `first` on whose tokens are alike; returns the first whose are not, or `-1 - i`."""
     pad, ignore, reference, mask = settings[PAD], settings[IGNORE], settings[REFERENCE], settings[MASK]
     left, cell_size = settings[LEFT] != 0, 4 if settings[NARROW] != 0 else 8
     sum_real = sum_trained = sum_corners = 0
-    for i in range(len(rows)):
+    for i in range(first, len(rows) + 1):
+        if i == len(rows) or table[places[i, SHARD], TOKEN_SIZE] != token_size:
+            break
         if i % AHEAD == 0:
             prefetch_places(table, places, i + AHEAD)
-        shard, length = places[i, SHARD], places[i, LENGTH]
+        shard, length, done = places[i, SHARD], places[i, LENGTH], i * width
         start = max(length - width, 0) if left else 0
-        done, writable = i * width, (len(rows) - i) * width
-        row = (
-            places[i, AT], length, places[i, READABLE], start, width,
-            inputs_at + cell_size * done, targets_at + 8 * done, writable, pad, ignore, reference,
+        trained, corners = _fill_row_here(
+            token, token_size, cell, cell_size, places[i, AT], length, places[i, READABLE], start, width,
+            inputs_at + cell_size * done, targets_at + 8 * done, len(rows) * width - done, pad, ignore, reference,
         )  # fmt: skip
-        size = table[shard, TOKEN_SIZE]
-        if size == 2:
-            trained, corners = fill_row(np.uint16, cell, *row)
-        elif size == 4:
-            trained, corners = fill_row(np.uint32, cell, *row)
-        else:
-            trained, corners = fill_row(np.int64, cell, *row)
         if mask != 0:
             targets = view(targets_at + 8 * done, width, np.int64)
             masked = mask_row(table, shard, rows[i], length, start, padded, settings, targets, report)
@@ -348,7 +360,7 @@ def _fill_rows(
     report[REAL] += sum_real
     report[TRAINED] += sum_trained
     report[CORNERS] += sum_corners
-    return 0
+    return int(i)
 
 
 @kernel
@@ -407,7 +419,8 @@ def fill_padded(table: Any, settings: Any, rows: Any, out: Any) -> tuple[int, in
         the width `-1 - i` where `rows[i]` does not exist or its offsets or spans are broken.
     """
     report = np.empty(REPORT_COLUMNS, np.int64)
-    end = _fill_next(table, settings, rows, np.int64(0), out, report)
+    # Borrowed: to count references in each function takes as long as filling a row or two.
+    end = _fill_next(borrow(table), borrow(settings), borrow(rows), np.int64(0), borrow(out), borrow(report))
     if end < 0:
         return end, 0, 0
     return report[WIDTH], report[TARGETS], end
@@ -430,6 +443,7 @@ def fill_padded_group(table: Any, settings: Any, rows: Any, bounds: Any, out: An
         The number of batches filled, or `-1 - i` where `rows[i]` is broken.
     """
     start = np.int64(0)  # typed: a literal would have `_fill_next` compiled twice
+    table, settings, rows, out, report = borrow(table), borrow(settings), borrow(rows), borrow(out), borrow(report)
     for b in range(len(bounds) - 1):
         end = _fill_next(table, settings, rows[bounds[b] : bounds[b + 1]], start, out, report[b])
         if end < 0:

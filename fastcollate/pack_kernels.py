@@ -98,11 +98,11 @@ def _fill_pack(
         )  # fmt: skip
         size = table[shard, TOKEN_SIZE]
         if size == 2:
-            trained, corners = fill_row(np.uint16, cell, *row)
+            trained, corners = fill_row(np.uint16, np.int64(2), cell, cell_size, *row)
         elif size == 4:
-            trained, corners = fill_row(np.uint32, cell, *row)
+            trained, corners = fill_row(np.uint32, np.int64(4), cell, cell_size, *row)
         else:
-            trained, corners = fill_row(np.int64, cell, *row)
+            trained, corners = fill_row(np.int64, np.int64(8), cell, cell_size, *row)
         if mask != 0:
             masked = mask_row(
                 table, shard, rows[i], length, first, length, settings, view(own, width, np.int64), report

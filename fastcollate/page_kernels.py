@@ -19,12 +19,12 @@ from fastcollate.kernels import (
     SPAN_OFFSETS,
     SPAN_SIZE,
     SPANS,
-    STRIDE,
     TOKEN_SIZE,
     TOKENS,
     bounds_of,
     shard_of,
 )
+from fastcollate.vectors import STRIDE
 
 _NO_PAGES = np.int64(0), np.int64(-2)  # first and last: nothing joins these
 

@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_collate.py", "test_loader.py", "test_packing.py"])
+@pytest.mark.parametrize("file", ["test_collate.py", "test_loader.py", "test_packing.py", "test_vectors.py"])
 def test_without_the_compiler(file: str) -> None:
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_MAX_EXAMPLES": "25"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file)]

@@ -17,8 +17,8 @@ import pytest
 
 from fastcollate import BatchLoader, page_kernels, plan, read_ahead
 from fastcollate import loader as loader_room
-from fastcollate.kernels import STRIDE
 from fastcollate.table import Table
+from fastcollate.vectors import STRIDE
 from tests.stores import make_shards
 
 PAGE = 64  # bytes, so that small shards have many
