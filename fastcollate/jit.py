@@ -2,8 +2,8 @@
 
 Every kernel is `nogil`, cached on disk, free of `fastmath`, and runs as plain Python too under `NUMBA_DISABLE_JIT=1`.
 A kernel's cached machine code is renewed when its own file changes, not when one that it uses does: touch it, or delete
-`__pycache__`. All use this file; `kernels.py` uses `vectors.py`; `pack_kernels.py` and `page_kernels.py` use
-`kernels.py`; `queue_kernels.py` uses both `kernels.py` and `pack_kernels.py`, and `atomics.py`.
+`__pycache__`. All use this file; `kernels.py` and `pack_kernels.py` use `vectors.py`; `pack_kernels.py` and
+`page_kernels.py` use `kernels.py`; `queue_kernels.py` uses both `kernels.py` and `pack_kernels.py`, and `atomics.py`.
 """
 
 from __future__ import annotations

@@ -140,9 +140,10 @@ def widest(table: Any, rows: Any) -> int:
 # ------------------------------------------------------------------------------------------------- filling rows
 
 
-def plain_fill_row(
-    token: Any, token_size: int, cell: Any, cell_size: int, at: int, length: int, readable: int, start: int,
-    width: int, inputs_at: int, targets_at: int, writable: int, pad: int, ignore: int, reference: int,
+@part_of_kernel
+def fill_row(
+    token_size: int, cell_size: int, at: int, length: int, readable: int, start: int, width: int, inputs_at: int,
+    targets_at: int, writable: int, pad: int, ignore: int, reference: int,
 ) -> tuple[int, int]:  # fmt: skip
     """Fill one row's columns from `start` on; prompts are masked afterwards, by `mask_row`.
 
@@ -151,10 +152,8 @@ def plain_fill_row(
     tokens; whatever needs more thought is left to `_fill_row_exactly`.
 
     Args:
-        token: the tokens' dtype.
-        token_size: its bytes.
-        cell: the inputs' dtype.
-        cell_size: its bytes.
+        token_size: bytes a token.
+        cell_size: bytes an input.
         at: address of the row's first token.
         length: tokens of the row.
         readable: tokens of the shard from `at` on.
@@ -172,66 +171,73 @@ def plain_fill_row(
     if start == 0 and 0 < length <= width and length + STRIDE <= readable and width + STRIDE <= writable:
         whole, rest = (length + STRIDE - 1) & -STRIDE, (width - length + STRIDE - 1) & -STRIDE
         # All inputs, then all targets: two places written by turns take a tenth longer.
-        copy_tokens(at, inputs_at, whole, token, cell)
-        fill_cells(inputs_at + cell_size * length, rest, cell, pad)
-        has_pad = copy_and_find(at + token_size, targets_at, whole, token, pad) & reference
-        fill_cells(targets_at + 8 * length, rest, np.int64, ignore)
-        fill_cells(targets_at + 8 * (length - 1), 1, np.int64, pad)
+        copy_tokens(at, inputs_at, whole, token_size, cell_size)
+        fill_cells(inputs_at + cell_size * length, rest, cell_size, pad)
+        has_pad = copy_and_find(at + token_size, targets_at, whole, token_size, pad) & reference
+        fill_cells(targets_at + 8 * length, rest, 8, ignore)
+        fill_cells(targets_at + 8 * (length - 1), 1, 8, pad)
     if has_pad != 0:
         trained, corners = _fill_row_exactly(
-            token, token_size, cell, cell_size, at, length, start, width, inputs_at, targets_at, pad, ignore, reference
+            token_size, cell_size, at, length, start, width, inputs_at, targets_at, pad, ignore, reference
         )
     return trained, corners
 
 
-fill_row = kernel(plain_fill_row)
-_fill_row_here = part_of_kernel(plain_fill_row)  # without a call, which takes as long as a fifth of a usual row
-
-
 @kernel
 def _fill_row_exactly(
-    token: Any, token_size: int, cell: Any, cell_size: int, at: int, length: int, start: int, width: int,
-    inputs_at: int, targets_at: int, pad: int, ignore: int, reference: int,
+    token_size: int, cell_size: int, at: int, length: int, start: int, width: int, inputs_at: int, targets_at: int,
+    pad: int, ignore: int, reference: int,
 ) -> tuple[int, int]:  # fmt: skip
-    """Like `plain_fill_row`, for any row; reads and writes nothing beyond it."""
+    """Like `fill_row`, for any row; reads and writes nothing beyond it."""
     copied, shifted = min(max(length - start, 0), width), min(max(length - start - 1, 0), width)
     first = at + token_size * start
-    copy_tokens(first, inputs_at, copied, token, cell)
-    fill_cells(inputs_at + cell_size * copied, width - copied, cell, pad)
-    has_pad = copy_and_find(first + token_size, targets_at, shifted, token, pad)
-    fill_cells(targets_at + 8 * shifted, width - shifted, np.int64, ignore)
+    copy_tokens(first, inputs_at, copied, token_size, cell_size)
+    fill_cells(inputs_at + cell_size * copied, width - copied, cell_size, pad)
+    has_pad = copy_and_find(first + token_size, targets_at, shifted, token_size, pad)
+    fill_cells(targets_at + 8 * shifted, width - shifted, 8, ignore)
     trained, corners = shifted, 0
     if shifted < width and start + shifted + 1 == max(length, reference):
-        fill_cells(targets_at + 8 * shifted, 1, np.int64, pad)
+        fill_cells(targets_at + 8 * shifted, 1, 8, pad)
         trained += 1
         corners += length == 0  # the reference trains an empty row's first padding token
     if reference != 0 and length > 1 and (has_pad != 0 or shifted < length - 1):  # what lies beyond a cut counts too
-        tokens = view(at, length, token)
-        if _holds(tokens[1:], pad):
+        first_pad = 1 + _find(at + token_size, length - 1, token_size, pad)
+        if first_pad < length:
             corners += 1
-            trained -= _ignore_later_pads(tokens, start, pad, ignore, view(targets_at, width, np.int64))
+            trained -= _ignore_pads(view(targets_at, copied, np.int64), first_pad - start, pad, ignore)
     return trained, corners
 
 
 @kernel
-def _holds(tokens: Any, pad: int) -> bool:
-    """Whether a token is `pad`."""
-    found = 0
-    for j in range(np.uint64(len(tokens))):
-        found |= tokens[j] == pad
-    return found != 0
+def _find(at: int, count: int, token_size: int, wanted: int) -> int:
+    """The place of the first `wanted` among the tokens at an address, or `count`."""
+    if token_size == 2:
+        return _find_in(view(at, count, np.uint16), wanted)
+    if token_size == 4:
+        return _find_in(view(at, count, np.uint32), wanted)
+    return _find_in(view(at, count, np.int64), wanted)
 
 
 @kernel
-def _ignore_later_pads(tokens: Any, start: int, pad: int, ignore: int, targets: Any) -> int:
-    """Ignore what the reference takes for padding: each `pad` in the targets after the row's first one."""
-    first = 1
-    while tokens[first] != pad:
-        first += 1
+def _find_in(tokens: Any, wanted: int) -> int:
+    found = 0
+    for j in range(np.uint64(len(tokens))):  # by vectors; mostly there is none
+        found |= tokens[j] == wanted
+    place = len(tokens)
+    if found != 0:
+        place = 0
+        while tokens[place] != wanted:
+            place += 1
+    return place
+
+
+@kernel
+def _ignore_pads(targets: Any, first: int, pad: int, ignore: int) -> int:
+    """Ignore what the reference takes for padding: each `pad` from column `first` on, be it left of the targets."""
     ignored = 0
-    for token in range(max(first, start) + 1, min(len(tokens), start + len(targets)) + 1):
-        if token == len(tokens) or tokens[token] == pad:
-            targets[token - 1 - start] = ignore
+    for column in range(max(first, 0), len(targets)):
+        if targets[column] == pad:
+            targets[column] = ignore
             ignored += 1
     return ignored
 
@@ -311,41 +317,20 @@ def mask_row(
 
 @kernel
 def _fill_rows(
-    table: Any, settings: Any, rows: Any, places: Any, padded: int, width: int, inputs_at: int, cell: Any,
-    targets_at: int, report: Any,
+    table: Any, settings: Any, rows: Any, places: Any, padded: int, width: int, inputs_at: int, targets_at: int,
+    report: Any,
 ) -> int:  # fmt: skip
     """Fill `(len(rows), width)` inputs and targets; returns 0, or `-1 - i` where `rows[i]` is broken."""
-    done = np.int64(0)
-    while 0 <= done < len(rows):
-        batch = table, settings, rows, places, padded, width, inputs_at, cell, targets_at, report, done
-        size = table[places[done, SHARD], TOKEN_SIZE]
-        if size == 2:
-            done = _fill_alike(np.uint16, np.int64(2), *batch)
-        elif size == 4:
-            done = _fill_alike(np.uint32, np.int64(4), *batch)
-        else:
-            done = _fill_alike(np.int64, np.int64(8), *batch)
-    return int(min(done, 0))
-
-
-@kernel
-def _fill_alike(
-    token: Any, token_size: int, table: Any, settings: Any, rows: Any, places: Any, padded: int, width: int,
-    inputs_at: int, cell: Any, targets_at: int, report: Any, first: int,
-) -> int:  # fmt: skip
-    """Fill the rows from `first` on whose tokens are alike; returns the first whose are not, or `-1 - i`."""
     pad, ignore, reference, mask = settings[PAD], settings[IGNORE], settings[REFERENCE], settings[MASK]
-    left, cell_size = settings[LEFT] != 0, 4 if settings[NARROW] != 0 else 8
+    left, cell_size = settings[LEFT] != 0, np.int64(4 if settings[NARROW] != 0 else 8)
     sum_real = sum_trained = sum_corners = 0
-    for i in range(first, len(rows) + 1):
-        if i == len(rows) or table[places[i, SHARD], TOKEN_SIZE] != token_size:
-            break
+    for i in range(len(rows)):
         if i % AHEAD == 0:
             prefetch_places(table, places, i + AHEAD)
         shard, length, done = places[i, SHARD], places[i, LENGTH], i * width
         start = max(length - width, 0) if left else 0
-        trained, corners = _fill_row_here(
-            token, token_size, cell, cell_size, places[i, AT], length, places[i, READABLE], start, width,
+        trained, corners = fill_row(
+            table[shard, TOKEN_SIZE], cell_size, places[i, AT], length, places[i, READABLE], start, width,
             inputs_at + cell_size * done, targets_at + 8 * done, len(rows) * width - done, pad, ignore, reference,
         )  # fmt: skip
         if mask != 0:
@@ -360,7 +345,7 @@ def _fill_alike(
     report[REAL] += sum_real
     report[TRAINED] += sum_trained
     report[CORNERS] += sum_corners
-    return int(i)
+    return 0
 
 
 @kernel
@@ -397,10 +382,7 @@ def _fill_next(table: Any, settings: Any, rows: Any, start: int, out: Any, repor
     if end > len(out):
         return end
     at = out.ctypes.data + 8 * start
-    if settings[NARROW] != 0:
-        status = _fill_rows(table, settings, rows, places, padded, width, at, np.int32, at + 8 * targets_at, report)
-    else:
-        status = _fill_rows(table, settings, rows, places, padded, width, at, np.int64, at + 8 * targets_at, report)
+    status = _fill_rows(table, settings, rows, places, padded, width, at, at + 8 * targets_at, report)
     return status if status < 0 else end
 
 

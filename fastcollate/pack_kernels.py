@@ -39,6 +39,7 @@ from fastcollate.kernels import (
     mask_row,
     prefetch_places,
 )
+from fastcollate.vectors import fill_cells
 
 
 @kernel
@@ -58,13 +59,8 @@ def _count_up(positions: Any) -> None:
 
 
 @kernel
-def _end_pack(limit: int, column: int, start: int, settings: Any, inputs: Any, targets: Any, positions: Any,
-              segments: Any, report: Any) -> None:  # fmt: skip
+def _end_pack(limit: int, column: int, start: int, positions: Any, segments: Any, report: Any) -> None:
     """Make a pack's unused cells, from `column` on, segments of their own."""
-    pad, ignore = settings[PAD], settings[IGNORE]
-    for j in range(np.uint64(len(inputs))):
-        inputs[j] = pad
-        targets[j] = ignore
     while column < len(positions):
         end = min(column + limit, len(positions))
         _count_up(positions[column:end])
@@ -76,11 +72,12 @@ def _end_pack(limit: int, column: int, start: int, settings: Any, inputs: Any, t
 @kernel
 def _fill_pack(
     table: Any, settings: Any, rows: Any, starts: Any, places: Any, begin: int, end: int, limit: int, start: int,
-    inputs_at: int, cell: Any, targets_at: int, positions: Any, segments: Any, report: Any,
+    inputs_at: int, targets_at: int, positions: Any, segments: Any, report: Any,
 ) -> int:  # fmt: skip
     """Fill a pack with rows `begin` to `end`, from cell `start` on; returns 0, or `-1 - i` if a row does not fit."""
     pad, ignore, reference, mask = settings[PAD], settings[IGNORE], settings[REFERENCE], settings[MASK]
-    left, cell_size, capacity, column = settings[LEFT], 4 if settings[NARROW] != 0 else 8, len(positions), 0
+    left, capacity, column = settings[LEFT], len(positions), 0
+    cell_size = np.int64(4 if settings[NARROW] != 0 else 8)
     for i in range(begin, end):
         if i % AHEAD == 0:
             prefetch_places(table, places, i + AHEAD)
@@ -92,17 +89,10 @@ def _fill_pack(
         if width == 0:
             continue
         own = targets_at + 8 * column
-        row = (
-            places[i, AT], length, places[i, READABLE], first, width, inputs_at + cell_size * column, own,
-            capacity - column, pad, ignore, reference,
+        trained, corners = fill_row(
+            table[shard, TOKEN_SIZE], cell_size, places[i, AT], length, places[i, READABLE], first, width,
+            inputs_at + cell_size * column, own, capacity - column, pad, ignore, reference,
         )  # fmt: skip
-        size = table[shard, TOKEN_SIZE]
-        if size == 2:
-            trained, corners = fill_row(np.uint16, np.int64(2), cell, cell_size, *row)
-        elif size == 4:
-            trained, corners = fill_row(np.uint32, np.int64(4), cell, cell_size, *row)
-        else:
-            trained, corners = fill_row(np.int64, np.int64(8), cell, cell_size, *row)
         if mask != 0:
             masked = mask_row(
                 table, shard, rows[i], length, first, length, settings, view(own, width, np.int64), report
@@ -117,18 +107,15 @@ def _fill_pack(
         report[CORNERS] += corners
         report[SEGMENTS] += 1
         segments[report[SEGMENTS]] = start + column
-    left_over = capacity - column
-    inputs, targets = (
-        view(inputs_at + cell_size * column, left_over, cell),
-        view(targets_at + 8 * column, left_over, np.int64),
-    )
-    _end_pack(limit, column, start, settings, inputs, targets, positions, segments, report)
+    fill_cells(inputs_at + cell_size * column, capacity - column, cell_size, pad)
+    fill_cells(targets_at + 8 * column, capacity - column, 8, ignore)
+    _end_pack(limit, column, start, positions, segments, report)
     return 0
 
 
 @kernel
 def _fill_packs(
-    table: Any, settings: Any, rows: Any, starts: Any, packs: Any, inputs_at: int, cell: Any, targets_at: int,
+    table: Any, settings: Any, rows: Any, starts: Any, packs: Any, inputs_at: int, targets_at: int,
     positions: Any, segments: Any, report: Any,
 ) -> int:  # fmt: skip
     """Fill one batch; returns 0, or `-1 - i` where `rows[i]` is broken or does not fit."""
@@ -142,7 +129,7 @@ def _fill_packs(
     for p in range(len(packs) - 1):
         begin, end, start = packs[p] - packs[0], packs[p + 1] - packs[0], p * capacity
         status = _fill_pack(
-            table, settings, rows, starts, places, begin, end, limit, start, inputs_at + cell_size * start, cell,
+            table, settings, rows, starts, places, begin, end, limit, start, inputs_at + cell_size * start,
             targets_at + 8 * start, positions[start : start + capacity], segments, report,
         )  # fmt: skip
         if status < 0:
@@ -188,14 +175,7 @@ def fill_packed_group(
         places, segments = out[at + positions : at + bounds], out[at + bounds : at + end].view(np.int32)
         first = out.ctypes.data + 8 * at
         second = first + 8 * targets
-        if narrow != 0:
-            status = _fill_packs(
-                table, settings, part, part_starts, own, first, np.int32, second, places, segments, report[b]
-            )
-        else:
-            status = _fill_packs(
-                table, settings, part, part_starts, own, first, np.int64, second, places, segments, report[b]
-            )
+        status = _fill_packs(table, settings, part, part_starts, own, first, second, places, segments, report[b])
         if status < 0:
             return int(status - own[0])
         at += end
