@@ -37,8 +37,8 @@ Turn = Callable[[], object]
 
 def collator_of(*, mask: bool) -> tuple[Any, Any]:
     """A collator over a shard in memory, and the rows' lengths."""
-    from fastcollate.collate import Collator
-    from fastcollate.store import ShardColumns
+    from fastcollate.collate.collator import Collator
+    from fastcollate.store.store import ShardColumns
 
     lengths = make_lengths(NUM_ROWS)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -51,7 +51,7 @@ def collator_of(*, mask: bool) -> tuple[Any, Any]:
 
 
 def padded(mask: bool) -> tuple[Turn, int]:
-    from fastcollate import kernels
+    from fastcollate.collate import fill as kernels
 
     collator, lengths = collator_of(mask=mask)
     rows = np.random.default_rng(1).permutation(NUM_ROWS)[:BATCH]
@@ -60,7 +60,7 @@ def padded(mask: bool) -> tuple[Turn, int]:
 
 
 def packed() -> tuple[Turn, int]:
-    from fastcollate import kernels
+    from fastcollate.collate import fill as kernels
 
     collator, lengths = collator_of(mask=False)
     rows = np.arange(BATCH)
@@ -76,14 +76,14 @@ def packed() -> tuple[Turn, int]:
 
 
 def permute() -> tuple[Turn, int]:
-    from fastcollate import plan_kernels
+    from fastcollate.plan import kernels as plan_kernels
 
     out = np.empty(NUM_ROWS, np.int64)
     return lambda: plan_kernels.permuted_rows(0, NUM_ROWS, 1, np.uint64(5), 11, out), NUM_ROWS
 
 
 def sort() -> tuple[Turn, int]:
-    from fastcollate import plan_kernels
+    from fastcollate.plan import kernels as plan_kernels
 
     lengths = make_lengths(NUM_ROWS).astype(np.int32)
     rows, longest = np.arange(NUM_ROWS), int(lengths.max())

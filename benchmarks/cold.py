@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.harness import save
 from benchmarks.memory import make_shard
 from benchmarks.synthetic import GPT2, LENGTHS
-from fastcollate.store import StoreIdentity, shard_name, write_manifest
+from fastcollate.store.store import StoreIdentity, shard_name, write_manifest
 
 NUM_SHARDS = 4
 BATCHES = {8: 16_000, 64: 4_000, 512: 1_000}
@@ -34,7 +34,8 @@ REPEATS = 5
 PROCESS = """
 import itertools, json, sys, time
 import numpy as np
-from fastcollate import BatchLoader, TokenStore, read_ahead
+from fastcollate import BatchLoader, TokenStore
+from fastcollate.store import pages as read_ahead
 how, path, batch_size, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 def bytes_read():
     return int(next(line for line in open("/proc/self/io") if line.startswith("read_bytes")).split()[1])

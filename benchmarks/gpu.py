@@ -22,14 +22,14 @@ from torch.utils.data import DataLoader
 
 from benchmarks.harness import save
 from benchmarks.train_throughput import loaded, t0_like
-from fastcollate.collate import PackedBatch
-from fastcollate.gpt2 import CONFIGS, GPT2
-from fastcollate.loader import BatchLoader
-from fastcollate.options import TrainOptions
-from fastcollate.parallel import Ranks
-from fastcollate.reference import custom_collate_fn
-from fastcollate.step import MicroBatch, Stepper, make_optimizer, num_compilations
-from fastcollate.store import TokenStore
+from fastcollate.collate.collator import PackedBatch
+from fastcollate.collate.reference import custom_collate_fn
+from fastcollate.load.loader import BatchLoader
+from fastcollate.store.store import TokenStore
+from fastcollate.train.model import CONFIGS, GPT2
+from fastcollate.train.options import TrainOptions
+from fastcollate.train.ranks import Ranks
+from fastcollate.train.step import MicroBatch, Stepper, make_optimizer, num_compilations
 
 CELLS = 32 * 1024  # a batch of the bucketed and packed contenders
 CHAPTER_BATCH = 8

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader
 from benchmarks.harness import interleave, medians, save
 from benchmarks.integrations_trainer import DATA, PadOnly, as_dataset, make_model
 from fastcollate import BucketBatchSampler, StoreDataset, TokenStore, prepare
+from fastcollate.collate.reference import custom_collate_with_masking_fn
 from fastcollate.integrations.huggingface import BucketedTrainerMixin, DataCollator
 from fastcollate.integrations.lightning import StoreBatches
-from fastcollate.reference import custom_collate_with_masking_fn
 
 BATCH = 8
 RECIPES = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"

@@ -44,7 +44,7 @@ from benchmarks.integrations_trainer import PadOnly
 from benchmarks.peer_loaders import seconds_per_batch
 from benchmarks.synthetic import LENGTHS, NUM_ROWS, PAD, make_store
 from fastcollate import BatchLoader, TokenStore
-from fastcollate.reference import custom_collate_fn
+from fastcollate.collate.reference import custom_collate_fn
 
 BATCH_SIZES = (8, 64, 512)
 WORKERS = (0, 1, 2)

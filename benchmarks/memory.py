@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.harness import save
 from benchmarks.synthetic import GPT2, LENGTHS, PAD, make_lengths
-from fastcollate.store import (
+from fastcollate.store.store import (
     ShardColumns,
     ShardInfo,
     StoreIdentity,
@@ -48,7 +48,7 @@ LIMIT_MB = 60
 PROCESS = """
 import json, sys, time
 import contextlib, importlib
-import fastcollate.loader, fastcollate.prefetch, fastcollate.store
+import fastcollate.load.loader, fastcollate.load.prefetch, fastcollate.store.store
 def rss(name):
     for line in open("/proc/self/status"):
         if line.startswith(name + ":"):

@@ -22,10 +22,10 @@ import pyarrow as pa
 
 from benchmarks.harness import interleave, medians, save
 from benchmarks.synthetic import LENGTHS, NUM_ROWS, PAD, make_lengths, make_store
-from fastcollate.loader import BatchLoader
-from fastcollate.packing import pack_lengths
-from fastcollate.plan import plan_epoch
-from fastcollate.store import TokenStore
+from fastcollate.load.loader import BatchLoader
+from fastcollate.plan.packing import pack_lengths
+from fastcollate.plan.plan import plan_epoch
+from fastcollate.store.store import TokenStore
 
 CAPACITY = 1024
 BATCH = 64  # packs

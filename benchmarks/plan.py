@@ -26,7 +26,7 @@ import numpy.typing as npt
 from benchmarks.harness import RESULTS, interleave, medians, save
 from benchmarks.synthetic import LENGTHS, make_lengths
 from fastcollate import plan_epoch
-from fastcollate.plan import EpochPlan
+from fastcollate.plan.plan import EpochPlan
 
 BILLION = 1_000_000_000
 MILLION = 1_000_000
@@ -41,7 +41,7 @@ if sys.argv[3] == "bare":
     warnings.simplefilter("ignore")
     sys.modules["awkward"] = None
 from fastcollate import plan_epoch
-import fastcollate.plan
+import fastcollate.plan.plan
 def anon():
     for line in open("/proc/self/status"):
         if line.startswith("RssAnon:"):

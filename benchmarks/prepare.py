@@ -25,9 +25,9 @@ import tqdm
 
 from benchmarks.harness import RESULTS, interleave, medians, save
 from benchmarks.prepare_data import WRITERS
-from fastcollate.prepare import PrepareReport, prepare
-from fastcollate.store import TokenStore
-from fastcollate.tokenizer import load_encoding
+from fastcollate.ingest.job import PrepareReport, prepare
+from fastcollate.store.store import TokenStore
+from fastcollate.text.tokenizer import load_encoding
 
 # The thread that watches `datasets`' progress bars would outlive them, and where a process has threads ours starts its
 # workers afresh instead of by a fork, which costs a second.

@@ -15,7 +15,7 @@ def _short_records() -> list[dict[str, str]]:
     path = SHARED / "instruction-data.json"
     if path.is_file():
         return list(json.loads(path.read_text()))
-    from fastcollate.sample import sample_records
+    from fastcollate.sources.sample import sample_records
 
     return list(sample_records())
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import save
-from fastcollate.prepare import prepare
-from fastcollate.store import TokenStore, verify_checksums
-from fastcollate.tokenizer import load_encoding
+from fastcollate.ingest.job import prepare
+from fastcollate.store.store import TokenStore, verify_checksums
+from fastcollate.text.tokenizer import load_encoding
 
 SEED = 11
 HEAD = (

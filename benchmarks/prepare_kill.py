@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.harness import save
 from benchmarks.kill import kill_many_times
 from benchmarks.prepare_data import write_short
-from fastcollate.store import verify_checksums
+from fastcollate.store.store import verify_checksums
 
 SEED = 4
 MEGABYTES = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.store import (
+from fastcollate.store.store import (
     ShardColumns,
     StoreIdentity,
     TokenStore,

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import save
-from fastcollate.prepare import prepare
-from fastcollate.sample import sample_records
+from fastcollate.ingest.job import prepare
+from fastcollate.sources.sample import sample_records
 
 STEPS = 100
 SEED = 20

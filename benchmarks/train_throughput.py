@@ -25,17 +25,17 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import RESULTS, save
-from fastcollate.collate import Collator
-from fastcollate.feed import as_micro_batch
-from fastcollate.gpt2 import GPT2, GPT2Config
-from fastcollate.loader import BatchLoader
-from fastcollate.options import TrainOptions
-from fastcollate.parallel import Ranks
-from fastcollate.plan import plan_epoch
-from fastcollate.prepare import prepare
-from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
-from fastcollate.step import MicroBatch, Stepper, make_optimizer, recycle_freed_memory
-from fastcollate.store import ShardColumns, StoreIdentity, TokenStore, shard_name, write_manifest, write_shard
+from fastcollate.collate.collator import Collator
+from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn
+from fastcollate.ingest.job import prepare
+from fastcollate.load.loader import BatchLoader
+from fastcollate.plan.plan import plan_epoch
+from fastcollate.store.store import ShardColumns, StoreIdentity, TokenStore, shard_name, write_manifest, write_shard
+from fastcollate.train.feed import as_micro_batch
+from fastcollate.train.model import GPT2, GPT2Config
+from fastcollate.train.options import TrainOptions
+from fastcollate.train.ranks import Ranks
+from fastcollate.train.step import MicroBatch, Stepper, make_optimizer, recycle_freed_memory
 
 MODEL = GPT2Config(num_layers=4, num_heads=4, width=128)
 BATCH = 8

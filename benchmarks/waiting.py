@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from benchmarks.harness import save
 from benchmarks.synthetic import LENGTHS, NUM_ROWS, make_store
 from fastcollate import BatchLoader, TokenStore, plan_epoch
-from fastcollate.reference import custom_collate_fn
+from fastcollate.collate.reference import custom_collate_fn
 
 STEP_US = {8: 200, 64: 500, 512: 2000}
 SECONDS = 1.0  # that the measured steps take, without waiting

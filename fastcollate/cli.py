@@ -14,7 +14,7 @@ from typing import Annotated, Any, Optional, get_type_hints
 import typer
 
 from fastcollate.errors import InputError, MissingExtraError
-from fastcollate.options import TrainOptions
+from fastcollate.train.options import TrainOptions
 
 app = typer.Typer(
     name="fastcollate",
@@ -84,7 +84,7 @@ def sample(
 
 
 def _write_sample(path: Path, num_records: int) -> None:
-    from fastcollate.sample import sample_records
+    from fastcollate.sources.sample import sample_records
 
     path.write_text("".join(json.dumps(record) + "\n" for record in sample_records(num_records)))
 
@@ -132,7 +132,7 @@ def prepare(
     json_output: Json = False,
 ) -> None:
     """Tokenize records once into a memory-mapped store; a job that was stopped continues."""
-    from fastcollate.prepare import prepare as run
+    from fastcollate.ingest.job import prepare as run
     from fastcollate.progress import print_summary
 
     report = run(
@@ -191,9 +191,9 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Show what is in a store: counts, lengths, and what is trained."""
-    from fastcollate import inspect as room
+    from fastcollate.check import inspect as room
     from fastcollate.progress import print_summary
-    from fastcollate.store import TokenStore
+    from fastcollate.store.store import TokenStore
 
     opened = TokenStore(store)
     options = room.MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
@@ -210,7 +210,7 @@ def inspect(
         return
     found = room.inspect_store(opened, options, silent=json_output)
     if report is not None:
-        from fastcollate.report import write_report
+        from fastcollate.check.page import write_report
 
         write_report(opened, report, found, batch_size=batch_size)
     if json_output:
@@ -240,10 +240,10 @@ def verify(
     json_output: Json = False,
 ) -> None:
     """Compare every batch of an epoch with the plain Python reference; status 1 where anything differs."""
-    from fastcollate.inspect import MaskOptions
+    from fastcollate.check.inspect import MaskOptions
+    from fastcollate.check.reference_check import verify as run
     from fastcollate.progress import print_summary
-    from fastcollate.store import TokenStore
-    from fastcollate.verify import verify as run
+    from fastcollate.store.store import TokenStore
 
     options = MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
     found = run(
@@ -278,10 +278,10 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Is the loop data-bound? Batches a second, beside the reference loop and torch's DataLoader."""
-    from fastcollate.bench import bench as run
-    from fastcollate.bench import print_report
-    from fastcollate.inspect import MaskOptions
-    from fastcollate.store import TokenStore
+    from fastcollate.check.inspect import MaskOptions
+    from fastcollate.check.measure import bench as run
+    from fastcollate.check.measure import print_report
+    from fastcollate.store.store import TokenStore
 
     options = MaskOptions(max_length=max_length, mask_prompt=mask_prompt)
     report = run(
@@ -336,10 +336,10 @@ def train(
     **values: Any,
 ) -> None:
     """Train GPT-2 on instruction data; everything is written under OUT. Ctrl-C leaves a checkpoint to resume from."""
-    from fastcollate.parallel import join_ranks
     from fastcollate.progress import print_summary
-    from fastcollate.train import find_checkpoint
-    from fastcollate.train import train as run
+    from fastcollate.train.loop import find_checkpoint
+    from fastcollate.train.loop import train as run
+    from fastcollate.train.ranks import join_ranks
 
     if not (data or store or values["epochs"] or values["max_steps"]):
         values["max_steps"] = _SAMPLE_STEPS
@@ -375,7 +375,7 @@ def _prepare_for_training(
     *,
     silent: bool,
 ) -> None:
-    from fastcollate.prepare import prepare as run
+    from fastcollate.ingest.job import prepare as run
 
     if not data:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -383,12 +383,6 @@ def _prepare_for_training(
         _write_sample(path, _SAMPLE_RECORDS)
         data = [str(path)]
     run(data, store, template=template, fields=_parse_fields(field))
-
-
-def train_under_torchrun() -> None:
-    """`python -m fastcollate.train`, as `torchrun` starts it on each rank: the options of `fastcollate train`."""
-    sys.argv[:1] = ["fastcollate", "train"]
-    main()
 
 
 Run = Annotated[Path, typer.Option("--checkpoint", help="A run's directory, or a checkpoint file in it.")]
@@ -415,12 +409,12 @@ def generate(
     """Answer one instruction with a trained model."""
     import torch
 
-    from fastcollate.checkpoint import load_model
-    from fastcollate.generate import clean_response
-    from fastcollate.generate import generate as run
-    from fastcollate.parallel import choose_device
-    from fastcollate.templates import load_template
-    from fastcollate.tokenizer import load_tokenizer
+    from fastcollate.text.templates import load_template
+    from fastcollate.text.tokenizer import load_tokenizer
+    from fastcollate.train.checkpoint import load_model
+    from fastcollate.train.generate import clean_response
+    from fastcollate.train.generate import generate as run
+    from fastcollate.train.ranks import choose_device
 
     where = choose_device(device)
     model, saved = load_model(checkpoint, where)
@@ -463,10 +457,10 @@ def evaluate(
     json_output: Json = False,
 ) -> None:
     """Answer a split's instructions with a trained model and write the answers as JSON."""
-    from fastcollate.checkpoint import load_model
-    from fastcollate.evaluate import open_split, write_answers
-    from fastcollate.parallel import choose_device
     from fastcollate.progress import progress_bar
+    from fastcollate.train.checkpoint import load_model
+    from fastcollate.train.evaluate import open_split, write_answers
+    from fastcollate.train.ranks import choose_device
 
     model, saved = load_model(checkpoint, choose_device(device))
     beside = checkpoint if checkpoint.is_dir() else checkpoint.parent

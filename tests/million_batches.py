@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from benchmarks.harness import save
-from fastcollate.collate import Collator, collate_fn
+from fastcollate.collate.collator import Collator, collate_fn
+from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn
 from fastcollate.progress import progress_bar
-from fastcollate.reference import custom_collate_fn, custom_collate_with_masking_fn
-from fastcollate.store import ShardColumns
+from fastcollate.store.store import ShardColumns
 
 PAD = 50256
 ROWS_PER_ROUND = 600
@@ -98,8 +98,8 @@ def run_round(seed: int, first: int, num_batches: int) -> tuple[int, int]:
 def code_digest() -> str:
     """SHA-256 over the files whose results are compared."""
     folder = Path(__file__).resolve().parent.parent / "fastcollate"
-    names = ("jit.py", "kernels.py", "collate.py", "reference.py")
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+    files = [folder / "jit.py", *sorted((folder / "store").glob("*.py")), *sorted((folder / "collate").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def main() -> None:

@@ -24,27 +24,21 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "kernels": ["test_collate.py", "test_kernel_memory.py", "test_loader.py", "test_prefetch.py", "test_verify.py"],
-    "pack_kernels": ["test_packs.py", "test_packing.py", "test_packed_loader.py"],
-    "plan_kernels": ["test_plan_properties.py", "test_packs.py", "test_packing.py", "test_loader.py"],
-    "table": ["test_collate.py", "test_kernel_memory.py", "test_packing.py", "test_packed_loader.py"],
-    "collate": ["test_collate.py", "test_packing.py", "test_packed_loader.py", "test_loader.py", "test_verify.py"],
-    "packing": ["test_packs.py", "test_packing.py", "test_packed_loader.py"],
-    "plan": [
-        "test_plan_properties.py",
-        "test_packs.py",
-        "test_packing.py",
-        "test_loader.py",
-        "test_integrations_pytorch.py",
-    ],
-    "page_kernels": ["test_read_ahead.py"],
-    "read_ahead": ["test_read_ahead.py"],
-    "queue_kernels": ["test_fill_threads.py", "test_prefetch.py"],
-    "fill_threads": ["test_fill_threads.py", "test_prefetch.py"],
-    "jobs": ["test_fill_threads.py", "test_loader.py", "test_packed_loader.py"],
-    "prefetch": ["test_prefetch.py", "test_loader.py", "test_packed_loader.py"],
-    "transfer": ["test_transfer.py", "test_prefetch.py"],
-    "store": ["test_store_damage.py", "test_store.py", "test_prepare.py"],
+    "collate/fill": ["collate", "load/test_loader.py", "load/test_prefetch.py", "check/test_reference_check.py"],
+    "collate/fill_packed": ["plan/test_packs.py", "plan/test_packing.py", "load/test_packed_loader.py"],
+    "collate/collator": ["collate", "plan/test_packing.py", "load", "check/test_reference_check.py"],
+    "store/table": ["collate", "plan/test_packing.py", "load/test_packed_loader.py"],
+    "store/page_kernels": ["store/test_pages.py"],
+    "store/pages": ["store/test_pages.py"],
+    "store/store": ["store", "ingest/test_prepare.py"],
+    "plan/kernels": ["plan", "load/test_loader.py"],
+    "plan/packing": ["plan", "load/test_packed_loader.py"],
+    "plan/plan": ["plan", "load/test_loader.py", "integrations/test_pytorch.py"],
+    "load/queue_kernels": ["load/test_fill_threads.py", "load/test_prefetch.py"],
+    "load/fill_threads": ["load/test_fill_threads.py", "load/test_prefetch.py"],
+    "load/jobs": ["load"],
+    "load/prefetch": ["load"],
+    "load/transfer": ["load"],
 }
 MAX_EXAMPLES = "100"  # what the test run has
 SECONDS = 120  # a mutant that loops for ever is caught
@@ -198,7 +192,7 @@ def run_tests(mutant: Mutant | None, room: str = "") -> int:
         original = importlib.machinery.SourceFileLoader.get_code
 
         def get_code(self: Any, name: str) -> Any:
-            if name == f"fastcollate.{mutant.room}":
+            if name == f"fastcollate.{mutant.room.replace('/', '.')}":
                 return compile(mutant.source, path, "exec")
             return original(self, name)
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from stores import run_cli
+
+from tests.helpers import run_cli
 
 
 def fastcollate(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -73,6 +74,6 @@ def test_ctrl_c_says_so_in_one_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("fastcollate.prepare"), "prepare", interrupted)
+    monkeypatch.setattr(importlib.import_module("fastcollate.ingest.job"), "prepare", interrupted)
     assert run_cli(monkeypatch, "prepare", "records.jsonl", tmp_path / "store") == 130
     assert capsys.readouterr().err.splitlines() == ["error: interrupted; what was finished is kept"]

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import run_cli
-from training import losses, metrics
 
-from fastcollate.gpt2 import CONFIGS, GPT2
-from fastcollate.sample import sample_records
+from fastcollate.sources.sample import sample_records
+from fastcollate.train.model import CONFIGS, GPT2
+from tests.helpers import losses, metrics, run_cli
 
 QUICK = ["--max-steps", 3, "--batch-size", 4, "--eval-batches", 1, "--device", "cpu", "--no-tensorboard"]
 MATRICES = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

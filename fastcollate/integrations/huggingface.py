@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
 
-from fastcollate.collate import collate_fn
+from fastcollate.collate.collator import collate_fn
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted
 from fastcollate.integrations.pytorch import (
@@ -27,7 +27,7 @@ from fastcollate.integrations.pytorch import (
     packs_of,
     row_numbers,
 )
-from fastcollate.store import (
+from fastcollate.store.store import (
     ShardColumns,
     ShardInfo,
     StoreIdentity,

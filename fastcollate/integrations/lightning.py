@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastcollate.collate import Batch, PackedBatch
+from fastcollate.collate.collator import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model
 from fastcollate.integrations.pytorch import BucketBatchSampler, StoreDataset
-from fastcollate.mixing import MixedStore
-from fastcollate.splits import split_rows
-from fastcollate.store import TokenStore
+from fastcollate.plan.mixing import MixedStore
+from fastcollate.plan.splits import split_rows
+from fastcollate.store.store import TokenStore
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule

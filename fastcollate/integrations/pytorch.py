@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
-from fastcollate.collate import Batch, Collator, PackedBatch
+from fastcollate.collate.collator import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
-from fastcollate.mixing import MixedStore
-from fastcollate.plan import EpochPlan, plan_epoch
-from fastcollate.store import Example, TokenStore
+from fastcollate.plan.mixing import MixedStore
+from fastcollate.plan.plan import EpochPlan, plan_epoch
+from fastcollate.store.store import Example, TokenStore
 
 Int64Array = npt.NDArray[np.int64]
 STATE_VERSION = 2

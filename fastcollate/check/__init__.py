@@ -1,0 +1,1 @@
+"""Prove and show: verify, inspect, report, bench."""

@@ -1,0 +1,420 @@
+"""What is in a store: counts, lengths, masks, and what a loader would make of a row.
+
+Whatever is said about masks is read off batches that the fast path has filled, never computed a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.collate import fill as kernels
+from fastcollate.collate.collator import Batch, Collator
+from fastcollate.errors import InputError
+from fastcollate.store.store import TokenStore
+from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+Int64Array = npt.NDArray[np.int64]
+
+PROMPT, TRAINED, IGNORED, PADDING = KINDS = ("prompt", "trained", "ignored", "padding")
+MARKS = {PROMPT: "?", TRAINED: "+", IGNORED: "x", PADDING: "."}
+STYLES = {PROMPT: "cyan", TRAINED: "bold green", IGNORED: "red", PADDING: "bright_black"}
+PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+NUM_SHARES = 20  # bars of the histogram of rows by their share of trained tokens
+_CHUNK = 1 << 14
+_MOST_NAMED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class MaskOptions:
+    """How rows become targets.
+
+    Attributes:
+        max_length: columns kept of a row, `None` for all.
+        mask_prompt: train the responses only.
+        mode: `"reference"` or `"positional"`.
+    """
+
+    max_length: int | None = None
+    mask_prompt: bool = True
+    mode: str = "reference"
+
+    def collator(self, store: TokenStore) -> Collator:
+        """The fast path with these options; ignored targets are -100."""
+        return Collator(store.shards, pad_token_id=store.pad_token_id, name=str(store.path), **asdict(self))
+
+
+def order_of(
+    store: TokenStore, policy: str, batch_size: int, options: MaskOptions, capacity: int | None = None
+) -> dict[str, Any]:
+    """The order's options; by default a pack holds what a row may take, at most the longest row of the store."""
+    order: dict[str, Any] = {"policy": policy, "batch_size": batch_size}
+    if policy == "packed" and capacity is None:
+        capacity = options.max_length or max(store.max_length, 1)
+    return order if capacity is None else order | {"capacity": capacity}
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts in bars of equal width.
+
+    Attributes:
+        edges: `len(counts) + 1` numbers; bar `i` holds `edges[i] <= value < edges[i + 1]`.
+        counts: one a bar.
+    """
+
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """Counts over a whole store.
+
+    Attributes:
+        path: the store's directory.
+        num_rows: rows.
+        num_tokens: tokens in all rows, without the end-of-text of each.
+        num_shards: shards.
+        num_bytes: bytes of all shards.
+        tokenizer: the encoding's name.
+        template: the template's name.
+        fingerprint: what the store was made from, as one hash.
+        options: the options that the counts below depend on.
+        mean_length: mean length in tokens.
+        percentiles: length by percentile, such as `"50"` for the median.
+        lengths: rows by length.
+        shares: rows by share of trained targets among their kept columns.
+        kept_tokens: input cells that hold a token after `max_length`.
+        trained_tokens: targets that are trained when each row is a batch of its own.
+        rows_cut: rows longer than `max_length`.
+        rows_without_trained: rows with no trained target.
+        examples_without_trained: the first of these rows.
+        corner_rows: rows on which `mode="reference"` differs from `mode="positional"`.
+        boundary_mismatches: rows whose prompt, tokenized alone, is not a prefix of the row's tokens, as counted at
+            prepare time; `None` where the store does not say.
+        skipped_records: records that prepare left out; `None` where the store does not say.
+    """
+
+    path: str
+    num_rows: int
+    num_tokens: int
+    num_shards: int
+    num_bytes: int
+    tokenizer: str
+    template: str
+    fingerprint: str
+    options: MaskOptions
+    mean_length: float
+    percentiles: dict[str, int]
+    lengths: Histogram
+    shares: Histogram
+    kept_tokens: int
+    trained_tokens: int
+    rows_cut: int
+    rows_without_trained: int
+    examples_without_trained: list[int]
+    corner_rows: int
+    boundary_mismatches: int | None
+    skipped_records: int | None
+
+
+class RowCounts(NamedTuple):
+    """Counts of neighbouring rows, each collated as a batch of its own.
+
+    Attributes:
+        first: the first row's number.
+        kept: int64, input cells that hold a token.
+        trained: int64, trained targets.
+        corners: int64, 1 where `mode="reference"` does not do what the user means.
+    """
+
+    first: int
+    kept: Int64Array
+    trained: Int64Array
+    corners: Int64Array
+
+
+def inspect_store(store: TokenStore, options: MaskOptions | None = None, *, silent: bool = False) -> Inspection:
+    """Count everything once over; memory does not grow with the store.
+
+    Args:
+        store: the store.
+        options: how rows become targets.
+        silent: show no progress.
+    """
+    options = options or MaskOptions()
+    by_length = count_lengths(store.lengths)
+    totals = _add_up(store, options, silent=silent)
+    summary = store.manifest["summary"]
+    limit = store.max_length if options.max_length is None else options.max_length
+    return Inspection(
+        path=str(store.path),
+        num_rows=len(store),
+        num_tokens=store.num_tokens,
+        num_shards=len(store.shards),
+        num_bytes=sum(entry["num_bytes"] for entry in store.manifest["shards"]),
+        tokenizer=store.tokenizer_name,
+        template=str(store.manifest["template"].get("name", "unknown")),
+        fingerprint=store.fingerprint,
+        options=options,
+        mean_length=store.num_tokens / len(store),
+        percentiles={str(p): percentile(by_length, p) for p in PERCENTILES},
+        lengths=length_histogram(by_length),
+        rows_cut=int(by_length[limit + 1 :].sum()),
+        boundary_mismatches=summary.get("boundary_mismatches"),
+        skipped_records=summary.get("num_skipped"),
+        **totals,
+    )
+
+
+def _add_up(store: TokenStore, options: MaskOptions, *, silent: bool) -> dict[str, Any]:
+    from fastcollate.progress import progress_bar
+
+    kept = trained = without = corners = 0
+    examples: list[int] = []
+    shares = np.zeros(NUM_SHARES, np.int64)
+    with progress_bar(unit="rows", disable=silent) as progress:
+        task = progress.add_task("inspect", total=len(store))
+        for counts in count_rows(store, options):
+            kept += int(counts.kept.sum())
+            trained += int(counts.trained.sum())
+            corners += int(counts.corners.sum())
+            empty = np.flatnonzero(counts.trained == 0)
+            without += len(empty)
+            examples += (counts.first + empty[: _MOST_NAMED - len(examples)]).tolist()
+            share = counts.trained * NUM_SHARES // np.maximum(counts.kept, 1)
+            shares += np.bincount(np.minimum(share, NUM_SHARES - 1), minlength=NUM_SHARES)
+            progress.update(task, advance=len(counts.kept))
+    return {
+        "kept_tokens": kept,
+        "trained_tokens": trained,
+        "rows_without_trained": without,
+        "examples_without_trained": examples,
+        "corner_rows": corners,
+        "shares": Histogram([i / NUM_SHARES for i in range(NUM_SHARES + 1)], shares.tolist()),
+    }
+
+
+def count_rows(store: TokenStore, options: MaskOptions) -> Iterator[RowCounts]:
+    """Collate every row as a batch of its own, in order, and hand over what the kernel counted."""
+    collator = options.collator(store)
+    out = np.empty(1 << 16, np.int64)
+    first = 0
+    while first < len(store):
+        rows = np.arange(first, min(first + _CHUNK, len(store)))
+        report = np.empty((len(rows), kernels.REPORT_COLUMNS), np.int64)
+        filled = collator.fill_group(rows, np.arange(len(rows) + 1), out, report)
+        if not filled:
+            out = np.empty(kernels.cells_of(1, int(report[0, kernels.WIDTH]), 0)[1], np.int64)
+            continue
+        done = report[:filled]
+        yield RowCounts(first, done[:, kernels.REAL], done[:, kernels.TRAINED], done[:, kernels.CORNERS])
+        first += filled
+
+
+def count_lengths(lengths: npt.NDArray[Any]) -> Int64Array:
+    """Rows by length: int64 `(longest + 1,)`; reads a memory map a piece at a time."""
+    counts = np.zeros(1, np.int64)
+    for start in range(0, len(lengths), 1 << 20):
+        piece = np.bincount(lengths[start : start + (1 << 20)], minlength=len(counts))
+        piece[: len(counts)] += counts
+        counts = piece
+    return counts
+
+
+def percentile(by_length: Int64Array, percent: float) -> int:
+    """The smallest length that at least `percent` of all rows do not exceed."""
+    rank = max(1, int(np.ceil(by_length.sum() * percent / 100)))
+    return int(np.searchsorted(np.cumsum(by_length), rank))
+
+
+def length_histogram(by_length: Int64Array, *, num_bars: int = 24) -> Histogram:
+    """At most `num_bars` bars over the lengths that occur, their width a round number of tokens."""
+    shortest, longest = percentile(by_length, 0), len(by_length) - 1
+    steps = (step * 10**power for power in range(10) for step in (1, 2, 5))
+    width = next(step for step in steps if longest // step - shortest // step < num_bars)
+    start = shortest // width * width
+    starts = np.arange(start, longest + 1, width)
+    counts = np.add.reduceat(by_length, np.maximum(starts, 0))
+    return Histogram([float(edge) for edge in (*starts, starts[-1] + width)], counts.tolist())
+
+
+# ------------------------------------------------------------------------------------------------------- one row
+
+
+class RowView(NamedTuple):
+    """A row as a loader hands it over, padded to the width of a batch together with the store's longest row.
+
+    Attributes:
+        row: the row's number.
+        source_row: the record's position in the sources.
+        num_tokens: the row's length, without the end-of-text.
+        inputs: int64 `(width,)`.
+        targets: int64 `(width,)`; the target of column `c` is token `c + 1`.
+        tokens: the row's tokens, its end-of-text and padding, as far as they are an input or a target: `width + 1`
+            ids, or none where the width is 0.
+        kinds: for each token `prompt`, `trained`, `ignored` or `padding`. A token is trained where it is a target;
+            the first never is one.
+    """
+
+    row: int
+    source_row: int
+    num_tokens: int
+    inputs: Int64Array
+    targets: Int64Array
+    tokens: list[int]
+    kinds: list[str]
+
+    def runs(self) -> Iterator[tuple[str, int, int]]:
+        """(kind, first token, end) of each stretch of one kind."""
+        start = 0
+        for index in range(1, len(self.kinds) + 1):
+            if index == len(self.kinds) or self.kinds[index] != self.kinds[start]:
+                yield self.kinds[start], start, index
+                start = index
+
+
+def view_row(store: TokenStore, row: int, options: MaskOptions | None = None) -> RowView:
+    """Collate one row together with the longest, and tell its tokens apart.
+
+    Raises:
+        InputError: there is no such row.
+    """
+    return next(view_rows(store, [row], options))
+
+
+def view_rows(store: TokenStore, rows: Iterable[int], options: MaskOptions | None = None) -> Iterator[RowView]:
+    """`view_row` of several rows."""
+    collator = (options or MaskOptions()).collator(store)
+    longest = int(np.argmax(store.lengths))
+    for row in rows:
+        if not 0 <= row < len(store):
+            raise InputError(f"row {row}: the store {store.path} has rows 0 to {len(store) - 1}")
+        yield _view(store, row, collator([row, longest]))
+
+
+def _view(store: TokenStore, row: int, batch: Batch) -> RowView:
+    inputs, targets = batch.inputs[0].numpy(), batch.targets[0].numpy()
+    example = store[row]
+    ids = example.input_ids.tolist()
+    width = len(inputs)
+    tokens = (ids + [store.pad_token_id] * (width + 1))[: width + 1] if width else []
+    in_prompt = _prompt_tokens(example.spans.tolist(), len(ids))
+    kinds = []
+    for index in range(len(tokens)):
+        if index and targets[index - 1] != -100:
+            kinds.append(TRAINED)
+        elif index > len(ids):
+            kinds.append(PADDING)
+        else:
+            kinds.append(PROMPT if in_prompt[index] else IGNORED)
+    return RowView(row, example.source_row, len(ids), inputs, targets, tokens, kinds)
+
+
+def _prompt_tokens(spans: Sequence[int], length: int) -> list[bool]:
+    """Whether each token, the end-of-text included, belongs to a prompt."""
+    flags: list[bool] = []
+    for index, count in enumerate(spans):
+        flags += [index % 2 == 0] * count
+    return (flags + [False] * (length + 1))[: length + 1]
+
+
+def tokenizer_of(store: TokenStore) -> tuple[Tokenizer | None, str]:
+    """The tokenizer that the store was made with, or `None` and the reason why there is none."""
+    try:
+        tokenizer = load_tokenizer(store.tokenizer_name, "tiktoken")
+    except InputError as error:
+        return None, str(error)
+    if tokenizer.fingerprint != store.manifest["tokenizer"]["fingerprint"]:
+        return None, f"the vocabulary {store.tokenizer_name!r} on this machine is not the one the store was made with"
+    return tokenizer, ""
+
+
+# ------------------------------------------------------------------------------------------------- for the terminal
+
+
+def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
+    """The row's text with a marked margin a kind, then a line a column: input, target, and what becomes of it."""
+    from rich.text import Text
+
+    out = Text()
+    out.append(f"row {view.row}, record {view.source_row}: {view.num_tokens} tokens, shown {len(view.inputs)} wide\n")
+    for kind in KINDS:
+        out.append(f" {MARKS[kind]} {kind}: {view.kinds.count(kind)} ", STYLES[kind])
+    out.append("\n\n")
+    for kind, start, end in view.runs():
+        body = f"({end - start} tokens)"
+        if kind != PADDING and tokenizer is not None:
+            body = tokenizer.decode(view.tokens[start:end])
+        for index, line in enumerate(body.split("\n")):
+            out.append(f"{kind if index == 0 else '':>8} {MARKS[kind]} │ {_printable(line)}\n", STYLES[kind])
+    out.append(f"\n{'column':>6} {'input':>6} {'':18}    {'target':>6} {'':18} kind\n", "bold")
+    for column, (token, target) in enumerate(zip(view.inputs.tolist(), view.targets.tolist(), strict=True)):
+        kind = view.kinds[column + 1]
+        out.append(f"{column:>6} {token:>6} {_piece(token, tokenizer)} -> ")
+        out.append(f"{target:>6} {_piece(target, tokenizer)} {MARKS[kind]} {kind}\n", STYLES[kind])
+    return out
+
+
+def print_row(view: RowView, tokenizer: Tokenizer | None) -> None:
+    """`render_row` on standard output, in colour where it is a terminal; lines are left to the terminal to wrap."""
+    from rich.console import Console
+
+    Console(highlight=False).print(render_row(view, tokenizer), soft_wrap=True, end="")
+
+
+def _piece(token: int, tokenizer: Tokenizer | None) -> str:
+    if token < 0 or tokenizer is None:
+        return " " * 18
+    return f"{_printable(repr(tokenizer.decode([token]))):<18}"
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which would move the cursor or recolour the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def render_histogram(histogram: Histogram, *, width: int = 50) -> str:
+    """A line a bar: the range, the bar, the count."""
+    tallest = max(histogram.counts)
+    lines = []
+    for index, count in enumerate(histogram.counts):
+        bar = "█" * max(round(count / tallest * width), 1 if count else 0)
+        low, high = int(histogram.edges[index]), int(histogram.edges[index + 1]) - 1
+        name = f"{low}" if low == high else f"{low}-{high}"
+        lines.append(f"{name:>13} │{bar:<{width}} {count:,}")
+    return "\n".join(lines)
+
+
+def summary_of(found: Inspection) -> dict[str, object]:
+    """What `print_summary` shows of an inspection."""
+    rows: dict[str, object] = {
+        "rows": found.num_rows,
+        "tokens": found.num_tokens,
+        "shards": f"{found.num_shards:,} ({found.num_bytes:,} bytes)",
+        "tokenizer, template": f"{found.tokenizer}, {found.template}",
+        "mean length": f"{found.mean_length:.1f}",
+    }
+    names = {"0": "shortest", "50": "median", "100": "longest"}
+    for percent, length in found.percentiles.items():
+        rows[names.get(percent, f"percentile {percent}")] = length
+    share = found.trained_tokens / max(found.kept_tokens, 1)
+    rows["trained tokens"] = f"{found.trained_tokens:,} ({share:.1%})"
+    if found.options.max_length is not None:
+        rows[f"rows cut at {found.options.max_length}"] = found.rows_cut
+    named = ", ".join(map(str, found.examples_without_trained))
+    more = ", ..." if found.rows_without_trained > len(found.examples_without_trained) else ""
+    rows["rows without a trained token"] = f"{found.rows_without_trained:,}" + (f" ({named}{more})" if named else "")
+    rows["rows where reference and positional differ"] = found.corner_rows
+    unknown = "not recorded"
+    rows["boundary mismatches"] = unknown if found.boundary_mismatches is None else found.boundary_mismatches
+    rows["records skipped"] = unknown if found.skipped_records is None else found.skipped_records
+    return rows

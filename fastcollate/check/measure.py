@@ -1,0 +1,289 @@
+"""How many batches a second this store gives, next to the reference loop and torch's DataLoader, and the verdict."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice, pairwise
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastcollate.check.inspect import MaskOptions, order_of
+from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
+from fastcollate.errors import InputError
+from fastcollate.load.loader import BatchLoader
+from fastcollate.plan.plan import EpochPlan, plan_epoch
+from fastcollate.progress import progress_bar
+from fastcollate.store.store import TokenStore
+from fastcollate.train.model import GPT2, config_of
+
+PIPELINE = "fastcollate"
+REFERENCE = "reference loop"
+WORKERS = (0, 2, 4)
+DATA_BOUND = 0.05  # waiting for more than this share of a step is worth mending
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One loop: batches one after the other, a step for each.
+
+    Attributes:
+        name: what gives the batches.
+        batches_per_s: batches a second with nothing else to do (median of the rounds).
+        ms_per_batch: the same in milliseconds.
+        wait_share: share of the loop's time spent waiting where batches are made between steps (no overlap), 0 to 1;
+            `None` without a step time.
+        data_bound: whether batches take longer than the steps, so that no overlap can hide them.
+    """
+
+    name: str
+    batches_per_s: float
+    ms_per_batch: float
+    wait_share: float | None = None
+    data_bound: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """Everything `fastcollate bench` prints.
+
+    Attributes:
+        policy: the order that was measured.
+        batch_size: rows (packs) in a batch.
+        step_ms: a training step's time, `None` if neither given nor measured.
+        contenders: the pipeline first.
+        advice: what to change, a sentence each.
+    """
+
+    policy: str
+    batch_size: int
+    step_ms: float | None
+    contenders: list[Verdict]
+    advice: list[str]
+
+
+class _Rows(Dataset[Any]):
+    """The store as the chapter's data set: lists of token ids, with the prompt's length where prompts are masked."""
+
+    def __init__(self, store: TokenStore, masked: bool) -> None:
+        self._rows = [example.input_ids.tolist() for example in store]
+        self._prompts = [int(example.spans[0]) for example in store] if masked else None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, list):  # a pack
+            return [self[row] for row in index]
+        return self._rows[index] if self._prompts is None else (self._prompts[index], self._rows[index])
+
+
+def bench(
+    store: TokenStore,
+    options: MaskOptions | None = None,
+    *,
+    policy: str = "bucketed",
+    batch_size: int = 8,
+    capacity: int | None = None,
+    step_ms: float | None = None,
+    model: str | None = None,
+    rounds: int = 5,
+    seconds: float = 0.5,
+    silent: bool = False,
+) -> BenchReport:
+    """Measure on the CPU, the contenders in turn, each on the same batches; the first batches are compared before.
+
+    Args:
+        store: the store.
+        options: how rows become targets.
+        policy: see `plan_epoch`.
+        batch_size: see `plan_epoch`.
+        capacity: see `plan_epoch`; by default `max_length`, else the store's longest row.
+        step_ms: a training step's time in milliseconds, for the verdict; or
+        model: the bundled GPT-2 (`tiny`, ...) whose training step is measured on this store's batches.
+        rounds: turns of each contender; the median counts.
+        seconds: a turn's length.
+        silent: show no progress.
+
+    Raises:
+        InputError: a value is wrong.
+    """
+    options = options or MaskOptions()
+    if step_ms is not None and not step_ms > 0:
+        raise InputError(f"step_ms={step_ms}: give a step's time in milliseconds, above 0")
+    if rounds < 1 or not seconds > 0:
+        raise InputError(f"rounds={rounds}, seconds={seconds}: give at least one round of more than 0 seconds")
+    if options.mode != "reference":
+        raise InputError(f"mode={options.mode!r}: the other contenders are the reference; bench compares equal work")
+    sources = _contenders(store, options, order_of(store, policy, batch_size, options, capacity))
+    _check_equal(sources)
+    if step_ms is None and model is not None:
+        step_ms = measure_step(model, islice(sources[PIPELINE](), 8))
+    speeds: dict[str, list[float]] = {name: [] for name in sources}
+    with progress_bar(unit="turns", disable=silent) as progress:
+        task = progress.add_task("bench", total=rounds * len(sources))
+        for _ in range(rounds):
+            for name, source in sources.items():
+                speeds[name].append(_batches_per_second(source, seconds))
+                progress.update(task, advance=1)
+    contenders = [_judge(name, statistics.median(found), step_ms) for name, found in speeds.items()]
+    return BenchReport(policy, batch_size, step_ms, contenders, _advice(contenders, step_ms, policy))
+
+
+def _contenders(
+    store: TokenStore, options: MaskOptions, order: dict[str, Any]
+) -> dict[str, Callable[[], Iterable[Any]]]:
+    plan = plan_epoch(store.lengths, **order, max_length=options.max_length)
+    rows = _Rows(store, options.mask_prompt)
+    collate = partial(
+        custom_collate_with_masking_fn if options.mask_prompt else custom_collate_fn,
+        pad_token_id=store.pad_token_id,
+        allowed_max_length=options.max_length,
+    )
+    batches: list[list[Any]] = [batch.tolist() for batch in plan] if plan.capacity is None else _packs(plan)
+
+    def reference(batch: list[Any]) -> Any:
+        if plan.capacity is None:
+            return collate(batch)
+        limit = min(options.max_length or plan.capacity, plan.capacity)
+        packs = [[collate([row], allowed_max_length=limit) for row in pack] for pack in batch]
+        return put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
+
+    def pipeline() -> Iterable[Any]:
+        return BatchLoader(store, **asdict(options), **order)
+
+    def loop() -> Iterator[Any]:
+        return (reference([rows[row] for row in batch]) for batch in batches)
+
+    sources: dict[str, Callable[[], Iterable[Any]]] = {PIPELINE: pipeline, REFERENCE: loop}
+    for workers in WORKERS:
+        sources[f"DataLoader, {workers} workers"] = partial(
+            DataLoader, rows, batch_sampler=batches, collate_fn=reference, num_workers=workers
+        )
+    return sources
+
+
+def _packs(plan: EpochPlan) -> list[list[Any]]:
+    """Each batch's packs, each pack's rows."""
+    windows = [plan.packs(index) for index in range(plan.num_windows)]
+    batches = [window.batch(number) for window in windows for number in range(window.num_batches)]
+    return [[packs.rows[start:stop].tolist() for start, stop in pairwise(packs.bounds.tolist())] for packs in batches]
+
+
+def _check_equal(sources: dict[str, Callable[[], Iterable[Any]]]) -> None:
+    wanted = list(islice(sources[REFERENCE](), 3))
+    for name, source in sources.items():
+        for got, expected in zip(islice(source(), 3), wanted, strict=True):
+            if not all(torch.equal(one, other) for one, other in zip(got, expected, strict=True)):
+                raise RuntimeError(f"{name} gives other batches than the reference; run: fastcollate verify")
+
+
+def _batches_per_second(source: Callable[[], Iterable[Any]], seconds: float) -> float:
+    """Batches a second for about `seconds`, over epochs; starting workers and first batches are not counted."""
+    count, spent = 0, 0.0
+    while spent < seconds:
+        batches = iter(source())
+        if next(batches, None) is None:
+            continue
+        start = time.perf_counter()
+        for _ in batches:
+            count += 1
+            if count % 16 == 0 and spent + time.perf_counter() - start > seconds:
+                break
+        spent += time.perf_counter() - start
+        if count == 0:
+            return 1 / max(_time_of_one(source), 1e-9)
+    return count / spent
+
+
+def _time_of_one(source: Callable[[], Iterable[Any]]) -> float:
+    """An epoch of a single batch: the batch with everything around it."""
+    start = time.perf_counter()
+    next(iter(source()))
+    return time.perf_counter() - start
+
+
+def measure_step(model: str, batches: Iterable[Any]) -> float:
+    """The median time of a training step of a bundled model on this machine's CPU, in milliseconds.
+
+    Raises:
+        InputError: no such model.
+    """
+    network = GPT2(config_of(model))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
+    times = []
+    for inputs, targets, *segments in batches:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        logits = network(inputs, *segments)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[1:] or times)
+
+
+def _judge(name: str, speed: float, step_ms: float | None) -> Verdict:
+    batch_ms = 1000 / speed
+    if step_ms is None:
+        return Verdict(name, speed, batch_ms)
+    return Verdict(name, speed, batch_ms, batch_ms / (batch_ms + step_ms), batch_ms > step_ms)
+
+
+def _advice(contenders: list[Verdict], step_ms: float | None, policy: str) -> list[str]:
+    if step_ms is None:
+        return ["give --step-ms, or --model to measure the bundled GPT-2, for a verdict"]
+    own = contenders[0]
+    assert own.wait_share is not None
+    others = [found for found in contenders[1:] if (found.wait_share or 0) > DATA_BOUND]
+    advice = []
+    if own.data_bound:
+        advice.append(
+            f"data-bound: a batch takes {own.ms_per_batch:.3g} ms, a step {step_ms:.3g} ms, so the device waits for "
+            f"{1 - step_ms / own.ms_per_batch:.0%} of the time even with full overlap; raise the batch size, or let "
+            "several ranks load"
+        )
+    elif own.wait_share > DATA_BOUND:
+        advice.append(
+            f"not data-bound where batches are made during steps; made between them they take {own.wait_share:.0%} of "
+            "the loop: load ahead"
+        )
+    else:
+        advice.append(f"not data-bound: making a batch takes {own.wait_share:.1%} of the loop; look elsewhere")
+    for found in others:
+        faster = (found.ms_per_batch + step_ms) / (own.ms_per_batch + step_ms)
+        state = "data-bound" if found.data_bound else f"waiting {found.wait_share:.0%} of the loop"
+        advice.append(
+            f"{found.name} would be {state}: changing to fastcollate makes that loop {faster:.2f} times as fast"
+        )
+    if policy not in ("bucketed", "packed"):
+        advice.append("bucketed batches hold less padding, which shortens the step itself: see inspect --report")
+    return advice
+
+
+def print_report(report: BenchReport) -> None:
+    """A line a contender, then the advice."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{report.policy}, {report.batch_size} {'packs' if report.policy == 'packed' else 'rows'} a batch",
+        title_justify="left",
+    )
+    table.add_column("")
+    for name in ("batches/s", "ms a batch", "wait between steps", "data-bound"):
+        table.add_column(name, justify="right")
+    for found in report.contenders:
+        wait = "" if found.wait_share is None else f"{found.wait_share:.1%}"
+        bound = "" if found.data_bound is None else ("yes" if found.data_bound else "no")
+        table.add_row(found.name, f"{found.batches_per_s:,.0f}", f"{found.ms_per_batch:.3f}", wait, bound)
+    console = Console()
+    console.print(table)
+    if report.step_ms is not None:
+        console.print(f"step: {report.step_ms:.3f} ms")
+    for sentence in report.advice:
+        console.print(sentence, highlight=False)

@@ -1,0 +1,339 @@
+"""One HTML page about a store, for a browser: nothing is loaded from elsewhere, and nothing leaves the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.check.inspect import (
+    KINDS,
+    MARKS,
+    PADDING,
+    PROMPT,
+    TRAINED,
+    Inspection,
+    MaskOptions,
+    RowView,
+    summary_of,
+    tokenizer_of,
+    view_rows,
+)
+from fastcollate.collate.collator import Batch, PackedBatch
+from fastcollate.errors import InputError, import_extra
+from fastcollate.plan.plan import EpochPlan, plan_epoch
+from fastcollate.store.store import TokenStore
+from fastcollate.text.tokenizer import Tokenizer
+
+POLICIES = ("sequential", "shuffled", "bucketed", "packed")
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_PLANNED_ROWS = 1 << 20  # rows that the padding figure plans; more would say the same, later
+_PICTURED_BATCHES = 96
+_SHOWN_TOKENS = 500_000  # tokens in the mask viewer: keeps the page at a few megabytes
+_INK = "#1f2937"
+_SHADES = {"sequential": "#6b7280", "shuffled": "#b45309", "bucketed": "#1d4ed8", "packed": "#047857"}
+_DASHES = {"sequential": "dot", "shuffled": "dash", "bucketed": "solid", "packed": "dashdot"}
+_SYMBOLS = {"sequential": "circle", "shuffled": "square", "bucketed": "diamond", "packed": "triangle-up"}
+
+
+class Padding(NamedTuple):
+    """Cells of an epoch.
+
+    Attributes:
+        num_batches: batches.
+        cells: input cells.
+        padded: input cells that hold padding.
+    """
+
+    num_batches: int
+    cells: int
+    padded: int
+
+    @property
+    def share(self) -> float:
+        """Padded cells among all, 0 to 1."""
+        return self.padded / max(self.cells, 1)
+
+
+def write_report(
+    store: TokenStore,
+    path: Path,
+    found: Inspection,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    num_rows: int = 2000,
+) -> None:
+    """Write the page.
+
+    Args:
+        store: the store.
+        path: the file to write.
+        found: what `inspect_store` counted; its options decide the masks.
+        batch_size: rows a batch in the picture of an epoch.
+        seed: of the pictured epoch.
+        num_rows: rows in the mask viewer at most.
+
+    Raises:
+        InputError: `batch_size` or `num_rows` is below 1.
+        MissingExtraError: plotly is not installed.
+        OSError: the file cannot be written.
+    """
+    for name, value in (("batch_size", batch_size), ("num_rows", num_rows)):
+        if value < 1:
+            raise InputError(f"{name}={value}: give at least 1")
+    offline = import_extra("plotly.offline", "report")
+    tokenizer, problem = tokenizer_of(store)
+    padding = padding_by_policy(store.lengths[:_PLANNED_ROWS], found.options.max_length, seed=seed)
+    figures = {
+        "lengths": _bars(found.lengths.edges, found.lengths.counts, "length in tokens", unit=1),
+        "padding": _padding_figure(padding),
+        "shares": _bars(found.shares.edges, found.shares.counts, "trained columns of a row, %", unit=100),
+    }
+    data = {
+        "kinds": KINDS,
+        "marks": [MARKS[kind] for kind in KINDS],
+        "epochs": {name: picture(store, found.options, name, batch_size, seed) for name in POLICIES},
+        "rows": _viewer(store, found, tokenizer, num_rows),
+    }
+    page = Template(files("fastcollate").joinpath("report_page.html").read_text(encoding="utf-8"))
+    text = page.substitute(
+        name=escape(store.path.resolve().name),
+        summary=_table(summary_of(found)),
+        plotly=offline.get_plotlyjs(),
+        data=_embed(data),
+        problem=escape(problem),
+        planned=f"{min(len(store), _PLANNED_ROWS):,}",
+        num_rows=f"{len(store):,}",
+        batch_size=batch_size,
+        **{f"figure_{key}": _html_of(figure, key) for key, figure in figures.items()},
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------- padding
+
+
+def padding_by_policy(
+    lengths: npt.NDArray[Any], max_length: int | None, *, seed: int = 0
+) -> dict[str, dict[int, Padding]]:
+    """Padding of an epoch by policy and batch size."""
+    sizes = [size for size in BATCH_SIZES if size <= len(lengths)]
+    return {
+        policy: {
+            size: padding_of(
+                plan_epoch(
+                    lengths,
+                    batch_size=size,
+                    policy=policy,
+                    seed=seed,
+                    max_length=max_length,
+                    capacity=capacity_of(lengths, max_length) if policy == "packed" else None,
+                ),
+                max_length,
+            )
+            for size in sizes
+        }
+        for policy in POLICIES
+    }
+
+
+def capacity_of(lengths: npt.NDArray[Any], max_length: int | None) -> int:
+    """Cells of the packs shown: what the longest row takes."""
+    longest = max(int(lengths.max(initial=1)), 1)
+    return longest if max_length is None else min(longest, max_length)
+
+
+def padding_of(plan: EpochPlan, max_length: int | None) -> Padding:
+    """Count the cells of a plan's batches without filling them."""
+    num_batches = cells = filled = 0
+    for index in range(plan.num_windows):
+        rows, bounds = plan.window(index)
+        if len(bounds) < 2:
+            continue
+        lengths = plan.lengths[rows].astype(np.int64)
+        if max_length is not None:
+            lengths = np.minimum(lengths, max_length)
+        num_batches += len(bounds) - 1
+        if plan.capacity is None:
+            cells += int((np.maximum.reduceat(lengths, bounds[:-1]) * np.diff(bounds)).sum())
+        else:
+            cells += plan.packs(index).packs.num_packs * plan.capacity
+        filled += int(lengths.sum())
+    return Padding(num_batches, cells, cells - filled)
+
+
+# ------------------------------------------------------------------------------------------- the picture of an epoch
+
+
+def picture(store: TokenStore, options: MaskOptions, policy: str, batch_size: int, seed: int) -> dict[str, Any]:
+    """Some batches of an epoch, evenly spaced, each row (each pack) as stretches of cells of one kind."""
+    if policy == "packed":
+        return _picture_of_packs(store, options, batch_size, seed)
+    plan = plan_epoch(store.lengths, batch_size=batch_size, policy=policy, seed=seed, max_length=options.max_length)
+    total = len(plan)
+    every = -(-total // _PICTURED_BATCHES)
+    collator = options.collator(store)
+    batches = []
+    planned, window = -1, plan.window(0)
+    for step in range(0, total, every):
+        index, place = plan.locate(step)
+        if index != planned:
+            planned, window = index, plan.window(index)
+        rows = window.rows[window.bounds[place] : window.bounds[place + 1]]
+        batch = collator(rows)
+        lengths = store.lengths[rows].astype(np.int64)
+        batches.append({"width": batch.inputs.shape[1], "rows": stretches(batch, lengths)})
+    return {"total": total, "every": every, "batches": batches}
+
+
+def _picture_of_packs(store: TokenStore, options: MaskOptions, batch_size: int, seed: int) -> dict[str, Any]:
+    lengths = store.lengths[:_PLANNED_ROWS]
+    capacity = capacity_of(lengths, options.max_length)
+    sizes: dict[str, Any] = {"batch_size": batch_size, "capacity": capacity, "max_length": options.max_length}
+    plan = plan_epoch(lengths, policy="packed", seed=seed, **sizes)
+    windows = [plan.packs(index) for index in range(plan.num_windows)]
+    places = [(window, number) for window in windows for number in range(window.num_batches)]
+    every = -(-len(places) // _PICTURED_BATCHES)
+    collator = options.collator(store)
+    batches = []
+    for window, number in places[::every]:
+        packs = window.batch(number)
+        batch = collator.pack(packs.rows, packs.bounds, capacity=capacity)
+        ends = np.concatenate([[0], np.cumsum(np.minimum(lengths[packs.rows].astype(np.int64), capacity))])
+        used = np.diff(ends[packs.bounds])
+        batches.append({"width": capacity, "rows": stretches(batch, used)})
+    return {"total": len(places), "every": every, "batches": batches}
+
+
+def stretches(batch: Batch | PackedBatch, lengths: npt.NDArray[np.int64]) -> list[list[list[int]]]:
+    """For each row `[kind, cells]` pairs, the kind by its place in `KINDS`.
+
+    A column is padding where its input is; otherwise it is trained or, where its target is ignored, shown as prompt.
+    """
+    width = batch.inputs.shape[1]
+    kinds = np.where(batch.targets.numpy() != -100, KINDS.index(TRAINED), KINDS.index(PROMPT))
+    kinds[np.arange(width) >= lengths[:, None]] = KINDS.index(PADDING)
+    rows = []
+    for row in kinds:
+        starts = np.flatnonzero(np.diff(row, prepend=-1))
+        counts = np.diff(np.append(starts, width))
+        rows.append([[int(row[start]), int(count)] for start, count in zip(starts, counts, strict=True)])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- mask viewer
+
+
+def _viewer(store: TokenStore, found: Inspection, tokenizer: Tokenizer | None, num_rows: int) -> dict[str, Any]:
+    ends = np.cumsum(store.lengths[:num_rows], dtype=np.int64)
+    count = max(1, int(np.searchsorted(ends, _SHOWN_TOKENS, side="right")))
+    numbers = range(min(count, len(ends)))
+    more = [row for row in found.examples_without_trained if row not in numbers]
+    rows, used = [], set()
+    for view in view_rows(store, [*numbers, *more], found.options):
+        rows.append(_entry(view, tokenizer))
+        used.update(view.tokens)
+    pieces = {} if tokenizer is None else {token: tokenizer.decode([token]) for token in sorted(used)}
+    return {"total": len(store), "pieces": pieces, "rows": rows}
+
+
+def _entry(view: RowView, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """One row for the page, without its padding, which is only counted."""
+    end = min(view.num_tokens + 1, len(view.tokens))
+    runs = []
+    for kind, start, stop in view.runs():
+        text = "" if tokenizer is None or kind == PADDING else tokenizer.decode(view.tokens[start:stop])
+        runs.append([KINDS.index(kind), stop - start, text])
+    return {
+        "row": view.row,
+        "record": view.source_row,
+        "length": view.num_tokens,
+        "ids": view.tokens[:end],
+        "runs": runs,
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- the page
+
+
+def _bars(edges: Sequence[float], counts: Sequence[int], title: str, *, unit: int) -> Any:
+    go = import_extra("plotly.graph_objects", "report")
+    middles = [(low + high) / 2 * unit for low, high in pairwise(edges)]
+    last = 1 if unit == 1 else 0  # lengths are whole numbers, a bar's last is one below the next edge
+    ranges = [f"{low * unit:g} to {high * unit - last:g}" for low, high in pairwise(edges)]
+    figure = go.Figure(
+        go.Bar(
+            x=middles,
+            y=list(counts),
+            customdata=ranges,
+            width=(edges[1] - edges[0]) * unit * 0.92,
+            marker={"color": "#1d4ed8"},
+            hovertemplate="%{customdata}: %{y} rows<extra></extra>",
+        )
+    )
+    return _styled(figure, title, "rows")
+
+
+def _padding_figure(padding: Mapping[str, Mapping[int, Padding]]) -> Any:
+    go = import_extra("plotly.graph_objects", "report")
+    figure = go.Figure()
+    for policy, by_size in padding.items():
+        unit = "packs" if policy == "packed" else "rows"
+        figure.add_scatter(
+            x=[str(size) for size in by_size],
+            y=[100 * found.share for found in by_size.values()],
+            name=policy,
+            mode="lines+markers",
+            line={"color": _SHADES[policy], "dash": _DASHES[policy], "width": 2.5},
+            marker={"symbol": _SYMBOLS[policy], "size": 9},
+            hovertemplate=f"{policy}, %{{x}} {unit}: %{{y:.1f}}% padding<extra></extra>",
+        )
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(rangemode="tozero")
+    return _styled(figure, "rows (packed: packs) in a batch", "padded cells, %")
+
+
+def _styled(figure: Any, x_title: str, y_title: str) -> Any:
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "size": 14, "color": _INK},
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        height=320,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    )
+    figure.update_xaxes(title=x_title, automargin=True)
+    figure.update_yaxes(title=y_title, automargin=True)
+    return figure
+
+
+def _html_of(figure: Any, name: str) -> str:
+    return str(
+        figure.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            div_id=f"figure-{name}",
+            config={"responsive": True, "displaylogo": False, "displayModeBar": False},
+        )
+    )
+
+
+def _table(rows: Mapping[str, object]) -> str:
+    lines = []
+    for name, value in rows.items():
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        lines.append(f"<tr><th scope=row>{escape(name)}</th><td>{escape(shown)}</td></tr>")
+    return "\n".join(lines)
+
+
+def _embed(data: object) -> str:
+    """JSON that cannot end the script element that holds it, whatever a record's text says."""
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")

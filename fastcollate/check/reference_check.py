@@ -1,0 +1,276 @@
+"""Proof on the user's own store: the fast path against the plain Python reference, the ids against tiktoken."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastcollate.check.inspect import MaskOptions, order_of, tokenizer_of
+from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
+from fastcollate.errors import InputError
+from fastcollate.load.loader import BatchLoader
+from fastcollate.plan.plan import EpochPlan, plan_epoch
+from fastcollate.progress import progress_bar
+from fastcollate.sources.blocks import find_sources, read_blocks
+from fastcollate.sources.records import parse_block
+from fastcollate.store.store import Example, TokenStore, verify_checksums
+from fastcollate.text.templates import BadRecordError, load_template
+from fastcollate.text.tokenizer import Tokenizer
+
+_MOST_PROBLEMS = 20
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was compared, and what differs.
+
+    Attributes:
+        batches: batches compared bit for bit.
+        rows: rows in them.
+        cells: input and target cells in them, and positions and bounds of packed ones.
+        digest: SHA-256 over the shapes and cells of all batches in order; equal runs give equal digests.
+        records: records tokenized again, `None` without a source.
+        files: files whose checksums were computed, `None` if they were not.
+        num_problems: differences found.
+        problems: the first of them, a line each.
+    """
+
+    batches: int = 0
+    rows: int = 0
+    cells: int = 0
+    digest: str = ""
+    records: int | None = None
+    files: int | None = None
+    num_problems: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing differs."""
+        return self.num_problems == 0
+
+    def note(self, problem: str) -> None:
+        """Count a difference and keep the first ones."""
+        self.num_problems += 1
+        if len(self.problems) < _MOST_PROBLEMS:
+            self.problems.append(problem)
+
+
+def verify(
+    store: TokenStore,
+    options: MaskOptions | None = None,
+    *,
+    policy: str = "bucketed",
+    batch_size: int = 8,
+    capacity: int | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    sources: Sequence[str] = (),
+    checksums: bool = False,
+    silent: bool = False,
+) -> Verification:
+    """Compare an epoch of batches with the reference, and more where asked.
+
+    Args:
+        store: the store.
+        options: how rows become targets.
+        policy: see `plan_epoch`.
+        batch_size: see `plan_epoch`.
+        capacity: see `plan_epoch`; by default `max_length`, else the store's longest row.
+        seed: see `plan_epoch`.
+        epoch: see `plan_epoch`.
+        sources: what the store was prepared from; every record is tokenized again with tiktoken.
+        checksums: read every file of the store and compare its checksum.
+        silent: show no progress.
+
+    Raises:
+        InputError: an option is wrong, or the sources or the vocabulary cannot be had.
+    """
+    options = options or MaskOptions()
+    found = Verification()
+    if checksums:
+        found.files = len(store.manifest["files"]) + len(store.manifest["shards"])
+        for problem in verify_checksums(store.path):
+            found.note(problem)
+    order = {**order_of(store, policy, batch_size, options, capacity), "seed": seed}
+    _compare_batches(store, options, order, epoch, found, silent=silent)
+    if sources:
+        _compare_ids(store, sources, found, silent=silent)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def _compare_batches(
+    store: TokenStore, options: MaskOptions, order: dict[str, Any], epoch: int, found: Verification, *, silent: bool
+) -> None:
+    loader = BatchLoader(store, **asdict(options), **order)
+    loader.set_epoch(epoch)
+    plan = plan_epoch(store.lengths, **order, epoch=epoch, max_length=options.max_length)
+    seen = np.zeros(len(store), bool)
+    digest = hashlib.sha256()
+    with progress_bar(unit="batches", disable=silent) as progress:
+        task = progress.add_task("verify", total=len(plan))
+        expected = (_expected_packs if order["policy"] == "packed" else _expected_batches)(store, plan, options)
+        for number, ((rows, lines, wanted), batch) in enumerate(zip(expected, loader, strict=True)):
+            for name, got, tensor in zip(batch._fields, batch, wanted, strict=True):
+                _compare_cells(f"batch {number}, {name}", lines, got, tensor, found)
+                digest.update(repr(tuple(got.shape)).encode())
+                digest.update(np.ascontiguousarray(got.numpy()).tobytes())
+                found.cells += got.numel()
+            seen[rows] = True
+            found.batches += 1
+            found.rows += len(rows)
+            progress.update(task, advance=1)
+    for row in np.flatnonzero(~seen).tolist():
+        found.note(f"row {row} is in no batch of the epoch")
+    found.digest = digest.hexdigest()
+
+
+class _Expected(NamedTuple):
+    """One batch of the plan.
+
+    Attributes:
+        rows: its row numbers.
+        lines: what a line of its tensors is called.
+        tensors: what the reference makes of it.
+    """
+
+    rows: npt.NDArray[np.int64]
+    lines: Sequence[str]
+    tensors: tuple[torch.Tensor, ...]
+
+
+def _expected_batches(store: TokenStore, plan: EpochPlan, options: MaskOptions) -> Iterator[_Expected]:
+    for rows in plan:
+        tensors = expected_batch([store[int(row)] for row in rows], store.pad_token_id, options)
+        yield _Expected(rows, [f"row {row}" for row in rows], tensors)
+
+
+def _expected_packs(store: TokenStore, plan: EpochPlan, options: MaskOptions) -> Iterator[_Expected]:
+    assert plan.capacity is not None
+    limit = min(options.max_length or plan.capacity, plan.capacity)
+    alone = replace(options, max_length=limit)
+    for index in range(plan.num_windows):
+        window = plan.packs(index)
+        for number in range(window.num_batches):
+            rows, _, bounds = window.batch(number)
+            cells = [expected_batch([store[int(row)]], store.pad_token_id, alone) for row in rows]
+            packs = [cells[start:stop] for start, stop in pairwise(bounds.tolist())]
+            end_to_end = put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
+            yield _Expected(rows, [f"pack {pack}" for pack in range(len(packs))], end_to_end)
+
+
+def _compare_cells(
+    where: str, lines: Sequence[str], got: torch.Tensor, wanted: torch.Tensor, found: Verification
+) -> None:
+    if got.dtype != wanted.dtype or got.shape != wanted.shape:
+        found.note(f"{where}: {got.dtype} {tuple(got.shape)}, but the reference gives {wanted.dtype} {wanted.shape}")
+        return
+    for *place, column in torch.nonzero(got != wanted).tolist():
+        line, cell = f"{lines[place[0]]} " if place else "", (*place, column)
+        found.note(f"{where}: {line}column {column} is {int(got[cell])}, but the reference gives {int(wanted[cell])}")
+
+
+def expected_batch(examples: Sequence[Example], pad: int, options: MaskOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the reference makes of some rows, in plain Python.
+
+    Single turns in reference mode go through the chapter's functions as they stand. The chapter has neither several
+    turns nor a positional mode: for those its inputs are taken, and targets are told token by token.
+
+    Returns:
+        inputs and targets, int64 `(rows, width)` each.
+    """
+    rows = [example.input_ids.tolist() for example in examples]
+    spans = [example.spans.tolist() for example in examples]
+    limit = options.max_length
+    if max(map(len, rows)) == 0:  # the chapter's function gives float32 here
+        empty = torch.zeros((len(rows), 0), dtype=torch.int64)
+        return empty, empty
+    if options.mode == "reference" and options.mask_prompt and max(map(len, spans)) <= 2:
+        pairs = [(counts[0], row) for counts, row in zip(spans, rows, strict=True)]
+        return custom_collate_with_masking_fn(pairs, pad_token_id=pad, allowed_max_length=limit)
+    inputs, targets = custom_collate_fn(rows, pad_token_id=pad)
+    for place, (counts, row) in enumerate(zip(spans, rows, strict=True)):
+        if options.mode == "positional":
+            shifted = [*row[1:], pad] if row else []
+            targets[place] = torch.tensor(shifted + [-100] * (targets.shape[1] - len(shifted)))
+        if options.mask_prompt and options.mode == "reference" and len(counts) <= 2:
+            targets[place, : counts[0] - 1] = -100
+        elif options.mask_prompt:
+            for token in _prompt_tokens(counts, len(row)):
+                if 1 <= token <= targets.shape[1]:
+                    targets[place, token - 1] = -100
+    return inputs[:, :limit], targets[:, :limit]
+
+
+def _prompt_tokens(spans: Sequence[int], length: int) -> Iterator[int]:
+    """The tokens of all prompts; a last turn without a response also covers the end-of-text."""
+    start = 0
+    for index, count in enumerate(spans):
+        if index % 2 == 0:
+            yield from range(start, start + count)
+            if len(spans) > 2 and index == len(spans) - 1:
+                yield from range(start + count, length + 1)
+        start += count
+
+
+# ----------------------------------------------------------------------------------------------------------- ids
+
+
+def _compare_ids(store: TokenStore, sources: Sequence[str], found: Verification, *, silent: bool) -> None:
+    """Render and tokenize every record again, whole, with tiktoken; compare ids and, for one prompt, its length."""
+    tokenizer, problem = tokenizer_of(store)
+    if tokenizer is None:
+        raise InputError(f"{store.path}: its ids cannot be checked, {problem}")
+    saved = store.manifest["template"]
+    template = load_template(saved["name"], saved.get("fields"))
+    if template.identity() != saved:
+        raise InputError(f"template {saved['name']!r} is not the one that {store.path} was prepared with")
+    row = found.records = 0
+    with progress_bar(unit="rows", disable=silent) as progress:
+        task = progress.add_task("tokenize", total=len(store))
+        for block in read_blocks(find_sources(list(sources))):
+            parsed = parse_block(block, block.read())
+            for record, position in zip(parsed.records, parsed.rows, strict=True):
+                if row == len(store) or int(store[row].source_row) != position:
+                    continue  # skipped when the store was prepared
+                try:
+                    _compare_row(store, row, template.parts(record), tokenizer, found)
+                except BadRecordError as error:
+                    found.note(f"row {row}: record {position} of the sources gives no text ({error})")
+                row += 1
+                found.records += 1
+            progress.update(task, completed=row)
+    if row < len(store):
+        where = int(store[row].source_row)
+        found.note(f"row {row}: there is no record {where} in the sources; name them in the order they were prepared")
+
+
+def _compare_row(store: TokenStore, row: int, parts: Sequence[str], tokenizer: Tokenizer, found: Verification) -> None:
+    example, options = store[row], store.manifest["options"]
+    ids = example.input_ids.tolist()
+    wanted = tokenizer.encode("".join(parts))
+    prompt = len(tokenizer.encode(parts[0]))
+    cut = len(wanted) - len(ids)
+    if options.get("long_prompt") == "cut" and cut > 0 and prompt > (options.get("max_length") or prompt):
+        wanted, prompt = wanted[cut:], prompt - cut
+    if ids != wanted:
+        pairs = enumerate(zip(ids, wanted, strict=False))
+        place = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(wanted)))
+        found.note(
+            f"row {row}: {len(ids)} ids, tiktoken gives {len(wanted)}; from token {place} on they are "
+            f"{ids[place : place + 5]}, but {wanted[place : place + 5]} is right"
+        )
+    elif options.get("boundary") == "reference" and len(parts) == 2:
+        kept = min(prompt, len(ids) + 1)
+        if int(example.spans[0]) != kept:
+            found.note(f"row {row}: a prompt of {int(example.spans[0])} tokens, but tiktoken gives {kept}")

@@ -1,0 +1,1 @@
+"""Rows -> batches in one kernel call, and the plain reference beside it."""

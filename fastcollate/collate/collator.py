@@ -1,0 +1,469 @@
+"""Rows to batches: validate, size, call one kernel.
+
+`collate_fn` is the drop-in for the chapter's collates, over lists, arrays or tensors. `Collator` is the same over the
+rows of a store, named by their numbers; the loader and the data set adapters are built on it.
+"""
+
+from __future__ import annotations
+
+import array
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastcollate.collate import fill as kernels
+from fastcollate.collate import fill_packed as pack_kernels
+from fastcollate.errors import InputError
+from fastcollate.plan.packing import check_capacity
+from fastcollate.store.table import Columns, Table, clamped, make_settings
+
+Int64Array = npt.NDArray[np.int64]
+Take = Callable[[int], Int64Array]
+_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
+_NO_CELLS: npt.NDArray[np.int64] = np.array([], np.int64)
+
+
+class Batch(NamedTuple):
+    """A padded batch; unpacks as `inputs, targets = batch`.
+
+    Attributes:
+        inputs: int64 (or int32 where asked for) `(rows, width)`.
+        targets: int64 `(rows, width)`.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+class PackedBatch(NamedTuple):
+    """A packed batch: rows end to end, without padding but at a pack's end.
+
+    Attributes:
+        inputs: int64 (or int32 where asked for) `(packs, capacity)`.
+        targets: int64 `(packs, capacity)`; a row's last target is its end-of-text, never the next row's token.
+        position_ids: int64 `(packs, capacity)`, restarting at 0 with each row.
+        cu_seqlens: int32, the rows' bounds over the flattened batch, starting at 0; unused cells at a pack's end are
+            a segment of their own (several, where they are more than a row may take), without targets. A row without
+            tokens has no segment.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+    @property
+    def max_seqlen(self) -> int:
+        """Cells of the longest segment; read from `cu_seqlens`, so on a GPU it waits. The capacity bounds it too."""
+        return int(self.cu_seqlens.diff().max())
+
+
+# ------------------------------------------------------------------------------------------------- rows of a store
+
+
+class Collator:
+    """Collates rows of a store, named by their numbers; cheap to make, safe to share between threads.
+
+    Args:
+        shards: the store's shards (`TokenStore.shards`).
+        pad_token_id: appended to each row as end-of-text, and the padding.
+        ignore_index: written over targets that are not trained.
+        max_length: columns kept, at least 1; `None` keeps all.
+        mask_prompt: train the responses only.
+        mode: `"reference"` reproduces the chapter's collate bit for bit; `"positional"` does what the user means:
+            padding is told by position, the end-of-text is always trained, a prompt length of 0 masks nothing,
+            prompts are masked with `ignore_index`, an empty row trains nothing.
+        truncation: `"right"` keeps a long row's first `max_length` columns, `"left"` its last.
+        inputs_dtype: `torch.int64` or `torch.int32`; targets are always int64.
+        name: what to call the store in messages.
+
+    Raises:
+        InputError: a setting is not one of these, or a shard's columns are not as `Columns` says.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Columns],
+        *,
+        pad_token_id: int = 50256,
+        ignore_index: int = -100,
+        max_length: int | None = None,
+        mask_prompt: bool = False,
+        mode: str = "reference",
+        truncation: str = "right",
+        inputs_dtype: torch.dtype = torch.int64,
+        name: str = "the store",
+    ) -> None:
+        if max_length is not None and max_length < 1:
+            raise InputError(f"max_length={max_length}: give at least 1, or None to keep whole rows")
+        if inputs_dtype not in (torch.int64, torch.int32):
+            raise InputError(f"inputs_dtype={inputs_dtype}: choose torch.int64 or torch.int32")
+        self.table = Table(shards, name=name)
+        self._addresses = self.table.array
+        self.narrow = inputs_dtype == torch.int32
+        self._inputs_dtype = _INT32 if self.narrow else _INT64
+        self.settings = make_settings(
+            pad_token_id=pad_token_id,
+            ignore_index=ignore_index,
+            limit=max_length,
+            mask_prompt=mask_prompt,
+            mode=mode,
+            truncation=truncation,
+            narrow=self.narrow,
+        )
+
+    def __call__(self, rows: npt.ArrayLike, take: Take | None = None) -> Batch:
+        """Collate one batch.
+
+        Args:
+            rows: row numbers, one or more.
+            take: gives int64 memory of at least so many cells to fill, such as `HostPool.take`; `None` allocates.
+
+        Raises:
+            InputError: no row, a row that does not exist or is no integer, or a row whose shard is damaged.
+        """
+        is_usual = getattr(rows, "dtype", None) is _INT64
+        numbers = np.ascontiguousarray(rows) if is_usual else _as_integers(rows, "row numbers")
+        if numbers.ndim != 1 or not len(numbers):
+            raise InputError("a batch needs at least one row number")
+        out = _NO_CELLS if take is None else take(0)
+        width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out)
+        if end > len(out):
+            out = (take or _allocate)(end)
+            width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out)
+        if width < 0:
+            raise self.table.explain(int(numbers[-1 - width]))
+        return _batch(out, self._inputs_dtype, len(numbers), width, 0, middle)
+
+    def fill_group(self, rows: Int64Array, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
+        """Fill as many batches as `out` holds in one kernel call; see `kernels.fill_padded_group`.
+
+        Returns:
+            The number of batches filled; 0 where `out` is too small for the first, whose size is in `report[0]`.
+
+        Raises:
+            InputError: a row does not exist, or its shard is damaged.
+        """
+        filled = kernels.fill_padded_group(self.table.array, self.settings, rows, bounds, out, report)
+        if filled < 0:
+            raise self.table.explain(int(rows[-1 - filled]))
+        return int(filled)
+
+    def batches(self, out: Int64Array, lines: Iterable[Sequence[int]]) -> list[Batch]:
+        """The tensors of the batches that a kernel has filled, a line of its report each; views, nothing is copied."""
+        dtype, array, tensor, new = self._inputs_dtype, np.ndarray, torch.from_numpy, tuple.__new__
+        found: list[Batch] = []
+        for _, _, _, _, num_rows, width, start, middle, _, _ in lines:  # `_batch`, without a call for each
+            shape = (num_rows, width)
+            pair = (tensor(array(shape, dtype, out, 8 * start)), tensor(array(shape, _INT64, out, 8 * middle)))
+            found.append(new(Batch, pair))
+        return found
+
+    def pack(
+        self,
+        rows: npt.ArrayLike,
+        bounds: npt.ArrayLike,
+        *,
+        capacity: int,
+        starts: npt.ArrayLike = (),
+        take: Take | None = None,
+    ) -> PackedBatch:
+        """Collate one packed batch.
+
+        Each row is collated as in a batch of its own, and cut to `max_length` and the capacity.
+
+        Args:
+            rows: row numbers, pack after pack.
+            bounds: `(num_packs + 1,)`: pack `p` is `rows[bounds[p]:bounds[p + 1]]`.
+            capacity: cells a pack.
+            starts: the first token of each row here, for rows that are split; by default rows are cut.
+            take: see `__call__`.
+
+        Raises:
+            InputError: a row does not exist or its shard is damaged, a pack's rows do not fit it, the bounds are not
+                of these rows, or a number is no integer or out of range.
+        """
+        check_capacity(capacity)
+        numbers, packs = _as_integers(rows, "row numbers"), _as_integers(bounds, "bounds")
+        firsts = _as_integers(starts, "starts")
+        if (
+            packs.ndim != 1
+            or len(packs) < 2
+            or packs[0] != 0
+            or packs[-1] != len(numbers)
+            or (np.diff(packs) < 0).any()
+        ):
+            raise InputError(f"bounds={packs.tolist()} of {len(numbers)} rows: give 0, each pack's end, in order")
+        if len(firsts) not in (0, len(numbers)):
+            raise InputError(f"{len(firsts)} starts of {len(numbers)} rows: give one a row, or none")
+        report = np.empty((1, kernels.REPORT_COLUMNS), np.int64)
+        batches = np.array([0, len(packs) - 1])
+        out = (take or _allocate)(self.packed_cells(len(packs) - 1, capacity, len(numbers)))
+        self.fill_packed_group(numbers, firsts, packs, batches, capacity, out, report)
+        (batch,) = self.packed_batches(out, report.tolist())
+        return batch
+
+    def fill_packed_group(
+        self,
+        rows: Int64Array,
+        starts: Int64Array,
+        packs: Int64Array,
+        batches: Int64Array,
+        capacity: int,
+        out: Int64Array,
+        report: Int64Array,
+    ) -> int:
+        """Fill as many packed batches as `out` holds in one kernel call; see `pack_kernels.fill_packed_group`.
+
+        Returns:
+            The number of batches filled; 0 where `out` has fewer cells than the `packed_cells` of the first.
+
+        Raises:
+            InputError: a row does not exist, its shard is damaged, or it does not fit its pack.
+        """
+        filled = pack_kernels.fill_packed_group(
+            self.table.array, self.settings, rows, starts, packs, batches, capacity, out, report
+        )
+        if filled < 0:
+            raise self.explain_pack(rows, starts, packs, capacity, -1 - int(filled))
+        return int(filled)
+
+    def packed_cells(self, num_packs: int, capacity: int, num_rows: int) -> int:
+        """Int64 cells that a packed batch takes in a buffer."""
+        if num_packs * capacity >= 1 << 31:
+            raise InputError(f"{num_packs} packs of {capacity} cells: cu_seqlens is int32, so a batch ends at 2**31")
+        limit = min(int(self.settings[kernels.LIMIT]), capacity)
+        return int(pack_kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self.narrow)[3])
+
+    def packed_batches(self, out: Int64Array, lines: Iterable[Sequence[int]]) -> list[PackedBatch]:
+        """Like `batches`, for packed ones."""
+        return [self._packed_batch(out, line) for line in lines]
+
+    def _packed_batch(self, out: Int64Array, line: Sequence[int]) -> PackedBatch:
+        capacity, start, num_segments = line[kernels.WIDTH], line[kernels.START], line[kernels.SEGMENTS]
+        num_packs = line[kernels.CELLS] // capacity
+        targets, (size, _) = line[kernels.TARGETS], kernels.plain_cells_of(num_packs, capacity, narrow=0)
+        shape, positions = (num_packs, capacity), targets + size
+        inputs: npt.NDArray[Any] = np.ndarray(shape, self._inputs_dtype, out, 8 * start)
+        return PackedBatch(
+            torch.from_numpy(inputs),
+            torch.from_numpy(np.ndarray(shape, _INT64, out, 8 * targets)),
+            torch.from_numpy(np.ndarray(shape, _INT64, out, 8 * positions)),
+            torch.from_numpy(np.ndarray((num_segments + 1,), _INT32, out, 8 * (positions + size))),
+        )
+
+    def explain_pack(
+        self, rows: Int64Array, starts: Int64Array, packs: Int64Array, capacity: int, place: int
+    ) -> InputError:
+        """Why `fill_packed_group`, whose arguments these are, refused `rows[place]`."""
+        pack = int(np.searchsorted(packs, place, side="right")) - 1
+        limit = min(int(self.settings[kernels.LIMIT]), capacity)
+        cells = 0
+        for i in range(int(packs[pack]), place + 1):
+            length = kernels.widest(self.table.array, rows[i : i + 1])
+            first = int(starts[i]) if len(starts) else 0
+            if length >= 0 and not 0 <= first <= length:
+                return InputError(f"row {rows[i]} has {length} tokens: a part of it cannot start at token {first}")
+            cells += min(length - first, limit)
+            if length >= 0 and cells > capacity:
+                return InputError(
+                    f"the rows of pack {pack} take {cells} cells up to row {rows[i]}, more than capacity={capacity}; "
+                    "pack them by the lengths of this store"
+                )
+        return self.table.explain(int(rows[place]))
+
+
+def _batch(
+    out: Int64Array, inputs_dtype: np.dtype[Any], num_rows: int, width: int, start: int, middle: int,
+    array: Any = np.ndarray, tensor: Any = torch.from_numpy, new: Any = tuple.__new__,
+) -> Batch:  # fmt: skip
+    """Tensors over `out`, whose cells from `start` on are inputs, from `middle` on targets.
+
+    A batch of eight rows takes a few microseconds in all: hence the defaults, and what `Batch(...)` does in half its
+    time.
+    """
+    shape = (num_rows, width)
+    pair = (tensor(array(shape, inputs_dtype, out, 8 * start)), tensor(array(shape, _INT64, out, 8 * middle)))
+    return new(Batch, pair)  # type: ignore[no-any-return]
+
+
+def _as_integers(values: npt.ArrayLike, name: str) -> Int64Array:
+    """Integers of any kind as int64; others are refused, since a cut fraction or a mask would name other rows."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InputError(f"{name} are not a sequence of integers: {error}") from error
+    if array.size and not _fits_int64(array):
+        raise InputError(f"{name} are {array.dtype}, such as {array.flat[0]!r}: give integers")
+    return np.ascontiguousarray(array, np.int64)
+
+
+def _fits_int64(array: npt.NDArray[Any]) -> bool:
+    """Whether items, one or more, are integers of at most 63 bits."""
+    return array.dtype.kind in "iu" and not (array.dtype == np.uint64 and array.max() >> 63)
+
+
+def _allocate(num_cells: int) -> Int64Array:
+    return np.empty(num_cells, np.int64)
+
+
+# ------------------------------------------------------------------------------------------------- rows of a list
+
+
+class _Rows(NamedTuple):
+    """Rows that a caller handed in, as one shard."""
+
+    input_ids: npt.NDArray[Any]
+    offsets: Int64Array
+    spans: npt.NDArray[Any]
+    span_offsets: Int64Array
+
+
+_settings = lru_cache(make_settings)  # read-only, and mostly the same for each batch
+
+
+def collate_fn(
+    batch: Sequence[Any],
+    pad_token_id: int = 50256,
+    ignore_index: int = -100,
+    allowed_max_length: int | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    mode: str = "reference",
+) -> Batch:
+    """The drop-in for the chapter's `custom_collate_fn` and `custom_collate_with_masking_fn`.
+
+    Works as `DataLoader(..., collate_fn=partial(fastcollate.collate_fn, device=..., allowed_max_length=1024))`, also
+    inside worker processes.
+
+    Args:
+        batch: rows of token ids without the end-of-text (lists, tuples, integer arrays or tensors), or pairs of
+            prompt length and row, whose prompts are then masked.
+        pad_token_id: appended to each row as end-of-text, and the padding.
+        ignore_index: replaces padding in the targets.
+        allowed_max_length: columns kept, as a Python slice `[:allowed_max_length]` keeps them; `None` keeps all.
+        device: where the tensors go.
+        mode: `"reference"` reproduces the chapter's functions bit for bit; `"positional"` tells padding by position,
+            always trains the end-of-text, takes a prompt length below 1 for no prompt, and masks prompts with
+            `ignore_index`.
+
+    Returns:
+        inputs and targets, int64 `(rows, width)` each.
+
+    Raises:
+        InputError: the batch is empty, a row is not made of integers, or an option is wrong.
+    """
+    if len(batch) == 0:
+        raise InputError("the batch has no rows; a data set of length 0, or a sampler that yields nothing")
+    pairs = _is_pair(batch[0])
+    rows = _read_lists(batch, pairs) or _read_arrays(batch, pairs)
+    settings = (_settings if isinstance(mode, str) else make_settings)(
+        pad_token_id=_index(pad_token_id, "pad_token_id"),
+        ignore_index=_index(ignore_index, "ignore_index"),
+        limit=None if allowed_max_length is None else _index(allowed_max_length, "allowed_max_length"),
+        mask_prompt=pairs,
+        mode=mode,
+        truncation="right",
+        narrow=False,
+    )
+    inputs, targets = _collate_rows(rows, settings)
+    if str(device) != "cpu":
+        return Batch(inputs.to(device), targets.to(device))
+    return Batch(inputs, targets)
+
+
+def _collate_rows(rows: _Rows, settings: Int64Array) -> Batch:
+    num_rows = len(rows.offsets) - 1
+    table = np.array(
+        [
+            [
+                0, num_rows, _address(rows.input_ids), len(rows.input_ids), rows.input_ids.itemsize,
+                _address(rows.offsets), _address(rows.spans), len(rows.spans), rows.spans.itemsize,
+                _address(rows.span_offsets),
+            ]
+        ],
+        np.int64,
+    )  # fmt: skip
+    numbers = rows.span_offsets[:num_rows]  # 0, 1, 2, ...
+    width, middle, end = kernels.fill_padded(table, settings, numbers, _NO_CELLS)
+    out = np.empty(end, np.int64)
+    width, middle, end = kernels.fill_padded(table, settings, numbers, out)
+    assert width >= 0
+    return _batch(out, _INT64, num_rows, width, 0, middle)
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    """What `array.ctypes.data` is, in a third of the time."""
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _is_pair(row: Any) -> bool:
+    """Whether a row is `(prompt length, ids)`; a row of two ids has a number in second place."""
+    return isinstance(row, (tuple, list)) and len(row) == 2 and hasattr(row[1], "__len__") and _is_scalar(row[0])
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, SupportsIndex) and getattr(value, "ndim", 0) == 0
+
+
+def _read_lists(batch: Sequence[Any], pairs: bool) -> _Rows | None:
+    """Rows that are lists of ids, or `None` where some are something else, or beyond 32 bits.
+
+    Three nanoseconds an integer by way of `array.array`, a quarter of what `numpy.array` takes.
+    """
+    ids, bounds, prompts = array.array("I"), [0], []
+    try:
+        for row in batch:
+            if pairs:
+                prompt, row = row
+                prompts.append(operator.index(prompt))
+            ids.fromlist(row)
+            bounds.append(len(ids))
+        spans = np.array(prompts, np.int64) if pairs else np.zeros(len(batch), np.int64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return _Rows(np.frombuffer(ids, np.uint32), np.array(bounds), spans, np.arange(len(bounds)))
+
+
+def _read_arrays(batch: Sequence[Any], pairs: bool) -> _Rows:
+    """Rows of any kind; slower than `_read_lists`, and says what is wrong with a row that is none."""
+    rows = []
+    prompts = np.zeros(len(batch), np.int64)
+    for index, row in enumerate(batch):
+        if pairs != _is_pair(row):
+            raise InputError(f"row {index} of the batch: rows and (prompt length, row) pairs cannot be mixed")
+        if pairs:
+            prompts[index] = clamped(_index(row[0], f"row {index} of the batch: the prompt length"))
+            row = row[1]
+        rows.append(_as_ids(row, index))
+    bounds = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=bounds[1:])
+    tokens = np.concatenate(rows, dtype=np.int64, casting="same_kind")
+    return _Rows(tokens, bounds, prompts, np.arange(len(bounds)))
+
+
+def _as_ids(row: Any, index: int) -> npt.NDArray[Any]:
+    try:
+        array = row.numpy(force=True) if isinstance(row, torch.Tensor) else np.asarray(row)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"row {index} of the batch is not a sequence of token ids: {error}") from error
+    if array.size == 0 and array.ndim == 1:
+        return np.empty(0, np.int64)
+    if array.ndim != 1 or not _fits_int64(array):
+        raise InputError(
+            f"row {index} of the batch is {array.dtype} of shape {array.shape}: give a flat sequence of integer ids"
+        )
+    return array
+
+
+def _index(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name} is {value!r}: give an integer") from error

@@ -1,0 +1,1 @@
+"""The job behind `prepare`: sources -> store."""

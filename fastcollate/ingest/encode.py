@@ -1,0 +1,431 @@
+"""One block -> one shard: parse, apply the template, tokenize, mark spans, count. What a worker does, and all it does.
+
+The prompt's length is what tokenizing the prompt by itself gives, as in the reference. Where prompt and response
+provably tokenize apart they are encoded once, end to end; elsewhere the whole text and the prompt are encoded both.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.sources.blocks import Block
+from fastcollate.sources.fields import FlatRecords
+from fastcollate.sources.records import BadRecord, Records, lines_of, parse_block, parse_pieces
+from fastcollate.store.store import ShardColumns, ShardInfo, shard_name, token_dtype, write_shard
+from fastcollate.text.backends import Texts
+from fastcollate.text.templates import BadRecordError, Template, load_template
+from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
+
+_PIECE = 1 << 17  # bytes of text that are looked through at once
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What decides the rows of a job, besides its sources; picklable.
+
+    `backend` and `scan` (read plain JSON records by compiled code) decide only how fast they come.
+    """
+
+    template: str
+    tokenizer: str
+    backend: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    boundary: str = "reference"
+    max_length: int | None = None
+    long_prompt: str = "reject"
+    special_text: str = "reject"
+    scan: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """The options that a store records; what changes no row is not among them."""
+        return {
+            "boundary": self.boundary,
+            "max_length": self.max_length,
+            "long_prompt": self.long_prompt,
+            "special_text": self.special_text,
+        }
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums over rows, for the report; the same whatever the number of workers.
+
+    Attributes:
+        num_rows: rows stored.
+        num_tokens: tokens in them.
+        boundary_mismatches: rows whose prompt's tokens are not a prefix of the row's.
+        untrained_rows: rows without a trained token within the limit.
+        corner_rows: rows on which reference and positional mode differ.
+        long_prompts: rows whose prompt fills the limit, kept or cut.
+    """
+
+    num_rows: int = 0
+    num_tokens: int = 0
+    boundary_mismatches: int = 0
+    untrained_rows: int = 0
+    corner_rows: int = 0
+    long_prompts: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add another block's counts."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    """What is left of a block: its shard (or none), counts, and the records that were no good."""
+
+    index: int
+    source: int
+    sha256: str
+    shard: ShardInfo | None
+    counts: Counts
+    bad: list[BadRecord]
+    tokenize_seconds: float
+
+
+class _Rows(NamedTuple):
+    ids: npt.NDArray[Any]
+    offsets: npt.NDArray[np.int64]
+    spans: npt.NDArray[np.uint32]
+    span_offsets: npt.NDArray[np.int64]
+    source_row: npt.NDArray[np.uint64]
+
+
+class _Parts(NamedTuple):
+    """All rows' texts end to end; `starts` `(num_rows + 1,)` says where each row's begin; `rows` are their places."""
+
+    texts: Texts
+    starts: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.uint64]
+
+
+def encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
+    """Turn a block into a shard of the store in `directory`.
+
+    Raises:
+        SourceReadError: the source cannot be read any more.
+        OSError: the shard cannot be written.
+        RuntimeError: the backend's ids differ from tiktoken's.
+    """
+    collects = gc.isenabled()
+    gc.disable()  # a block makes a hundred thousand objects and no cycle
+    try:
+        result = _encode_block(block, spec, directory)
+    finally:
+        if collects:
+            gc.enable()
+    load_tokenizer(spec.tokenizer, spec.backend).trim()  # now that the block's own memory is free
+    return result
+
+
+def warm_up(spec: JobSpec) -> None:
+    """Load what blocks need, so that forked workers share it."""
+    load_tokenizer(spec.tokenizer, spec.backend)
+    recipe = load_template(spec.template, spec.fields).recipe()
+    if spec.scan and recipe is not None:
+        FlatRecords(b"{}", in_array=False, num_rows=1, recipe=recipe).write()
+
+
+def _encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
+    tokenizer = load_tokenizer(spec.tokenizer, spec.backend)
+    template = load_template(spec.template, spec.fields)
+    data = block.read()
+    digest = hashlib.sha256(data).hexdigest()
+    bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
+    special_texts = tokenizer.special_texts if spec.special_text == "reject" else ()
+    parts = _texts(block, data, template, special_texts, bad, scan=spec.scan)
+    del data  # eight megabytes, and the tokenizer's memory is still to come
+    counts = Counts()
+    started = time.thread_time()
+    encoded = tokenizer.encode_batch(parts.texts)
+    seconds = time.thread_time() - started
+    tokenizer.check(parts.texts, encoded, seed=block.index)
+    rows = _mark(parts, encoded.ids, encoded.offsets, tokenizer, template, spec, counts)
+    rows = _limit_prompts(rows, spec, counts, bad)
+    _count(rows, tokenizer, spec, counts)
+    shard = None
+    if len(rows.source_row):
+        columns = ShardColumns(rows.ids.astype(token_dtype(tokenizer.vocab_size), copy=False), *rows[1:])
+        shard = write_shard(Path(directory), shard_name(block.index), columns)
+    unplaced = {record.row for record in bad if not record.line}
+    lines = lines_of(block, block.read(), unplaced) if unplaced else {}
+    bad = sorted(record._replace(line=lines.get(record.row, record.line)) for record in bad)
+    return BlockResult(block.index, block.source, digest, shard, counts, bad, seconds)
+
+
+def _texts(
+    block: Block,
+    data: bytes,
+    template: Template,
+    special_texts: Sequence[str],
+    bad: list[BadRecord],
+    *,
+    scan: bool,
+) -> _Parts:
+    """The rows' texts; records that give none go to `bad`."""
+    special = _SpecialTexts(special_texts)
+    recipe = template.recipe()
+    if recipe is not None and scan and block.kind != "arrow":
+        flat = FlatRecords(data, in_array=block.kind != "lines", num_rows=block.num_rows, recipe=recipe)
+        if flat.agrees:
+            return _flat_texts(block, data, flat, template, special, bad)
+    parsed = parse_block(block, data)
+    bad += parsed.bad
+    columns = template.columns(parsed.records) if parsed.records else None
+    if columns is not None:
+        texts = list(chain.from_iterable(zip(columns.prompts, columns.responses, strict=True)))
+        if special.find(texts) is None:
+            rows = np.fromiter(parsed.rows, np.uint64, len(parsed.rows))
+            return _Parts(Texts(texts), np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
+    return _parsed_texts(parsed, template, special, bad)
+
+
+class _SpecialTexts:
+    """Looks for texts like `<|endoftext|>`."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        pattern = "|".join(map(re.escape, texts))
+        self._texts = re.compile(pattern) if texts else None
+        self._bytes = re.compile(pattern.encode())
+        self._firsts = {text.encode()[0] for text in texts}
+
+    def find(self, texts: Sequence[str]) -> str | None:
+        """The first one in texts that are put end to end."""
+        found = self._texts.search("".join(texts)) if self._texts is not None else None
+        return found.group() if found is not None else None
+
+    def places(self, data: npt.NDArray[np.uint8]) -> list[int]:
+        """Where those in UTF-8 text begin; to look for their first bytes alone, in a core's cache, is much faster."""
+        pieces = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
+        if not any((piece == first).any() for piece in pieces for first in self._firsts):
+            return []
+        return [match.start() for match in self._bytes.finditer(data.data)]
+
+
+def _parsed_texts(parsed: Records, template: Template, special: _SpecialTexts, bad: list[BadRecord]) -> _Parts:
+    """Texts record by record."""
+    texts: list[str] = []
+    starts, rows = [0], []
+    for record, row in zip(parsed.records, parsed.rows, strict=True):
+        try:
+            parts = template.parts(record)
+            if (found := special.find(parts)) is not None:
+                raise BadRecordError(
+                    f"holds the special token {found!r} as text; store it as ordinary text with --special-text encode"
+                )
+        except BadRecordError as error:
+            bad.append(BadRecord(row, 0, str(error)))
+            continue
+        texts += parts
+        starts.append(len(texts))
+        rows.append(row)
+    return _Parts(Texts(texts), np.array(starts, np.int64), np.array(rows, np.uint64))
+
+
+def _flat_texts(
+    block: Block,
+    data: bytes,
+    flat: FlatRecords,
+    template: Template,
+    special: _SpecialTexts,
+    bad: list[BadRecord],
+) -> _Parts:
+    """Texts of regular records without parsing them, those of all others record by record."""
+    texts, offsets = flat.write()
+    if places := special.places(texts[: offsets[-1]]):
+        hit = np.searchsorted(offsets[::2], places, side="right") - 1
+        flat.regular[np.flatnonzero(flat.regular)[hit]] = False
+        texts, offsets = flat.write()
+    rows = np.flatnonzero(flat.regular).astype(np.uint64) + np.uint64(block.first_row)
+    parts = _Parts(Texts(data=texts.data, offsets=offsets), np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
+    irregular = np.flatnonzero(~flat.regular)
+    if not len(irregular):
+        return parts
+    bounds = zip(irregular.tolist(), flat.bounds[irregular].tolist(), strict=True)
+    parsed = parse_pieces(block, ((row, data[start:stop]) for row, (start, stop) in bounds))
+    bad += parsed.bad
+    return _merge(parts, _parsed_texts(parsed, template, special, bad))
+
+
+def _merge(flat: _Parts, parsed: _Parts) -> _Parts:
+    """Both in the order of their rows, two texts a row."""
+    if not len(parsed.rows):
+        return flat
+    offsets = flat.texts.offsets
+    assert offsets is not None
+    encoded = [text.encode() for text in parsed.texts]
+    before = np.searchsorted(flat.rows, parsed.rows)  # flat rows that go first
+    pieces: list[bytes | memoryview] = []
+    last, view = 0, memoryview(flat.texts.data)
+    for index, count in enumerate(before.tolist()):
+        pieces += [view[int(offsets[2 * last]) : int(offsets[2 * count])], *encoded[2 * index : 2 * index + 2]]
+        last = count
+    pieces.append(view[int(offsets[2 * last]) : int(offsets[-1])])
+    sizes = np.array([len(text) for text in encoded], np.int64).reshape(-1, 2)
+    sizes = np.insert(np.diff(offsets).reshape(-1, 2), before, sizes, axis=0)
+    rows = np.insert(flat.rows, before, parsed.rows)
+    texts = Texts(data=b"".join(pieces), offsets=_starts(sizes.reshape(-1)))
+    return _Parts(texts, np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
+
+
+def _mark(
+    parts: _Parts,
+    ids: npt.NDArray[Any],
+    offsets: npt.NDArray[np.int64],
+    tokenizer: Tokenizer,
+    template: Template,
+    spec: JobSpec,
+    counts: Counts,
+) -> _Rows:
+    """Rows and spans: the parts' own tokens where the parts provably part, else those of the whole text."""
+    texts, starts = parts.texts, parts.starts
+    spans = np.diff(offsets).astype(np.uint32)
+    row_offsets = offsets[starts]
+    replaced: dict[int, tuple[npt.NDArray[Any], list[int]]] = {}
+    for row in _rows_that_join(texts, starts, tokenizer):
+        pieces = texts[int(starts[row]) : int(starts[row + 1])]
+        if template.single_turn and spec.boundary == "reference":
+            replaced[row] = _reference_row(pieces, tokenizer, counts)
+        else:
+            replaced[row] = _exact_row(pieces, tokenizer, counts)
+    num_parts = np.diff(starts)
+    for row in np.flatnonzero(num_parts % 2).tolist():
+        spans[starts[row + 1] - 1] += 1  # a last prompt also covers the end-of-text
+    rows = _Rows(ids, row_offsets, spans, starts, parts.rows)
+    return _with_replaced(rows, replaced) if replaced else rows
+
+
+def _rows_that_join(texts: Texts, starts: npt.NDArray[np.int64], tokenizer: Tokenizer) -> list[int]:
+    """Rows of which not all neighbouring parts provably tokenize apart."""
+    if np.all(np.diff(starts) == 2):
+        return tokenizer.pairs_that_join(texts)
+    joined = []
+    for row, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        pieces = texts[start:stop]
+        if tokenizer.joins(pieces[:-1], pieces[1:]) or "" in pieces[1:-1]:
+            joined.append(row)
+    return joined
+
+
+def _reference_row(pieces: list[str], tokenizer: Tokenizer, counts: Counts) -> tuple[npt.NDArray[Any], list[int]]:
+    """The whole text's ids; the prompt's length is that of the prompt tokenized by itself."""
+    ids = tokenizer.encode("".join(pieces))
+    prompt = tokenizer.encode(pieces[0])
+    counts.boundary_mismatches += ids[: len(prompt)] != prompt
+    spans = [len(prompt), len(ids) - len(prompt)] if len(prompt) <= len(ids) else [len(ids) + 1]
+    return np.array(ids, np.uint32), spans
+
+
+def _exact_row(pieces: list[str], tokenizer: Tokenizer, counts: Counts) -> tuple[npt.NDArray[Any], list[int]]:
+    """The whole text's ids; a token that holds a response character belongs to the response."""
+    text = "".join(pieces)
+    ids = np.array(tokenizer.encode(text), np.uint32)
+    places = np.cumsum([len(piece) for piece in pieces])[:-1].tolist()
+    before = tokenizer.count_before(text, ids, places)
+    begun = tokenizer.count_begun(text, ids, places)
+    bounds = [before[i] if i % 2 == 0 else begun[i] for i in range(len(places))]
+    bounds = np.maximum.accumulate([0, *bounds, len(ids)]).tolist()
+    counts.boundary_mismatches += ids[: bounds[1]].tolist() != tokenizer.encode(pieces[0])
+    spans = np.diff(bounds).tolist()
+    if len(pieces) % 2:
+        spans[-1] += 1
+    return ids, spans
+
+
+def _with_replaced(rows: _Rows, replaced: dict[int, tuple[npt.NDArray[Any], list[int]]]) -> _Rows:
+    """`rows` with some of them exchanged."""
+    ids, spans, row, kept = [], [], 0, rows
+    lengths, num_spans = np.diff(rows.offsets), np.diff(rows.span_offsets)
+    for index, (new_ids, new_spans) in replaced.items():
+        ids += [kept.ids[kept.offsets[row] : kept.offsets[index]], new_ids.astype(kept.ids.dtype)]
+        spans += [kept.spans[kept.span_offsets[row] : kept.span_offsets[index]], np.array(new_spans, np.uint32)]
+        lengths[index], num_spans[index] = len(new_ids), len(new_spans)
+        row = index + 1
+    ids.append(kept.ids[kept.offsets[row] :])
+    spans.append(kept.spans[kept.span_offsets[row] :])
+    return _Rows(np.concatenate(ids), _starts(lengths), np.concatenate(spans), _starts(num_spans), rows.source_row)
+
+
+def _starts(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
+
+
+def _limit_prompts(rows: _Rows, spec: JobSpec, counts: Counts, bad: list[BadRecord]) -> _Rows:
+    """Apply the policy for rows whose first prompt leaves no column within the limit."""
+    if spec.max_length is None or not len(rows.source_row):
+        return rows
+    prompts = _first_spans(rows)
+    long = np.flatnonzero(prompts - 1 >= spec.max_length)
+    if not len(long):
+        return rows
+    if spec.long_prompt == "reject":
+        for row in long.tolist():
+            reason = (
+                f"its prompt of {prompts[row]} tokens leaves none to train within {spec.max_length}; "
+                "raise the limit, or use --long-prompt keep or cut"
+            )
+            bad.append(BadRecord(int(rows.source_row[row]), 0, reason))
+        keep = np.ones(len(prompts), bool)
+        keep[long] = False
+        return _select(rows, keep)
+    counts.long_prompts += len(long)
+    return _cut_left(rows, long.tolist(), spec.max_length) if spec.long_prompt == "cut" else rows
+
+
+def _first_spans(rows: _Rows) -> npt.NDArray[np.int64]:
+    """Each row's first prompt in tokens."""
+    num_spans = np.diff(rows.span_offsets)
+    padded = np.append(rows.spans, 0).astype(np.int64)
+    return np.where(num_spans > 0, padded[rows.span_offsets[:-1]], 0)
+
+
+def _select(rows: _Rows, keep: npt.NDArray[np.bool_]) -> _Rows:
+    lengths, num_spans = np.diff(rows.offsets), np.diff(rows.span_offsets)
+    return _Rows(
+        rows.ids[np.repeat(keep, lengths)],
+        _starts(lengths[keep]),
+        rows.spans[np.repeat(keep, num_spans)],
+        _starts(num_spans[keep]),
+        rows.source_row[keep],
+    )
+
+
+def _cut_left(rows: _Rows, long: list[int], limit: int) -> _Rows:
+    """Cut prompts from the left until the row and its end-of-text fit the limit; one prompt token stays."""
+    replaced = {}
+    for row in long:
+        ids = rows.ids[rows.offsets[row] : rows.offsets[row + 1]]
+        spans = rows.spans[rows.span_offsets[row] : rows.span_offsets[row + 1]].tolist()
+        cut = min(spans[0], len(ids)) - 1
+        cut = min(cut, max(len(ids) - limit, 0))
+        replaced[row] = (ids[cut:], [spans[0] - cut, *spans[1:]])
+    return _with_replaced(rows, replaced)
+
+
+def _count(rows: _Rows, tokenizer: Tokenizer, spec: JobSpec, counts: Counts) -> None:
+    lengths = np.diff(rows.offsets)
+    counts.num_rows, counts.num_tokens = len(lengths), int(lengths.sum())
+    if not len(lengths):
+        return
+    prompts = _first_spans(rows)
+    limit = lengths if spec.max_length is None else np.minimum(lengths, spec.max_length)
+    counts.untrained_rows = int(np.count_nonzero(prompts - 1 >= limit))
+    corner = prompts == 0
+    for place in np.flatnonzero(rows.ids == tokenizer.pad_token_id).tolist():
+        corner[np.searchsorted(rows.offsets, place, side="right") - 1] = True
+    counts.corner_rows = int(np.count_nonzero(corner))

@@ -1,0 +1,1 @@
+"""Batches filled ahead and copied to the device: the loader."""

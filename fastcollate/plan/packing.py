@@ -1,0 +1,155 @@
+"""Which rows share a pack: best fit decreasing over bounded lengths, in time linear in the rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.errors import InputError
+from fastcollate.plan import kernels as plan_kernels
+
+Int64Array = npt.NDArray[np.int64]
+
+LONG_ROWS = ("truncate", "split", "drop")
+LARGEST_CAPACITY = 1 << 24  # the packer keeps a list for each room from 0 to the capacity
+MOST_PARTS = 1 << 26  # what packs them takes some three gigabytes
+
+
+class Packing(NamedTuple):
+    """Which row lies in which bin.
+
+    Attributes:
+        bin_of_row: int64 `(num_rows,)`.
+        num_bins: number of bins.
+    """
+
+    bin_of_row: Int64Array
+    num_bins: int
+
+
+class Packs(NamedTuple):
+    """Rows, or parts of rows, pack after pack.
+
+    Attributes:
+        rows: int64, row numbers; a row that is split stands there once a part.
+        starts: int64, the first token of each part; empty where no row is split.
+        bounds: int64 `(num_packs + 1,)`: pack `p` is `rows[bounds[p]:bounds[p + 1]]`.
+    """
+
+    rows: Int64Array
+    starts: Int64Array
+    bounds: Int64Array
+
+    @property
+    def num_packs(self) -> int:
+        """Number of packs."""
+        return len(self.bounds) - 1
+
+    def take(self, order: Int64Array) -> Packs:
+        """Some of the packs, in another order."""
+        bounds = np.empty(len(order) + 1, np.int64)
+        size = int((self.bounds[order + 1] - self.bounds[order]).sum())
+        rows = np.empty(size, np.int64)
+        starts = np.empty(size if len(self.starts) else 0, np.int64)
+        if len(starts):
+            plan_kernels.take_groups(self.starts, self.bounds, order, starts, bounds)
+        plan_kernels.take_groups(self.rows, self.bounds, order, rows, bounds)
+        return Packs(rows, starts, bounds)
+
+    def followed_by(self, other: Packs) -> Packs:
+        """These packs, then others."""
+        bounds = np.append(self.bounds, self.bounds[-1] + other.bounds[1:])
+        return Packs(np.append(self.rows, other.rows), np.append(self.starts, other.starts), bounds)
+
+    def filled_up(self, num_packs: int, *, repeat: bool) -> Packs:
+        """The same rows in more packs: the packs of most rows are halved.
+
+        Args:
+            num_packs: packs wanted.
+            repeat: where there are fewer rows than packs, repeat rows; otherwise the last packs stay empty.
+        """
+        bounds = self.bounds
+        while len(bounds) - 1 < num_packs:
+            sizes = np.diff(bounds)
+            halved = np.argsort(-sizes, kind="stable")[: num_packs - len(sizes)]
+            halved = halved[sizes[halved] > 1]
+            if len(halved) == 0:
+                return Packs(self.rows, self.starts, bounds)._with_short_packs(num_packs, repeat=repeat)
+            bounds = np.sort(np.concatenate([bounds, bounds[halved] + sizes[halved] // 2]))
+        return Packs(self.rows, self.starts, bounds)
+
+    def _with_short_packs(self, num_packs: int, *, repeat: bool) -> Packs:
+        missing = num_packs - self.num_packs
+        if not repeat or len(self.rows) == 0:
+            return self._replace(bounds=np.append(self.bounds, np.full(missing, self.bounds[-1])))
+        rows = np.append(self.rows, np.resize(self.rows, missing))
+        starts = np.append(self.starts, np.resize(self.starts, missing)) if len(self.starts) else self.starts
+        return Packs(rows, starts, np.append(self.bounds, self.bounds[-1] + np.arange(1, missing + 1)))
+
+
+def check_capacity(capacity: int) -> None:
+    """Raise an `InputError` that says what a capacity may be."""
+    if not 1 <= capacity <= LARGEST_CAPACITY:
+        raise InputError(f"capacity={capacity}: give 1 to {LARGEST_CAPACITY:,} cells a pack")
+
+
+def pack_rows(rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit: int, long_rows: str) -> Packs:
+    """Pack rows into as few packs as best fit decreasing needs.
+
+    Args:
+        rows: int64, row numbers, in the order that breaks ties.
+        lengths: each one's length in tokens.
+        capacity: cells a pack.
+        limit: cells of a row at most; not above the capacity.
+        long_rows: what becomes of longer rows: `"truncate"`, `"split"` or `"drop"`.
+
+    Raises:
+        InputError: split rows make more than `MOST_PARTS` parts.
+    """
+    starts = np.empty(0, np.int64)
+    if long_rows == "drop":
+        kept = lengths <= limit
+        rows, lengths = rows[kept], lengths[kept]
+    elif long_rows == "split" and len(rows) and lengths.max() > limit:
+        num_parts = int(np.maximum(-(-lengths.astype(np.int64) // limit), 1).sum())
+        if num_parts > MOST_PARTS:
+            row, length = int(rows[np.argmax(lengths)]), int(lengths.max())
+            raise InputError(
+                f"{len(rows)} rows in parts of {limit} tokens are {num_parts:,} parts, more than {MOST_PARTS:,} in one "
+                f"window (row {row} alone has {length} tokens): raise the capacity, or give a smaller window"
+            )
+        parts = np.empty(num_parts, np.int64), np.empty(num_parts, np.int64), np.empty(num_parts, lengths.dtype)
+        plan_kernels.split_rows(rows, lengths, limit, *parts)
+        rows, starts, lengths = parts
+    bin_of, num_bins = _pack(np.minimum(lengths, limit), capacity)
+    items, bounds = np.empty(len(rows), np.int64), np.empty(num_bins + 1, np.int64)
+    plan_kernels.group_by_bin(bin_of, items, bounds)
+    return Packs(rows[items], starts[items] if len(starts) else starts, bounds)
+
+
+def _pack(lengths: npt.NDArray[Any], capacity: int) -> Packing:
+    """Pack lengths that are at most `capacity`."""
+    order, ordered = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int32)
+    longest = int(lengths.max(initial=0))
+    plan_kernels.sort_by_length(np.arange(len(lengths)), lengths, longest, order, ordered)
+    bin_of = np.empty(len(lengths), np.int64)
+    return Packing(bin_of, int(plan_kernels.pack_best_fit(order, ordered, capacity, bin_of)))
+
+
+def pack_lengths(lengths: npt.ArrayLike, capacity: int) -> Packing:
+    """Pack rows into as few bins as best fit decreasing needs, in time linear in the rows.
+
+    Args:
+        lengths: each row's length, integers `(num_rows,)`; longer ones count as `capacity`.
+        capacity: cells a bin.
+
+    Raises:
+        InputError: the capacity is below 1 or above 16,777,216, or the lengths are not integers of at least 0.
+    """
+    check_capacity(capacity)
+    array = np.asarray(lengths)
+    if array.ndim != 1 or (array.size and (array.dtype.kind not in "iu" or array.min() < 0)):
+        raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer of at least 0 a row")
+    return _pack(np.minimum(array, capacity).astype(np.int32), capacity)

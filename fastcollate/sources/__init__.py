@@ -1,0 +1,1 @@
+"""Files, URLs and data sets -> blocks -> records, each with its place in the sources."""

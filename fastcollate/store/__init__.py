@@ -1,0 +1,1 @@
+"""The token store: shards and manifest, written atomically, opened by memory map."""

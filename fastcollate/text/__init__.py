@@ -1,0 +1,1 @@
+"""Record -> texts -> token ids: templates and tokenizers."""

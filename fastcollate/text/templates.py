@@ -1,0 +1,342 @@
+"""Record -> alternating prompt and response texts, prompt first; every response is trained, nothing else is.
+
+Single-turn templates also work on whole columns at once, which is what makes short records cheap.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from fastcollate.errors import InputError, import_extra
+from fastcollate.sources.fields import Recipe
+
+Parts = list[str]
+"""A record's texts: prompt, response, prompt, ..."""
+
+NAMES = ("alpaca", "phi3", "completion", "chat")
+INSTRUCTION_NAMES = ("instruction", "question", "prompt", "query", "problem")
+INPUT_NAMES = ("input", "context")
+OUTPUT_NAMES = ("output", "answer", "response", "completion", "solution")
+TURNS_NAMES = ("messages", "conversations")
+
+_ALPACA_HEAD = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n"
+)
+_ALPACA_INPUT = "\n\n### Input:\n"
+_ALPACA_RESPONSE = "\n\n### Response:\n"
+_PHI3_HEAD = "<|user|>\n"
+_PHI3_INPUT = "\n"
+_PHI3_RESPONSE = "\n<|assistant|>:\n"
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+_BEGIN, _END = "\x00\ufdd0", "\x00\ufdd1"  # noncharacters: no text that means anything holds them
+
+
+class BadRecordError(Exception):
+    """A record that does not give a text; the message is the reason, without the place."""
+
+
+class Columns(NamedTuple):
+    """Many records' texts, one prompt and one response each."""
+
+    prompts: list[str]
+    responses: list[str]
+
+
+class Template:
+    """How a record becomes text.
+
+    Attributes:
+        name: what the user asked for.
+        single_turn: whether every record gives exactly one prompt and one response.
+    """
+
+    name: str
+    single_turn = True
+
+    def parts(self, record: Any) -> Parts:
+        """The record's texts.
+
+        Raises:
+            BadRecordError: a field is missing or of the wrong type, or there is no text.
+        """
+        raise NotImplementedError
+
+    def columns(self, records: Sequence[Any]) -> Columns | None:
+        """All records' texts at once, or `None` where one of them needs `parts` (a fault, an unusual field)."""
+        return None
+
+    def recipe(self) -> Recipe | None:
+        """How plain records become texts without being parsed, or `None` where each must be."""
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the texts."""
+        return {"name": self.name}
+
+
+class SingleTurn(Template):
+    """A prompt made of an instruction and perhaps an input, and a response."""
+
+    def __init__(self, name: str, head: str, before_input: str, before_output: str, fields: Mapping[str, str]) -> None:
+        self.name = name
+        self._head = head
+        self._before_input = before_input
+        self._before_output = before_output
+        self._fields = dict(fields)
+        self._instruction = _candidates(fields, "instruction", INSTRUCTION_NAMES)
+        self._input = _candidates(fields, "input", INPUT_NAMES)
+        self._output = _candidates(fields, "output", OUTPUT_NAMES)
+
+    def identity(self) -> dict[str, Any]:
+        """Name and field mapping."""
+        return {"name": self.name, "fields": self._fields}
+
+    def recipe(self) -> Recipe | None:
+        """Fields and fixed texts."""
+        names = (self._instruction, self._input, self._output)
+        return Recipe(*names, self._head, self._before_input, self._before_output)
+
+    def parts(self, record: Any) -> Parts:
+        """Prompt and response."""
+        instruction = _text(record, self._instruction, "instruction")
+        output = _text(record, self._output, "output")
+        name = next((name for name in self._input if record.get(name) is not None), None)
+        extra = "" if name is None else _string(record[name], name)
+        if not instruction and not extra and not output:
+            raise BadRecordError("no text: every field is empty")
+        prompt = self._head + instruction
+        return [prompt + self._before_input + extra if extra else prompt, self._before_output + output]
+
+    def columns(self, records: Sequence[Any]) -> Columns | None:
+        """Prompts and responses of records that all name their fields alike."""
+        try:
+            first = records[0]
+            instruction = self._first_name(self._instruction, first, records)
+            output = self._first_name(self._output, first, records)
+            instructions = [record[instruction] for record in records]
+            outputs = [record[output] for record in records]
+            inputs = [record.get(self._input[0]) for record in records]
+            if {*map(type, instructions), *map(type, outputs)} != {str} or "" in instructions:
+                return None
+            kinds = set(map(type, inputs))
+            if not kinds <= {str, type(None)}:
+                return None
+            if type(None) in kinds and any(name in record for name in self._input[1:] for record in records):
+                return None
+        except (KeyError, TypeError, AttributeError, IndexError, LookupError):
+            return None
+        head, before_input, before_output = self._head, self._before_input, self._before_output
+        if kinds == {type(None)}:
+            prompts = [head + text for text in instructions]
+        else:
+            prompts = [
+                head + text + before_input + extra if extra else head + text
+                for text, extra in zip(instructions, inputs, strict=True)
+            ]
+        return Columns(prompts, [before_output + text for text in outputs])
+
+    @staticmethod
+    def _first_name(names: Sequence[str], first: Any, records: Sequence[Any]) -> str:
+        for index, name in enumerate(names):
+            if name in first:
+                if any(earlier in record for earlier in names[:index] for record in records):
+                    raise LookupError  # some records would be read by another name
+                return name
+        raise KeyError
+
+
+class Chat(Template):
+    """ChatML over `messages` (`role`, `content`) or ShareGPT's `conversations` (`from`, `value`).
+
+    Every assistant turn and its `<|im_end|>` are a response; headings, other roles and line breaks are prompt.
+    """
+
+    name = "chat"
+    single_turn = False
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        self._fields = dict(fields)
+        self._turns = _candidates(fields, "messages", TURNS_NAMES)
+
+    def identity(self) -> dict[str, Any]:
+        """Name and field mapping."""
+        return {"name": self.name, "fields": self._fields}
+
+    def parts(self, record: Any) -> Parts:
+        """Prompt, response, prompt, ..."""
+        turns = _value(record, self._turns, "messages")
+        if not isinstance(turns, list):
+            raise BadRecordError(f"messages is {_kind(turns)}, not a list of turns")
+        if not turns:
+            raise BadRecordError("no text: there are no turns")
+        parts, prompt = [], ""
+        for number, turn in enumerate(turns):
+            role, content = _turn(turn, number)
+            heading = f"<|im_start|>{role}\n"
+            if number:
+                heading = "\n" + heading
+            if role == "assistant":
+                parts += [prompt + heading, content + "<|im_end|>"]
+                prompt = ""
+            else:
+                prompt += heading + content + "<|im_end|>"
+        return [*parts, prompt] if prompt else parts
+
+
+class Jinja(Template):
+    """A user's own template; what lies between `{% generation %}` and `{% endgeneration %}` is a response.
+
+    It runs sandboxed and sees the record's fields by name, and the whole record as `record`.
+    """
+
+    single_turn = False
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name = name
+        self._source = source
+        self._template = _compile_jinja(name, source)
+
+    def identity(self) -> dict[str, Any]:
+        """Name and source text."""
+        return {"name": self.name, "source": self._source}
+
+    def parts(self, record: Any) -> Parts:
+        """Prompt, response, prompt, ..."""
+        import jinja2
+
+        if not isinstance(record, dict):
+            raise BadRecordError(f"not an object but {_kind(record)}")
+        try:
+            text = self._template.render({**record, "record": record})
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise BadRecordError(f"the template fails: {error}") from error
+        parts = [piece for begin in text.split(_BEGIN) for piece in begin.split(_END)]
+        marks = re.findall(f"{_BEGIN}|{_END}", text)
+        if marks != [_BEGIN, _END] * (len(marks) // 2):
+            raise BadRecordError("the generation spans are nested, or a field holds U+FDD0 or U+FDD1")
+        if not any(parts):
+            raise BadRecordError("no text: the template gives nothing")
+        return parts if parts[-1] else parts[:-1]
+
+
+def load_template(name: str, fields: Mapping[str, str] | None = None) -> Template:
+    """A template by name, or a Jinja template from a file (`*.jinja`, `*.j2`).
+
+    Args:
+        name: `alpaca`, `phi3`, `completion`, `chat`, or a file.
+        fields: where a template's field comes from, such as `{"instruction": "question"}`; fields that are not
+            named are recognised by common names.
+
+    Raises:
+        InputError: no such template, a field that it does not have, or a malformed file.
+        MissingExtraError: a Jinja template without the package jinja2.
+    """
+    fields = dict(fields or {})
+    if name.endswith((".jinja", ".j2", ".jinja2")):
+        if fields:
+            raise InputError("fields: a Jinja template names the record's fields itself")
+        return Jinja(name, _read_template(Path(name)))
+    if name not in NAMES:
+        raise InputError(f"template {name!r}: choose one of {', '.join(NAMES)}, or give the path of a .jinja file")
+    known = ("messages",) if name == "chat" else ("instruction", "input", "output")
+    if name == "completion":
+        fields = {{"prompt": "instruction", "completion": "output"}.get(key, key): f for key, f in fields.items()}
+    for key in fields:
+        if key not in known:
+            raise InputError(f"field {key!r}: template {name!r} has the fields {', '.join(known)}")
+    if name == "chat":
+        return Chat(fields)
+    texts = {
+        "alpaca": (_ALPACA_HEAD, _ALPACA_INPUT, _ALPACA_RESPONSE),
+        "phi3": (_PHI3_HEAD, _PHI3_INPUT, _PHI3_RESPONSE),
+        "completion": ("", "\n", ""),
+    }[name]
+    return SingleTurn(name, *texts, fields)
+
+
+def _candidates(fields: Mapping[str, str], field: str, names: Sequence[str]) -> tuple[str, ...]:
+    return (fields[field],) if field in fields else tuple(names)
+
+
+def _value(record: Any, names: Sequence[str], field: str) -> Any:
+    if not isinstance(record, dict):
+        raise BadRecordError(f"not an object but {_kind(record)}")
+    for name in names:
+        if name in record:
+            return record[name]
+    have = ", ".join(map(repr, list(record)[:8])) or "none"
+    raise BadRecordError(
+        f"no field {' or '.join(map(repr, names))} (fields here: {have}); map it with --field {field}=NAME"
+    )
+
+
+def _text(record: Any, names: Sequence[str], field: str) -> str:
+    value = _value(record, names, field)
+    return _string(value, next(name for name in names if name in record))
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRecordError(f"field {name!r} is {_kind(value)}, not text")
+    return value
+
+
+def _turn(turn: Any, number: int) -> tuple[str, str]:
+    place = f"turn {number + 1}"
+    if not isinstance(turn, dict):
+        raise BadRecordError(f"{place} is {_kind(turn)}, not an object")
+    role = turn.get("role", turn.get("from"))
+    content = turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or not role:
+        raise BadRecordError(f"{place} has no role")
+    if not isinstance(content, str):
+        raise BadRecordError(f"{place}: its content is {_kind(content)}, not text")
+    return _ROLES.get(role, role), content
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"template {str(path)!r}: cannot be read ({error})") from error
+
+
+def _compile_jinja(name: str, source: str) -> Any:
+    jinja2 = import_extra("jinja2", "jinja")
+    import_extra("jinja2.sandbox", "jinja")
+    nodes, extension = jinja2.nodes, import_extra("jinja2.ext", "jinja")
+
+    class Generation(extension.Extension):  # type: ignore[misc, name-defined]
+        """`{% generation %}` ... `{% endgeneration %}`."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2's own convention)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Callable[[], str]) -> str:
+            return _BEGIN + caller() + _END
+
+    def refuse(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, extensions=[Generation]
+    )
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"template {name!r}, line {error.lineno}: {error.message}") from error

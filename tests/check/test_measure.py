@@ -1,0 +1,117 @@
+"""`bench`: equal work, a verdict that follows from the times, and what is printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastcollate.check import measure as room
+from fastcollate.check.inspect import MaskOptions, order_of
+from fastcollate.check.measure import Verdict, bench
+from fastcollate.errors import InputError
+from fastcollate.store.store import TokenStore
+from tests.helpers import run_cli, write_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    rows = [([2, n % 9 + 1], list(range(n % 9 + 3))) for n in range(60)]
+    return write_store(tmp_path / "s", rows, shard_rows=25)
+
+
+@pytest.fixture
+def few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "WORKERS", (0,))
+
+
+@pytest.mark.usefixtures("few_workers")
+def test_the_pipeline_is_measured_beside_the_others(store: TokenStore) -> None:
+    report = bench(store, step_ms=0.001, rounds=2, seconds=0.05, silent=True)
+    assert [found.name for found in report.contenders] == ["fastcollate", "reference loop", "DataLoader, 0 workers"]
+    for found in report.contenders:
+        assert found.batches_per_s > 0
+        assert found.ms_per_batch == pytest.approx(1000 / found.batches_per_s)
+        assert found.data_bound is True  # no batch is made in a microsecond
+    assert report.advice[0].startswith("data-bound: a batch takes ")
+
+
+@pytest.mark.usefixtures("few_workers")
+def test_without_a_step_there_is_no_verdict(store: TokenStore) -> None:
+    report = bench(store, MaskOptions(mask_prompt=False), rounds=1, seconds=0.02, silent=True, policy="shuffled")
+    assert report.contenders[0].data_bound is None
+    assert "--step-ms" in report.advice[0]
+
+
+SHUFFLED = {"policy": "shuffled", "batch_size": 8}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_packs_are_measured_beside_equal_ones(store: TokenStore, masked: bool) -> None:
+    order = order_of(store, "packed", 2, MaskOptions(), capacity=30)
+    room._check_equal(room._contenders(store, MaskOptions(mask_prompt=masked, max_length=25), order))
+    report = bench(store, policy="packed", batch_size=2, model="tiny", rounds=1, seconds=0.02, silent=True)
+    assert report.step_ms is not None
+    assert not any("inspect --report" in sentence for sentence in report.advice)
+
+
+def test_workers_give_the_same_batches(store: TokenStore) -> None:
+    sources = room._contenders(store, MaskOptions(), SHUFFLED)
+    assert list(sources) == [
+        "fastcollate", "reference loop", *(f"DataLoader, {workers} workers" for workers in (0, 2, 4)),
+    ]  # fmt: skip
+    room._check_equal(sources)
+
+
+def test_other_batches_are_refused(store: TokenStore) -> None:
+    sources = room._contenders(store, MaskOptions(), SHUFFLED)
+    wrong = room._contenders(store, MaskOptions(max_length=3), SHUFFLED)
+    with pytest.raises(RuntimeError, match="DataLoader gives other batches"):
+        room._check_equal({room.REFERENCE: sources[room.REFERENCE], "DataLoader": wrong["DataLoader, 0 workers"]})
+
+
+def test_an_epoch_of_one_batch_can_be_measured(store: TokenStore) -> None:
+    assert room._batches_per_second(lambda: [1], 0.01) > 0
+
+
+@pytest.mark.parametrize(
+    ("batch_ms", "step_ms", "bound", "share", "advice"),
+    [
+        (3.0, 1.0, True, 0.75, "the device waits for 67% of the time"),
+        (1.0, 3.0, False, 0.25, "made between them they take 25% of the loop"),
+        (0.01, 9.99, False, 0.001, "not data-bound: making a batch takes 0.1% of the loop"),
+    ],
+)
+def test_the_verdict(batch_ms: float, step_ms: float, bound: bool, share: float, advice: str) -> None:
+    own = room._judge("fastcollate", 1000 / batch_ms, step_ms)
+    assert own == Verdict("fastcollate", 1000 / batch_ms, pytest.approx(batch_ms), pytest.approx(share), bound)
+    slow = room._judge("reference loop", 1000 / (9 * batch_ms), step_ms)
+    sentences = room._advice([own, slow], step_ms, "sequential")
+    assert advice in sentences[0]
+    assert "inspect --report" in sentences[-1]
+    faster = (9 * batch_ms + step_ms) / (batch_ms + step_ms)
+    assert any(f"{faster:.2f} times as fast" in sentence for sentence in sentences) == (slow.wait_share > 0.05)
+
+
+@pytest.mark.parametrize("options", [{"step_ms": 0.0}, {"rounds": 0}, {"seconds": 0.0}, {"model": "no-such"}])
+def test_wrong_values(store: TokenStore, options: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        bench(store, silent=True, **options)
+
+
+def test_positional_mode_has_no_contender(store: TokenStore) -> None:
+    with pytest.raises(InputError, match="equal work"):
+        bench(store, MaskOptions(mode="positional"), silent=True)
+
+
+@pytest.mark.usefixtures("few_workers")
+def test_the_command(store: TokenStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(monkeypatch, "bench", store.path, "--model", "tiny", "--rounds", 1, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["step_ms"] > 0
+    assert len(printed["contenders"]) == 3
+    assert run_cli(monkeypatch, "bench", store.path, "--step-ms", 50, "--rounds", 1) == 0
+    out = capsys.readouterr().out
+    assert "reference loop" in out
+    assert "step: 50.000 ms" in out

@@ -1,0 +1,165 @@
+"""What the tests share: shards in memory, small stores on disk, runs to read, and the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastcollate.collate.reference import format_input
+from fastcollate.sources.sample import sample_records
+from fastcollate.store.store import (
+    ShardColumns,
+    ShardInfo,
+    StoreIdentity,
+    TokenStore,
+    shard_name,
+    token_dtype,
+    write_manifest,
+    write_shard,
+)
+from fastcollate.text.tokenizer import load_tokenizer
+
+GPT2 = {"name": "gpt2", "fingerprint": "00", "vocab_size": 50257, "pad_token_id": 50256}
+Row = tuple[Sequence[int], Sequence[int]]
+
+
+def make_shards(
+    rows: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[int]] | None = None,
+    *,
+    num_shards: int = 1,
+    dtype: Any = np.uint16,
+) -> list[ShardColumns]:
+    """The rows as `num_shards` shards; without `spans` each row is one response."""
+    spans = [[0, len(row)] for row in rows] if spans is None else spans
+    shards = []
+    for part in np.array_split(np.arange(len(rows)), num_shards):
+        shards.append(
+            ShardColumns(
+                np.array([token for i in part for token in rows[i]], dtype),
+                np.cumsum([0, *(len(rows[i]) for i in part)], dtype=np.int64),
+                np.array([count for i in part for count in spans[i]], np.uint32),
+                np.cumsum([0, *(len(spans[i]) for i in part)], dtype=np.int64),
+                part.astype(np.uint64),
+            )
+        )
+    return shards
+
+
+def make_store(rows: Sequence[Sequence[int]], spans: Sequence[Sequence[int]] | None = None, **options: Any) -> Any:
+    """What a loader needs of a store, in memory."""
+    return SimpleNamespace(
+        shards=make_shards(rows, spans, **options), lengths=np.array([len(row) for row in rows], np.uint16)
+    )
+
+
+def write_store(
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    shard_rows: int = 3,
+    tokenizer: Mapping[str, Any] = GPT2,
+    summary: Mapping[str, Any] | None = None,
+) -> TokenStore:
+    """A store of `(spans, ids)` rows, a few rows a shard; a row's `source_row` is ten times its number."""
+    path.mkdir(parents=True, exist_ok=True)
+    identity = StoreIdentity([{"name": "made by a test"}], tokenizer, {"name": "alpaca"}, {})
+    dtype = token_dtype(tokenizer["vocab_size"])
+    infos: list[ShardInfo] = []
+    for first in range(0, len(rows), shard_rows):
+        part = rows[first : first + shard_rows]
+        columns = ShardColumns(
+            np.array([token for _, ids in part for token in ids], dtype),
+            np.cumsum([0, *(len(ids) for _, ids in part)]).astype(np.int64),
+            np.array([count for spans, _ in part for count in spans], np.uint32),
+            np.cumsum([0, *(len(spans) for spans, _ in part)]).astype(np.int64),
+            np.arange(first, first + len(part), dtype=np.uint64) * np.uint64(10),
+        )
+        infos.append(write_shard(path, shard_name(len(infos)), columns))
+    write_manifest(path, identity, infos, summary=summary or {})
+    return TokenStore(path)
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command line in this process; returns its exit status."""
+    from fastcollate.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["fastcollate", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def store_of_rows(
+    path: Path,
+    rows: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[int]] | None = None,
+    *,
+    vocab_size: int = 50257,
+    num_shards: int = 2,
+) -> TokenStore:
+    """A finished store of the rows; the last id of the vocabulary is the end-of-text."""
+    path.mkdir(parents=True)
+    spans = [[0, len(row)] for row in rows] if spans is None else spans
+    written = []
+    for part in np.array_split(np.arange(len(rows)), num_shards):
+        columns = ShardColumns(
+            np.array([token for i in part for token in rows[i]], token_dtype(vocab_size)),
+            np.cumsum([0, *(len(rows[i]) for i in part)], dtype=np.int64),
+            np.array([count for i in part for count in spans[i]], np.uint32),
+            np.cumsum([0, *(len(spans[i]) for i in part)], dtype=np.int64),
+            part.astype(np.uint64),
+        )
+        written.append(write_shard(path, shard_name(len(written)), columns))
+    tokenizer = {
+        "name": f"test{vocab_size}", "fingerprint": f"test{vocab_size}", "vocab_size": vocab_size,
+        "pad_token_id": vocab_size - 1,
+    }  # fmt: skip
+    identity = StoreIdentity([{"name": path.name}], tokenizer, {"name": "none"}, {})
+    write_manifest(path, identity, written)
+    return TokenStore(path)
+
+
+def random_rows(count: int, seed: int = 0, *, vocab_size: int = 50257) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of 3 to 60 tokens with a prompt of at least two tokens each: ids, spans."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(2.5, 0.7, count), 3, 60).astype(int)
+    rows = [rng.integers(0, vocab_size - 1, n).tolist() for n in lengths]
+    prompts = [int(rng.integers(2, n)) for n in lengths]
+    return rows, [[prompt, len(row) - prompt] for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def sample_rows(num_records: int) -> list[Row]:
+    """The built-in sample, tokenized as the chapter does: `(spans, ids)`."""
+    tokenizer = load_tokenizer()
+    rows: list[Row] = []
+    for record in sample_records(num_records):
+        prompt = format_input(record)
+        ids = tokenizer.encode(f"{prompt}\n\n### Response:\n{record['output']}")
+        num_prompt = len(tokenizer.encode(prompt))
+        rows.append(([num_prompt, len(ids) - num_prompt], ids))
+    return rows
+
+
+def sample_store(path: Path, num_records: int) -> TokenStore:
+    """A store of the built-in sample."""
+    return write_store(path, sample_rows(num_records), shard_rows=1000)
+
+
+def losses(run: Path) -> list[float | None]:
+    """A run's losses, a step each."""
+    return [step["loss"] for step in metrics(run)]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """A run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

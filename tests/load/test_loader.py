@@ -1,0 +1,143 @@
+"""The loader against the reference collate over the plan's rows, and its position."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastcollate.collate.reference import custom_collate_fn
+from fastcollate.errors import InputError
+from fastcollate.load.loader import BatchLoader
+from fastcollate.plan.plan import plan_epoch
+from tests.helpers import make_store
+
+
+def rows_of(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 50256, n).tolist() for n in np.clip(rng.lognormal(2, 0.7, count), 1, 60).astype(int)]
+
+
+def same(found: Any, expected: Any) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+ROWS = rows_of(203)
+
+
+@pytest.mark.parametrize("policy", ["sequential", "shuffled", "bucketed"])
+@pytest.mark.parametrize("sizes", [{"batch_size": 8}, {"max_tokens": 300}], ids=str)
+def test_batches_equal_the_reference_over_the_plan(policy: str, sizes: dict[str, int]) -> None:
+    store = make_store(ROWS, num_shards=3)
+    loader = BatchLoader(store, policy=policy, seed=3, max_length=40, **sizes)
+    plan = plan_epoch(store.lengths, policy=policy, seed=3, max_length=40, **sizes)
+    count = 0
+    for batch, rows in zip(loader, plan, strict=True):
+        assert same(batch, custom_collate_fn([ROWS[i] for i in rows], allowed_max_length=40))
+        count += 1
+    assert count == len(plan)
+
+
+def test_resume_is_exact_to_the_batch() -> None:
+    store = make_store(ROWS)
+    whole = [tuple(t.clone() for t in b) for b in BatchLoader(store, batch_size=8, seed=1, window=32)]
+    for step in (0, 1, 3, 4, 5, 24, 25, len(whole)):
+        loader = BatchLoader(store, batch_size=8, seed=1, window=32)
+        iterator = iter(loader)
+        for _ in range(step):
+            next(iterator)
+        state = json.loads(json.dumps(loader.state_dict()))
+        other = BatchLoader(store, batch_size=8, seed=1, window=32)
+        other.load_state_dict(state)
+        rest = list(other)
+        assert len(rest) == len(whole) - step
+        assert all(same(a, b) for a, b in zip(rest, whole[step:], strict=True))
+
+
+def test_a_range_of_rows() -> None:
+    store = make_store(ROWS)
+    loader = BatchLoader(store, policy="sequential", batch_size=4, rows=range(10, 21))
+    batches = list(loader)
+    assert len(loader) == len(batches) == 3
+    assert same(batches[2], custom_collate_fn(ROWS[18:21]))
+
+
+def test_wrong_ranges_are_named() -> None:
+    for rows in (range(300), range(0, 10, 2), range(5, 5)):
+        with pytest.raises(InputError, match="rows"):
+            BatchLoader(make_store(ROWS), batch_size=4, rows=rows)
+
+
+def test_statistics_count_what_was_handed_over() -> None:
+    store = make_store(ROWS)
+    loader = BatchLoader(store, batch_size=8, device="cpu")
+    cells = sum(batch.inputs.numel() for batch in loader)
+    stats = loader.stats
+    assert (stats.rows, stats.batches) == (len(ROWS), len(loader))
+    assert stats.real_cells + stats.padded_cells == cells
+    assert stats.wait_s > 0
+    assert (stats.h2d_bytes, stats.corner_rows) == (0, 0)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("policy", ["bucketed", "packed"])
+def test_statistics_are_exact_to_the_batch(policy: str, ahead: int) -> None:
+    """Also in the midst of a group, after it was left, and from one iteration to the next."""
+    options: dict[str, Any] = {"policy": policy, "batch_size": 2, "prefetch": ahead, "mode": "positional"}
+    loader = BatchLoader(make_store(ROWS), **options, capacity=64 if policy == "packed" else None)
+    cells = real = trained = batches = 0
+    for stop in (1, 5, 17, 1000):
+        for number, batch in enumerate(loader, 1):
+            cells += batch.inputs.numel()
+            real += int((batch.inputs != 50256).sum())
+            trained += int((batch.targets != -100).sum())
+            batches += 1
+            stats = loader.stats
+            assert (stats.batches, stats.real_cells + stats.padded_cells) == (batches, cells)
+            assert (stats.real_cells, stats.trained_tokens) == (real, trained)
+            if number == stop:
+                break
+        after = loader.stats
+        assert (after.batches, after.real_cells, after.trained_tokens) == (batches, real, trained)
+        assert after.rows == stats.rows
+    assert loader.stats is not loader.stats
+    assert batches > 23
+
+
+def test_copies_to_a_device_are_counted() -> None:
+    loader = BatchLoader(make_store(ROWS), batch_size=8, device="meta")
+    batch = next(iter(loader))
+    assert batch.inputs.device.type == "meta"
+    assert loader.stats.h2d_bytes == 2 * 8 * batch.inputs.numel()
+
+
+def test_a_corner_of_the_reference_is_told_once() -> None:
+    store = make_store([[1, 50256, 2], [3, 4], [5, 50256, 6], [7]])
+    loader = BatchLoader(store, policy="sequential", batch_size=1)
+    with pytest.warns(UserWarning, match="corner_rows") as told:
+        list(loader)
+    assert len(told) == 1
+    assert loader.stats.corner_rows == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(BatchLoader(store, policy="sequential", batch_size=1, mode="positional"))
+
+
+def test_a_batch_that_is_kept_is_never_overwritten() -> None:
+    store = make_store(ROWS)
+    kept = list(BatchLoader(store, policy="sequential", batch_size=4))
+    views = [next(iter(BatchLoader(store, policy="sequential", batch_size=4))).inputs[1:, 1:] for _ in range(3)]
+    for number, batch in enumerate(kept):
+        assert same(batch, custom_collate_fn(ROWS[4 * number : 4 * number + 4]))
+    assert all(torch.equal(view, kept[0].inputs[1:, 1:]) for view in views)
+
+
+def test_a_state_of_another_store_is_refused() -> None:
+    store, other = make_store(ROWS), make_store(ROWS[:-1])
+    state = BatchLoader(store, batch_size=8).state_dict()
+    with pytest.raises(InputError, match="num_rows"):
+        BatchLoader(other, batch_size=8).load_state_dict(state)

@@ -1,0 +1,89 @@
+"""Manifests that a stranger wrote, checksum and all: refused before any file that they name is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastcollate.errors import InputError
+from fastcollate.store.manifest import canonical, pretty, read_manifest
+from fastcollate.store.store import TokenStore, verify_checksums
+from tests.helpers import write_store
+
+ROWS = [([1, 2], [1, 2, 3]), ([0, 2], [4, 5])]
+
+
+def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest and give it a checksum that is right."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    manifest.pop("checksum")
+    manifest["checksum"] = hashlib.sha256(canonical(manifest)).hexdigest()
+    (path / "manifest.json").write_bytes(pretty(manifest))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A store of two rows."""
+    write_store(tmp_path / "store", ROWS)
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("part", ["files", "shards"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "shard\0", ".hidden", "a\n"]
+)
+def test_files_elsewhere_are_never_opened(path: Path, part: str, name: str) -> None:
+    (path.parent / "secret").write_bytes((path / "shard-00000.arrow").read_bytes())
+    forge(path, lambda manifest: manifest[part][0].update(name=name))
+    for use in (TokenStore, verify_checksums, read_manifest):
+        with pytest.raises(InputError, match=r"names a file outside its own directory .*; do not trust it"):
+            use(path)
+
+
+@pytest.mark.parametrize("part", ["files", "shards"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entry: entry.update(evil=1), r"other keys than it should: \['evil'\]"),
+        (lambda entry: entry.pop("sha256"), r"other keys than it should: \['sha256'\]"),
+        (lambda entry: entry.update(num_bytes="3"), "a file's num_bytes is '3'"),
+        (lambda entry: entry.update(num_bytes=-1), "a file's num_bytes is -1"),
+        (lambda entry: entry.update(num_bytes=True), "a file's num_bytes is True"),
+        (lambda entry: entry.update(name=None), "a file's name is None"),
+        (lambda entry: entry.update(sha256=["x" * 999]), "a file's sha256 is"),
+    ],
+)
+def test_entries_of_another_shape(path: Path, part: str, change: Callable[[Any], object], message: str) -> None:
+    forge(path, lambda manifest: change(manifest[part][0]))
+    with pytest.raises(InputError, match=f"{message}.*; prepare the store again"):
+        TokenStore(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(shards=5), "shards is 5"),
+        (lambda m: m.update(shards=[5]), "a file's entry has other keys than it should: 5"),
+        (lambda m: m.pop("num_rows"), "num_rows is None"),
+        (lambda m: m.update(num_tokens=1.5), "num_tokens is 1.5"),
+        (lambda m: m.update(tokenizer=[]), r"tokenizer is \[\]"),
+        (lambda m: m["tokenizer"].pop("vocab_size"), "tokenizer vocab_size is None"),
+        (lambda m: m["tokenizer"].update(pad_token_id="x"), "tokenizer pad_token_id is 'x'"),
+    ],
+)
+def test_parts_of_another_type(path: Path, change: Callable[[Any], object], message: str) -> None:
+    forge(path, change)
+    with pytest.raises(InputError, match=f"{message}.*; prepare the store again"):
+        TokenStore(path)
+
+
+def test_an_unchanged_manifest_is_read(path: Path) -> None:
+    forge(path, lambda manifest: None)
+    assert len(TokenStore(path)) == len(ROWS)
+    assert verify_checksums(path) == []

@@ -1,0 +1,249 @@
+"""Golden ids, the search for a vocabulary, and every backend against tiktoken."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastcollate.errors import InputError, MissingExtraError
+from fastcollate.text import backends
+from fastcollate.text import tokenizer as module
+from fastcollate.text.backends import RaggedIds, Texts, without_surrogates
+from fastcollate.text.tokenizer import Tokenizer, load_encoding, load_tokenizer
+
+HAS_GIGATOKEN = importlib.util.find_spec("gigatoken") is not None
+NEEDS_GIGATOKEN = pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed")
+BACKENDS = ["tiktoken", pytest.param("gigatoken", marks=NEEDS_GIGATOKEN)]
+TEXTS = st.text(max_size=40) | st.text("ab \n\r\t'1,.é\u3000\x1c\ud83d", max_size=25)
+
+
+def rows(encoded: RaggedIds) -> list[list[int]]:
+    return [row.tolist() for row in np.split(encoded.ids, encoded.offsets[1:-1])] if len(encoded.offsets) > 1 else []
+
+
+def test_golden_ids() -> None:
+    tokenizer = load_tokenizer("gpt2")
+    assert tokenizer.vocab_size == 50257
+    assert tokenizer.pad_token_id == 50256
+    assert tokenizer.encode("Hello, world!\n\n### Response:\nFine.") == [
+        15496, 11, 995, 0, 198, 198, 21017, 18261, 25, 198, 34389, 13,
+    ]  # fmt: skip
+    assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode([15496, 11, 995, 0]) == "Hello, world!"
+    assert tokenizer.fingerprint[:16] == "20940fd36bff2b33"
+    assert tokenizer.special_texts == ("<|endoftext|>",)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(texts=st.lists(TEXTS, max_size=6))
+def test_backends_give_the_ids_of_tiktoken(backend: str, texts: list[str]) -> None:
+    tokenizer = load_tokenizer("gpt2", backend)
+    assert tokenizer.backend == backend
+    encoded = tokenizer.encode_batch(texts)
+    assert encoded.ids.dtype in (np.uint16, np.uint32)
+    assert encoded.offsets.dtype == np.int64
+    assert rows(encoded) == [load_encoding("gpt2").encode_ordinary(text) for text in texts]
+
+
+@given(left=TEXTS, right=TEXTS)
+def test_where_texts_part_the_ids_are_theirs(left: str, right: str) -> None:
+    tokenizer = load_tokenizer("gpt2")
+    left, right = without_surrogates(left), without_surrogates(right)
+    if tokenizer.parts_at(left, right):
+        assert tokenizer.encode(left + right) == tokenizer.encode(left) + tokenizer.encode(right)
+
+
+def flat(texts: list[str]) -> Texts:
+    encoded = [without_surrogates(text).encode() for text in texts]
+    return Texts(data=b"".join(encoded), offsets=np.cumsum([0, *map(len, encoded)]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(texts=st.lists(TEXTS, max_size=6))
+def test_texts_that_lie_end_to_end_are_the_same_texts(backend: str, texts: list[str]) -> None:
+    tokenizer = load_tokenizer("gpt2", backend)
+    assert flat(texts).strings() == Texts(texts).strings() == [without_surrogates(text) for text in texts]
+    assert rows(tokenizer.encode_batch(flat(texts))) == rows(tokenizer.encode_batch(Texts(texts)))
+
+
+@given(pairs=st.lists(st.tuples(TEXTS, TEXTS), max_size=6))
+def test_pairs_that_join_are_those_that_are_not_proved_to_part(pairs: list[tuple[str, str]]) -> None:
+    tokenizer = load_tokenizer("gpt2")
+    texts = [without_surrogates(text) for pair in pairs for text in pair]
+    expected = [i for i in range(len(pairs)) if not tokenizer.parts_at(texts[2 * i], texts[2 * i + 1])]
+    assert tokenizer.pairs_that_join(flat(texts)) == tokenizer.pairs_that_join(Texts(texts)) == expected
+    assert tokenizer.joins(texts[::2], texts[1::2]) == expected
+
+
+def test_chapter_texts_part_before_the_response() -> None:
+    tokenizer = load_tokenizer("gpt2")
+    assert tokenizer.parts_at("Add.", "\n\n### Response:\n3")
+    assert not tokenizer.parts_at("Add.\n", "\n\n### Response:\n3")
+    assert not tokenizer.parts_at("Add", "ition")
+    assert tokenizer.parts_at("assistant\n", "Hello")
+    assert tokenizer.parts_at("", "x")
+
+
+@given(left=TEXTS, right=TEXTS)
+def test_count_before_is_the_first_token_with_a_later_character(left: str, right: str) -> None:
+    tokenizer = load_tokenizer("gpt2")
+    left, right = without_surrogates(left), without_surrogates(right)
+    ids = np.array(tokenizer.encode(left + right), np.uint16)
+    (count,) = tokenizer.count_before(left + right, ids, [len(left)])
+    encoding, size = load_encoding("gpt2"), len(left.encode())
+    before = len(b"".join(map(encoding.decode_single_token_bytes, ids[:count].tolist())))
+    assert before <= size
+    if count < len(ids):
+        assert before + len(encoding.decode_single_token_bytes(int(ids[count]))) > size
+
+
+def test_the_installed_package_gives_the_vocabulary_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(_: str) -> tiktoken.Encoding:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    encoding = load_encoding.__wrapped__("gpt2")
+    assert encoding.n_vocab == 50257
+    assert encoding.encode("Hello, world!") == [15496, 11, 995, 0]
+    with pytest.raises(InputError, match=r"cl100k_base.*no route to host.*TIKTOKEN_CACHE_DIR"):
+        load_encoding.__wrapped__("cl100k")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"fastcollate\[vocab\].*connect once to the network"):
+        load_encoding.__wrapped__("gpt2")
+
+
+def test_a_download_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_DOWNLOAD_SECONDS", 0.05)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: time.sleep(5))
+    assert load_encoding.__wrapped__("gpt2").n_vocab == 50257
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(InputError, match=r"tokenizer 'gpt5': choose one of gpt2"):
+        load_tokenizer("gpt5")
+    with pytest.raises(InputError, match=r"backend 'rust': choose one of auto"):
+        load_tokenizer("gpt2", "rust")
+
+
+def test_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name=name)
+
+    load_encoding("gpt2")
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(MissingExtraError, match=r"fastcollate\[fast\]"):
+        load_tokenizer.__wrapped__("gpt2", "gigatoken")
+
+
+class Wrong:
+    """A backend that makes one mistake."""
+
+    name = "gigatoken"
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def encode_batch(self, texts: list[str]) -> RaggedIds:
+        ids = [load_encoding("gpt2").encode_ordinary(text) for text in texts]
+        ids = [[*row, 1] if text == self.at else row for row, text in zip(ids, texts, strict=True)]
+        return RaggedIds(np.array([i for row in ids for i in row], np.uint32), np.cumsum([0, *map(len, ids)]))
+
+    def trim(self) -> None: ...
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, at: str) -> Tokenizer:
+    monkeypatch.setattr(module, "_choose_backend", lambda *_: Wrong(at))
+    return load_tokenizer.__wrapped__("gpt2")
+
+
+def test_one_wrong_id_stops_the_job_naming_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = broken(monkeypatch, "a  b   c\r\n\r\nd")
+    with pytest.raises(RuntimeError, match=r"different ids for 'a  b   c.*--backend tiktoken"):
+        tokenizer.check_before_start()
+    texts = ["fine", "wrong"]
+    tokenizer = broken(monkeypatch, "wrong")
+    tokenizer.check_before_start()
+    with pytest.raises(RuntimeError, match="different ids for 'wrong'"):
+        tokenizer.check(texts, tokenizer.encode_batch(texts), seed=0)
+
+
+@NEEDS_GIGATOKEN
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_caches_are_thrown_away_and_ids_stay(as_bytes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer.__wrapped__("gpt2", "gigatoken")
+    strings = [f"{number} words about the number {number * number}, é {'x' * number}\n" for number in range(300)]
+    texts = backends.Texts(strings)
+    if as_bytes:
+        encoded = [text.encode() for text in strings]
+        offsets = np.cumsum([3, *map(len, encoded)])  # the first text need not begin at 0
+        texts = backends.Texts(data=b"..." + b"".join(encoded), offsets=offsets)
+    expected = [tokenizer.encode(text) for text in strings]
+    monkeypatch.setattr(backends, "_PIECE_BYTES", 1000)
+    before = tokenizer._backend._tokenizer
+    assert rows(tokenizer.encode_batch(texts)) == expected
+    assert tokenizer._backend._tokenizer is before
+    monkeypatch.setattr(backends, "_CACHE_GROWTH", -(1 << 60))
+    assert rows(tokenizer.encode_batch(texts)) == expected
+    assert tokenizer._backend._tokenizer is not before
+    tokenizer.trim()
+    assert rows(tokenizer.encode_batch([])) == []
+
+
+@pytest.fixture
+def tokenizer_json(tmp_path: Path) -> Path:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator(["the cat sat on the mat and the hat"] * 5, trainer)
+    path = tmp_path / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def test_a_tokenizer_json(tokenizer_json: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    assert tokenizer.backend == "tokenizers"
+    assert tokenizer.pad_token_id == 0
+    texts = ["the cat", "</s> is text", "", "\ud83d x"]
+    encoded = rows(tokenizer.encode_batch(texts))
+    assert encoded == [tokenizer.encode(text) for text in texts]
+    assert 0 not in encoded[1]
+    assert tokenizer.decode(encoded[0]) == "the cat"
+    ids = np.array(encoded[0])
+    assert tokenizer.count_before("the cat", ids, [0, 3, 7]) == [0, 1, len(ids)]
+    with pytest.raises(InputError, match="use auto"):
+        load_tokenizer(str(tokenizer_json), "tiktoken")
+
+
+def test_malformed_tokenizer_json(tokenizer_json: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load_tokenizer(str(tokenizer_json.parent / "none.json"))
+    content = json.loads(tokenizer_json.read_text())
+    content["added_tokens"] = []
+    content["model"]["vocab"]["<nothing>"] = content["model"]["vocab"].pop("</s>")
+    nameless = tokenizer_json.parent / "nameless.json"
+    nameless.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="no end-of-text token found"):
+        load_tokenizer(str(nameless))
+    (tokenizer_json.parent / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<nothing>"}}))
+    assert load_tokenizer.__wrapped__(str(nameless)).pad_token_id == 0
+    for broken in ("{", "[]", '{"eos_token": {}}'):
+        (tokenizer_json.parent / "tokenizer_config.json").write_text(broken)
+        with pytest.raises(InputError, match=r"tokenizer_config\.json: cannot be read .*; mend or remove it"):
+            load_tokenizer.__wrapped__(str(nameless))
+    nameless.write_text("{")
+    with pytest.raises(InputError, match=r"not a tokenizer\.json"):
+        load_tokenizer.__wrapped__(str(nameless))

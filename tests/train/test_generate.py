@@ -1,0 +1,78 @@
+"""Generation: greedy, drawn, stopped, and refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from fastcollate.errors import InputError
+from fastcollate.train.generate import generate
+from fastcollate.train.model import GPT2, GPT2Config
+
+CONFIG = GPT2Config(num_layers=2, num_heads=2, width=16, vocab_size=50, context_length=24, tie_weights=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2:
+    torch.manual_seed(0)
+    model = GPT2(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_greedy_equals_the_plain_loop(model: GPT2) -> None:
+    ids = [3, 1, 4]
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    assert len(set(ids[3:])) > 1
+    assert generate(model, [3, 1, 4], max_new_tokens=12, stop_at=None) == ids[3:]
+
+
+def test_it_stops_at_the_end_token_and_at_the_context(model: GPT2) -> None:
+    answer = generate(model, [3, 1, 4], max_new_tokens=10, stop_at=None)
+    stop = next(token for token in answer if answer.index(token) > 0)
+    assert generate(model, [3, 1, 4], max_new_tokens=10, stop_at=stop) == answer[: answer.index(stop)]
+    assert len(generate(model, [1] * 24, max_new_tokens=10, stop_at=None)) == 10
+    assert len(generate(model, [1] * 100, max_new_tokens=100, stop_at=None)) == 24
+
+
+def test_top_k_and_temperature_draw_from_the_right_distribution(model: GPT2) -> None:
+    with torch.no_grad():
+        logits = model(torch.tensor([[7, 8]]))[0, -1]
+    best = logits.topk(3)
+    expected = torch.softmax(best.values / 2.0, 0)
+    generator = torch.Generator().manual_seed(5)
+    drawn = Counter(
+        generate(model, [7, 8], max_new_tokens=1, top_k=3, temperature=2.0, stop_at=None, generator=generator)[0]
+        for _ in range(600)
+    )
+    assert set(drawn) == set(best.indices.tolist())
+    for token, share in zip(best.indices.tolist(), expected.tolist(), strict=True):
+        assert abs(drawn[token] / 600 - share) < 0.08
+
+
+def test_a_seed_repeats_an_answer(model: GPT2) -> None:
+    def draw(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return generate(model, [1], max_new_tokens=15, temperature=3.0, stop_at=None, generator=generator)
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "prompt is empty"),
+        ([50], {}, "token 50, the model knows 50"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens 0"),
+        ([1], {"top_k": 0}, "top_k 0"),
+        ([1], {"temperature": -1.0}, "temperature -1.0"),
+    ],
+)
+def test_wrong_options_are_refused(model: GPT2, prompt: list[int], options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(model, prompt, **options)  # type: ignore[arg-type]

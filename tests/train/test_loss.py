@@ -1,0 +1,74 @@
+"""The chunked head against the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from fastcollate.train.loss import cell_losses, scaled_loss, trained_cells
+
+
+def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(hidden @ weight.T, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, None])
+def test_loss_and_gradients_equal_the_plain_way(chunk: int | None) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(301, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(301, (40,))
+    targets[torch.rand(40) < 0.4] = -100
+    expected = plain(hidden, weight, targets) / 17
+    expected_grads = torch.autograd.grad(expected, (hidden, weight))
+    cells, labels = trained_cells(targets)
+    loss = scaled_loss(hidden[cells], weight, labels, 1 / 17, chunk=chunk)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        cell_losses(hidden[cells], weight, labels, chunk=chunk).sum() / 17, expected.detach(), rtol=0, atol=1e-12
+    )
+
+
+def test_a_factor_behind_the_loss_reaches_the_gradients() -> None:
+    weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
+    hidden, labels = torch.randn(5, 4, dtype=torch.float64), torch.randint(11, (5,))
+    (scaled_loss(hidden, weight, labels, 1.0) * 3).backward()
+    (expected,) = torch.autograd.grad(plain(hidden, weight, labels) * 3, weight)
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, expected, rtol=0, atol=1e-12)
+
+
+def test_no_cell_is_no_loss_and_no_gradient() -> None:
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    cells, labels = trained_cells(torch.full((2, 3), -100))
+    loss = scaled_loss(hidden[cells], weight, labels, 1.0)
+    loss.backward()
+    assert (loss.item(), len(cells)) == (0.0, 0)
+    assert weight.grad is not None
+    assert not weight.grad.any()
+    assert cell_losses(hidden[cells], weight, labels).shape == (0,)
+
+
+def test_bfloat16_is_near() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 32, requires_grad=True), (torch.randn(301, 32) / 6).requires_grad_()
+    labels = torch.randint(301, (50,))
+    expected = plain(hidden, weight, labels) / 50
+    (expected_grad,) = torch.autograd.grad(expected, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = scaled_loss(hidden, weight, labels, 1 / 50)
+    loss.backward()
+    assert weight.grad is not None
+    assert loss.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(weight.grad, expected_grad, rtol=0.1, atol=0.002)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden, weight = torch.tensor([[200.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss = scaled_loss(hidden, weight, torch.tensor([1]), 1.0)
+    assert loss.item() == 400.0
