@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.harness import save
 from benchmarks.train_throughput import loaded, t0_like
-from fastcollate.collate.collator import PackedBatch
+from fastcollate.collate.batch import PackedBatch
 from fastcollate.collate.reference import custom_collate_fn
 from fastcollate.load.loader import BatchLoader
 from fastcollate.store.store import TokenStore

@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastcollate.collate.collator import Batch as Batch
-    from fastcollate.collate.collator import PackedBatch as PackedBatch
-    from fastcollate.collate.collator import collate_fn as collate_fn
+    from fastcollate.collate.batch import Batch as Batch
+    from fastcollate.collate.batch import PackedBatch as PackedBatch
+    from fastcollate.collate.drop_in import collate_fn as collate_fn
     from fastcollate.ingest.job import prepare as prepare
     from fastcollate.integrations.pytorch import BucketBatchSampler as BucketBatchSampler
     from fastcollate.integrations.pytorch import StoreDataset as StoreDataset
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from fastcollate.store.store import TokenStore as TokenStore
 
 _MODULE_OF = {
-    "Batch": "collate.collator",
+    "Batch": "collate.batch",
     "BatchLoader": "load.loader",
     "BucketBatchSampler": "integrations.pytorch",
-    "PackedBatch": "collate.collator",
+    "PackedBatch": "collate.batch",
     "StoreDataset": "integrations.pytorch",
     "TokenStore": "store.store",
-    "collate_fn": "collate.collator",
+    "collate_fn": "collate.drop_in",
     "pack_lengths": "plan.packing",
     "plan_epoch": "plan.plan",
     "prepare": "ingest.job",

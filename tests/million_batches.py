@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks.harness import save
-from fastcollate.collate.collator import Collator, collate_fn
+from fastcollate.collate.collator import Collator
+from fastcollate.collate.drop_in import collate_fn
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn
 from fastcollate.progress import progress_bar
 from fastcollate.store.store import ShardColumns

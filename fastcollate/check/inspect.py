@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.collate import fill as kernels
-from fastcollate.collate.collator import Batch, Collator
+from fastcollate.collate.batch import Batch
+from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
 from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import Tokenizer, load_tokenizer

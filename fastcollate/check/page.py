@@ -27,7 +27,7 @@ from fastcollate.check.inspect import (
     tokenizer_of,
     view_rows,
 )
-from fastcollate.collate.collator import Batch, PackedBatch
+from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.plan.plan import EpochPlan, plan_epoch
 from fastcollate.store.store import TokenStore

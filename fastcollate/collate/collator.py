@@ -1,16 +1,12 @@
-"""Rows to batches: validate, size, call one kernel.
+"""Rows of a store, named by their numbers, to batches: validate, size, call one kernel.
 
-`collate_fn` is the drop-in for the chapter's collates, over lists, arrays or tensors. `Collator` is the same over the
-rows of a store, named by their numbers; the loader and the data set adapters are built on it.
+The loader and the data set adapters are built on it.
 """
 
 from __future__ import annotations
 
-import array
-import operator
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,52 +14,16 @@ import torch
 
 from fastcollate.collate import fill as kernels
 from fastcollate.collate import fill_packed as pack_kernels
+from fastcollate.collate import settings as options
+from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError
 from fastcollate.plan.packing import check_capacity
-from fastcollate.store.table import Columns, Table, clamped, make_settings
+from fastcollate.store.table import Columns, Table
 
 Int64Array = npt.NDArray[np.int64]
 Take = Callable[[int], Int64Array]
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
-_NO_CELLS: npt.NDArray[np.int64] = np.array([], np.int64)
-
-
-class Batch(NamedTuple):
-    """A padded batch; unpacks as `inputs, targets = batch`.
-
-    Attributes:
-        inputs: int64 (or int32 where asked for) `(rows, width)`.
-        targets: int64 `(rows, width)`.
-    """
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-
-
-class PackedBatch(NamedTuple):
-    """A packed batch: rows end to end, without padding but at a pack's end.
-
-    Attributes:
-        inputs: int64 (or int32 where asked for) `(packs, capacity)`.
-        targets: int64 `(packs, capacity)`; a row's last target is its end-of-text, never the next row's token.
-        position_ids: int64 `(packs, capacity)`, restarting at 0 with each row.
-        cu_seqlens: int32, the rows' bounds over the flattened batch, starting at 0; unused cells at a pack's end are
-            a segment of their own (several, where they are more than a row may take), without targets. A row without
-            tokens has no segment.
-    """
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-
-    @property
-    def max_seqlen(self) -> int:
-        """Cells of the longest segment; read from `cu_seqlens`, so on a GPU it waits. The capacity bounds it too."""
-        return int(self.cu_seqlens.diff().max())
-
-
-# ------------------------------------------------------------------------------------------------- rows of a store
+_NO_CELLS: Int64Array = np.array([], np.int64)
 
 
 class Collator:
@@ -107,7 +67,7 @@ class Collator:
         self._addresses = self.table.array
         self.narrow = inputs_dtype == torch.int32
         self._inputs_dtype = _INT32 if self.narrow else _INT64
-        self.settings = make_settings(
+        self.settings = options.make_settings(
             pad_token_id=pad_token_id,
             ignore_index=ignore_index,
             limit=max_length,
@@ -138,7 +98,7 @@ class Collator:
             width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out)
         if width < 0:
             raise self.table.explain(int(numbers[-1 - width]))
-        return _batch(out, self._inputs_dtype, len(numbers), width, 0, middle)
+        return make_batch(out, self._inputs_dtype, len(numbers), width, 0, middle)
 
     def fill_group(self, rows: Int64Array, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
         """Fill as many batches as `out` holds in one kernel call; see `kernels.fill_padded_group`.
@@ -158,7 +118,7 @@ class Collator:
         """The tensors of the batches that a kernel has filled, a line of its report each; views, nothing is copied."""
         dtype, array, tensor, new = self._inputs_dtype, np.ndarray, torch.from_numpy, tuple.__new__
         found: list[Batch] = []
-        for _, _, _, _, num_rows, width, start, middle, _, _ in lines:  # `_batch`, without a call for each
+        for _, _, _, _, num_rows, width, start, middle, _, _ in lines:  # `make_batch`, without a call for each
             shape = (num_rows, width)
             pair = (tensor(array(shape, dtype, out, 8 * start)), tensor(array(shape, _INT64, out, 8 * middle)))
             found.append(new(Batch, pair))
@@ -237,7 +197,7 @@ class Collator:
         """Int64 cells that a packed batch takes in a buffer."""
         if num_packs * capacity >= 1 << 31:
             raise InputError(f"{num_packs} packs of {capacity} cells: cu_seqlens is int32, so a batch ends at 2**31")
-        limit = min(int(self.settings[kernels.LIMIT]), capacity)
+        limit = min(int(self.settings[options.LIMIT]), capacity)
         return int(pack_kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self.narrow)[3])
 
     def packed_batches(self, out: Int64Array, lines: Iterable[Sequence[int]]) -> list[PackedBatch]:
@@ -262,7 +222,7 @@ class Collator:
     ) -> InputError:
         """Why `fill_packed_group`, whose arguments these are, refused `rows[place]`."""
         pack = int(np.searchsorted(packs, place, side="right")) - 1
-        limit = min(int(self.settings[kernels.LIMIT]), capacity)
+        limit = min(int(self.settings[options.LIMIT]), capacity)
         cells = 0
         for i in range(int(packs[pack]), place + 1):
             length = kernels.widest(self.table.array, rows[i : i + 1])
@@ -278,7 +238,7 @@ class Collator:
         return self.table.explain(int(rows[place]))
 
 
-def _batch(
+def make_batch(
     out: Int64Array, inputs_dtype: np.dtype[Any], num_rows: int, width: int, start: int, middle: int,
     array: Any = np.ndarray, tensor: Any = torch.from_numpy, new: Any = tuple.__new__,
 ) -> Batch:  # fmt: skip
@@ -298,172 +258,15 @@ def _as_integers(values: npt.ArrayLike, name: str) -> Int64Array:
         array = np.asarray(values)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{name} are not a sequence of integers: {error}") from error
-    if array.size and not _fits_int64(array):
+    if array.size and not fits_int64(array):
         raise InputError(f"{name} are {array.dtype}, such as {array.flat[0]!r}: give integers")
     return np.ascontiguousarray(array, np.int64)
 
 
-def _fits_int64(array: npt.NDArray[Any]) -> bool:
+def fits_int64(array: npt.NDArray[Any]) -> bool:
     """Whether items, one or more, are integers of at most 63 bits."""
     return array.dtype.kind in "iu" and not (array.dtype == np.uint64 and array.max() >> 63)
 
 
 def _allocate(num_cells: int) -> Int64Array:
     return np.empty(num_cells, np.int64)
-
-
-# ------------------------------------------------------------------------------------------------- rows of a list
-
-
-class _Rows(NamedTuple):
-    """Rows that a caller handed in, as one shard."""
-
-    input_ids: npt.NDArray[Any]
-    offsets: Int64Array
-    spans: npt.NDArray[Any]
-    span_offsets: Int64Array
-
-
-_settings = lru_cache(make_settings)  # read-only, and mostly the same for each batch
-
-
-def collate_fn(
-    batch: Sequence[Any],
-    pad_token_id: int = 50256,
-    ignore_index: int = -100,
-    allowed_max_length: int | None = None,
-    device: torch.device | str = "cpu",
-    *,
-    mode: str = "reference",
-) -> Batch:
-    """The drop-in for the chapter's `custom_collate_fn` and `custom_collate_with_masking_fn`.
-
-    Works as `DataLoader(..., collate_fn=partial(fastcollate.collate_fn, device=..., allowed_max_length=1024))`, also
-    inside worker processes.
-
-    Args:
-        batch: rows of token ids without the end-of-text (lists, tuples, integer arrays or tensors), or pairs of
-            prompt length and row, whose prompts are then masked.
-        pad_token_id: appended to each row as end-of-text, and the padding.
-        ignore_index: replaces padding in the targets.
-        allowed_max_length: columns kept, as a Python slice `[:allowed_max_length]` keeps them; `None` keeps all.
-        device: where the tensors go.
-        mode: `"reference"` reproduces the chapter's functions bit for bit; `"positional"` tells padding by position,
-            always trains the end-of-text, takes a prompt length below 1 for no prompt, and masks prompts with
-            `ignore_index`.
-
-    Returns:
-        inputs and targets, int64 `(rows, width)` each.
-
-    Raises:
-        InputError: the batch is empty, a row is not made of integers, or an option is wrong.
-    """
-    if len(batch) == 0:
-        raise InputError("the batch has no rows; a data set of length 0, or a sampler that yields nothing")
-    pairs = _is_pair(batch[0])
-    rows = _read_lists(batch, pairs) or _read_arrays(batch, pairs)
-    settings = (_settings if isinstance(mode, str) else make_settings)(
-        pad_token_id=_index(pad_token_id, "pad_token_id"),
-        ignore_index=_index(ignore_index, "ignore_index"),
-        limit=None if allowed_max_length is None else _index(allowed_max_length, "allowed_max_length"),
-        mask_prompt=pairs,
-        mode=mode,
-        truncation="right",
-        narrow=False,
-    )
-    inputs, targets = _collate_rows(rows, settings)
-    if str(device) != "cpu":
-        return Batch(inputs.to(device), targets.to(device))
-    return Batch(inputs, targets)
-
-
-def _collate_rows(rows: _Rows, settings: Int64Array) -> Batch:
-    num_rows = len(rows.offsets) - 1
-    table = np.array(
-        [
-            [
-                0, num_rows, _address(rows.input_ids), len(rows.input_ids), rows.input_ids.itemsize,
-                _address(rows.offsets), _address(rows.spans), len(rows.spans), rows.spans.itemsize,
-                _address(rows.span_offsets),
-            ]
-        ],
-        np.int64,
-    )  # fmt: skip
-    numbers = rows.span_offsets[:num_rows]  # 0, 1, 2, ...
-    width, middle, end = kernels.fill_padded(table, settings, numbers, _NO_CELLS)
-    out = np.empty(end, np.int64)
-    width, middle, end = kernels.fill_padded(table, settings, numbers, out)
-    assert width >= 0
-    return _batch(out, _INT64, num_rows, width, 0, middle)
-
-
-def _address(array: npt.NDArray[Any]) -> int:
-    """What `array.ctypes.data` is, in a third of the time."""
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-def _is_pair(row: Any) -> bool:
-    """Whether a row is `(prompt length, ids)`; a row of two ids has a number in second place."""
-    return isinstance(row, (tuple, list)) and len(row) == 2 and hasattr(row[1], "__len__") and _is_scalar(row[0])
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, SupportsIndex) and getattr(value, "ndim", 0) == 0
-
-
-def _read_lists(batch: Sequence[Any], pairs: bool) -> _Rows | None:
-    """Rows that are lists of ids, or `None` where some are something else, or beyond 32 bits.
-
-    Three nanoseconds an integer by way of `array.array`, a quarter of what `numpy.array` takes.
-    """
-    ids, bounds, prompts = array.array("I"), [0], []
-    try:
-        for row in batch:
-            if pairs:
-                prompt, row = row
-                prompts.append(operator.index(prompt))
-            ids.fromlist(row)
-            bounds.append(len(ids))
-        spans = np.array(prompts, np.int64) if pairs else np.zeros(len(batch), np.int64)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return _Rows(np.frombuffer(ids, np.uint32), np.array(bounds), spans, np.arange(len(bounds)))
-
-
-def _read_arrays(batch: Sequence[Any], pairs: bool) -> _Rows:
-    """Rows of any kind; slower than `_read_lists`, and says what is wrong with a row that is none."""
-    rows = []
-    prompts = np.zeros(len(batch), np.int64)
-    for index, row in enumerate(batch):
-        if pairs != _is_pair(row):
-            raise InputError(f"row {index} of the batch: rows and (prompt length, row) pairs cannot be mixed")
-        if pairs:
-            prompts[index] = clamped(_index(row[0], f"row {index} of the batch: the prompt length"))
-            row = row[1]
-        rows.append(_as_ids(row, index))
-    bounds = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=bounds[1:])
-    tokens = np.concatenate(rows, dtype=np.int64, casting="same_kind")
-    return _Rows(tokens, bounds, prompts, np.arange(len(bounds)))
-
-
-def _as_ids(row: Any, index: int) -> npt.NDArray[Any]:
-    try:
-        array = row.numpy(force=True) if isinstance(row, torch.Tensor) else np.asarray(row)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"row {index} of the batch is not a sequence of token ids: {error}") from error
-    if array.size == 0 and array.ndim == 1:
-        return np.empty(0, np.int64)
-    if array.ndim != 1 or not _fits_int64(array):
-        raise InputError(
-            f"row {index} of the batch is {array.dtype} of shape {array.shape}: give a flat sequence of integer ids"
-        )
-    return array
-
-
-def _index(value: Any, name: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise InputError(f"{name} is {value!r}: give an integer") from error

@@ -2,11 +2,7 @@
 
 The callers validate, size and allocate; a kernel only loops. `jit.py` says how they are compiled.
 
-A **table** describes the memory that rows are read from: int64 `(num_shards, TABLE_COLUMNS)`, a shard a line, its
-columns named below. It holds addresses, so that one call reads from any number of shards; whoever builds it keeps
-the arrays alive. Shards may come from files, so every row's offsets are checked before they are followed.
-
-**Settings** are int64 `(NUM_SETTINGS,)`, named below.
+`store/rows.py` says what a **table** is, `settings.py` what the **settings** are.
 """
 
 from __future__ import annotations
@@ -15,19 +11,23 @@ from typing import Any
 
 import numpy as np
 
+from fastcollate.collate.settings import IGNORE, LEFT, LIMIT, MASK, NARROW, NO_LIMIT, PAD, REFERENCE
 from fastcollate.collate.vectors import STRIDE, copy_and_find, copy_tokens, fill_cells
 from fastcollate.jit import borrow, kernel, part_of_kernel, prefetch, view
-
-# Columns of a table.
-_TABLE = range(10)
-FIRST_ROW, NUM_ROWS, TOKENS, NUM_TOKENS, TOKEN_SIZE, OFFSETS, SPANS, NUM_SPANS, SPAN_SIZE, SPAN_OFFSETS = _TABLE
-TABLE_COLUMNS = len(_TABLE)
-
-# Settings of a fill.
-_SETTINGS = range(7)
-PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, NARROW = _SETTINGS
-NUM_SETTINGS = len(_SETTINGS)
-NO_LIMIT = 2**62
+from fastcollate.store.rows import (
+    FIRST_ROW,
+    NUM_ROWS,
+    NUM_SPANS,
+    NUM_TOKENS,
+    OFFSETS,
+    SPAN_OFFSETS,
+    SPAN_SIZE,
+    SPANS,
+    TOKEN_SIZE,
+    TOKENS,
+    bounds_of,
+    shard_of,
+)
 
 # Columns of a group's report, a batch a line: what can be summed, then the batch's shape and its place in the buffer,
 # in int64 cells.
@@ -48,34 +48,6 @@ ALIGNMENT = 8  # int64 cells in a cache line: each batch of a group starts on on
 
 
 # ------------------------------------------------------------------------------------------------- reading rows
-
-
-@kernel
-def shard_of(table: Any, row: int, guess: int) -> int:
-    """The table's line that holds `row`, or -1; neighbours mostly share a shard, so `guess` is tried first."""
-    first = np.int64(table[guess, FIRST_ROW])
-    if first <= row < first + table[guess, NUM_ROWS]:
-        return guess
-    low, high = 0, len(table)
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if table[middle, FIRST_ROW] <= row:
-            low = middle
-        else:
-            high = middle
-    if row < table[low, FIRST_ROW] or row >= table[low, FIRST_ROW] + table[low, NUM_ROWS]:
-        return -1
-    return low
-
-
-@kernel
-def bounds_of(table: Any, shard: int, row: int, offsets: int = OFFSETS, total: int = NUM_TOKENS) -> tuple[int, int]:
-    """First token (or span) and number of them in a row; number -1 where the offsets leave what the shard holds."""
-    bounds = view(table[shard, offsets] + 8 * (row - table[shard, FIRST_ROW]), 2, np.int64)
-    begin, end = bounds[0], bounds[1]
-    if begin < 0 or end < begin or end > table[shard, total]:
-        return 0, -1
-    return begin, end - begin
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""Numba loops that fill packed batches: rows end to end, over caller-owned arrays; see `kernels.py` for the terms."""
+"""Numba loops that fill packed batches: rows end to end, over caller-owned arrays; see `fill.py` for the terms."""
 
 from __future__ import annotations
 
@@ -13,23 +13,15 @@ from fastcollate.collate.fill import (
     CELLS,
     CORNERS,
     END,
-    IGNORE,
-    LEFT,
     LENGTH,
-    LIMIT,
-    MASK,
-    NARROW,
-    PAD,
     PLACE_COLUMNS,
     READABLE,
     REAL,
-    REFERENCE,
     ROWS,
     SEGMENTS,
     SHARD,
     START,
     TARGETS,
-    TOKEN_SIZE,
     TRAINED,
     WIDTH,
     cells_of,
@@ -38,8 +30,10 @@ from fastcollate.collate.fill import (
     mask_row,
     prefetch_places,
 )
+from fastcollate.collate.settings import IGNORE, LEFT, LIMIT, MASK, NARROW, PAD, REFERENCE
 from fastcollate.collate.vectors import fill_cells
 from fastcollate.jit import kernel, view
+from fastcollate.store.rows import TOKEN_SIZE
 
 
 @kernel
@@ -146,8 +140,8 @@ def fill_packed_group(
     Each row is filled as in a batch of its own; unused cells become segments no longer than a row may be.
 
     Args:
-        table: see `kernels.fill_padded`.
-        settings: see `kernels.fill_padded`.
+        table: see `fill.fill_padded`.
+        settings: see `fill.fill_padded`.
         rows: int64, row numbers, pack after pack.
         starts: int64, each row's first token here; empty where each row is cut as `LEFT` says.
         packs: int64 `(num_packs + 1,)`: pack `p` is `rows[packs[p]:packs[p + 1]]`.
@@ -155,7 +149,7 @@ def fill_packed_group(
         capacity: cells a pack.
         out: int64, any size; a batch is inputs, targets, positions, and segment bounds as int32, at the places that
             `packed_cells_of` says.
-        report: see `kernels.fill_padded_group`.
+        report: see `fill.fill_padded_group`.
 
     Returns:
         The number of batches filled, or `-1 - i` where `rows[i]` is broken or does not fit its pack.

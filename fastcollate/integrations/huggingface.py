@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
 
-from fastcollate.collate.collator import collate_fn
+from fastcollate.collate.drop_in import collate_fn
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted
 from fastcollate.integrations.pytorch import (

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
-from fastcollate.collate.collator import Batch, Collator, PackedBatch
+from fastcollate.collate.batch import Batch, PackedBatch
+from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
 from fastcollate.plan.mixing import MixedStore
 from fastcollate.plan.plan import EpochPlan, plan_epoch

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.collate.collator import Batch, Collator, PackedBatch
+from fastcollate.collate.batch import Batch, PackedBatch
+from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
 from fastcollate.load import queue_kernels
 from fastcollate.plan.packing import Packs

@@ -16,7 +16,9 @@ import numpy.typing as npt
 import torch
 
 from fastcollate.collate import fill as kernels
-from fastcollate.collate.collator import Batch, Collator, PackedBatch
+from fastcollate.collate.batch import Batch, PackedBatch
+from fastcollate.collate.collator import Collator
+from fastcollate.collate.settings import MASK
 from fastcollate.errors import InputError
 from fastcollate.load.jobs import Job, PackedJob, PaddedJob
 from fastcollate.load.prefetch import Filler, Group, fill_groups
@@ -288,7 +290,7 @@ class BatchLoader:
         if self._first_row:
             rows = rows + self._first_row
         if plan.policy != "sequential":  # there the system reads ahead by itself
-            ask_for_rows(self._collator.table.array, rows, with_spans=bool(self._collator.settings[kernels.MASK]))
+            ask_for_rows(self._collator.table.array, rows, with_spans=bool(self._collator.settings[MASK]))
         return rows
 
     def _own_transfer(self) -> Transfer:

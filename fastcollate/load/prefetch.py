@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 
 from fastcollate.collate import fill as kernels
-from fastcollate.collate.collator import Batch, Collator, PackedBatch
+from fastcollate.collate.batch import Batch, PackedBatch
+from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
 from fastcollate.load import queue_kernels
 from fastcollate.load.fill_threads import FillThreads

@@ -1,6 +1,8 @@
 """Has the disk read a window's pages of a memory-mapped file at once, before they are touched one by one.
 
-Where they are in memory already, a look at a few of them is all that it costs.
+A page that is not in memory is read when it is touched, one after another, and each costs a disk's latency. What is
+asked for is read at once, while the caller goes on. It is a hint: nothing here reads what it asks for. Where the pages
+are in memory already, a look at a few of them is all that it costs.
 """
 
 from __future__ import annotations
@@ -13,7 +15,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.store import page_kernels
+from fastcollate.jit import ask_for, kernel
+from fastcollate.store.rows import (
+    FIRST_ROW,
+    NUM_SPANS,
+    NUM_TOKENS,
+    OFFSETS,
+    READ_BEYOND,
+    SPAN_OFFSETS,
+    SPAN_SIZE,
+    SPANS,
+    TOKEN_SIZE,
+    TOKENS,
+    bounds_of,
+    shard_of,
+)
 
 Rows = npt.NDArray[Any]
 
@@ -39,7 +55,7 @@ def ask_for_items(array: npt.NDArray[Any], rows: Rows) -> None:
         rows: the items' numbers, all of which exist, in any order.
     """
     address, size = array.ctypes.data, array.itemsize
-    _ask(lambda few: page_kernels.ask_for_items(address, size, few, mmap.PAGESIZE), rows)
+    _ask(lambda few: ask_for_item_pages(address, size, few, mmap.PAGESIZE), rows)
 
 
 def ask_for_rows(table: npt.NDArray[np.int64], rows: Rows, *, with_spans: bool) -> None:
@@ -50,7 +66,7 @@ def ask_for_rows(table: npt.NDArray[np.int64], rows: Rows, *, with_spans: bool) 
         rows: int64, row numbers in any order.
         with_spans: whether the rows' spans will be read as well.
     """
-    _ask(lambda few: page_kernels.ask_for_rows(table, few, with_spans, mmap.PAGESIZE), rows)
+    _ask(lambda few: ask_for_row_pages(table, few, with_spans, mmap.PAGESIZE), rows)
 
 
 def _ask(ask: Callable[[Rows], int], rows: Rows) -> None:
@@ -60,3 +76,122 @@ def _ask(ask: Callable[[Rows], int], rows: Rows) -> None:
     asked = ask(np.sort(rows[:: len(rows) // SAMPLE]))
     if time.perf_counter() - start > WARM_S * asked:
         ask(np.sort(rows))
+
+
+# --------------------------------------------------------------------------------------------------- the kernels
+
+_NO_PAGES = np.int64(0), np.int64(-2)  # first and last: nothing joins these
+
+
+@kernel
+def _ask_for_pages(first: int, last: int, page: int) -> int:
+    """Ask for the pages from `first` to `last`, if there are any; how often it asked."""
+    if last < first:
+        return 0
+    ask_for(first * page, (last + 1 - first) * page)
+    return 1
+
+
+@kernel
+def _add_stretch(first: int, last: int, begin: int, end: int, page: int) -> tuple[int, int, int]:
+    """Join a stretch of memory, not empty, to the pages `first` to `last`, or ask for these where it lies apart.
+
+    Returns:
+        How often it asked, and the first and last page that are still to be asked for.
+    """
+    own_first, own_last = begin // page, (end - 1) // page
+    if first <= own_first <= last + 1:
+        return 0, first, max(last, own_last)
+    return _ask_for_pages(first, last, page), own_first, own_last
+
+
+@kernel
+def ask_for_item_pages(address: int, size: int, rows: Any, page: int) -> int:
+    """Ask for the pages of some items of an array, each page once.
+
+    Args:
+        address: of the array.
+        size: bytes an item.
+        rows: the items' numbers, in order.
+        page: bytes a page.
+
+    Returns:
+        How often it asked.
+    """
+    asked = 0
+    first, last = _NO_PAGES
+    for i in range(len(rows)):
+        begin = address + size * np.int64(rows[i])
+        more, first, last = _add_stretch(first, last, begin, begin + size, page)
+        asked += more
+    return int(asked + _ask_for_pages(first, last, page))
+
+
+@kernel
+def _ask_for_offsets(table: Any, rows: Any, offsets: int, page: int) -> int:
+    """Ask for the offsets of rows into a column; how often it asked.
+
+    Args:
+        table: see `ask_for_row_pages`.
+        rows: see `ask_for_row_pages`.
+        offsets: the table's column with the offsets' address.
+        page: bytes a page.
+    """
+    asked, shard = 0, 0
+    first, last = _NO_PAGES
+    for i in range(len(rows)):
+        shard = shard_of(table, rows[i], max(shard, 0))
+        if shard >= 0:
+            begin = table[shard, offsets] + 8 * (rows[i] - table[shard, FIRST_ROW])
+            more, first, last = _add_stretch(first, last, begin, begin + 16, page)
+            asked += more
+    return int(asked + _ask_for_pages(first, last, page))
+
+
+@kernel
+def _ask_for_lists(table: Any, rows: Any, offsets: int, total: int, items: int, item_size: int, page: int) -> int:
+    """Ask for what rows have in a column, by their offsets; how often it asked.
+
+    Args:
+        table: see `ask_for_row_pages`.
+        rows: see `ask_for_row_pages`.
+        offsets: the table's column with the offsets' address; and so `total`, `items` and `item_size`.
+        page: bytes a page.
+    """
+    asked, shard = 0, 0
+    first, last = _NO_PAGES
+    for i in range(len(rows)):
+        shard = shard_of(table, rows[i], max(shard, 0))
+        if shard >= 0:
+            start, count = bounds_of(table, shard, rows[i], offsets, total)
+            if count > 0:  # a fill reads a little beyond a row
+                size = table[shard, item_size]
+                begin = table[shard, items] + size * start
+                end = begin + size * min(count + READ_BEYOND, table[shard, total] - start)
+                more, first, last = _add_stretch(first, last, begin, end, page)
+                asked += more
+    return int(asked + _ask_for_pages(first, last, page))
+
+
+@kernel
+def ask_for_row_pages(table: Any, rows: Any, with_spans: bool, page: int) -> int:
+    """Ask for the pages of some rows' tokens, and of what tells where they are.
+
+    Rows that do not exist, or whose offsets are broken, are passed over: whoever reads them says so.
+
+    Args:
+        table: see `rows.py`.
+        rows: row numbers, in order.
+        with_spans: whether the spans will be read as well.
+        page: bytes a page.
+
+    Returns:
+        How often it asked.
+    """
+    asked = _ask_for_offsets(table, rows, OFFSETS, page)
+    if with_spans:
+        asked += _ask_for_offsets(table, rows, SPAN_OFFSETS, page)
+    asked += _ask_for_lists(table, rows, OFFSETS, NUM_TOKENS, TOKENS, TOKEN_SIZE, page)
+    if with_spans:
+        asked += _ask_for_lists(table, rows, SPAN_OFFSETS, NUM_SPANS, SPANS, SPAN_SIZE, page)
+    return int(asked)

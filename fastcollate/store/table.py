@@ -1,22 +1,17 @@
-"""What the kernels are told: where the rows lie in memory, and how to fill them."""
+"""What the kernels are told of a store: where its rows lie in memory; see `rows.py`."""
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
+from fastcollate.store import rows
 
 Int64Array = npt.NDArray[np.int64]
-
-MODES = ("reference", "positional")
-TRUNCATIONS = ("right", "left")
 
 
 class Columns(Protocol):
@@ -39,50 +34,6 @@ class Columns(Protocol):
         """int64 `(num_rows + 1,)`."""
 
 
-def clamped(number: int) -> int:
-    """A length as a Python slice takes it: what lies beyond any row is all the same."""
-    return min(max(number, -kernels.NO_LIMIT), kernels.NO_LIMIT)
-
-
-@functools.lru_cache(maxsize=64)
-def make_settings(
-    *,
-    pad_token_id: int,
-    ignore_index: int,
-    limit: int | None,
-    mask_prompt: bool,
-    mode: str,
-    truncation: str,
-    narrow: bool,
-) -> Int64Array:
-    """The settings that the kernels read.
-
-    Raises:
-        InputError: an unknown `mode` or `truncation`, or a number beyond 64 bits.
-    """
-    if mode not in MODES:
-        raise InputError(f"mode={mode!r}: choose one of {', '.join(map(repr, MODES))}")
-    if truncation not in TRUNCATIONS:
-        raise InputError(f"truncation={truncation!r}: choose one of {', '.join(map(repr, TRUNCATIONS))}")
-    settings = np.zeros(kernels.NUM_SETTINGS, np.int64)
-    for name, column, value in (
-        ("pad_token_id", kernels.PAD, pad_token_id),
-        ("ignore_index", kernels.IGNORE, ignore_index),
-        ("the limit", kernels.LIMIT, kernels.NO_LIMIT if limit is None else limit),
-    ):
-        try:
-            number = operator.index(value)
-            settings[column] = clamped(number) if column == kernels.LIMIT else number
-        except (OverflowError, TypeError, ValueError) as error:
-            raise InputError(f"{name} is {value!r}: give an integer of at most 64 bits") from error
-    settings[kernels.MASK] = mask_prompt
-    settings[kernels.REFERENCE] = mode == "reference"
-    settings[kernels.LEFT] = truncation == "left"
-    settings[kernels.NARROW] = narrow
-    settings.flags.writeable = False
-    return settings
-
-
 class Table:
     """The addresses of shards' columns, as the kernels read them; keeps the columns alive.
 
@@ -91,7 +42,7 @@ class Table:
         name: what to call them in messages, such as the store's path.
 
     Attributes:
-        array: int64 `(num_shards, kernels.TABLE_COLUMNS)`.
+        array: int64 `(num_shards, rows.TABLE_COLUMNS)`.
         num_rows: rows in all shards.
 
     Raises:
@@ -101,21 +52,21 @@ class Table:
     def __init__(self, shards: Sequence[Columns], *, name: str = "the store") -> None:
         self.name = name
         self._shards = tuple(shards)
-        self.array = np.zeros((max(len(self._shards), 1), kernels.TABLE_COLUMNS), np.int64)
+        self.array = np.zeros((max(len(self._shards), 1), rows.TABLE_COLUMNS), np.int64)
         self.num_rows = 0
         for index, shard in enumerate(self._shards):
             self._check(index, shard)
             line = self.array[index]
-            line[kernels.FIRST_ROW] = self.num_rows
-            line[kernels.NUM_ROWS] = len(shard.offsets) - 1
-            line[kernels.TOKENS] = shard.input_ids.ctypes.data
-            line[kernels.NUM_TOKENS] = len(shard.input_ids)
-            line[kernels.TOKEN_SIZE] = shard.input_ids.itemsize
-            line[kernels.OFFSETS] = shard.offsets.ctypes.data
-            line[kernels.SPANS] = shard.spans.ctypes.data
-            line[kernels.NUM_SPANS] = len(shard.spans)
-            line[kernels.SPAN_SIZE] = shard.spans.itemsize
-            line[kernels.SPAN_OFFSETS] = shard.span_offsets.ctypes.data
+            line[rows.FIRST_ROW] = self.num_rows
+            line[rows.NUM_ROWS] = len(shard.offsets) - 1
+            line[rows.TOKENS] = shard.input_ids.ctypes.data
+            line[rows.NUM_TOKENS] = len(shard.input_ids)
+            line[rows.TOKEN_SIZE] = shard.input_ids.itemsize
+            line[rows.OFFSETS] = shard.offsets.ctypes.data
+            line[rows.SPANS] = shard.spans.ctypes.data
+            line[rows.NUM_SPANS] = len(shard.spans)
+            line[rows.SPAN_SIZE] = shard.spans.itemsize
+            line[rows.SPAN_OFFSETS] = shard.span_offsets.ctypes.data
             self.num_rows += len(shard.offsets) - 1
 
     def _check(self, index: int, shard: Columns) -> None:
@@ -141,8 +92,8 @@ class Table:
         """What is wrong with a row that a kernel has refused."""
         if not 0 <= row < self.num_rows:
             return InputError(f"row {row} of {self.name}, which has {self.num_rows:,} rows")
-        index = int(np.searchsorted(self.array[:, kernels.FIRST_ROW], row, side="right")) - 1
-        local = row - int(self.array[index, kernels.FIRST_ROW])
+        index = int(np.searchsorted(self.array[:, rows.FIRST_ROW], row, side="right")) - 1
+        local = row - int(self.array[index, rows.FIRST_ROW])
         shard = self._shards[index]
         return InputError(
             f"{self.name}, shard {index}, row {local} (row {row} of the store) is damaged: tokens "

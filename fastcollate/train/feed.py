@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fastcollate.collate.collator import Batch, PackedBatch
+from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
 from fastcollate.store.store import TokenStore

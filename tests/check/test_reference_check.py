@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from fastcollate.check import reference_check as room
 from fastcollate.check.inspect import MaskOptions
 from fastcollate.check.reference_check import expected_batch, verify
-from fastcollate.collate.collator import Batch, Collator, PackedBatch
+from fastcollate.collate.batch import Batch, PackedBatch
+from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
 from fastcollate.ingest.job import prepare
 from fastcollate.load.loader import BatchLoader

@@ -15,9 +15,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastcollate.collate import fill as kernels
-from fastcollate.collate.collator import Batch, Collator, collate_fn
+from fastcollate.collate.batch import Batch
+from fastcollate.collate.collator import Collator
+from fastcollate.collate.drop_in import collate_fn
 from fastcollate.collate.reference import InstructionDataset, custom_collate_fn, custom_collate_with_masking_fn
 from fastcollate.errors import InputError
+from fastcollate.store.rows import TABLE_COLUMNS
 from fastcollate.store.table import Table
 from tests.helpers import make_shards
 
@@ -288,7 +291,7 @@ def test_damage_is_told_in_full() -> None:
 def test_a_table_of_nothing_and_of_less() -> None:
     nothing = Table([])
     assert nothing.num_rows == 0
-    assert nothing.array.shape == (1, kernels.TABLE_COLUMNS)
+    assert nothing.array.shape == (1, TABLE_COLUMNS)
     with pytest.raises(InputError, match="row 0 of the store, which has 0 rows"):
         Collator([])([0])
     (shard,) = make_shards([[1]])

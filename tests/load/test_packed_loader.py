@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastcollate.collate.collator import Collator, PackedBatch
+from fastcollate.collate.batch import PackedBatch
+from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import plan_epoch

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fastcollate.check.inspect import MaskOptions
 from fastcollate.check.reference_check import expected_batch
-from fastcollate.collate.collator import Collator, PackedBatch
+from fastcollate.collate.batch import PackedBatch
+from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
 from fastcollate.plan.packing import Packs, pack_lengths
 from fastcollate.plan.plan import EpochPlan, plan_epoch

@@ -16,11 +16,10 @@ import numpy.typing as npt
 import pytest
 
 from fastcollate import BatchLoader
-from fastcollate.collate.vectors import STRIDE
 from fastcollate.load import loader as loader_room
 from fastcollate.plan import plan
-from fastcollate.store import page_kernels
 from fastcollate.store import pages as read_ahead
+from fastcollate.store.rows import READ_BEYOND
 from fastcollate.store.table import Table
 from tests.helpers import make_shards
 
@@ -44,9 +43,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         assert size % PAGE == 0
         asks.append(list(range(address // PAGE, (address + size) // PAGE)))
 
-    monkeypatch.setattr(page_kernels, "ask_for", record)
+    monkeypatch.setattr(read_ahead, "ask_for", record)
     for name in ("_ask_for_pages", "_add_stretch", "_ask_for_offsets", "_ask_for_lists"):
-        monkeypatch.setattr(page_kernels, name, plain(getattr(page_kernels, name)))
+        monkeypatch.setattr(read_ahead, name, plain(getattr(read_ahead, name)))
     return asks
 
 
@@ -66,30 +65,30 @@ def test_asks_for_the_pages_of_the_rows_and_no_others(asked: list[list[int]], wi
     for _ in range(20):
         asked.clear()
         chosen = np.array(sorted(rng.sample(range(300), rng.choice([1, 5, 100]))))
-        count = plain(page_kernels.ask_for_rows)(Table(shards).array, chosen, with_spans, PAGE)
+        count = plain(read_ahead.ask_for_row_pages)(Table(shards).array, chosen, with_spans, PAGE)
         expected: set[int] = set()
         for row in chosen.tolist():
             shard, local = shards[row // 100], row % 100
             begin, end = shard.offsets[local : local + 2].tolist()
             expected |= pages(shard.offsets, local, local + 2)
             if end > begin:
-                expected |= pages(shard.input_ids, begin, min(end + STRIDE, len(shard.input_ids)))
+                expected |= pages(shard.input_ids, begin, min(end + READ_BEYOND, len(shard.input_ids)))
             if with_spans:
                 first, last = shard.span_offsets[local : local + 2].tolist()
                 expected |= pages(shard.span_offsets, local, local + 2)
-                expected |= pages(shard.spans, first, min(last + STRIDE, len(shard.spans)))
+                expected |= pages(shard.spans, first, min(last + READ_BEYOND, len(shard.spans)))
         assert {page for ask in asked for page in ask} == expected
         assert count == len(asked)
 
 
 def test_neighbours_share_an_ask(asked: list[list[int]]) -> None:
     lengths = np.zeros(4096, np.uint16)
-    count = plain(page_kernels.ask_for_items)(lengths.ctypes.data, 2, np.arange(100, 1500), PAGE)
+    count = plain(read_ahead.ask_for_item_pages)(lengths.ctypes.data, 2, np.arange(100, 1500), PAGE)
     assert count == len(asked) == 1
     assert set(asked[0]) == pages(lengths, 100, 1500)
     asked.clear()
     far = np.array([0, 1000, 1001, 1064, 3000])  # of these, 1000 to 1064 lie on pages side by side
-    assert plain(page_kernels.ask_for_items)(lengths.ctypes.data, 2, far, PAGE) == len(asked) == 4
+    assert plain(read_ahead.ask_for_item_pages)(lengths.ctypes.data, 2, far, PAGE) == len(asked) == 4
     assert {page for ask in asked for page in ask} == set().union(*(pages(lengths, i, i + 1) for i in far.tolist()))
 
 
@@ -97,7 +96,7 @@ def test_neighbours_share_an_ask(asked: list[list[int]]) -> None:
 def test_what_is_damaged_is_passed_over(asked: list[list[int]], offsets: list[int]) -> None:
     (shard,) = make_shards([[1] * 4] * 3)
     damaged = SimpleNamespace(**{**shard._asdict(), "offsets": np.array(offsets)})
-    plain(page_kernels.ask_for_rows)(Table([damaged]).array, NO_ROWS, False, PAGE)
+    plain(read_ahead.ask_for_row_pages)(Table([damaged]).array, NO_ROWS, False, PAGE)
     allowed = pages(damaged.offsets, 0, 4) | pages(shard.input_ids, 0, len(shard.input_ids))
     assert {page for ask in asked for page in ask} <= allowed
 
@@ -106,8 +105,8 @@ def test_what_is_damaged_is_passed_over(asked: list[list[int]], offsets: list[in
 def test_compiled_too(offsets: list[int]) -> None:
     (shard,) = make_shards([[1] * 4] * 3)
     table = Table([SimpleNamespace(**{**shard._asdict(), "offsets": np.array(offsets)})]).array
-    assert page_kernels.ask_for_rows(table, NO_ROWS[1:4], False, mmap.PAGESIZE) >= 1
-    assert page_kernels.ask_for_rows(table, NO_ROWS[4:], False, mmap.PAGESIZE) == 0
+    assert read_ahead.ask_for_row_pages(table, NO_ROWS[1:4], False, mmap.PAGESIZE) >= 1
+    assert read_ahead.ask_for_row_pages(table, NO_ROWS[4:], False, mmap.PAGESIZE) == 0
 
 
 def resident(array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

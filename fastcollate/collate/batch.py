@@ -1,0 +1,42 @@
+"""What a loader hands over: batches as named tuples of tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Batch(NamedTuple):
+    """A padded batch; unpacks as `inputs, targets = batch`.
+
+    Attributes:
+        inputs: int64 (or int32 where asked for) `(rows, width)`.
+        targets: int64 `(rows, width)`.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+class PackedBatch(NamedTuple):
+    """A packed batch: rows end to end, without padding but at a pack's end.
+
+    Attributes:
+        inputs: int64 (or int32 where asked for) `(packs, capacity)`.
+        targets: int64 `(packs, capacity)`; a row's last target is its end-of-text, never the next row's token.
+        position_ids: int64 `(packs, capacity)`, restarting at 0 with each row.
+        cu_seqlens: int32, the rows' bounds over the flattened batch, starting at 0; unused cells at a pack's end are
+            a segment of their own (several, where they are more than a row may take), without targets. A row without
+            tokens has no segment.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+    @property
+    def max_seqlen(self) -> int:
+        """Cells of the longest segment; read from `cu_seqlens`, so on a GPU it waits. The capacity bounds it too."""
+        return int(self.cu_seqlens.diff().max())

@@ -1,0 +1,66 @@
+"""How a batch is filled, in numbers that the kernels read.
+
+**Settings** are int64 `(NUM_SETTINGS,)`, named below.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.errors import InputError
+
+_SETTINGS = range(7)
+PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, NARROW = _SETTINGS
+NUM_SETTINGS = len(_SETTINGS)
+NO_LIMIT = 2**62
+
+MODES = ("reference", "positional")
+TRUNCATIONS = ("right", "left")
+
+
+def clamped(number: int) -> int:
+    """A length as a Python slice takes it: what lies beyond any row is all the same."""
+    return min(max(number, -NO_LIMIT), NO_LIMIT)
+
+
+@functools.lru_cache(maxsize=64)
+def make_settings(
+    *,
+    pad_token_id: int,
+    ignore_index: int,
+    limit: int | None,
+    mask_prompt: bool,
+    mode: str,
+    truncation: str,
+    narrow: bool,
+) -> npt.NDArray[np.int64]:
+    """The settings that the kernels read.
+
+    Raises:
+        InputError: an unknown `mode` or `truncation`, or a number beyond 64 bits.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode={mode!r}: choose one of {', '.join(map(repr, MODES))}")
+    if truncation not in TRUNCATIONS:
+        raise InputError(f"truncation={truncation!r}: choose one of {', '.join(map(repr, TRUNCATIONS))}")
+    settings = np.zeros(NUM_SETTINGS, np.int64)
+    for name, column, value in (
+        ("pad_token_id", PAD, pad_token_id),
+        ("ignore_index", IGNORE, ignore_index),
+        ("the limit", LIMIT, NO_LIMIT if limit is None else limit),
+    ):
+        try:
+            number = operator.index(value)
+            settings[column] = clamped(number) if column == LIMIT else number
+        except (OverflowError, TypeError, ValueError) as error:
+            raise InputError(f"{name} is {value!r}: give an integer of at most 64 bits") from error
+    settings[MASK] = mask_prompt
+    settings[REFERENCE] = mode == "reference"
+    settings[LEFT] = truncation == "left"
+    settings[NARROW] = narrow
+    settings.flags.writeable = False
+    return settings
