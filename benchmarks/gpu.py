@@ -26,10 +26,10 @@ from fastcollate.collate.batch import PackedBatch
 from fastcollate.collate.reference import custom_collate_fn
 from fastcollate.load.loader import BatchLoader
 from fastcollate.store.store import TokenStore
-from fastcollate.train.model import CONFIGS, GPT2
+from fastcollate.train.model import CONFIGS, GPT2, num_compilations
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import Ranks
-from fastcollate.train.step import MicroBatch, Stepper, make_optimizer, num_compilations
+from fastcollate.train.step import MicroBatch, Stepper, make_optimizer
 
 CELLS = 32 * 1024  # a batch of the bucketed and packed contenders
 CHAPTER_BATCH = 8

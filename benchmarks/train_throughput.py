@@ -31,11 +31,10 @@ from fastcollate.ingest.job import prepare
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import plan_epoch
 from fastcollate.store.store import ShardColumns, StoreIdentity, TokenStore, shard_name, write_manifest, write_shard
-from fastcollate.train.feed import as_micro_batch
 from fastcollate.train.model import GPT2, GPT2Config
 from fastcollate.train.options import TrainOptions
-from fastcollate.train.ranks import Ranks
-from fastcollate.train.step import MicroBatch, Stepper, make_optimizer, recycle_freed_memory
+from fastcollate.train.ranks import Ranks, recycle_freed_memory
+from fastcollate.train.step import MicroBatch, Stepper, as_micro_batch, make_optimizer
 
 MODEL = GPT2Config(num_layers=4, num_heads=4, width=128)
 BATCH = 8

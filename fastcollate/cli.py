@@ -191,24 +191,24 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Show what is in a store: counts, lengths, and what is trained."""
-    from fastcollate.check import inspect as room
+    from fastcollate.check import counts, terminal
     from fastcollate.progress import print_summary
     from fastcollate.store.store import TokenStore
 
     opened = TokenStore(store)
-    options = room.MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
+    options = counts.MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
     if row is not None:
-        view = room.view_row(opened, row, options)
+        view = counts.view_row(opened, row, options)
         if json_output:
             arrays = {"inputs": view.inputs.tolist(), "targets": view.targets.tolist()}
             _print_json({**view._asdict(), **arrays})
         else:
-            tokenizer, problem = room.tokenizer_of(opened)
-            room.print_row(view, tokenizer)
+            tokenizer, problem = counts.tokenizer_of(opened)
+            terminal.print_row(view, tokenizer)
             if problem:
                 print(f"note: ids only, {problem}", file=sys.stderr)
         return
-    found = room.inspect_store(opened, options, silent=json_output)
+    found = counts.inspect_store(opened, options, silent=json_output)
     if report is not None:
         from fastcollate.check.page import write_report
 
@@ -216,8 +216,8 @@ def inspect(
     if json_output:
         _print_json(asdict(found))
         return
-    print_summary(str(store), room.summary_of(found))
-    print(f"\nrows by length in tokens\n{room.render_histogram(found.lengths)}")
+    print_summary(str(store), terminal.summary_of(found))
+    print(f"\nrows by length in tokens\n{terminal.render_histogram(found.lengths)}")
     if report is not None:
         print(f"\nwrote {report}")
 
@@ -240,7 +240,7 @@ def verify(
     json_output: Json = False,
 ) -> None:
     """Compare every batch of an epoch with the plain Python reference; status 1 where anything differs."""
-    from fastcollate.check.inspect import MaskOptions
+    from fastcollate.check.counts import MaskOptions
     from fastcollate.check.reference_check import verify as run
     from fastcollate.progress import print_summary
     from fastcollate.store.store import TokenStore
@@ -278,7 +278,7 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Is the loop data-bound? Batches a second, beside the reference loop and torch's DataLoader."""
-    from fastcollate.check.inspect import MaskOptions
+    from fastcollate.check.counts import MaskOptions
     from fastcollate.check.measure import bench as run
     from fastcollate.check.measure import print_report
     from fastcollate.store.store import TokenStore
@@ -337,7 +337,7 @@ def train(
 ) -> None:
     """Train GPT-2 on instruction data; everything is written under OUT. Ctrl-C leaves a checkpoint to resume from."""
     from fastcollate.progress import print_summary
-    from fastcollate.train.loop import find_checkpoint
+    from fastcollate.train.files import find_checkpoint
     from fastcollate.train.loop import train as run
     from fastcollate.train.ranks import join_ranks
 
@@ -411,9 +411,9 @@ def generate(
 
     from fastcollate.text.templates import load_template
     from fastcollate.text.tokenizer import load_tokenizer
-    from fastcollate.train.checkpoint import load_model
-    from fastcollate.train.generate import clean_response
-    from fastcollate.train.generate import generate as run
+    from fastcollate.train.answers import clean_response
+    from fastcollate.train.answers import generate as run
+    from fastcollate.train.files import load_model
     from fastcollate.train.ranks import choose_device
 
     where = choose_device(device)
@@ -458,8 +458,8 @@ def evaluate(
 ) -> None:
     """Answer a split's instructions with a trained model and write the answers as JSON."""
     from fastcollate.progress import progress_bar
-    from fastcollate.train.checkpoint import load_model
-    from fastcollate.train.evaluate import open_split, write_answers
+    from fastcollate.train.answers import open_split, write_answers
+    from fastcollate.train.files import load_model
     from fastcollate.train.ranks import choose_device
 
     model, saved = load_model(checkpoint, choose_device(device))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastcollate.check.inspect import MaskOptions, order_of
+from fastcollate.check.counts import MaskOptions, order_of
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader

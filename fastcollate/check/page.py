@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.check.inspect import (
+from fastcollate.check.counts import (
     KINDS,
     MARKS,
     PADDING,
@@ -23,10 +23,10 @@ from fastcollate.check.inspect import (
     Inspection,
     MaskOptions,
     RowView,
-    summary_of,
     tokenizer_of,
     view_rows,
 )
+from fastcollate.check.terminal import summary_of
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.plan.plan import EpochPlan, plan_epoch

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastcollate.check.inspect import MaskOptions, order_of, tokenizer_of
+from fastcollate.check.counts import MaskOptions, order_of, tokenizer_of
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader

@@ -21,26 +21,33 @@ from fastcollate.errors import InputError
 from fastcollate.progress import progress_bar
 from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_tokenizer
-from fastcollate.train.checkpoint import (
+from fastcollate.train.answers import generate, prompt_and_answer
+from fastcollate.train.files import (
+    BEST,
     CHECKPOINT,
     Checkpoint,
-    load_checkpoint,
+    RunLog,
+    find_checkpoint,
+    plot_losses,
     random_states,
     save_checkpoint,
     set_random_states,
 )
-from fastcollate.train.feed import Feed, StepData, make_loader, split_rows, validation_batches
-from fastcollate.train.generate import generate, prompt_and_answer
-from fastcollate.train.model import GPT2, config_of, load_published
+from fastcollate.train.model import GPT2, config_of, load_published, num_compilations
 from fastcollate.train.options import TrainOptions
-from fastcollate.train.ranks import Ranks, join_ranks
-from fastcollate.train.runlog import METRICS, RunLog, plot_losses
-from fastcollate.train.step import Stepper, learning_rate_at, num_compilations, recycle_freed_memory
+from fastcollate.train.ranks import Ranks, join_ranks, recycle_freed_memory
+from fastcollate.train.step import (
+    Feed,
+    StepData,
+    Stepper,
+    learning_rate_at,
+    make_loader,
+    split_rows,
+    validation_batches,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-BEST = "best.pt"
 
 
 @dataclass(slots=True)
@@ -397,20 +404,6 @@ class _Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-
-
-def find_checkpoint(options: TrainOptions) -> Checkpoint | None:
-    """The checkpoint to go on from, or `None` to start afresh.
-
-    Raises:
-        InputError: the directory holds a run and `resume` is not asked for, or the checkpoint cannot be read.
-    """
-    has_checkpoint = (options.out / CHECKPOINT).exists()
-    if options.resume:
-        return load_checkpoint(options.out) if has_checkpoint else None
-    if has_checkpoint or (options.out / METRICS).exists():
-        raise InputError(f"{options.out}: holds a run already; continue it with --resume, or choose another --out")
-    return None
 
 
 def _make_model(store: TokenStore, options: TrainOptions, saved: Checkpoint | None) -> GPT2:

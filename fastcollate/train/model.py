@@ -349,3 +349,10 @@ def read_torch_file(path: Path) -> Any:
     except Exception as error:  # arbitrary bytes make the unpickler raise errors of any type
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: damaged, or not a PyTorch file of tensors alone ({first_line})") from error
+
+
+def num_compilations() -> int:
+    """Graphs that `torch.compile` has compiled in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

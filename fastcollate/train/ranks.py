@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 _STORE_KEY = "fastcollate/port of the first rank's store"
 _JOIN_TIMEOUT = timedelta(minutes=10)
 _CONNECT_TIMEOUT = timedelta(seconds=2)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(slots=True)
@@ -158,3 +161,14 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     elif chosen.type != "cpu":
         raise InputError(f"--device {device!r}: choose auto, cpu, cuda or cuda:N")
     return chosen
+
+
+def recycle_freed_memory() -> None:
+    """Let the C library keep large blocks that a step frees for the next one (glibc; elsewhere nothing happens).
+
+    Otherwise each logit chunk and each gradient comes as fresh pages, which cost a sixth of a small model's step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

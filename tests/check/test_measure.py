@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastcollate.check import measure as room
-from fastcollate.check.inspect import MaskOptions, order_of
+from fastcollate.check.counts import MaskOptions, order_of
 from fastcollate.check.measure import Verdict, bench
 from fastcollate.errors import InputError
 from fastcollate.store.store import TokenStore

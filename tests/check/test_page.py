@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fastcollate.check import page as room
-from fastcollate.check.inspect import KINDS, MaskOptions, inspect_store
+from fastcollate.check.counts import KINDS, MaskOptions, inspect_store
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import plan_epoch

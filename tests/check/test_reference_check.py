@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcollate.check import reference_check as room
-from fastcollate.check.inspect import MaskOptions
+from fastcollate.check.counts import MaskOptions
 from fastcollate.check.reference_check import expected_batch, verify
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.collate.collator import Collator

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcollate.check.inspect import MaskOptions
+from fastcollate.check.counts import MaskOptions
 from fastcollate.check.reference_check import expected_batch
 from fastcollate.collate.batch import PackedBatch
 from fastcollate.collate.collator import Collator

@@ -25,7 +25,7 @@ SCRIPT = """
 import json, os, sys
 from pathlib import Path
 import fastcollate.train.model as gpt2
-from fastcollate.train.feed import Feed
+from fastcollate.train.step import Feed
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import join_ranks
 from fastcollate.train.step import Stepper

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcollate.check import inspect as room
-from fastcollate.check.inspect import Histogram, MaskOptions, inspect_store, view_row
+from fastcollate.check import counts as room
+from fastcollate.check import terminal
+from fastcollate.check.counts import Histogram, MaskOptions, inspect_store, view_row
 from fastcollate.collate.reference import custom_collate_with_masking_fn
 from fastcollate.errors import InputError
 from fastcollate.store.store import TokenStore
+from fastcollate.text.tokenizer import load_tokenizer
 from tests.helpers import GPT2, Row, run_cli, write_store
 
 PAD = 50256
@@ -63,7 +65,7 @@ def test_without_masks_every_token_is_trained(store: TokenStore) -> None:
 def test_a_store_without_a_summary_says_so(tmp_path: Path) -> None:
     found = inspect_store(write_store(tmp_path / "s", ROWS), silent=True)
     assert found.boundary_mismatches is None
-    assert room.summary_of(found)["boundary mismatches"] == "not recorded"
+    assert terminal.summary_of(found)["boundary mismatches"] == "not recorded"
 
 
 rows_strategy = st.lists(
@@ -156,12 +158,12 @@ def test_lengths_are_counted_piece_by_piece() -> None:
 
 
 def test_a_histogram_for_the_terminal() -> None:
-    lines = room.render_histogram(Histogram([0.0, 1.0, 3.0], [1, 1000]), width=10).splitlines()
+    lines = terminal.render_histogram(Histogram([0.0, 1.0, 3.0], [1, 1000]), width=10).splitlines()
     assert lines == ["            0 │█          1", "          1-2 │██████████ 1,000"]
 
 
 def test_the_printed_row_reads_without_colour(store: TokenStore) -> None:
-    lines = room.render_row(view_row(store, 2), None).plain.splitlines()
+    lines = terminal.render_row(view_row(store, 2), None).plain.splitlines()
     assert "? prompt: 1  + trained: 3  x ignored: 1  . padding: 2" in lines[1]
     assert [line[:12].strip() for line in lines[3:7]] == ["prompt ? │", "trained + │", "ignored x │", "padding . │"]
     assert [line.split()[-2:] for line in lines[-6:]] == [
@@ -172,18 +174,18 @@ def test_the_printed_row_reads_without_colour(store: TokenStore) -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert room._printable("a\x1b[31m\ttä\r") == "a\\x1b[31m\\ttä\\r"
+    assert terminal._printable("a\x1b[31m\ttä\r") == "a\\x1b[31m\\ttä\\r"
 
 
 def test_text_is_shown_with_the_vocabulary_of_the_store(tmp_path: Path) -> None:
-    tokenizer = room.load_tokenizer("gpt2", "tiktoken")
+    tokenizer = load_tokenizer("gpt2", "tiktoken")
     prompt, response = tokenizer.encode("Say hi:"), tokenizer.encode("\nHi [bold]!")
     rows = [([len(prompt), len(response)], prompt + response)]
     store = write_store(tmp_path / "s", rows, tokenizer=tokenizer.identity())
     found, problem = room.tokenizer_of(store)
     assert found is not None
     assert problem == ""
-    text = room.render_row(view_row(store, 0), found).plain
+    text = terminal.render_row(view_row(store, 0), found).plain
     assert "  prompt ? │ Say hi:\n trained + │ \n         + │ Hi [bold]!<|endoftext|>\n" in text
 
 

@@ -23,13 +23,12 @@ from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import plan_epoch
 from fastcollate.store.store import TokenStore
-from fastcollate.train.checkpoint import load_checkpoint
-from fastcollate.train.feed import make_loader
+from fastcollate.train.files import load_checkpoint
 from fastcollate.train.loop import train
 from fastcollate.train.model import CONFIGS, GPT2, GPT2Config
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import Ranks
-from fastcollate.train.step import MicroBatch, Stepper, learning_rate_at
+from fastcollate.train.step import MicroBatch, Stepper, learning_rate_at, make_loader
 from tests.helpers import losses, metrics, sample_store, write_store
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)

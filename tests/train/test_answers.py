@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastcollate.errors import InputError
-from fastcollate.train.generate import generate
+from fastcollate.train.answers import generate
 from fastcollate.train.model import GPT2, GPT2Config
 
 CONFIG = GPT2Config(num_layers=2, num_heads=2, width=16, vocab_size=50, context_length=24, tie_weights=False)

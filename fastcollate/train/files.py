@@ -1,0 +1,235 @@
+"""What a run leaves under its directory: checkpoints, a line a step, evaluations, TensorBoard events, the loss plot."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcollate.errors import InputError
+from fastcollate.train.model import GPT2, GPT2Config, read_torch_file
+from fastcollate.train.options import TrainOptions
+
+FORMAT_VERSION = 1
+CHECKPOINT = "checkpoint.pt"
+BEST = "best.pt"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+PLOT = "loss.png"
+
+
+@dataclass(slots=True, kw_only=True)
+class Checkpoint:
+    """A run after an optimizer step; tensors and plain values only, so that reading one runs no code.
+
+    Attributes:
+        step: optimizer steps done.
+        config: the model's shape.
+        model: its parameters by name.
+        optimizer: the optimizer's `state_dict`.
+        loader: the loader's `state_dict`: which rows are still to come.
+        random: each rank's random states.
+        progress: the run's counters (tokens seen, steps skipped, best validation loss, ...).
+        options: the run's options.
+        data: where the rows are: the store's path and fingerprint, its splits.
+    """
+
+    step: int
+    config: GPT2Config
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    loader: Mapping[str, Any]
+    random: list[Mapping[str, Any]]
+    progress: Mapping[str, Any]
+    options: Mapping[str, Any]
+    data: Mapping[str, Any]
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `path` atomically: a crash leaves the old file or the new one, never a part."""
+    content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    content |= {"format_version": FORMAT_VERSION, "config": asdict(checkpoint.config)}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, or the one in the directory `path`, onto the CPU.
+
+    Raises:
+        InputError: there is none, it is damaged, or another release wrote it.
+    """
+    path = path / CHECKPOINT if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"{path}: no checkpoint here; train first: fastcollate train --out {path.parent}")
+    content = read_torch_file(path)
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: checkpoint format {version}, this release reads {FORMAT_VERSION}; train again")
+    del content["format_version"]
+    return Checkpoint(**{**content, "config": GPT2Config(**content["config"])})
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT2, Checkpoint]:
+    """The model of a checkpoint, ready to generate, and the checkpoint.
+
+    Raises:
+        InputError: as `load_checkpoint`.
+    """
+    checkpoint = load_checkpoint(path)
+    model = GPT2(checkpoint.config)
+    model.load_state_dict(checkpoint.model)
+    return model.to(device).eval(), checkpoint
+
+
+def find_checkpoint(options: TrainOptions) -> Checkpoint | None:
+    """The checkpoint to go on from, or `None` to start afresh.
+
+    Raises:
+        InputError: the directory holds a run and `resume` is not asked for, or the checkpoint cannot be read.
+    """
+    has_checkpoint = (options.out / CHECKPOINT).exists()
+    if options.resume:
+        return load_checkpoint(options.out) if has_checkpoint else None
+    if has_checkpoint or (options.out / METRICS).exists():
+        raise InputError(f"{options.out}: holds a run already; continue it with --resume, or choose another --out")
+    return None
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The states of the generators that training may draw from."""
+    return {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Continue with states of `random_states`."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+class RunLog:
+    """Writes `metrics.jsonl` (a line a step), `evaluations.jsonl` and TensorBoard events under one directory.
+
+    Args:
+        directory: the run's directory.
+        first_step: lines of later steps, left by a run that died after its last checkpoint, are removed: those
+            steps are done again.
+        tensorboard: also write TensorBoard events, if the package is installed.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = True) -> None:
+        for name in (METRICS, EVALUATIONS):
+            _keep_until(directory / name, first_step)
+        self._metrics = open(directory / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._evaluations = open(directory / EVALUATIONS, "a", encoding="utf-8")  # noqa: SIM115
+        self._writer = None
+        if tensorboard and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
+
+    def step(self, values: Mapping[str, float | int | None]) -> None:
+        """Write one step's line; `None` stands for a loss that there is not."""
+        self._write(self._metrics, values, ("loss", "learning_rate", "useful_tokens"))
+
+    def evaluation(self, values: Mapping[str, float | int | None]) -> None:
+        """Write one evaluation's line."""
+        self._write(self._evaluations, values, ("validation_loss",))
+
+    def _write(self, file: Any, values: Mapping[str, Any], shown: tuple[str, ...]) -> None:
+        file.write(json.dumps(values, allow_nan=False) + "\n")
+        file.flush()
+        if self._writer is not None:
+            for name in shown:
+                if values.get(name) is not None:
+                    self._writer.add_scalar(name, values[name], values["step"])
+
+    def close(self) -> None:
+        """Close the files."""
+        self._metrics.close()
+        self._evaluations.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; a last line that a kill cut short is left out."""
+    objects = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # nothing behind a torn line can be trusted
+    return objects
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plot_losses(directory: Path) -> Path | None:
+    """Draw the losses of a run into `loss.png`.
+
+    Returns:
+        The picture's path, or `None` where matplotlib (the extra `plot`) is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    steps = [line for line in read_lines(directory / METRICS) if line["loss"] is not None]
+    evaluations = [line for line in read_lines(directory / EVALUATIONS) if line["validation_loss"] is not None]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss")
+    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], linewidth=0.8, label="training")
+    if evaluations:
+        axes.plot(
+            [line["step"] for line in evaluations],
+            [line["validation_loss"] for line in evaluations],
+            marker="o",
+            markersize=3,
+            label="validation",
+        )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    temporary = directory / f".{PLOT}.tmp"
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, directory / PLOT)
+    return directory / PLOT
