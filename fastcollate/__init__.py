@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from fastcollate.integrations.pytorch import BucketBatchSampler as BucketBatchSampler
     from fastcollate.integrations.pytorch import StoreDataset as StoreDataset
     from fastcollate.load.loader import BatchLoader as BatchLoader
+    from fastcollate.plan.mixing import MixedStore as MixedStore
     from fastcollate.plan.packing import pack_lengths as pack_lengths
     from fastcollate.plan.plan import plan_epoch as plan_epoch
+    from fastcollate.plan.splits import split_rows as split_rows
     from fastcollate.store.store import TokenStore as TokenStore
 
 _MODULE_OF = {
     "Batch": "collate.batch",
     "BatchLoader": "load.loader",
     "BucketBatchSampler": "integrations.pytorch",
+    "MixedStore": "plan.mixing",
     "PackedBatch": "collate.batch",
     "StoreDataset": "integrations.pytorch",
     "TokenStore": "store.store",
@@ -31,12 +34,14 @@ _MODULE_OF = {
     "pack_lengths": "plan.packing",
     "plan_epoch": "plan.plan",
     "prepare": "ingest.job",
+    "split_rows": "plan.splits",
 }
 
 __all__ = [
     "Batch",
     "BatchLoader",
     "BucketBatchSampler",
+    "MixedStore",
     "PackedBatch",
     "StoreDataset",
     "TokenStore",
@@ -44,6 +49,7 @@ __all__ = [
     "pack_lengths",
     "plan_epoch",
     "prepare",
+    "split_rows",
 ]
 __version__ = "0.1.0"
 

@@ -64,6 +64,22 @@ def collate_fn(
 
     Raises:
         InputError: the batch is empty, a row is not made of integers, or an option is wrong.
+
+    Example:
+        >>> from fastcollate import collate_fn
+        >>> inputs, targets = collate_fn([[5, 6, 7], [8]], allowed_max_length=1024)
+        >>> inputs
+        tensor([[    5,     6,     7],
+                [    8, 50256, 50256]])
+        >>> targets
+        tensor([[    6,     7, 50256],
+                [50256,  -100,  -100]])
+
+        With prompt lengths, only what follows the prompt is trained:
+
+        >>> collate_fn([(2, [5, 6, 7]), (1, [8, 9])]).targets
+        tensor([[ -100,     7, 50256],
+                [    9, 50256,  -100]])
     """
     if len(batch) == 0:
         raise InputError("the batch has no rows; a data set of length 0, or a sampler that yields nothing")

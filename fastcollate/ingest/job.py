@@ -128,6 +128,14 @@ def prepare(
     Raises:
         InputError: something given is wrong; names value, place and remedy.
         OSError: the store cannot be written; finished shards stay, and the same call continues.
+
+    Example:
+        >>> from fastcollate import prepare
+        >>> report = prepare("records.jsonl", "my_store", workers=2)
+        >>> report.num_rows, report.reused
+        (600, False)
+        >>> prepare("records.jsonl", "my_store").reused  # the same job again: the store is left as it is
+        True
     """
     started = time.perf_counter()
     options = {"boundary": boundary, "on_error": on_error, "long_prompt": long_prompt, "special_text": special_text}

@@ -67,6 +67,21 @@ class DataCollator:
 
     Raises:
         InputError: an unknown layout, or an option that it does not have.
+
+    Example:
+        >>> from fastcollate import StoreDataset
+        >>> from fastcollate.integrations.huggingface import DataCollator
+        >>> dataset = StoreDataset("store", mask_prompt=True)
+        >>> batch = DataCollator()([dataset[3], dataset[5]])
+        >>> {name: tuple(tensor.shape) for name, tensor in batch.items()}
+        {'input_ids': (2, 90), 'labels': (2, 90), 'attention_mask': (2, 90)}
+
+        Over tokenized features, with labels or a `completion_mask`:
+
+        >>> features = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+        >>> DataCollator(pad_token_id=0)(features)["labels"]
+        tensor([[-100,    6,    7],
+                [   8, -100, -100]])
     """
 
     def __init__(
@@ -232,6 +247,22 @@ class BucketedTrainerMixin:
     Works over a `StoreDataset` (with `DataCollator`) and over a tokenized `datasets.Dataset` (with any collator). The
     batch size, the seed (`data_seed`, else `seed`), the workers and the ranks are the training arguments'; an
     interrupted run continues with the batches that are left.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+        >>> from fastcollate import StoreDataset
+        >>> from fastcollate.integrations.huggingface import BucketedTrainerMixin, DataCollator
+        >>> class BucketedTrainer(BucketedTrainerMixin, Trainer):
+        ...     batching = {"max_tokens": 2048, "batch_size": None}  # leave it out: the training arguments' batch size
+        >>> trainer = BucketedTrainer(
+        ...     GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1)),
+        ...     TrainingArguments("runs", report_to=[], use_cpu=True),
+        ...     train_dataset=StoreDataset("store", mask_prompt=True),
+        ...     data_collator=DataCollator(),
+        ... )
+        >>> batch = next(iter(trainer.get_train_dataloader()))  # `trainer.train()` takes these
+        >>> batch["input_ids"].numel() <= 2048
+        True
     """
 
     batching: ClassVar[Mapping[str, Any]] = {}
@@ -291,6 +322,12 @@ def lengths_of(dataset: Any) -> npt.NDArray[np.int64]:
 
     Raises:
         InputError: the data set has no tokenized column `input_ids`.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from fastcollate.integrations.huggingface import lengths_of
+        >>> lengths_of(Dataset.from_dict({"input_ids": [[5, 6, 7], [8]]}))
+        array([3, 1])
     """
     if isinstance(dataset, StoreDataset):
         return dataset.lengths.astype(np.int64) + 1
@@ -308,6 +345,12 @@ def open_dataset(store: TokenStore | str | os.PathLike[str]) -> Any:
     """A store as a `datasets.Dataset`, memory-mapped: nothing is copied.
 
     Its columns are the store's: `input_ids` (without the end-of-text), `spans`, `source_row`.
+
+    Example:
+        >>> from fastcollate.integrations.huggingface import open_dataset
+        >>> dataset = open_dataset("store")
+        >>> dataset.column_names, len(dataset)
+        (['input_ids', 'spans', 'source_row'], 600)
     """
     datasets = import_extra("datasets", "hf")
     store = store if isinstance(store, TokenStore) else TokenStore(store)
@@ -330,6 +373,18 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
 
     Raises:
         InputError: the data set is not tokenized, the tokenizer has no end-of-text, or there is a store already.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> from fastcollate.integrations.huggingface import store_from_dataset
+        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+        >>> rows = Dataset.from_dict({"input_ids": [[0, 1, 2], [1, 2]], "completion_mask": [[0, 1, 1], [1, 1]]})
+        >>> store = store_from_dataset(rows, "tokenized", tokenizer)
+        >>> store[0].input_ids, store[0].spans
+        (array([0, 1], dtype=uint16), array([1, 1], dtype=uint32))
     """
     root, end = Path(path), tokenizer.eos_token_id
     if end is None:

@@ -26,6 +26,14 @@ class StoreBatches:
     """Batches of a data set in the order of a sampler; Lightning saves and restores its position.
 
     A batch is one kernel call on the loop's own thread, tens of microseconds.
+
+    Example:
+        >>> from fastcollate import BucketBatchSampler, StoreDataset
+        >>> from fastcollate.integrations.lightning import StoreBatches
+        >>> dataset = StoreDataset("store")
+        >>> batches = StoreBatches(dataset, BucketBatchSampler(dataset, batch_size=8))
+        >>> len(batches), next(iter(batches)).inputs.shape
+        (75, torch.Size([8, 58]))
     """
 
     def __init__(self, dataset: StoreDataset, sampler: BucketBatchSampler) -> None:
@@ -75,6 +83,14 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
 
     Raises:
         InputError: there is no such store, or an option is wrong.
+
+    Example:
+        >>> from fastcollate.integrations.lightning import DataModule
+        >>> data = DataModule("store", split={"train": 0.9, "val": 0.1}, batch_size=8, mask_prompt=True)
+        >>> sorted(data.datasets)
+        ['train', 'val']
+
+        `lightning.pytorch.Trainer(max_epochs=1).fit(model, datamodule=data)` trains on it.
     """
 
     def __init__(

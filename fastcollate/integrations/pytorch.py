@@ -30,6 +30,12 @@ class PackedRows(list[int]):
         starts: each row's first token here, where rows are split; else empty.
         capacity: cells a pack.
         limit: cells that a row may take.
+
+    Example:
+        >>> from fastcollate import BucketBatchSampler
+        >>> packs = next(iter(BucketBatchSampler([5, 4, 3, 2, 2], policy="packed", batch_size=2, capacity=8)))
+        >>> list(packs), list(packs.bounds)  # rows of 5 + 3 and of 4 + 2 + 2 tokens
+        ([0, 2, 1, 3, 4], [0, 2, 5])
     """
 
     def __init__(self, rows: Sequence[int], bounds: Sequence[int], starts: Sequence[int], capacity: int, limit: int):
@@ -69,6 +75,22 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     Raises:
         InputError: an option is wrong.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from fastcollate import BucketBatchSampler, StoreDataset
+        >>> dataset = StoreDataset("store", mask_prompt=True)
+        >>> sampler = BucketBatchSampler(dataset, batch_size=8, seed=123)
+        >>> loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)
+        >>> for epoch in range(2):
+        ...     sampler.set_epoch(epoch)
+        ...     for inputs, targets in loader:
+        ...         pass  # your step
+
+        Over lengths alone, for a data set of your own:
+
+        >>> list(BucketBatchSampler([9, 1, 8, 2], batch_size=2, seed=1))
+        [[1, 3], [2, 0]]
     """
 
     def __init__(
@@ -251,6 +273,12 @@ class StoreRow:
     Attributes:
         dataset: the data set.
         number: the row's number in it.
+
+    Example:
+        >>> from fastcollate import StoreDataset
+        >>> row = StoreDataset("store")[3]
+        >>> row.number, len(row.example.input_ids)
+        (3, 89)
     """
 
     __slots__ = ("dataset", "number")
@@ -272,7 +300,15 @@ class StoreRow:
 
 
 class StoreRows(Sequence[StoreRow]):
-    """The rows of a batch by number: what `StoreDataset` hands to a `collate_fn`."""
+    """The rows of a batch by number: what `StoreDataset` hands to a `collate_fn`.
+
+    Example:
+        >>> from fastcollate import StoreDataset
+        >>> dataset = StoreDataset("store")
+        >>> rows = dataset.__getitems__([3, 5])  # a `DataLoader` asks for a batch's rows like this
+        >>> rows.numbers, rows[0].number
+        ([3, 5], 3)
+    """
 
     __slots__ = ("dataset", "numbers")
 
@@ -309,6 +345,15 @@ class StoreDataset(Dataset[StoreRow]):
 
     Raises:
         InputError: there is no store, or an option is wrong.
+
+    Example:
+        >>> from fastcollate import StoreDataset
+        >>> dataset = StoreDataset("store", mask_prompt=True, max_length=64)
+        >>> len(dataset)
+        600
+        >>> inputs, targets = dataset.collate([dataset[3], dataset[5]])
+        >>> inputs.shape, inputs.dtype
+        (torch.Size([2, 64]), torch.int64)
     """
 
     def __init__(

@@ -115,6 +115,14 @@ class BatchLoader:
 
     Raises:
         InputError: an option is wrong, or the options leave no batch.
+
+    Example:
+        >>> from fastcollate import BatchLoader, TokenStore
+        >>> loader = BatchLoader(TokenStore("store"), batch_size=8, mask_prompt=True, seed=123)
+        >>> for inputs, targets in loader:  # int64 (8, width) each
+        ...     pass  # your step
+        >>> state = loader.state_dict()  # `load_state_dict` goes on there, also in the middle of an epoch
+        >>> loader.set_epoch(1)
     """
 
     def __init__(

@@ -16,7 +16,7 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _27, _30, _31, _32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
-_FACTOR_1, _FACTOR_2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)  # a 32-bit finalizer of low bias
+_FACTOR_1, _FACTOR_2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)  # see `_hash`
 _12, _15, _20 = np.uint32(12), np.uint32(15), np.uint32(20)
 _ROUNDS = 4
 _SMALL = 1 << 12
@@ -25,7 +25,10 @@ _STRETCH = 2048  # positions permuted at once
 
 @kernel
 def mix(key: Any, counter: Any) -> Any:
-    """The `counter`-th number of the stream `key` (splitmix64); both uint64, and so is the result."""
+    """The `counter`-th number of the stream `key`; both uint64, and so is the result.
+
+    splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014, with Stafford's mix 13.
+    """
     z = key + (counter + np.uint64(1)) * _GOLDEN
     z = (z ^ (z >> _30)) * _MIX_1
     z = (z ^ (z >> _27)) * _MIX_2
@@ -34,13 +37,16 @@ def mix(key: Any, counter: Any) -> Any:
 
 @kernel
 def _below(key: Any, counter: Any, bound: Any) -> Any:
-    """A number below `bound` (uint64, at most 2**32) of the stream `key`."""
+    """A number below `bound` (uint64, at most 2**32) of the stream `key`: a product's upper half (Lemire, 2019).
+
+    Without Lemire's rejection: of `n` numbers some come more often, by at most `n` in 2**32.
+    """
     return ((mix(key, counter) >> _32) * bound) >> _32
 
 
 @kernel
 def shuffle(values: Any, key: Any) -> None:
-    """Fisher-Yates in place."""
+    """Fisher-Yates in place (Durstenfeld, 1964)."""
     for i in range(len(values) - 1, 0, -1):
         j = np.int64(_below(key, np.uint64(i), np.uint64(i + 1)))
         kept = values[i]
@@ -80,7 +86,10 @@ def _turn(moved: Any, fixed: Any, size: int, salt: Any, salt_2: Any) -> None:
 
 @kernel
 def _hash(value: Any, salt: Any, salt_2: Any) -> Any:
-    """A uint32 number that looks random, of a uint32 value and two salts."""
+    """A uint32 number that looks random, of a uint32 value and two salts.
+
+    The multipliers and the shift between them are those of Wellons' lowbias32 (2018).
+    """
     z = np.uint32(np.uint32(value ^ salt) * _FACTOR_1)
     return np.uint32(np.uint32(np.uint32(z ^ np.uint32(z >> _15)) + salt_2) * _FACTOR_2)
 
@@ -127,7 +136,8 @@ def _join(lefts: Any, rights: Any, columns: int, size: int, out: Any) -> bool:
 def permute(first: int, size: int, key: Any, out: Any) -> None:
     """Where a keyed bijection on `[0, size)` sends the positions `first`, `first + 1`, ...
 
-    A Feistel network over a grid of `rows * columns >= size` cells, walked until it lands below `size`.
+    A Feistel network over a grid of `rows * columns >= size` cells, walked until it lands below `size`: Black and
+    Rogaway, "Ciphers with arbitrary finite domains", 2002, their third method. Four rounds, for order, not secrecy.
 
     Args:
         first: the first position.
@@ -198,7 +208,10 @@ def gather_lengths(lengths: Any, rows: Any, limit: int, out: Any) -> None:
 
 @kernel
 def sort_by_length(rows: Any, lengths: Any, longest: int, sorted_rows: Any, sorted_lengths: Any) -> None:
-    """A stable counting sort, shortest first; `lengths` are 0 to `longest`. No `sorted_lengths`: not written."""
+    """A stable counting sort (Seward, 1954), shortest first; `lengths` are 0 to `longest`.
+
+    `sorted_lengths` of size 0 are not written.
+    """
     starts = np.zeros(longest + 2, np.int64)
     for i in range(np.uint64(len(rows))):
         starts[np.uint64(lengths[i]) + np.uint64(1)] += 1
@@ -279,7 +292,7 @@ def _next_room(words: Any, room: int, capacity: int) -> int:
 
 @kernel
 def pack_best_fit(items: Any, lengths: Any, capacity: int, bin_of: Any) -> int:
-    """Best fit decreasing: each item goes to the bin with the least room that still holds it.
+    """Best fit decreasing (Johnson, 1973): each item goes to the bin with the least room that still holds it.
 
     A bin that takes one item of a length is the best fit for the next one too, as long as that fits: so each bin takes
     as many of a length as it holds at once.

@@ -26,13 +26,14 @@ class MixedStore:
 
     An epoch has `num_rows` rows. Each source gives its share: fewer than it has, then other epochs continue where this
     one stopped, or more, then rows repeat; at any time no row of a source has been drawn twice more often than another.
-    What an epoch draws is a pure function of the arguments and its number.
+    What an epoch draws is a pure function of the arguments and its number. Shares are whole rows by largest remainder
+    (Hamilton's method).
 
     Args:
         stores: by name; all of one tokenizer.
         weights: each source's share, any positive numbers, by name; or
         temperature: shares in proportion to `size ** (1 / temperature)`: 1 (the default) is in proportion to size,
-            larger values favour small sources.
+            larger values favour small sources (Arivazhagan et al., 2019).
         rows: row numbers to draw from, by name, such as one split of each store; all rows by default.
         num_rows: rows an epoch; by default as many as all sources have together.
         seed: decides which rows.
@@ -46,6 +47,17 @@ class MixedStore:
 
     Raises:
         InputError: no store, different tokenizers, or weights that do not fit.
+
+    Example:
+        >>> from fastcollate import BucketBatchSampler, MixedStore, TokenStore
+        >>> stores = {"chat": TokenStore("store"), "code": TokenStore("store")}
+        >>> mix = MixedStore(stores, weights={"chat": 3, "code": 1}, num_rows=40)
+        >>> mix.shares  # rows that each gives to an epoch
+        array([30, 10])
+        >>> len(mix), len(mix.rows_of_epoch(0))
+        (1200, 40)
+        >>> sum(len(rows) for rows in BucketBatchSampler(mix, batch_size=8))
+        40
     """
 
     def __init__(

@@ -141,12 +141,21 @@ def _pack(lengths: npt.NDArray[Any], capacity: int) -> Packing:
 def pack_lengths(lengths: npt.ArrayLike, capacity: int) -> Packing:
     """Pack rows into as few bins as best fit decreasing needs, in time linear in the rows.
 
+    The longest row goes first, each to the fullest bin that still holds it: Johnson, "Near-optimal bin packing
+    algorithms", 1973, who shows that it needs at most 11/9 of the fewest bins possible, and 4 more.
+
     Args:
         lengths: each row's length, integers `(num_rows,)`; longer ones count as `capacity`.
         capacity: cells a bin.
 
     Raises:
         InputError: the capacity is below 1 or above 16,777,216, or the lengths are not integers of at least 0.
+
+    Example:
+        >>> from fastcollate import pack_lengths
+        >>> packing = pack_lengths([5, 4, 3, 2, 2], capacity=8)
+        >>> packing.bin_of_row, packing.num_bins
+        (array([0, 1, 0, 1, 1]), 2)
     """
     check_capacity(capacity)
     array = np.asarray(lengths)

@@ -40,9 +40,9 @@ def split_rows(
 ) -> dict[str, Int64Array]:
     """Deal a store's rows among splits.
 
-    A row's split follows from a hash of its key alone: it stays where it is when records are appended, removed or
-    reordered, and rows of one key (duplicates, say) never straddle two splits. The shares are therefore met on average,
-    not to the row: of 10,000 rows a split of 10% gets 1,000, give or take 60.
+    A row's split follows from a hash (BLAKE2b) of its key alone: it stays where it is when records are appended,
+    removed or reordered, and rows of one key (duplicates, say) never straddle two splits. The shares are therefore met
+    on average, not to the row: of 10,000 rows a split of 10% gets 1,000, give or take 60.
 
     Args:
         store: a `TokenStore`, or any sequence of rows.
@@ -58,6 +58,12 @@ def split_rows(
     Raises:
         InputError: shares that are negative or do not sum to 1, an unknown key, or a number of keys that is not the
             number of rows.
+
+    Example:
+        >>> from fastcollate import TokenStore, split_rows
+        >>> rows = split_rows(TokenStore("store"), {"train": 0.9, "val": 0.1}, key="prompt")
+        >>> {name: len(part) for name, part in rows.items()}
+        {'train': 552, 'val': 48}
     """
     edges = _edges(proportions)
     num_rows = len(store)

@@ -162,6 +162,15 @@ class TokenStore:
     Raises:
         InputError: there is no finished store, it is of another format version, or a file's size or layout does not
             agree with the manifest. Flipped bytes are found by `verify_checksums`.
+
+    Example:
+        >>> from fastcollate import TokenStore
+        >>> store = TokenStore("store")
+        >>> len(store), store.tokenizer_name, store.vocab_size
+        (600, 'gpt2', 50257)
+        >>> row = store[3]
+        >>> row.input_ids[:4], row.spans  # 36 tokens of prompt, 53 of response
+        (array([21106,   318,   281, 12064], dtype=uint16), array([36, 53], dtype=uint32))
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -22,7 +22,13 @@ from fastcollate.errors import InputError, import_extra
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPT2Config:
-    """The shape of a model; `tie_weights` uses the token embedding as output head too, as the published ones do."""
+    """The shape of a model; `tie_weights` uses the token embedding as output head too, as the published ones do.
+
+    Example:
+        >>> from fastcollate.train.model import GPT2Config
+        >>> GPT2Config(num_layers=1, num_heads=2, width=16).vocab_size
+        50257
+    """
 
     num_layers: int
     num_heads: int
@@ -202,10 +208,17 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2. `forward` gives logits, `hidden` what the output head reads.
+    """GPT-2 (Radford et al., 2019). `forward` gives logits, `hidden` what the output head reads.
 
     Args:
         config: the shape.
+
+    Example:
+        >>> import torch
+        >>> from fastcollate.train.model import GPT2, GPT2Config
+        >>> model = GPT2(GPT2Config(num_layers=1, num_heads=2, width=16))
+        >>> model(torch.tensor([[5, 6, 7]])).shape  # logits of the next token
+        torch.Size([1, 3, 50257])
     """
 
     def __init__(self, config: GPT2Config) -> None:
