@@ -1,40 +1,142 @@
-"""How kernels are compiled, and what Numba lacks: memory at an address, asking for it ahead, eight bytes at once.
+"""How kernels are compiled and kept, and what Numba lacks: memory at an address, asking for it ahead.
 
-Every kernel is `nogil`, cached on disk, free of `fastmath`, and runs as plain Python too under `NUMBA_DISABLE_JIT=1`.
-A kernel's cached machine code is renewed when its own file changes, not when one that it uses does: touch it, or delete
-`__pycache__`. All use this file; `kernels.py` and `pack_kernels.py` use `vectors.py`; `pack_kernels.py` and
-`page_kernels.py` use `kernels.py`; `queue_kernels.py` uses both `kernels.py` and `pack_kernels.py`, and `atomics.py`.
+Every kernel is `nogil`, kept on disk, free of `fastmath`, and runs as plain Python too under `NUMBA_DISABLE_JIT=1`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import hashlib
 import mmap
+import os
+import re
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import carray, njit, types
-from numba.core import cgutils, config
+from numba.core import cgutils, config, event
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
 WILL_NEED: int | None = getattr(mmap, "MADV_WILLNEED", None)  # `madvise` takes it, where a system has that
+PACKAGE = Path(__file__).resolve().parent
+
+
+# ------------------------------------------------------------------------------------------- compiling and keeping
 
 
 def kernel(function: F) -> F:
-    """Compile without the GIL and keep the machine code on disk."""
-    try:
-        return cast("F", njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
-        return cast("F", njit(nogil=True)(function))
+    """Compile without the GIL and keep the machine code on disk.
+
+    Numba renews what it kept of a kernel when the kernel's own file changes. Here it does so too when a file changes
+    that this one imports, since constants and other kernels from there are part of the machine code.
+    """
+    if config.DISABLE_JIT:
+        return function
+    found = _kept(function)
+    if found._cache.cache_path is not None:
+        found._cache._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename))
+    return cast("F", found)
 
 
 def part_of_kernel(function: F) -> F:
     """A function that is compiled with each kernel that calls it, where it would take as long again by itself."""
     return cast("F", njit(inline="always")(function))
 
+
+def _kept(function: Any) -> Any:
+    """Compiled, and kept beside its file, or else in the user's cache folder, or else in a temporary one."""
+    with contextlib.suppress(RuntimeError):
+        return njit(cache=True, nogil=True)(function)
+    before, folder = config.CACHE_DIR, Path(tempfile.gettempdir()) / f"fastcollate-kernels-{_user()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+        if folder.is_symlink() or (os.name == "posix" and (state.st_uid, state.st_mode & 0o077) != (_user(), 0)):
+            return njit(nogil=True)(function)  # somebody else could put code there
+        config.CACHE_DIR = str(folder)
+        return njit(cache=True, nogil=True)(function)
+    except (OSError, RuntimeError):
+        return njit(nogil=True)(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+def _user() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0
+
+
+@functools.cache
+def _stamp(path: Path) -> str:
+    """Changes with a file and whatever of this package it imports."""
+    files = sorted(_imported(path))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _imported(path: Path, found: frozenset[Path] = frozenset()) -> frozenset[Path]:
+    """A file and the files of this package that it imports, and so on."""
+    found |= {path}
+    imports = re.findall(r"^from fastcollate([\w.]*) import (\([^)]*\)|.*)", path.read_text(encoding="utf-8"), re.M)
+    for module, names in imports:
+        place = PACKAGE.joinpath(*module.split(".")[1:])
+        for one in (place, *(place / name for name in re.findall(r"\w+", names))):
+            for file in (one.with_suffix(".py"), one / "__init__.py"):
+                if file not in found and file.is_file():
+                    found |= _imported(file, found)
+    return found
+
+
+class Compiling(event.Listener):  # type: ignore[misc]
+    """What `compiling` gives.
+
+    Attributes:
+        seconds: how long kernels have been compiled so far, on any thread.
+    """
+
+    def __init__(self, tell: Callable[[], None] | None) -> None:
+        self.seconds = 0.0
+        self._tell = tell
+        self._starts: list[float] = []  # a kernel's parts are compiled within it
+
+    def on_start(self, event: Any) -> None:
+        """A kernel, or a part of one, is about to be compiled: neither this process nor the disk has it."""
+        if self._tell is not None:
+            tell, self._tell = self._tell, None
+            tell()
+        self._starts.append(time.perf_counter())
+
+    def on_end(self, event: Any) -> None:
+        """It is compiled."""
+        start = self._starts.pop()
+        if not self._starts:
+            self.seconds += time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def compiling(tell: Callable[[], None] | None = None) -> Iterator[Compiling]:
+    """Watch kernels being compiled within a block: `tell` is called once, before the first one, if there is any.
+
+    It may be called on another thread. What lies in the kernel cache is not compiled.
+
+    Example:
+        >>> with compiling(lambda: print("compiling kernels (once)")) as watch:
+        ...     batch = next(iter(loader))
+        >>> watch.seconds  # to be taken off what was waited
+        3.1
+    """
+    watch = Compiling(tell)
+    with event.install_listener("numba:compile", watch):
+        yield watch
+
+
+# ------------------------------------------------------------------------------------------------ memory at an address
 
 if config.DISABLE_JIT:
 

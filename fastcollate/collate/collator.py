@@ -15,7 +15,7 @@ import torch
 from fastcollate.collate import fill as kernels
 from fastcollate.collate import fill_packed as pack_kernels
 from fastcollate.collate import settings as options
-from fastcollate.collate.batch import Batch, PackedBatch
+from fastcollate.collate.batch import Batch, PackedBatch, note_counts
 from fastcollate.errors import InputError
 from fastcollate.plan.packing import check_capacity
 from fastcollate.store.table import Columns, Table
@@ -114,14 +114,15 @@ class Collator:
             raise self.table.explain(int(rows[-1 - filled]))
         return int(filled)
 
-    def batches(self, out: Int64Array, lines: Iterable[Sequence[int]]) -> list[Batch]:
+    def batches(self, out: Int64Array, lines: Iterable[list[int]]) -> list[Batch]:
         """The tensors of the batches that a kernel has filled, a line of its report each; views, nothing is copied."""
         dtype, array, tensor, new = self._inputs_dtype, np.ndarray, torch.from_numpy, tuple.__new__
         found: list[Batch] = []
-        for _, _, _, _, num_rows, width, start, middle, _, _ in lines:  # `make_batch`, without a call for each
-            shape = (num_rows, width)
-            pair = (tensor(array(shape, dtype, out, 8 * start)), tensor(array(shape, _INT64, out, 8 * middle)))
-            found.append(new(Batch, pair))
+        for line in lines:  # `make_batch`, without a call for each
+            shape = (line[kernels.ROWS], line[kernels.WIDTH])
+            inputs = tensor(array(shape, dtype, out, 8 * line[kernels.START]))
+            note_counts(inputs, line)
+            found.append(new(Batch, (inputs, tensor(array(shape, _INT64, out, 8 * line[kernels.TARGETS])))))
         return found
 
     def pack(
@@ -200,22 +201,24 @@ class Collator:
         limit = min(int(self.settings[options.LIMIT]), capacity)
         return int(pack_kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self.narrow)[3])
 
-    def packed_batches(self, out: Int64Array, lines: Iterable[Sequence[int]]) -> list[PackedBatch]:
+    def packed_batches(self, out: Int64Array, lines: Iterable[list[int]]) -> list[PackedBatch]:
         """Like `batches`, for packed ones."""
         return [self._packed_batch(out, line) for line in lines]
 
-    def _packed_batch(self, out: Int64Array, line: Sequence[int]) -> PackedBatch:
+    def _packed_batch(self, out: Int64Array, line: list[int]) -> PackedBatch:
         capacity, start, num_segments = line[kernels.WIDTH], line[kernels.START], line[kernels.SEGMENTS]
         num_packs = line[kernels.CELLS] // capacity
         targets, (size, _) = line[kernels.TARGETS], kernels.plain_cells_of(num_packs, capacity, narrow=0)
         shape, positions = (num_packs, capacity), targets + size
         inputs: npt.NDArray[Any] = np.ndarray(shape, self._inputs_dtype, out, 8 * start)
-        return PackedBatch(
+        batch = PackedBatch(
             torch.from_numpy(inputs),
             torch.from_numpy(np.ndarray(shape, _INT64, out, 8 * targets)),
             torch.from_numpy(np.ndarray(shape, _INT64, out, 8 * positions)),
             torch.from_numpy(np.ndarray((num_segments + 1,), _INT32, out, 8 * (positions + size))),
         )
+        note_counts(batch.inputs, line)
+        return batch
 
     def explain_pack(
         self, rows: Int64Array, starts: Int64Array, packs: Int64Array, capacity: int, place: int

@@ -29,11 +29,11 @@ from fastcollate.store.rows import (
     shard_of,
 )
 
-# Columns of a group's report, a batch a line: what can be summed, then the batch's shape and its place in the buffer,
-# in int64 cells.
-_REPORT = range(10)
-CELLS, REAL, TRAINED, CORNERS, ROWS, WIDTH, START, TARGETS, END, SEGMENTS = _REPORT
-NUM_TOTALS = 5
+# Columns of a group's report, a batch a line: what `batch.Counts` holds and can be summed, then the batch's width and
+# its place in the buffer, in int64 cells.
+_REPORT = range(13)
+ROWS, CELLS, REAL, TRAINED, CORNERS, UNTRAINED, CUT_ROWS, CUT_TOKENS, WIDTH, START, TARGETS, END, SEGMENTS = _REPORT
+NUM_TOTALS = WIDTH
 REPORT_COLUMNS = len(_REPORT)
 
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
@@ -295,7 +295,7 @@ def _fill_rows(
     """Fill `(len(rows), width)` inputs and targets; returns 0, or `-1 - i` where `rows[i]` is broken."""
     pad, ignore, reference, mask = settings[PAD], settings[IGNORE], settings[REFERENCE], settings[MASK]
     left, cell_size = settings[LEFT] != 0, np.int64(4 if settings[NARROW] != 0 else 8)
-    sum_real = sum_trained = sum_corners = 0
+    sum_real = sum_trained = sum_corners = sum_untrained = sum_cut_rows = sum_cut = 0
     for i in range(len(rows)):
         if i % AHEAD == 0:
             prefetch_places(table, places, i + AHEAD)
@@ -311,12 +311,19 @@ def _fill_rows(
             if masked < 0:
                 return -1 - i
             trained -= masked
-        sum_real += min(length, width)
+        real = min(length, width)
+        sum_real += real
         sum_trained += trained
         sum_corners += corners
+        sum_untrained += trained == 0
+        sum_cut_rows += length > real
+        sum_cut += length - real
     report[REAL] += sum_real
     report[TRAINED] += sum_trained
     report[CORNERS] += sum_corners
+    report[UNTRAINED] += sum_untrained
+    report[CUT_ROWS] += sum_cut_rows
+    report[CUT_TOKENS] += sum_cut
     return 0
 
 

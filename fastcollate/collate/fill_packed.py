@@ -12,6 +12,8 @@ from fastcollate.collate.fill import (
     AT,
     CELLS,
     CORNERS,
+    CUT_ROWS,
+    CUT_TOKENS,
     END,
     LENGTH,
     PLACE_COLUMNS,
@@ -23,6 +25,7 @@ from fastcollate.collate.fill import (
     START,
     TARGETS,
     TRAINED,
+    UNTRAINED,
     WIDTH,
     cells_of,
     fill_row,
@@ -80,7 +83,11 @@ def _fill_pack(
         width = min(length - first, limit)
         if first < 0 or width < 0 or column + width > capacity:
             return -1 - i
+        if len(starts) == 0 and length > width:  # a part of a row that was split is no cut
+            report[CUT_ROWS] += 1
+            report[CUT_TOKENS] += length - width
         if width == 0:
+            report[UNTRAINED] += 1
             continue
         own = targets_at + 8 * column
         trained, corners = fill_row(
@@ -98,6 +105,7 @@ def _fill_pack(
         column += width
         report[REAL] += width
         report[TRAINED] += trained
+        report[UNTRAINED] += trained == 0
         report[CORNERS] += corners
         report[SEGMENTS] += 1
         segments[report[SEGMENTS]] = start + column

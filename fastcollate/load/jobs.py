@@ -15,7 +15,7 @@ from fastcollate.load import queue_kernels
 from fastcollate.plan.packing import Packs
 
 Int64Array = npt.NDArray[np.int64]
-Lines = Sequence[Sequence[int]]
+Lines = Sequence[list[int]]
 
 
 class Job(Protocol):

@@ -68,7 +68,7 @@ class Stats:
 
     def count(self, num_batches: int, totals: Sequence[int]) -> None:
         """Add some batches, by their lines of the kernel's report, or the sums of these."""
-        cells, real, trained, corners, rows = totals[: kernels.NUM_TOTALS]
+        rows, cells, real, trained, corners = totals[:5]
         self.batches += num_batches
         self.rows += rows
         self.real_cells += real
@@ -252,7 +252,7 @@ class BatchLoader:
                 try:
                     for number, batch in enumerate(group.batches, group.first + 1):
                         if arrival is not None:
-                            batch = type(batch)(*arrival.receive(batch))
+                            batch = batch.with_tensors(arrival.receive(batch))
                             self._stats.h2d_bytes += sum(tensor.nbytes for tensor in batch)
                         self._position = (window, number)
                         handed = number

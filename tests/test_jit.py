@@ -1,0 +1,88 @@
+"""Kernels are kept on disk: renewed with every file that they are made of, wherever something can be written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastcollate import jit
+
+PACKAGE = Path(jit.__file__).parent
+KERNEL_FILES = sorted(
+    path for path in PACKAGE.rglob("*.py")
+    if path.name != "jit.py" and any(line in ("@kernel", "@part_of_kernel") for line in path.read_text().splitlines())
+)  # fmt: skip
+SCRIPT = """
+from fastcollate.jit import compiling
+from fastcollate import collate_fn
+with compiling(lambda: print("compiling", end=" ")) as watch:
+    print(collate_fn([[1, 2], [3]]).targets.tolist(), watch.seconds > 0)
+"""
+WITHOUT = "[[2, 50256], [50256, -100]] False"
+COMPILED = "compiling [[2, 50256], [50256, -100]] True"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package without what was compiled."""
+    folder = tmp_path / "site" / "fastcollate"
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def run(package: Path, **environment: str) -> str:
+    own = {"HOME": str(package.parent), "TMPDIR": str(package.parent), "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-B", "-c", SCRIPT]
+    done = subprocess.run(
+        command, env={**own, "PYTHONPATH": str(package.parent), **environment}, capture_output=True, text=True,
+        timeout=280, check=False, cwd=package.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_there_are_kernel_files() -> None:
+    assert {"fill.py", "rows.py", "kernels.py", "pages.py"} <= {path.name for path in KERNEL_FILES}
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+def test_a_kernel_is_made_of_all_that_its_file_imports(path: Path) -> None:
+    files = {file.name for file in jit._imported(path)}
+    assert {path.name, "jit.py"} <= files
+    if path.parent.name == "collate":
+        assert {"rows.py", "settings.py"} <= files
+
+
+@pytest.mark.slow
+def test_kernels_are_renewed_when_a_file_that_they_use_changes_and_only_then(package: Path) -> None:
+    assert run(package) == COMPILED
+    assert run(package) == WITHOUT
+    rows = package / "store" / "rows.py"
+    os.utime(rows, (1, 1))
+    assert run(package) == WITHOUT  # the same text
+    (package / "cli.py").write_text("")
+    assert run(package) == WITHOUT  # no part of a kernel
+    rows.write_text(rows.read_text() + "# changed\n")
+    assert run(package) == COMPILED
+    assert run(package) == WITHOUT
+
+
+@pytest.mark.slow
+def test_where_no_folder_can_be_written_a_temporary_one_keeps_the_kernels(package: Path) -> None:
+    for folder in (package, *(path for path in package.iterdir() if path.is_dir())):
+        (folder / "__pycache__").write_text("a file where numba wants a folder: this holds for root, too")
+    home = package.parent / "home"
+    home.write_text("")
+    options = {"HOME": str(home), "XDG_CACHE_HOME": str(home)}
+    assert run(package, **options) == COMPILED
+    assert run(package, **options) == WITHOUT
+    (kept,) = package.parent.glob("fastcollate-kernels-*")
+    assert kept.stat().st_mode & 0o077 == 0
+    kept.chmod(0o777)  # somebody else could have put code there
+    assert run(package, **options) == COMPILED
+    assert run(package, **options) == COMPILED
