@@ -69,3 +69,14 @@ def test_the_install_commands_are_left_out_and_nothing_else() -> None:
     assert without_install('python -m pip install ".[vocab]" && fastcollate train') == "fastcollate train"
     assert without_install("pip install fastcollate") == ""
     assert without_install("fastcollate sample records.jsonl") == "fastcollate sample records.jsonl"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_what_a_page_points_to_is_there(page: Path) -> None:
+    """Links to files, and files of this repository that stand in backquotes."""
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    named = re.findall(r"`((?:fastcollate|tests|docs|benchmarks|bench_results|\.ci)/[\w./-]*)`", text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    missing += [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+    assert not missing, f"{page.name}: {missing}"
