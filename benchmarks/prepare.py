@@ -17,8 +17,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
@@ -47,7 +47,7 @@ def tiktoken_part(lines: list[bytes], target: str) -> int:
     encode = load_encoding("gpt2").encode_ordinary
     rows, prompts = [], []
     for line in lines:
-        full, prompt = texts(orjson.loads(line))
+        full, prompt = texts(msgspec.json.decode(line))
         rows.append(np.array(encode(full), np.uint16))
         prompts.append(len(encode(prompt)))
     offsets = np.cumsum([0, *map(len, rows)])

@@ -214,14 +214,14 @@ def run_tests(mutant: Mutant | None, room: str = "") -> int:
 def preload() -> None:
     """Import in the parent what every child needs, but nothing of the package."""
     import hypothesis
+    import msgspec
     import numba
-    import orjson
     import pyarrow
     import pytest
     import tiktoken
     import torch
 
-    assert all((hypothesis, numba, orjson, pyarrow, pytest, tiktoken))
+    assert all((hypothesis, msgspec, numba, pyarrow, pytest, tiktoken))
     torch.set_num_threads(1)
 
 

@@ -19,7 +19,7 @@ from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import EpochPlan, plan_epoch
 from fastcollate.progress import progress_bar
 from fastcollate.sources.blocks import find_sources, read_blocks
-from fastcollate.sources.records import parse_block
+from fastcollate.sources.records import read_records
 from fastcollate.store.store import Example, TokenStore, verify_checksums
 from fastcollate.text.templates import BadRecordError, load_template
 from fastcollate.text.tokenizer import Tokenizer
@@ -239,13 +239,13 @@ def _compare_ids(store: TokenStore, sources: Sequence[str], found: Verification,
     with progress_bar(unit="rows", disable=silent) as progress:
         task = progress.add_task("tokenize", total=len(store))
         for block in read_blocks(find_sources(list(sources))):
-            parsed = parse_block(block, block.read())
-            for record, position in zip(parsed.records, parsed.rows, strict=True):
+            parsed = ((records, i) for records in read_records(block, block.read()) for i in range(len(records)))
+            for position, (records, number) in enumerate(parsed, block.first_row):
                 if row == len(store) or int(store[row].source_row) != position:
                     continue  # skipped when the store was prepared
                 try:
-                    _compare_row(store, row, template.parts(record), tokenizer, found)
-                except BadRecordError as error:
+                    _compare_row(store, row, template.parts(records[number]), tokenizer, found)
+                except (BadRecordError, ValueError) as error:
                     found.note(f"row {row}: record {position} of the sources gives no text ({error})")
                 row += 1
                 found.records += 1

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,21 +19,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.sources.blocks import Block
-from fastcollate.sources.fields import FlatRecords
-from fastcollate.sources.records import BadRecord, Records, lines_of, parse_block, parse_pieces
+from fastcollate.sources.records import BadRecord, Records, lines_of, read_records
 from fastcollate.store.store import ShardColumns, ShardInfo, shard_name, token_dtype, write_shard
 from fastcollate.text.backends import Texts
 from fastcollate.text.templates import BadRecordError, Template, load_template
 from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
-
-_PIECE = 1 << 17  # bytes of text that are looked through at once
 
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """What decides the rows of a job, besides its sources; picklable.
 
-    `backend` and `scan` (read plain JSON records by compiled code) decide only how fast they come.
+    `backend` decides only how fast they come.
     """
 
     template: str
@@ -45,7 +41,6 @@ class JobSpec:
     max_length: int | None = None
     long_prompt: str = "reject"
     special_text: str = "reject"
-    scan: bool = False
 
     def options(self) -> dict[str, Any]:
         """The options that a store records; what changes no row is not among them."""
@@ -134,9 +129,7 @@ def encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
 def warm_up(spec: JobSpec) -> None:
     """Load what blocks need, so that forked workers share it."""
     load_tokenizer(spec.tokenizer, spec.backend)
-    recipe = load_template(spec.template, spec.fields).recipe()
-    if spec.scan and recipe is not None:
-        FlatRecords(b"{}", in_array=False, num_rows=1, recipe=recipe).write()
+    load_template(spec.template, spec.fields)
 
 
 def _encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
@@ -146,7 +139,7 @@ def _encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
     digest = hashlib.sha256(data).hexdigest()
     bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
     special_texts = tokenizer.special_texts if spec.special_text == "reject" else ()
-    parts = _texts(block, data, template, special_texts, bad, scan=spec.scan)
+    parts = _texts(block, data, template, special_texts, bad)
     del data  # eight megabytes, and the tokenizer's memory is still to come
     counts = Counts()
     started = time.thread_time()
@@ -166,31 +159,79 @@ def _encode_block(block: Block, spec: JobSpec, directory: str) -> BlockResult:
     return BlockResult(block.index, block.source, digest, shard, counts, bad, seconds)
 
 
-def _texts(
-    block: Block,
-    data: bytes,
-    template: Template,
-    special_texts: Sequence[str],
-    bad: list[BadRecord],
-    *,
-    scan: bool,
-) -> _Parts:
+def _texts(block: Block, data: bytes, template: Template, special_texts: Sequence[str], bad: list[BadRecord]) -> _Parts:
     """The rows' texts; records that give none go to `bad`."""
-    special = _SpecialTexts(special_texts)
-    recipe = template.recipe()
-    if recipe is not None and scan and block.kind != "arrow":
-        flat = FlatRecords(data, in_array=block.kind != "lines", num_rows=block.num_rows, recipe=recipe)
-        if flat.agrees:
-            return _flat_texts(block, data, flat, template, special, bad)
-    parsed = parse_block(block, data)
-    bad += parsed.bad
-    columns = template.columns(parsed.records) if parsed.records else None
-    if columns is not None:
-        texts = list(chain.from_iterable(zip(columns.prompts, columns.responses, strict=True)))
-        if special.find(texts) is None:
-            rows = np.fromiter(parsed.rows, np.uint64, len(parsed.rows))
-            return _Parts(Texts(texts), np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
-    return _parsed_texts(parsed, template, special, bad)
+    special, names, row = _SpecialTexts(special_texts), template.names(), block.first_row
+    found: list[_Parts] = []
+    for records in read_records(block, data):
+        parts_of = _PartsOf(records, row, template, special, bad)
+        found.append(_single_texts(parts_of) if names is None else _column_texts(parts_of, names))
+        row += len(records)
+    return _joined(found)
+
+
+class _PartsOf(NamedTuple):
+    """The texts of records one by one."""
+
+    records: Records
+    first_row: int
+    template: Template
+    special: _SpecialTexts
+    bad: list[BadRecord]
+
+    def __call__(self, number: int) -> list[str] | None:
+        """A record's texts, or `None` where it has none, which is noted in `bad`."""
+        try:
+            parts = self.template.parts(self.records[number])
+            if (found := self.special.find(parts)) is not None:
+                raise BadRecordError(
+                    f"holds the special token {found!r} as text; store it as ordinary text with --special-text encode"
+                )
+        except (BadRecordError, ValueError) as error:
+            self.bad.append(BadRecord(self.first_row + number, 0, str(error)))
+            return None
+        return parts
+
+
+def _single_texts(parts_of: _PartsOf) -> _Parts:
+    """Texts record by record."""
+    found = [(number, parts) for number in range(len(parts_of.records)) if (parts := parts_of(number)) is not None]
+    starts = _starts(np.array([len(parts) for _, parts in found], np.int64))
+    rows = np.array([number + parts_of.first_row for number, _ in found], np.uint64)
+    return _Parts(Texts([text for _, parts in found for text in parts]), starts, rows)
+
+
+def _column_texts(parts_of: _PartsOf, names: Sequence[str]) -> _Parts:
+    """Texts made of whole columns, two a record; those of irregular records one by one."""
+    count = len(parts_of.records)
+    text, irregular = parts_of.template.columns(parts_of.records.columns(names))
+    marked = text.encode()
+    marks = np.flatnonzero(np.frombuffer(marked, np.uint8) == 0)
+    if len(marks) != 2 * count:  # a text holds a NUL
+        return _single_texts(parts_of)
+    texts = Texts(data=marked.replace(b"\0", b""), offsets=np.append(marks, len(marked)) - np.arange(len(marks) + 1))
+    special = np.searchsorted(texts.offsets[::2], parts_of.special.places(texts.data), side="right") - 1
+    rows = np.arange(count)
+    if irregular := sorted({*irregular, *special.tolist()}):
+        pairs: list[list[str] | None] = [[*pair] for pair in zip(*[iter(texts.strings())] * 2, strict=True)]
+        for number in irregular:
+            pairs[number] = parts_of(number)
+        rows = np.flatnonzero([pair is not None for pair in pairs])
+        texts = Texts([text for pair in pairs if pair is not None for text in pair])
+    return _Parts(texts, np.arange(len(rows) + 1) * 2, (rows + parts_of.first_row).astype(np.uint64))
+
+
+_NONE = np.zeros(0, np.int64)
+
+
+def _joined(found: Sequence[_Parts]) -> _Parts:
+    """The texts of some records and of those that follow them."""
+    texts = Texts(
+        data=b"".join([parts.texts.data for parts in found]),
+        offsets=_starts(np.concatenate([_NONE, *(np.diff(parts.texts.offsets) for parts in found)])),
+    )
+    starts = _starts(np.concatenate([_NONE, *(np.diff(parts.starts) for parts in found)]))
+    return _Parts(texts, starts, np.concatenate([_NONE.astype(np.uint64), *(parts.rows for parts in found)]))
 
 
 class _SpecialTexts:
@@ -207,78 +248,11 @@ class _SpecialTexts:
         found = self._texts.search("".join(texts)) if self._texts is not None else None
         return found.group() if found is not None else None
 
-    def places(self, data: npt.NDArray[np.uint8]) -> list[int]:
-        """Where those in UTF-8 text begin; to look for their first bytes alone, in a core's cache, is much faster."""
-        pieces = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
-        if not any((piece == first).any() for piece in pieces for first in self._firsts):
+    def places(self, data: bytes) -> list[int]:
+        """Where those in UTF-8 text begin; to look for their first bytes alone is much faster."""
+        if not any(first in data for first in self._firsts):
             return []
-        return [match.start() for match in self._bytes.finditer(data.data)]
-
-
-def _parsed_texts(parsed: Records, template: Template, special: _SpecialTexts, bad: list[BadRecord]) -> _Parts:
-    """Texts record by record."""
-    texts: list[str] = []
-    starts, rows = [0], []
-    for record, row in zip(parsed.records, parsed.rows, strict=True):
-        try:
-            parts = template.parts(record)
-            if (found := special.find(parts)) is not None:
-                raise BadRecordError(
-                    f"holds the special token {found!r} as text; store it as ordinary text with --special-text encode"
-                )
-        except BadRecordError as error:
-            bad.append(BadRecord(row, 0, str(error)))
-            continue
-        texts += parts
-        starts.append(len(texts))
-        rows.append(row)
-    return _Parts(Texts(texts), np.array(starts, np.int64), np.array(rows, np.uint64))
-
-
-def _flat_texts(
-    block: Block,
-    data: bytes,
-    flat: FlatRecords,
-    template: Template,
-    special: _SpecialTexts,
-    bad: list[BadRecord],
-) -> _Parts:
-    """Texts of regular records without parsing them, those of all others record by record."""
-    texts, offsets = flat.write()
-    if places := special.places(texts[: offsets[-1]]):
-        hit = np.searchsorted(offsets[::2], places, side="right") - 1
-        flat.regular[np.flatnonzero(flat.regular)[hit]] = False
-        texts, offsets = flat.write()
-    rows = np.flatnonzero(flat.regular).astype(np.uint64) + np.uint64(block.first_row)
-    parts = _Parts(Texts(data=texts.data, offsets=offsets), np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
-    irregular = np.flatnonzero(~flat.regular)
-    if not len(irregular):
-        return parts
-    bounds = zip(irregular.tolist(), flat.bounds[irregular].tolist(), strict=True)
-    parsed = parse_pieces(block, ((row, data[start:stop]) for row, (start, stop) in bounds))
-    bad += parsed.bad
-    return _merge(parts, _parsed_texts(parsed, template, special, bad))
-
-
-def _merge(flat: _Parts, parsed: _Parts) -> _Parts:
-    """Both in the order of their rows, two texts a row."""
-    if not len(parsed.rows):
-        return flat
-    offsets = flat.texts.offsets
-    assert offsets is not None
-    encoded = [text.encode() for text in parsed.texts]
-    before = np.searchsorted(flat.rows, parsed.rows)  # flat rows that go first
-    pieces: list[bytes | memoryview] = []
-    last, view = 0, memoryview(flat.texts.data)
-    for index, count in enumerate(before.tolist()):
-        pieces += [view[int(offsets[2 * last]) : int(offsets[2 * count])], *encoded[2 * index : 2 * index + 2]]
-        last = count
-    pieces.append(view[int(offsets[2 * last]) : int(offsets[-1])])
-    sizes = np.array([len(text) for text in encoded], np.int64).reshape(-1, 2)
-    sizes = np.insert(np.diff(offsets).reshape(-1, 2), before, sizes, axis=0)
-    rows = np.insert(flat.rows, before, parsed.rows)
-    texts = Texts(data=b"".join(pieces), offsets=_starts(sizes.reshape(-1)))
-    return _Parts(texts, np.arange(len(rows) + 1, dtype=np.int64) * 2, rows)
+        return [match.start() for match in self._bytes.finditer(data)]
 
 
 def _mark(

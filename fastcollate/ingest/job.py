@@ -43,7 +43,6 @@ from fastcollate.text.templates import load_template
 from fastcollate.text.tokenizer import load_tokenizer
 
 SKIPPED = "skipped.txt"
-_SCAN_BYTES = 16 << 20  # of smaller sources all records are parsed: loading compiled code would take longer
 _CHOICES = {
     "boundary": ("reference", "exact"),
     "on_error": ("raise", "skip"),
@@ -145,9 +144,8 @@ def prepare(
     if workers is not None and workers < 1:
         raise InputError(f"workers={workers}: at least 1")
     found = find_sources(sources)
-    scan = sum(source.num_bytes for source in found) >= _SCAN_BYTES
     fields = dict(fields or {})
-    spec = JobSpec(template, tokenizer, backend, fields, boundary, max_length, long_prompt, special_text, scan)
+    spec = JobSpec(template, tokenizer, backend, fields, boundary, max_length, long_prompt, special_text)
     job = _Job(found, Path(store), spec, on_error, progress)
     made = [folder for folder in (job.root, *job.root.parents) if not folder.exists()]
     try:

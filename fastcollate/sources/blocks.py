@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
-import orjson
+import msgspec
 import pyarrow as pa
 
 from fastcollate.errors import InputError, import_extra
@@ -28,7 +28,6 @@ _FORMATS = {
 }  # fmt: skip
 _COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _SAVED = ("state.json", "dataset_dict.json")  # what tells a directory that a data set was saved to
-BAD_ROW = "\x00bad"  # the key under which a table row that cannot be read carries the reason
 
 
 class SourceReadError(InputError):
@@ -70,8 +69,8 @@ class Block:
         index: number of the block in the job.
         source: index of its source.
         name: the source's name, for messages.
-        kind: `lines`, `array` (the inside of a JSON array), `rows` (the same, made from a table) or `arrow` (an Arrow
-            IPC stream).
+        kind: `lines`, `array` (the inside of a JSON array), `rows` (lines made from a table: objects, or a text that
+            says what was wrong with a row) or `arrow` (an Arrow IPC stream).
         first_row: position of its first record in all sources.
         num_rows: records in it, good or bad.
         first_line: line of its first byte in the source; 0 where there are no lines.
@@ -270,7 +269,7 @@ def _csv_pieces(source: Source, file: IO[bytes], block_bytes: int) -> Iterator[d
 
 
 def _next_csv_row(reader: Any, header: Sequence[str]) -> bytes | None:
-    """The next row that is not blank as a JSON object, or `None` at the end; a bad one carries its reason."""
+    """The next row that is not blank as a JSON object, `None` at the end; for a bad one, the reason as a JSON text."""
     try:
         cells = next(reader)
         while not cells:
@@ -278,18 +277,18 @@ def _next_csv_row(reader: Any, header: Sequence[str]) -> bytes | None:
     except StopIteration:
         return None
     except csv.Error as error:
-        return orjson.dumps({BAD_ROW: f"line {reader.line_num}: not valid CSV ({error})"})
+        return msgspec.json.encode(f"line {reader.line_num}: not valid CSV ({error})")
     if len(cells) > len(header):
         reason = f"line {reader.line_num}: {len(cells)} cells, but the header names {len(header)} columns"
-        return orjson.dumps({BAD_ROW: reason})
+        return msgspec.json.encode(reason)
     try:
-        return orjson.dumps(dict(zip(header, cells, strict=False)))
-    except TypeError:  # a lone surrogate stands for a byte that is not UTF-8
-        return orjson.dumps({BAD_ROW: f"line {reader.line_num}: a byte that is not UTF-8"})
+        return msgspec.json.encode(dict(zip(header, cells, strict=False)))
+    except UnicodeEncodeError:  # a lone surrogate stands for a byte that is not UTF-8
+        return msgspec.json.encode(f"line {reader.line_num}: a byte that is not UTF-8")
 
 
 def _csv_block(rows: list[bytes]) -> dict[str, Any]:
-    data = b",".join(rows)
+    data = b"\n".join(rows)
     return {"kind": "rows", "num_rows": len(rows), "first_line": 0, "num_bytes": len(data), "source_bytes": 0,
             "data": data}  # fmt: skip
 

@@ -1,16 +1,28 @@
-"""Blocks -> records, each with its position in the sources; what cannot be parsed is named, never dropped silently."""
+"""Blocks -> records; what cannot be parsed is named, never dropped silently.
+
+What a record is, Python's `json` decides. msgspec reads what both read alike, several times as fast: UTF-8, which it
+does not check in texts that it passes over, and whole numbers of more digits than `json` takes are looked for first,
+and whatever msgspec refuses is read by `json`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
-import orjson
+import msgspec
 import pyarrow as pa
 
-from fastcollate.sources.blocks import BAD_ROW, Block
+from fastcollate.sources.blocks import Block
 from fastcollate.sources.scanner import scan_array
+
+_MOST_DIGITS = 4300  # of a whole number, for Python's `json`
+_BLANK = b" \t\r\n"
+_CHUNK_BYTES, _CHUNK_ROWS = 1 << 18, 4096  # read at once
 
 
 class BadRecord(NamedTuple):
@@ -21,127 +33,221 @@ class BadRecord(NamedTuple):
     reason: str
 
 
-class Records(NamedTuple):
-    """A parsed block.
+class JsonRecords:
+    """Records as JSON, cut apart and parsed when asked for.
 
-    Attributes:
-        records: the records that could be parsed.
-        rows: their positions in the sources.
-        bad: what could not be parsed.
+    Args:
+        pieces: each record's bytes.
+        is_sure: whether msgspec's checks are enough.
+        is_table: whether a text says what was wrong with a table's row.
     """
 
-    records: list[Any]
-    rows: Sequence[int]
-    bad: list[BadRecord]
+    def __init__(self, pieces: list[bytes], *, is_sure: bool, is_table: bool) -> None:
+        self._pieces = pieces
+        self._decode = _decode if is_sure else parse_record
+        self._is_sure = is_sure
+        self._is_table = is_table
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, number: int) -> Any:
+        """A record.
+
+        Raises:
+            ValueError: it cannot be parsed; the message says why.
+        """
+        piece = self._pieces[number]
+        try:
+            record = self._decode(piece)
+        except (msgspec.DecodeError, RecursionError):
+            record = parse_record(piece)  # they differ, or it says why not
+        if self._is_table and isinstance(record, str):
+            raise ValueError(record)
+        return record
+
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Some fields of all records; `None` where there is none, and in all fields of a record that needs a look."""
+        decode = _decoder(tuple(names))
+        if decode is None or not self._is_sure:
+            return self._columns_one_by_one(names)
+        found: list[Any] = []
+        records, nothing = map(decode, self._pieces), decode(b"{}")
+        while True:
+            try:
+                found.extend(records)  # up to one that is refused
+                break
+            except (msgspec.DecodeError, RecursionError):
+                found.append(nothing)
+        values = list(chain.from_iterable(map(msgspec.structs.astuple, found)))
+        return {name: values[index :: len(names)] for index, name in enumerate(names)}
+
+    def _columns_one_by_one(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {name: [None] * len(self) for name in names}
+        for number in range(len(self)):
+            with suppress(ValueError):
+                record = self[number]
+                for name in names if isinstance(record, dict) else ():
+                    columns[name][number] = record.get(name)
+        return columns
 
 
-def parse_block(block: Block, data: bytes) -> Records:
-    """The records of a block; `data` is what `block.read()` gave."""
+class TableRecords:
+    """Rows of an Arrow table."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, number: int) -> Any:
+        """A record."""
+        return self._table.slice(number, 1).to_pylist()[0]
+
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Some columns; `None` for those that are not there."""
+        have = self._table.column_names
+        return {n: self._table.column(n).to_pylist() if n in have else [None] * len(self) for n in names}
+
+
+Records = JsonRecords | TableRecords
+
+
+def read_records(block: Block, data: bytes) -> Iterator[Records]:
+    """The records of a block in order, some at a time: what is made of them stays in a core's cache.
+
+    Args:
+        block: a block.
+        data: what `block.read()` gave.
+    """
     if block.kind == "arrow":
         with pa.ipc.open_stream(data) as reader:
-            records = reader.read_all().to_pylist()
-        return Records(records, range(block.first_row, block.first_row + len(records)), [])
-    records = _parse_at_once(block, data)
-    if records is not None:
-        return Records(records, range(block.first_row, block.first_row + len(records)), [])
-    pieces = _cut_lines(data) if block.kind == "lines" else _cut_array(data)
-    return parse_pieces(block, ((number, piece) for number, (_, piece) in enumerate(pieces)))
+            table = reader.read_all()
+        for start in range(0, table.num_rows, _CHUNK_ROWS):
+            yield TableRecords(table.slice(start, _CHUNK_ROWS))
+        return
+    for chunk, pieces in _array_chunks(data) if block.kind == "array" else _line_chunks(data, block.num_rows):
+        is_sure = _is_utf8(chunk) and not _has_long_number(chunk)
+        yield JsonRecords(pieces, is_sure=is_sure, is_table=block.kind == "rows")
 
 
-def _parse_at_once(block: Block, data: bytes) -> list[Any] | None:
-    """All records, or `None` where one of them is bad, or a line blank: then each must be looked at by itself."""
+def _line_chunks(data: bytes, num_rows: int) -> Iterator[tuple[bytes, list[bytes]]]:
+    """Runs of lines, and those lines in them that are not blank."""
+    has_blanks = data.count(b"\n") + (data[-1:] != b"\n") != num_rows
+    start = 0
+    while start < len(data):
+        middle = start + _CHUNK_BYTES
+        stop = 0 if middle < len(data) else len(data)
+        stop = stop or data.rfind(b"\n", start, middle) + 1 or data.find(b"\n", middle) + 1 or len(data)
+        chunk = data[start:stop]
+        lines = chunk.removesuffix(b"\n").split(b"\n")
+        yield chunk, [line for line in lines if line.strip(_BLANK)] if has_blanks else lines
+        start = stop
+
+
+def _array_chunks(data: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
+    """Runs of a JSON array's elements."""
+    pieces: list[bytes] = []
+    start = first = 0
+    for stop in [*scan_array(data).commas, len(data)] if data else ():
+        pieces.append(data[start:stop])
+        start = stop + 1
+        if stop - first >= _CHUNK_BYTES or stop == len(data):
+            yield data[first:stop], pieces
+            pieces, first = [], start
+
+
+_decode = msgspec.json.Decoder().decode
+
+
+@lru_cache(maxsize=64)
+def _decoder(names: tuple[str, ...]) -> Callable[[bytes], Any] | None:
+    """What reads some fields of an object and passes over the others; `None` for names that msgspec cannot take."""
+    fields = {f"field{index}": name for index, name in enumerate(names)}
     try:
-        if block.kind != "lines":
-            records = orjson.loads(b"[%b]" % data)
-        else:
-            records = list(map(orjson.loads, data.split(b"\n") if data[-1:] != b"\n" else data[:-1].split(b"\n")))
+        record = msgspec.defstruct("Record", [(field, Any, None) for field in fields], rename=fields, gc=False)
     except ValueError:
         return None
-    has_bad_rows = block.kind == "rows" and any(BAD_ROW in record for record in records)
-    return None if has_bad_rows or len(records) != block.num_rows else records
+    return msgspec.json.Decoder(record).decode
 
 
-def lines_of(block: Block, data: bytes, rows: Collection[int]) -> dict[int, int]:
+def _is_utf8(data: bytes) -> bool:
+    try:
+        return data.isascii() or bool(data.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _has_long_number(data: bytes) -> bool:
+    """Whether more digits stand in a row than `json` takes: every such row holds a byte of each so many."""
+    half = _MOST_DIGITS // 2
+    return any(data[place : place + half].isdigit() for place in range(0, len(data), half))
+
+
+def parse_record(piece: bytes) -> Any:
+    """What Python's `json` reads; lone surrogates become U+FFFD.
+
+    Raises:
+        ValueError: it is not JSON; the message says why.
+    """
+    try:
+        return _without_surrogates(json.loads(piece.decode().strip(" \t\r\n")))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a byte that is not UTF-8 (byte {error.start} of the record)") from None
+    except json.JSONDecodeError as error:
+        where = f" (column {error.colno})" if error.lineno == 1 else ""
+        raise ValueError(f"not valid JSON: {error.msg}{where}") from None
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
+    except ValueError:
+        raise ValueError(f"not valid JSON: a number of more than {_MOST_DIGITS} digits") from None
+
+
+def _without_surrogates(value: Any) -> Any:
+    """A parsed value, changed in place."""
+    if isinstance(value, str):
+        return _clean(value)
+    pending = [value] if isinstance(value, dict | list) else []
+    while pending:
+        outer = pending.pop()
+        items = list(outer.items() if isinstance(outer, dict) else enumerate(outer))
+        pending += [inner for _, inner in items if isinstance(inner, dict | list)]
+        cleaned = [(key, _clean(inner) if isinstance(inner, str) else inner) for key, inner in items]
+        if isinstance(outer, dict):
+            outer.clear()
+            outer.update((_clean(key), inner) for key, inner in cleaned)
+        else:
+            outer[:] = [inner for _, inner in cleaned]
+    return value
+
+
+def _clean(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def lines_of(block: Block, data: bytes, rows: Collection[int]) -> Mapping[int, int]:
     """The lines on which some records begin, counted from 1; empty where the source has no lines."""
     if not block.first_line or not rows:
         return {}
     lines, line, counted = {}, block.first_line, 0
-    for number, (start, piece) in enumerate(_cut_lines(data) if block.kind == "lines" else _cut_array(data)):
+    for number, (start, piece) in enumerate(_places(block, data)):
         if block.first_row + number in rows:
-            start += len(piece) - len(piece.lstrip())
+            start += len(piece) - len(piece.lstrip(_BLANK))
             line += data.count(b"\n", counted, start)
             counted = start
             lines[block.first_row + number] = line
     return lines
 
 
-def parse_pieces(block: Block, pieces: Iterable[tuple[int, bytes]]) -> Records:
-    """Records by themselves, each with its number in the block, so that one that cannot be parsed spoils no other."""
-    records, rows, bad = [], [], []
-    for number, piece in pieces:
-        row = block.first_row + number
-        try:
-            record = parse_record(piece.strip(b" \t\r\n"))
-        except ValueError as error:
-            bad.append(BadRecord(row, 0, str(error)))
-            continue
-        if block.kind == "rows" and BAD_ROW in record:
-            bad.append(BadRecord(row, 0, record[BAD_ROW]))
-            continue
-        records.append(record)
-        rows.append(row)
-    return Records(records, rows, bad)
-
-
-def parse_record(piece: bytes) -> Any:
-    """One JSON value; lone surrogates become U+FFFD.
-
-    Raises:
-        ValueError: it is not JSON; the message says why.
-    """
-    try:
-        return orjson.loads(piece)
-    except orjson.JSONDecodeError as error:
-        if "surrogate" not in str(error):
-            where = f" (column {error.colno})" if error.lineno == 1 else ""
-            raise ValueError(f"not valid JSON: {error.msg}{where}") from None
-    try:
-        return _mend(json.loads(piece.decode(), parse_constant=_refuse_constant))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"a byte that is not UTF-8 (byte {error.start} of the record)") from None
-    except RecursionError as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"not valid JSON: {name}")
-
-
-def _mend(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_mend(item) for item in value]
-    if isinstance(value, dict):
-        return {_mend(key): _mend(item) for key, item in value.items()}
-    return value
-
-
-def _cut_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Start and content of each line that is not blank."""
-    start = 0
-    while start < len(data):
-        stop = data.find(b"\n", start)
-        stop = len(data) if stop < 0 else stop
-        line = data[start:stop]
-        if line.strip(b" \t\r"):
-            yield start, line
-        start = stop + 1
-
-
-def _cut_array(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Start and content of each element of a JSON array's inside."""
-    start = 0
-    for comma in [*scan_array(data).commas, len(data)]:
-        yield start, data[start:comma]
-        start = comma + 1
+def _places(block: Block, data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Where each record begins, with white space before it, and its bytes."""
+    is_array, start = block.kind == "array", 0
+    for piece in chain.from_iterable(p for _, p in _array_chunks(data)) if is_array else data.split(b"\n"):
+        if is_array or piece.strip(_BLANK):
+            yield start, piece
+        start += len(piece) + 1

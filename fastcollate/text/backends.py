@@ -7,7 +7,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, overload
 
@@ -37,16 +37,8 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _clean(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return without_surrogates(text)
-    return text
-
-
 class Texts(Sequence[str]):
-    """Texts as strings, or end to end as UTF-8: the one that backends like best is made once, if it is wanted at all.
+    """Many texts, end to end as UTF-8.
 
     Args:
         strings: the texts; lone surrogates become U+FFFD.
@@ -55,19 +47,18 @@ class Texts(Sequence[str]):
     """
 
     def __init__(
-        self,
-        strings: Sequence[str] | None = None,
-        *,
-        data: memoryview | bytes = b"",
-        offsets: npt.NDArray[np.int64] | None = None,
+        self, strings: Sequence[str] = (), *, data: bytes = b"", offsets: npt.NDArray[np.int64] | None = None
     ) -> None:
-        self._strings = None if strings is None else list(map(_clean, strings))
+        if offsets is None:
+            encoded = list(map(_utf8, strings))
+            offsets = np.zeros(len(encoded) + 1, np.int64)
+            np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=offsets[1:])
+            data = b"".join(encoded)
         self.data = data
         self.offsets = offsets
-        self._length = len(self._strings) if offsets is None and self._strings is not None else len(offsets) - 1  # type: ignore[arg-type]
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.offsets) - 1
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -76,15 +67,18 @@ class Texts(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if self._strings is not None:
-            return self._strings[index]
-        assert self.offsets is not None
-        start, stop = self.offsets[index : index + 2].tolist()
-        return str(self.data[start:stop], "utf-8")
+        return self.data[self.offsets[index] : self.offsets[index + 1]].decode()
 
     def strings(self) -> list[str]:
         """All texts as strings."""
-        return self[:] if self._strings is None else self._strings
+        return [self.data[start:stop].decode() for start, stop in pairwise(self.offsets.tolist())]
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return without_surrogates(text).encode()
 
 
 class Backend(Protocol):
@@ -183,16 +177,11 @@ class GigatokenBackend:
 
 def _pieces(texts: Texts, size: Callable[[], int]) -> Iterator[Any]:
     """Texts in runs of about so many bytes, as gigatoken takes them; one run without a text where there is none."""
-    strings = texts.strings() if texts.offsets is None else []
-    offsets = np.cumsum([0, *map(len, strings)]) if texts.offsets is None else texts.offsets
     start = 0
     while True:
-        stop = int(np.searchsorted(offsets, offsets[start] + size(), side="right")) - 1
+        stop = int(np.searchsorted(texts.offsets, texts.offsets[start] + size(), side="right")) - 1
         stop = min(max(stop, start + 1), len(texts))
-        if texts.offsets is None:
-            yield strings[start:stop]
-        else:
-            yield _awkward_strings(texts.data, offsets[start : stop + 1])
+        yield _awkward_strings(texts.data, texts.offsets[start : stop + 1])
         if stop >= len(texts):
             return
         start = stop
@@ -207,7 +196,7 @@ def _joined(parts: Sequence[RaggedIds]) -> RaggedIds:
     return RaggedIds(np.concatenate([part.ids for part in parts]), np.concatenate([np.zeros(1, np.int64), *offsets]))
 
 
-def _awkward_strings(data: memoryview | bytes, offsets: npt.NDArray[np.int64]) -> Any:
+def _awkward_strings(data: bytes, offsets: npt.NDArray[np.int64]) -> Any:
     """Texts that lie end to end, as the array of strings that gigatoken takes without copying."""
     import awkward  # gigatoken needs it too
 

@@ -5,13 +5,13 @@ Single-turn templates also work on whole columns at once, which is what makes sh
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from fastcollate.errors import InputError, import_extra
-from fastcollate.sources.fields import Recipe
 
 Parts = list[str]
 """A record's texts: prompt, response, prompt, ..."""
@@ -41,10 +41,15 @@ class BadRecordError(Exception):
 
 
 class Columns(NamedTuple):
-    """Many records' texts, one prompt and one response each."""
+    """The texts of records that give one prompt and one response each.
 
-    prompts: list[str]
-    responses: list[str]
+    Attributes:
+        text: prompt, response, prompt, ..., end to end, a NUL before each; of irregular records something.
+        irregular: the numbers of records that need `parts`: a fault, an unusual field.
+    """
+
+    text: str
+    irregular: list[int]
 
 
 class Template:
@@ -66,13 +71,13 @@ class Template:
         """
         raise NotImplementedError
 
-    def columns(self, records: Sequence[Any]) -> Columns | None:
-        """All records' texts at once, or `None` where one of them needs `parts` (a fault, an unusual field)."""
+    def names(self) -> tuple[str, ...] | None:
+        """The fields that `columns` reads; `None` where records must be given to `parts` one by one."""
         return None
 
-    def recipe(self) -> Recipe | None:
-        """How plain records become texts without being parsed, or `None` where each must be."""
-        return None
+    def columns(self, fields: Mapping[str, Sequence[Any]]) -> Columns:
+        """The texts of many records, given as the columns of `names`."""
+        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """What decides the texts."""
@@ -96,58 +101,57 @@ class SingleTurn(Template):
         """Name and field mapping."""
         return {"name": self.name, "fields": self._fields}
 
-    def recipe(self) -> Recipe | None:
-        """Fields and fixed texts."""
-        names = (self._instruction, self._input, self._output)
-        return Recipe(*names, self._head, self._before_input, self._before_output)
+    def names(self) -> tuple[str, ...]:
+        """Instruction, input and output by all their names."""
+        return tuple(dict.fromkeys((*self._instruction, *self._input, *self._output)))
 
     def parts(self, record: Any) -> Parts:
         """Prompt and response."""
         instruction = _text(record, self._instruction, "instruction")
         output = _text(record, self._output, "output")
-        name = next((name for name in self._input if record.get(name) is not None), None)
-        extra = "" if name is None else _string(record[name], name)
+        extra = _text(record, self._input, "input") if any(record.get(name) is not None for name in self._input) else ""
         if not instruction and not extra and not output:
             raise BadRecordError("no text: every field is empty")
         prompt = self._head + instruction
         return [prompt + self._before_input + extra if extra else prompt, self._before_output + output]
 
-    def columns(self, records: Sequence[Any]) -> Columns | None:
-        """Prompts and responses of records that all name their fields alike."""
-        try:
-            first = records[0]
-            instruction = self._first_name(self._instruction, first, records)
-            output = self._first_name(self._output, first, records)
-            instructions = [record[instruction] for record in records]
-            outputs = [record[output] for record in records]
-            inputs = [record.get(self._input[0]) for record in records]
-            if {*map(type, instructions), *map(type, outputs)} != {str} or "" in instructions:
-                return None
-            kinds = set(map(type, inputs))
-            if not kinds <= {str, type(None)}:
-                return None
-            if type(None) in kinds and any(name in record for name in self._input[1:] for record in records):
-                return None
-        except (KeyError, TypeError, AttributeError, IndexError, LookupError):
-            return None
-        head, before_input, before_output = self._head, self._before_input, self._before_output
-        if kinds == {type(None)}:
-            prompts = [head + text for text in instructions]
-        else:
-            prompts = [
-                head + text + before_input + extra if extra else head + text
-                for text, extra in zip(instructions, inputs, strict=True)
-            ]
-        return Columns(prompts, [before_output + text for text in outputs])
+    def columns(self, fields: Mapping[str, Sequence[Any]]) -> Columns:
+        """The texts of many records, given as the columns of `names`."""
+        columns = [_first_column(names, fields) for names in (self._instruction, self._input, self._output)]
+        irregular = _irregular(*columns)
+        for column in columns if irregular else ():
+            for number in irregular:
+                column[number] = ""
+        instructions, inputs, outputs = columns
+        pieces = ["\0" + self._head] * (5 * len(outputs))
+        pieces[1::5] = instructions
+        pieces[2::5] = [self._before_input + text if text else "" for text in inputs]
+        pieces[3::5] = ["\0" + self._before_output] * len(outputs)
+        pieces[4::5] = outputs
+        return Columns("".join(pieces), irregular)
 
-    @staticmethod
-    def _first_name(names: Sequence[str], first: Any, records: Sequence[Any]) -> str:
-        for index, name in enumerate(names):
-            if name in first:
-                if any(earlier in record for earlier in names[:index] for record in records):
-                    raise LookupError  # some records would be read by another name
-                return name
-        raise KeyError
+
+def _first_column(names: Sequence[str], fields: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """What each record holds under the first of the names under which it holds anything."""
+    column = list(fields[names[0]])
+    for name in names[1:]:
+        if None not in column:
+            break
+        column = [other if value is None else value for value, other in zip(column, fields[name], strict=True)]
+    return column
+
+
+def _irregular(instructions: list[Any], inputs: list[Any], outputs: list[Any]) -> list[int]:
+    """The numbers of records that are not three texts, or of three empty ones."""
+    are_texts = {*map(type, instructions), *map(type, outputs)} <= {str} and {*map(type, inputs)} <= {str, type(None)}
+    if are_texts and not ("" in instructions and "" in outputs):
+        return []
+    return [
+        number
+        for number, (instruction, extra, output) in enumerate(zip(instructions, inputs, outputs, strict=True))
+        if not (type(instruction) is type(output) is str and (extra is None or type(extra) is str))
+        or not (instruction or extra or output)
+    ]
 
 
 class Chat(Template):
@@ -169,7 +173,7 @@ class Chat(Template):
 
     def parts(self, record: Any) -> Parts:
         """Prompt, response, prompt, ..."""
-        turns = _value(record, self._turns, "messages")
+        turns = record[_name(record, self._turns, "messages")]
         if not isinstance(turns, list):
             raise BadRecordError(f"messages is {_kind(turns)}, not a list of turns")
         if not turns:
@@ -263,21 +267,22 @@ def _candidates(fields: Mapping[str, str], field: str, names: Sequence[str]) -> 
     return (fields[field],) if field in fields else tuple(names)
 
 
-def _value(record: Any, names: Sequence[str], field: str) -> Any:
+def _name(record: Any, names: Sequence[str], field: str) -> str:
+    """The first of the names under which the record holds anything."""
     if not isinstance(record, dict):
         raise BadRecordError(f"not an object but {_kind(record)}")
-    for name in names:
-        if name in record:
-            return record[name]
-    have = ", ".join(map(repr, list(record)[:8])) or "none"
-    raise BadRecordError(
-        f"no field {' or '.join(map(repr, names))} (fields here: {have}); map it with --field {field}=NAME"
-    )
+    there = [name for name in names if name in record]
+    if not there:
+        have = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise BadRecordError(
+            f"no field {' or '.join(map(repr, names))} (fields here: {have}); map it with --field {field}=NAME"
+        )
+    return next((name for name in there if record[name] is not None), there[0])
 
 
 def _text(record: Any, names: Sequence[str], field: str) -> str:
-    value = _value(record, names, field)
-    return _string(value, next(name for name in names if name in record))
+    name = _name(record, names, field)
+    return _string(record[name], name)
 
 
 def _string(value: Any, name: str) -> str:
@@ -300,6 +305,8 @@ def _turn(turn: Any, number: int) -> tuple[str, str]:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN or infinite"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 

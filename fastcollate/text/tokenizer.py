@@ -139,7 +139,7 @@ class Tokenizer:
     def pairs_that_join(self, texts: Texts) -> list[int]:
         """Of texts that are left and right by turns, the pairs' numbers that `parts_at` does not clear."""
         suspects: Sequence[int] = range(len(texts) // 2)
-        if texts.offsets is not None and self._scheme in _SURE_BYTES and len(texts.data):
+        if self._scheme in _SURE_BYTES and len(texts.data):
             data = np.frombuffer(texts.data, np.uint8)
             left, middle, right = texts.offsets[:-1:2], texts.offsets[1::2], texts.offsets[2::2]
             sure = (left < middle) & (middle < right) & _SURE_BYTES[self._scheme][data[middle - 1]]

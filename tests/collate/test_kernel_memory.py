@@ -17,9 +17,6 @@ import torch
 from fastcollate.collate import fill as kernels
 from fastcollate.collate.collator import Collator
 from fastcollate.collate.reference import custom_collate_fn
-from fastcollate.sources.fields import FlatRecords
-from fastcollate.sources.text_kernels import write_texts
-from fastcollate.text.templates import load_template
 from tests.helpers import make_shards
 
 PAD = 50256
@@ -98,39 +95,3 @@ def test_a_shard_is_never_read_past_its_end(guarded: npt.NDArray[np.uint8]) -> N
         found = Collator([shard])(order)
         expected = custom_collate_fn([rows[i] for i in order])
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-RECORDS = (
-    '{"instruction": "a", "output": "b"}', '{"output":"12345678","instruction":"x","input":"1234567"}',
-    '{"instruction": "\\n\\u00e9 é", "input": "y", "output": "z\\\\"}', '{"instruction": "cut',
-    '{"instruction": "\\u00', '{"instruction": "\\ud83d', '{"instruct', '{"instruction": "é',
-    "{", '{"id": 1', '{"id": nul', '{"id": 1.',
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("last", RECORDS)
-@pytest.mark.parametrize("cut", range(9))
-def test_records_are_never_read_past_their_end(guarded: npt.NDArray[np.uint8], last: str, cut: int) -> None:
-    data = f"{RECORDS[0]}\n{last}".encode()
-    data = data[: len(data) - cut]
-    guarded[-len(data) :] = np.frombuffer(data, np.uint8)
-    recipe = load_template("alpaca", {}).recipe()
-    assert recipe is not None
-    found = FlatRecords(guarded[-len(data) :].data, in_array=False, num_rows=2, recipe=recipe)
-    expected = FlatRecords(data, in_array=False, num_rows=2, recipe=recipe)
-    assert found.agrees == expected.agrees
-    assert found.regular.tolist() == expected.regular.tolist()
-
-
-@pytest.mark.parametrize("record", RECORDS[:3])
-def test_texts_are_never_written_past_their_end(guarded: npt.NDArray[np.uint8], record: str) -> None:
-    recipe = load_template("alpaca", {}).recipe()
-    assert recipe is not None
-    flat = FlatRecords(record.encode(), in_array=False, num_rows=1, recipe=recipe)
-    texts, offsets = flat.write()
-    wanted = texts[: offsets[-1]].tobytes()
-    pieces = [np.frombuffer(text.encode(), np.uint8) for text in recipe[3:]]
-    for room in range(len(texts), len(wanted) - 1, -1):  # down to not a byte more than the texts take
-        out = guarded[-room:]
-        assert write_texts(flat._data, flat._spans, np.array([0]), *pieces, out, offsets) == len(wanted)
-        assert out[: len(wanted)].tobytes() == wanted

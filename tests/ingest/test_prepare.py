@@ -38,7 +38,6 @@ from fastcollate.sources import blocks as sources_module
 from fastcollate.store.store import TokenStore, verify_checksums
 from fastcollate.text.tokenizer import load_encoding
 
-prepare_module = sys.modules["fastcollate.ingest.job"]
 AWKWARD = [
     {"instruction": "Add.", "input": "1 2\n", "output": "3"},
     {"instruction": "Ends in blanks  ", "input": "", "output": "ok"},
@@ -82,13 +81,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources_module.read_blocks, "__kwdefaults__", {"block_bytes": 20_000})
 
 
-@pytest.fixture(params=["parsed", "scanned"])
-def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records parsed, as those of small sources are, and scanned by compiled code."""
-    if request.param == "scanned":
-        monkeypatch.setattr(prepare_module, "_SCAN_BYTES", 0)
-
-
 def check_against_reference(store: TokenStore, records: list[dict[str, Any]]) -> None:
     records = [{"input": "", **record} for record in records]
     encoding = load_encoding("gpt2")
@@ -109,7 +101,6 @@ def test_public_name_is_the_function() -> None:
     assert public_prepare is prepare
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("backend", ["tiktoken", "auto"])
 def test_awkward_rows_equal_the_reference(tmp_path: Path, backend: str) -> None:
     records = AWKWARD + many(300)
@@ -120,7 +111,6 @@ def test_awkward_rows_equal_the_reference(tmp_path: Path, backend: str) -> None:
     assert verify_checksums(tmp_path / "s") == []
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_the_chapters_records_equal_the_reference(tmp_path: Path, instruction_data: Path) -> None:
     report = prepare(instruction_data, tmp_path / "s")
     check_against_reference(TokenStore(tmp_path / "s"), json.loads(instruction_data.read_text()))
@@ -128,7 +118,6 @@ def test_the_chapters_records_equal_the_reference(tmp_path: Path, instruction_da
     assert (report.summary["length_p0"], report.summary["length_p50"], report.summary["length_p100"]) == (40, 55, 91)
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_gsm8k_equals_the_reference_and_its_fields_are_recognised(tmp_path: Path, gsm8k: Path) -> None:
     prepare(gsm8k, tmp_path / "s")
     records = [json.loads(line) for line in gsm8k.read_text().splitlines()]
@@ -136,7 +125,6 @@ def test_gsm8k_equals_the_reference_and_its_fields_are_recognised(tmp_path: Path
     check_against_reference(TokenStore(tmp_path / "s"), records)
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_phi3_equals_the_reference(tmp_path: Path) -> None:
     records = [{"input": "", **record, "instruction": record["instruction"] or "i"} for record in AWKWARD]
     prepare(write_lines(tmp_path / "a.jsonl", records), tmp_path / "s", template="phi3")
@@ -160,7 +148,7 @@ def test_exact_boundary_begins_at_the_first_token_with_a_response_character(tmp_
         assert len(before) <= mark < len(until), record
 
 
-@pytest.mark.usefixtures("small_blocks", "both_ways")
+@pytest.mark.usefixtures("small_blocks")
 def test_every_input_gives_the_same_rows(tmp_path: Path) -> None:
     records = many(400, seed=3)
     lines = write_lines(tmp_path / "a.jsonl", records)
@@ -216,7 +204,6 @@ def test_a_dataset_and_several_files(tmp_path: Path) -> None:
     check_against_reference(TokenStore(tmp_path / "s2"), records)
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -287,7 +274,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "mine.txt").exists()
 
 
-@pytest.mark.usefixtures("small_blocks", "both_ways")
+@pytest.mark.usefixtures("small_blocks")
 def test_skipped_records_are_listed_and_good_ones_stored(tmp_path: Path) -> None:
     good = many(300)
     lines = [json.dumps(record) for record in good]
@@ -305,7 +292,7 @@ def test_skipped_records_are_listed_and_good_ones_stored(tmp_path: Path) -> None
     assert verify_checksums(tmp_path / "s") == []
 
 
-@pytest.mark.usefixtures("small_blocks", "both_ways")
+@pytest.mark.usefixtures("small_blocks")
 def test_workers_and_backends_do_not_change_a_byte(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", many(1500))
     hashes = set()
@@ -445,7 +432,6 @@ def test_long_prompts(tmp_path: Path) -> None:
     assert (skipped.num_rows, skipped.summary["num_skipped"]) == (1, 1)
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_special_text_is_refused_or_ordinary_text(tmp_path: Path) -> None:
     records = [{"instruction": "a <|endoftext|>", "output": "b"}, {"instruction": "c", "output": "d"}]
     source = write_lines(tmp_path / "a.jsonl", records)
@@ -502,7 +488,6 @@ def test_a_jinja_template(tmp_path: Path) -> None:
         prepare(source, tmp_path / "u", template=str(template))
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_lone_surrogates_get_tiktokens_treatment(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"instruction": "a \\ud83d b", "output": "\\ud83d\\ude00 c"}\n')
     prepare(tmp_path / "a.jsonl", tmp_path / "s")

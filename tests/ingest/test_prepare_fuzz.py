@@ -12,16 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.prepare_fuzz import LARGE, MAKERS, check, large_cases, make_cases
 from fastcollate.sources import blocks as sources_module
 
-prepare_module = sys.modules["fastcollate.ingest.job"]
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 
 
-@pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("block_bytes", [3_000, 8 << 20])
 def test_bad_records_are_reported_and_good_ones_stored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: bool, block_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(prepare_module, "_SCAN_BYTES", 0 if scanned else 1 << 60)
     monkeypatch.setattr(sources_module.read_blocks, "__kwdefaults__", {"block_bytes": block_bytes})
     print(f"FUZZ_SEED={SEED}")
     cases = make_cases(1500, SEED)
