@@ -141,12 +141,8 @@ def bucketed(store: TokenStore, mask_prompt: bool) -> Iterator[MicroBatch]:
 
 
 def loaded(loader: BatchLoader) -> Iterator[MicroBatch]:
-    useful = trained = 0
     while True:
-        for batch in loader:
-            stats = loader.stats
-            yield as_micro_batch(batch, stats.real_cells - useful, stats.trained_tokens - trained)
-            useful, trained = stats.real_cells, stats.trained_tokens
+        yield from map(as_micro_batch, loader)
 
 
 def without_padding(batch: MicroBatch, pad_token_id: int) -> MicroBatch:

@@ -186,7 +186,7 @@ def inspect(
     report: Annotated[Optional[Path], typer.Option(help="Write a page for the browser to this file.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(help="Rows in a batch of the page's picture of an epoch.")] = 8,
     max_length: MaxLength = None,
-    mask_prompt: MaskPrompt = True,
+    mask_prompt: MaskPrompt = False,
     mode: Mode = "reference",
     json_output: Json = False,
 ) -> None:
@@ -198,7 +198,7 @@ def inspect(
     opened = TokenStore(store)
     options = counts.MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
     if row is not None:
-        view = counts.view_row(opened, row, options)
+        view = terminal.view_row(opened, row, options)
         if json_output:
             arrays = {"inputs": view.inputs.tolist(), "targets": view.targets.tolist()}
             _print_json({**view._asdict(), **arrays})
@@ -208,7 +208,7 @@ def inspect(
             if problem:
                 print(f"note: ids only, {problem}", file=sys.stderr)
         return
-    found = counts.inspect_store(opened, options, silent=json_output)
+    found = counts.inspect_store(opened, options, progress=not json_output)
     if report is not None:
         from fastcollate.check.page import write_report
 
@@ -235,7 +235,7 @@ def verify(
     capacity: Capacity = None,
     seed: Annotated[int, typer.Option(help="Seed of the epoch's order.")] = 0,
     max_length: MaxLength = None,
-    mask_prompt: MaskPrompt = True,
+    mask_prompt: MaskPrompt = False,
     mode: Mode = "reference",
     json_output: Json = False,
 ) -> None:
@@ -248,7 +248,7 @@ def verify(
     options = MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
     found = run(
         TokenStore(store), options, policy=policy, batch_size=batch_size, capacity=capacity, seed=seed,
-        sources=source or [], checksums=checksums, silent=json_output,
+        sources=source or [], checksums=checksums, progress=not json_output,
     )  # fmt: skip
     if json_output:
         _print_json({"ok": found.ok, **asdict(found)})
@@ -273,7 +273,7 @@ def bench(
     batch_size: Annotated[int, typer.Option(help="Rows (packs) in a batch.")] = 8,
     capacity: Capacity = None,
     max_length: MaxLength = None,
-    mask_prompt: MaskPrompt = True,
+    mask_prompt: MaskPrompt = False,
     rounds: Annotated[int, typer.Option(help="Turns of each contender; the median counts.")] = 5,
     json_output: Json = False,
 ) -> None:
@@ -286,7 +286,7 @@ def bench(
     options = MaskOptions(max_length=max_length, mask_prompt=mask_prompt)
     report = run(
         TokenStore(store), options, policy=policy, batch_size=batch_size, capacity=capacity, step_ms=step_ms,
-        model=model, rounds=rounds, silent=json_output,
+        model=model, rounds=rounds, progress=not json_output,
     )  # fmt: skip
     if json_output:
         _print_json(asdict(report))
@@ -350,11 +350,11 @@ def train(
         if store is None:
             store = options.out / "store"
             if ranks.is_first:
-                _prepare_for_training(data, store, template, field, options, silent=json_output)
+                _prepare_for_training(data, store, template, field, options, progress=not json_output)
             ranks.barrier()
         elif data:
             raise InputError("--data and --store: give one of them")
-        report = run(store, options, ranks=ranks, show=not json_output)
+        report = run(store, options, ranks=ranks, progress=not json_output)
     finally:
         ranks.close()
     if ranks.is_first:
@@ -373,7 +373,7 @@ def _prepare_for_training(
     field: list[str] | None,
     options: TrainOptions,
     *,
-    silent: bool,
+    progress: bool,
 ) -> None:
     from fastcollate.ingest.job import prepare as run
 
@@ -466,7 +466,7 @@ def evaluate(
     beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
     opened, rows = open_split(saved, beside, store=store, split=split, limit=limit)
     path = answers_file or beside / f"answers-{split}.json"
-    with progress_bar(unit="rows", disable=json_output) as progress:
+    with progress_bar(unit="rows", progress=not json_output) as progress:
         task = progress.add_task("answering", total=len(rows))
         summary = write_answers(
             path,

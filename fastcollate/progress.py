@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,14 +12,23 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def progress_bar(*columns: str, unit: str = "", disable: bool = False) -> Iterator[Progress]:
+def progress_bar(
+    *columns: str, unit: str = "", progress: bool = True, disable: bool | None = None
+) -> Iterator[Progress]:
     """A rich progress display on standard error: description, bar, count, time, then `columns`.
 
     Args:
         columns: names of task fields to show at the end of the line, such as `"loss"`; each must be given as a
             keyword to `add_task` and `update`.
         unit: what is counted, shown behind the count (`records`, `batches`).
-        disable: show nothing (scripts, `--json`).
+        progress: show it; nothing otherwise (scripts, `--json`).
+        disable: the old name, the other way round.
+
+    Example:
+        >>> with progress_bar(unit="rows", progress=False) as bar:
+        ...     task = bar.add_task("count", total=3)
+        ...     for row in range(3):
+        ...         bar.update(task, advance=1)
     """
     from rich.console import Console
     from rich.progress import (
@@ -31,6 +41,7 @@ def progress_bar(*columns: str, unit: str = "", disable: bool = False) -> Iterat
         TimeRemainingColumn,
     )
 
+    progress = renamed_switch(progress, old="disable", given=disable)
     layout: list[ProgressColumn] = [
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -40,12 +51,36 @@ def progress_bar(*columns: str, unit: str = "", disable: bool = False) -> Iterat
         layout.append(TextColumn(unit))
     layout += [TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(compact=True)]
     layout += [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
-    with Progress(*layout, console=Console(stderr=True), disable=disable) as progress:
-        yield progress
+    with Progress(*layout, console=Console(stderr=True, quiet=not progress), disable=not progress) as bar:
+        yield bar
+
+
+def renamed_switch(progress: bool, *, old: str, given: bool | None) -> bool:
+    """`progress`, or what its old name says: `show` means the same, `silent` and `disable` the contrary.
+
+    Example:
+        >>> renamed_switch(True, old="silent", given=None)
+        True
+    """
+    if given is None:
+        return progress
+    warnings.warn(
+        f"{old}={given} is now progress={given if old == 'show' else not given}; the old name goes with the next "
+        "release",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return given if old == "show" else not given
 
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:
-    """Print a two-column table on standard output: a name and its value a line."""
+    """Print a two-column table on standard output: a name and its value a line.
+
+    Example:
+        >>> print_summary("counts", {"rows": 1234, "tokens": 56789})
+        counts
+        ...
+    """
     from rich.console import Console
     from rich.table import Table
 

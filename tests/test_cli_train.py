@@ -42,7 +42,12 @@ def test_resuming_with_the_same_data_goes_on(
 ) -> None:
     arguments = ["train", "--data", records, "--out", tmp_path / "run", *QUICK, "--schedule", "constant", "--json"]
     assert run_cli(monkeypatch, *arguments) == 0
-    assert run_cli(monkeypatch, *arguments) == 1
+    capsys.readouterr()
+    for again in ([], ["--resume"]):  # nothing is left to train
+        assert run_cli(monkeypatch, *arguments, *again) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (report["steps"], report["ended"], report["seconds"]) == (3, "finished", 0.0)
+    assert run_cli(monkeypatch, *arguments, "--max-steps", 4) == 1
     assert "continue it with --resume" in capsys.readouterr().err
     assert run_cli(monkeypatch, *arguments, "--max-steps", 5, "--resume") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 5

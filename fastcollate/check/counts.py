@@ -5,24 +5,22 @@ Whatever is said about masks is read off batches that the fast path has filled, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcollate.collate import fill as kernels
-from fastcollate.collate.batch import Batch
 from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
+from fastcollate.progress import progress_bar
 from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
 
 Int64Array = npt.NDArray[np.int64]
 
-PROMPT, TRAINED, IGNORED, PADDING = KINDS = ("prompt", "trained", "ignored", "padding")
-MARKS = {PROMPT: "?", TRAINED: "+", IGNORED: "x", PADDING: "."}
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 NUM_SHARES = 20  # bars of the histogram of rows by their share of trained tokens
 _CHUNK = 1 << 14
@@ -35,17 +33,70 @@ class MaskOptions:
 
     Attributes:
         max_length: columns kept of a row, `None` for all.
-        mask_prompt: train the responses only.
+        mask_prompt: train the responses only; False, as in the loader and `train`.
         mode: `"reference"` or `"positional"`.
     """
 
     max_length: int | None = None
-    mask_prompt: bool = True
+    mask_prompt: bool = False
     mode: str = "reference"
 
     def collator(self, store: TokenStore) -> Collator:
         """The fast path with these options; ignored targets are -100."""
         return Collator(store.shards, pad_token_id=store.pad_token_id, name=str(store.path), **asdict(self))
+
+    def with_other_mask(self) -> MaskOptions:
+        """The same with the other `mask_prompt`."""
+        return replace(self, mask_prompt=not self.mask_prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedByMask:
+    """What is trained as asked, and what would be with the other `mask_prompt`.
+
+    Attributes:
+        mask_prompt: as asked.
+        kept_tokens: input cells that hold a token.
+        trained_tokens: trained targets, as asked.
+        rows_without_trained: rows with no trained target, as asked.
+        other_trained_tokens: trained targets with the other `mask_prompt`.
+        other_rows_without_trained: rows with no trained target then.
+
+    Example:
+        >>> TrainedByMask(False, 1000, 1000, 0, 370, 2).sentence
+        'trained: 100%; 37.0% with --mask-prompt (2 rows without a trained token)'
+    """
+
+    mask_prompt: bool
+    kept_tokens: int
+    trained_tokens: int
+    rows_without_trained: int
+    other_trained_tokens: int
+    other_rows_without_trained: int
+
+    @property
+    def sentence(self) -> str:
+        """Both shares as a sentence."""
+        return f"trained: {self.in_words}"
+
+    @property
+    def in_words(self) -> str:
+        """Both shares."""
+        flag = "--train-prompt" if self.mask_prompt else "--mask-prompt"
+        line = f"{self.share}; {self._share(self.other_trained_tokens)} with {flag}"
+        empty = self.other_rows_without_trained
+        if empty > self.rows_without_trained:
+            line += f" ({empty:,} row{'s' if empty > 1 else ''} without a trained token)"
+        return line
+
+    @property
+    def share(self) -> str:
+        """Trained targets among the cells that hold a token, as asked."""
+        return self._share(self.trained_tokens)
+
+    def _share(self, trained: int) -> str:
+        share = trained / max(self.kept_tokens, 1)
+        return "100%" if trained == self.kept_tokens else f"{share:.1%}"
 
 
 def order_of(
@@ -89,12 +140,14 @@ class Inspection:
         percentiles: length by percentile, such as `"50"` for the median.
         lengths: rows by length.
         shares: rows by share of trained targets among their kept columns.
+        other_shares: the same with the other `mask_prompt`.
         kept_tokens: input cells that hold a token after `max_length`.
         trained_tokens: targets that are trained when each row is a batch of its own.
         rows_cut: rows longer than `max_length`.
         rows_without_trained: rows with no trained target.
         examples_without_trained: the first of these rows.
         corner_rows: rows on which `mode="reference"` differs from `mode="positional"`.
+        masks: what is trained with these options, and with the other `mask_prompt`.
         boundary_mismatches: rows whose prompt, tokenized alone, is not a prefix of the row's tokens, as counted at
             prepare time; `None` where the store does not say.
         skipped_records: records that prepare left out; `None` where the store does not say.
@@ -113,12 +166,14 @@ class Inspection:
     percentiles: dict[str, int]
     lengths: Histogram
     shares: Histogram
+    other_shares: Histogram
     kept_tokens: int
     trained_tokens: int
     rows_cut: int
     rows_without_trained: int
     examples_without_trained: list[int]
     corner_rows: int
+    masks: TrainedByMask
     boundary_mismatches: int | None
     skipped_records: int | None
 
@@ -139,17 +194,21 @@ class RowCounts(NamedTuple):
     corners: Int64Array
 
 
-def inspect_store(store: TokenStore, options: MaskOptions | None = None, *, silent: bool = False) -> Inspection:
+def inspect_store(
+    store: TokenStore, options: MaskOptions | None = None, *, progress: bool = True, silent: bool | None = None
+) -> Inspection:
     """Count everything once over; memory does not grow with the store.
 
     Args:
         store: the store.
         options: how rows become targets.
-        silent: show no progress.
+        progress: show progress.
+        silent: the old name, the other way round.
     """
     options = options or MaskOptions()
     by_length = count_lengths(store.lengths)
-    totals = _add_up(store, options, silent=silent)
+    totals = _add_up(store, options, progress=progress)
+    other = _add_up(store, options.with_other_mask(), progress=progress)
     summary = store.manifest["summary"]
     limit = store.max_length if options.max_length is None else options.max_length
     return Inspection(
@@ -168,18 +227,19 @@ def inspect_store(store: TokenStore, options: MaskOptions | None = None, *, sile
         rows_cut=int(by_length[limit + 1 :].sum()),
         boundary_mismatches=summary.get("boundary_mismatches"),
         skipped_records=summary.get("num_skipped"),
+        masks=_by_mask(options, totals, other),
+        other_shares=other["shares"],
         **totals,
     )
 
 
-def _add_up(store: TokenStore, options: MaskOptions, *, silent: bool) -> dict[str, Any]:
-    from fastcollate.progress import progress_bar
+def _add_up(store: TokenStore, options: MaskOptions, *, progress: bool) -> dict[str, Any]:
 
     kept = trained = without = corners = 0
     examples: list[int] = []
     shares = np.zeros(NUM_SHARES, np.int64)
-    with progress_bar(unit="rows", disable=silent) as progress:
-        task = progress.add_task("inspect", total=len(store))
+    with progress_bar(unit="rows", progress=progress) as bar:
+        task = bar.add_task("inspect", total=len(store))
         for counts in count_rows(store, options):
             kept += int(counts.kept.sum())
             trained += int(counts.trained.sum())
@@ -189,7 +249,7 @@ def _add_up(store: TokenStore, options: MaskOptions, *, silent: bool) -> dict[st
             examples += (counts.first + empty[: _MOST_NAMED - len(examples)]).tolist()
             share = counts.trained * NUM_SHARES // np.maximum(counts.kept, 1)
             shares += np.bincount(np.minimum(share, NUM_SHARES - 1), minlength=NUM_SHARES)
-            progress.update(task, advance=len(counts.kept))
+            bar.update(task, advance=len(counts.kept))
     return {
         "kept_tokens": kept,
         "trained_tokens": trained,
@@ -198,6 +258,29 @@ def _add_up(store: TokenStore, options: MaskOptions, *, silent: bool) -> dict[st
         "corner_rows": corners,
         "shares": Histogram([i / NUM_SHARES for i in range(NUM_SHARES + 1)], shares.tolist()),
     }
+
+
+def trained_by_mask(store: TokenStore, options: MaskOptions | None = None) -> TrainedByMask:
+    """Count what is trained, with both values of `mask_prompt`.
+
+    Example:
+        >>> trained_by_mask(TokenStore("store")).share
+        '100%'
+    """
+    options = options or MaskOptions()
+    counts = [_add_up(store, asked, progress=False) for asked in (options, options.with_other_mask())]
+    return _by_mask(options, *counts)
+
+
+def _by_mask(options: MaskOptions, asked: Mapping[str, Any], other: Mapping[str, Any]) -> TrainedByMask:
+    return TrainedByMask(
+        options.mask_prompt,
+        asked["kept_tokens"],
+        asked["trained_tokens"],
+        asked["rows_without_trained"],
+        other["trained_tokens"],
+        other["rows_without_trained"],
+    )
 
 
 def count_rows(store: TokenStore, options: MaskOptions) -> Iterator[RowCounts]:
@@ -242,86 +325,6 @@ def length_histogram(by_length: Int64Array, *, num_bars: int = 24) -> Histogram:
     starts = np.arange(start, longest + 1, width)
     counts = np.add.reduceat(by_length, np.maximum(starts, 0))
     return Histogram([float(edge) for edge in (*starts, starts[-1] + width)], counts.tolist())
-
-
-# ------------------------------------------------------------------------------------------------------- one row
-
-
-class RowView(NamedTuple):
-    """A row as a loader hands it over, padded to the width of a batch together with the store's longest row.
-
-    Attributes:
-        row: the row's number.
-        source_row: the record's position in the sources.
-        num_tokens: the row's length, without the end-of-text.
-        inputs: int64 `(width,)`.
-        targets: int64 `(width,)`; the target of column `c` is token `c + 1`.
-        tokens: the row's tokens, its end-of-text and padding, as far as they are an input or a target: `width + 1`
-            ids, or none where the width is 0.
-        kinds: for each token `prompt`, `trained`, `ignored` or `padding`. A token is trained where it is a target;
-            the first never is one.
-    """
-
-    row: int
-    source_row: int
-    num_tokens: int
-    inputs: Int64Array
-    targets: Int64Array
-    tokens: list[int]
-    kinds: list[str]
-
-    def runs(self) -> Iterator[tuple[str, int, int]]:
-        """(kind, first token, end) of each stretch of one kind."""
-        start = 0
-        for index in range(1, len(self.kinds) + 1):
-            if index == len(self.kinds) or self.kinds[index] != self.kinds[start]:
-                yield self.kinds[start], start, index
-                start = index
-
-
-def view_row(store: TokenStore, row: int, options: MaskOptions | None = None) -> RowView:
-    """Collate one row together with the longest, and tell its tokens apart.
-
-    Raises:
-        InputError: there is no such row.
-    """
-    return next(view_rows(store, [row], options))
-
-
-def view_rows(store: TokenStore, rows: Iterable[int], options: MaskOptions | None = None) -> Iterator[RowView]:
-    """`view_row` of several rows."""
-    collator = (options or MaskOptions()).collator(store)
-    longest = int(np.argmax(store.lengths))
-    for row in rows:
-        if not 0 <= row < len(store):
-            raise InputError(f"row {row}: the store {store.path} has rows 0 to {len(store) - 1}")
-        yield _view(store, row, collator([row, longest]))
-
-
-def _view(store: TokenStore, row: int, batch: Batch) -> RowView:
-    inputs, targets = batch.inputs[0].numpy(), batch.targets[0].numpy()
-    example = store[row]
-    ids = example.input_ids.tolist()
-    width = len(inputs)
-    tokens = (ids + [store.pad_token_id] * (width + 1))[: width + 1] if width else []
-    in_prompt = _prompt_tokens(example.spans.tolist(), len(ids))
-    kinds = []
-    for index in range(len(tokens)):
-        if index and targets[index - 1] != -100:
-            kinds.append(TRAINED)
-        elif index > len(ids):
-            kinds.append(PADDING)
-        else:
-            kinds.append(PROMPT if in_prompt[index] else IGNORED)
-    return RowView(row, example.source_row, len(ids), inputs, targets, tokens, kinds)
-
-
-def _prompt_tokens(spans: Sequence[int], length: int) -> list[bool]:
-    """Whether each token, the end-of-text included, belongs to a prompt."""
-    flags: list[bool] = []
-    for index, count in enumerate(spans):
-        flags += [index % 2 == 0] * count
-    return (flags + [False] * (length + 1))[: length + 1]
 
 
 def tokenizer_of(store: TokenStore) -> tuple[Tokenizer | None, str]:

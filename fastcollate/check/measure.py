@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastcollate.check.counts import MaskOptions, order_of
+from fastcollate.check.counts import MaskOptions, TrainedByMask, order_of, trained_by_mask
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import EpochPlan, plan_epoch
-from fastcollate.progress import progress_bar
+from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store.store import TokenStore
 from fastcollate.train.model import GPT2, config_of
 
@@ -58,6 +58,7 @@ class BenchReport:
         step_ms: a training step's time, `None` if neither given nor measured.
         contenders: the pipeline first.
         advice: what to change, a sentence each.
+        masks: what is trained with these options, and with the other `mask_prompt`.
     """
 
     policy: str
@@ -65,6 +66,7 @@ class BenchReport:
     step_ms: float | None
     contenders: list[Verdict]
     advice: list[str]
+    masks: TrainedByMask
 
 
 class _Rows(Dataset[Any]):
@@ -94,7 +96,8 @@ def bench(
     model: str | None = None,
     rounds: int = 5,
     seconds: float = 0.5,
-    silent: bool = False,
+    progress: bool = True,
+    silent: bool | None = None,
 ) -> BenchReport:
     """Measure on the CPU, the contenders in turn, each on the same batches; the first batches are compared before.
 
@@ -108,11 +111,13 @@ def bench(
         model: the bundled GPT-2 (`tiny`, ...) whose training step is measured on this store's batches.
         rounds: turns of each contender; the median counts.
         seconds: a turn's length.
-        silent: show no progress.
+        progress: show progress.
+        silent: the old name, the other way round.
 
     Raises:
         InputError: a value is wrong.
     """
+    progress = renamed_switch(progress, old="silent", given=silent)
     options = options or MaskOptions()
     if step_ms is not None and not step_ms > 0:
         raise InputError(f"step_ms={step_ms}: give a step's time in milliseconds, above 0")
@@ -125,14 +130,15 @@ def bench(
     if step_ms is None and model is not None:
         step_ms = measure_step(model, islice(sources[PIPELINE](), 8))
     speeds: dict[str, list[float]] = {name: [] for name in sources}
-    with progress_bar(unit="turns", disable=silent) as progress:
-        task = progress.add_task("bench", total=rounds * len(sources))
+    with progress_bar(unit="turns", progress=progress) as bar:
+        task = bar.add_task("bench", total=rounds * len(sources))
         for _ in range(rounds):
             for name, source in sources.items():
                 speeds[name].append(_batches_per_second(source, seconds))
-                progress.update(task, advance=1)
+                bar.update(task, advance=1)
     contenders = [_judge(name, statistics.median(found), step_ms) for name, found in speeds.items()]
-    return BenchReport(policy, batch_size, step_ms, contenders, _advice(contenders, step_ms, policy))
+    advice = _advice(contenders, step_ms, policy)
+    return BenchReport(policy, batch_size, step_ms, contenders, advice, trained_by_mask(store, options))
 
 
 def _contenders(
@@ -283,6 +289,7 @@ def print_report(report: BenchReport) -> None:
         table.add_row(found.name, f"{found.batches_per_s:,.0f}", f"{found.ms_per_batch:.3f}", wait, bound)
     console = Console()
     console.print(table)
+    console.print(report.masks.sentence, highlight=False)
     if report.step_ms is not None:
         console.print(f"step: {report.step_ms:.3f} ms")
     for sentence in report.advice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
 from itertools import pairwise
@@ -14,19 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.check.counts import (
+from fastcollate.check.counts import Histogram, Inspection, MaskOptions, tokenizer_of
+from fastcollate.check.terminal import (
     KINDS,
     MARKS,
     PADDING,
     PROMPT,
     TRAINED,
-    Inspection,
-    MaskOptions,
     RowView,
-    tokenizer_of,
+    summary_of,
     view_rows,
 )
-from fastcollate.check.terminal import summary_of
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.plan.plan import EpochPlan, plan_epoch
@@ -94,14 +92,16 @@ def write_report(
     tokenizer, problem = tokenizer_of(store)
     padding = padding_by_policy(store.lengths[:_PLANNED_ROWS], found.options.max_length, seed=seed)
     figures = {
-        "lengths": _bars(found.lengths.edges, found.lengths.counts, "length in tokens", unit=1),
+        "lengths": _lengths_figure(found),
         "padding": _padding_figure(padding),
-        "shares": _bars(found.shares.edges, found.shares.counts, "trained columns of a row, %", unit=100),
+        "shares": _shares_figure(found),
     }
+    other = found.options.with_other_mask()
     data = {
         "kinds": KINDS,
         "marks": [MARKS[kind] for kind in KINDS],
         "epochs": {name: picture(store, found.options, name, batch_size, seed) for name in POLICIES},
+        "other_epochs": {name: picture(store, other, name, batch_size, seed) for name in POLICIES},
         "rows": _viewer(store, found, tokenizer, num_rows),
     }
     page = Template(files("fastcollate").joinpath("report_page.html").read_text(encoding="utf-8"))
@@ -114,6 +114,8 @@ def write_report(
         planned=f"{min(len(store), _PLANNED_ROWS):,}",
         num_rows=f"{len(store):,}",
         batch_size=batch_size,
+        masks=escape(found.masks.sentence),
+        other_mask=escape(_mask_name(other)),
         **{f"figure_{key}": _html_of(figure, key) for key, figure in figures.items()},
     )
     path.write_text(text, encoding="utf-8")
@@ -237,22 +239,25 @@ def _viewer(store: TokenStore, found: Inspection, tokenizer: Tokenizer | None, n
     ends = np.cumsum(store.lengths[:num_rows], dtype=np.int64)
     count = max(1, int(np.searchsorted(ends, _SHOWN_TOKENS, side="right")))
     numbers = range(min(count, len(ends)))
-    more = [row for row in found.examples_without_trained if row not in numbers]
+    shown = [*numbers, *(row for row in found.examples_without_trained if row not in numbers)]
     rows, used = [], set()
-    for view in view_rows(store, [*numbers, *more], found.options):
-        rows.append(_entry(view, tokenizer))
+    by_mask = [view_rows(store, shown, options) for options in (found.options, found.options.with_other_mask())]
+    for view, other in zip(*by_mask, strict=True):
+        rows.append(_entry(view, other, tokenizer))
         used.update(view.tokens)
     pieces = {} if tokenizer is None else {token: tokenizer.decode([token]) for token in sorted(used)}
     return {"total": len(store), "pieces": pieces, "rows": rows}
 
 
-def _entry(view: RowView, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """One row for the page, without its padding, which is only counted."""
+def _entry(view: RowView, other: RowView, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """One row for the page, without its padding, which is only counted; a run is of one kind under either mask."""
     end = min(view.num_tokens + 1, len(view.tokens))
+    bounds = sorted({start for kinds in (view, other) for _, start, _ in kinds.runs()} | {len(view.tokens)})
     runs = []
-    for kind, start, stop in view.runs():
+    for start, stop in pairwise(bounds):
+        kind, other_kind = view.kinds[start], other.kinds[start]
         text = "" if tokenizer is None or kind == PADDING else tokenizer.decode(view.tokens[start:stop])
-        runs.append([KINDS.index(kind), stop - start, text])
+        runs.append([KINDS.index(kind), stop - start, text, KINDS.index(other_kind)])
     return {
         "row": view.row,
         "record": view.source_row,
@@ -265,22 +270,42 @@ def _entry(view: RowView, tokenizer: Tokenizer | None) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- the page
 
 
-def _bars(edges: Sequence[float], counts: Sequence[int], title: str, *, unit: int) -> Any:
+def _bars(histogram: Histogram, name: str, *, unit: int, color: str = _SHADES["bucketed"]) -> Any:
     go = import_extra("plotly.graph_objects", "report")
-    middles = [(low + high) / 2 * unit for low, high in pairwise(edges)]
+    edges = histogram.edges
     last = 1 if unit == 1 else 0  # lengths are whole numbers, a bar's last is one below the next edge
-    ranges = [f"{low * unit:g} to {high * unit - last:g}" for low, high in pairwise(edges)]
-    figure = go.Figure(
-        go.Bar(
-            x=middles,
-            y=list(counts),
-            customdata=ranges,
-            width=(edges[1] - edges[0]) * unit * 0.92,
-            marker={"color": "#1d4ed8"},
-            hovertemplate="%{customdata}: %{y} rows<extra></extra>",
-        )
+    return go.Bar(
+        x=[(low + high) / 2 * unit for low, high in pairwise(edges)],
+        y=histogram.counts,
+        name=name,
+        customdata=[f"{low * unit:g} to {high * unit - last:g}" for low, high in pairwise(edges)],
+        width=(edges[1] - edges[0]) * unit * 0.92,
+        marker={"color": color},
+        hovertemplate="%{customdata}: %{y} rows<extra></extra>",
     )
-    return _styled(figure, title, "rows")
+
+
+def _lengths_figure(found: Inspection) -> Any:
+    go = import_extra("plotly.graph_objects", "report")
+    return _styled(go.Figure(_bars(found.lengths, "rows", unit=1)), "length in tokens", "rows")
+
+
+def _shares_figure(found: Inspection) -> Any:
+    """As asked, and beside it with the other `mask_prompt`."""
+    go = import_extra("plotly.graph_objects", "report")
+    other = found.options.with_other_mask()
+    figure = go.Figure(
+        [
+            _bars(found.shares, _mask_name(found.options), unit=100),
+            _bars(found.other_shares, _mask_name(other), unit=100, color=_SHADES["shuffled"]),
+        ]
+    )
+    figure.update_layout(barmode="overlay")
+    return _styled(figure, "trained columns of a row, %", "rows")
+
+
+def _mask_name(options: MaskOptions) -> str:
+    return "with --mask-prompt" if options.mask_prompt else "with --train-prompt (the default)"
 
 
 def _padding_figure(padding: Mapping[str, Mapping[int, Padding]]) -> Any:

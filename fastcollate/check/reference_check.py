@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastcollate.check.counts import MaskOptions, order_of, tokenizer_of
+from fastcollate.check.counts import MaskOptions, TrainedByMask, order_of, tokenizer_of, trained_by_mask
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import EpochPlan, plan_epoch
-from fastcollate.progress import progress_bar
+from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.sources.blocks import find_sources, read_blocks
 from fastcollate.sources.records import read_records
 from fastcollate.store.store import Example, TokenStore, verify_checksums
@@ -38,6 +38,7 @@ class Verification:
         digest: SHA-256 over the shapes and cells of all batches in order; equal runs give equal digests.
         records: records tokenized again, `None` without a source.
         files: files whose checksums were computed, `None` if they were not.
+        masks: what is trained with these options, and with the other `mask_prompt`.
         num_problems: differences found.
         problems: the first of them, a line each.
     """
@@ -48,6 +49,7 @@ class Verification:
     digest: str = ""
     records: int | None = None
     files: int | None = None
+    masks: TrainedByMask | None = None
     num_problems: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -74,7 +76,8 @@ def verify(
     epoch: int = 0,
     sources: Sequence[str] = (),
     checksums: bool = False,
-    silent: bool = False,
+    progress: bool = True,
+    silent: bool | None = None,
 ) -> Verification:
     """Compare an epoch of batches with the reference, and more where asked.
 
@@ -88,21 +91,23 @@ def verify(
         epoch: see `plan_epoch`.
         sources: what the store was prepared from; every record is tokenized again with tiktoken.
         checksums: read every file of the store and compare its checksum.
-        silent: show no progress.
+        progress: show progress.
+        silent: the old name, the other way round.
 
     Raises:
         InputError: an option is wrong, or the sources or the vocabulary cannot be had.
     """
+    progress = renamed_switch(progress, old="silent", given=silent)
     options = options or MaskOptions()
-    found = Verification()
+    found = Verification(masks=trained_by_mask(store, options))
     if checksums:
         found.files = len(store.manifest["files"]) + len(store.manifest["shards"])
         for problem in verify_checksums(store.path):
             found.note(problem)
     order = {**order_of(store, policy, batch_size, options, capacity), "seed": seed}
-    _compare_batches(store, options, order, epoch, found, silent=silent)
+    _compare_batches(store, options, order, epoch, found, progress=progress)
     if sources:
-        _compare_ids(store, sources, found, silent=silent)
+        _compare_ids(store, sources, found, progress=progress)
     return found
 
 
@@ -110,15 +115,15 @@ def verify(
 
 
 def _compare_batches(
-    store: TokenStore, options: MaskOptions, order: dict[str, Any], epoch: int, found: Verification, *, silent: bool
+    store: TokenStore, options: MaskOptions, order: dict[str, Any], epoch: int, found: Verification, *, progress: bool
 ) -> None:
     loader = BatchLoader(store, **asdict(options), **order)
     loader.set_epoch(epoch)
     plan = plan_epoch(store.lengths, **order, epoch=epoch, max_length=options.max_length)
     seen = np.zeros(len(store), bool)
     digest = hashlib.sha256()
-    with progress_bar(unit="batches", disable=silent) as progress:
-        task = progress.add_task("verify", total=len(plan))
+    with progress_bar(unit="batches", progress=progress) as bar:
+        task = bar.add_task("verify", total=len(plan))
         expected = (_expected_packs if order["policy"] == "packed" else _expected_batches)(store, plan, options)
         for number, ((rows, lines, wanted), batch) in enumerate(zip(expected, loader, strict=True)):
             for name, got, tensor in zip(batch._fields, batch, wanted, strict=True):
@@ -129,7 +134,7 @@ def _compare_batches(
             seen[rows] = True
             found.batches += 1
             found.rows += len(rows)
-            progress.update(task, advance=1)
+            bar.update(task, advance=1)
     for row in np.flatnonzero(~seen).tolist():
         found.note(f"row {row} is in no batch of the epoch")
     found.digest = digest.hexdigest()
@@ -226,7 +231,7 @@ def _prompt_tokens(spans: Sequence[int], length: int) -> Iterator[int]:
 # ----------------------------------------------------------------------------------------------------------- ids
 
 
-def _compare_ids(store: TokenStore, sources: Sequence[str], found: Verification, *, silent: bool) -> None:
+def _compare_ids(store: TokenStore, sources: Sequence[str], found: Verification, *, progress: bool) -> None:
     """Render and tokenize every record again, whole, with tiktoken; compare ids and, for one prompt, its length."""
     tokenizer, problem = tokenizer_of(store)
     if tokenizer is None:
@@ -236,8 +241,8 @@ def _compare_ids(store: TokenStore, sources: Sequence[str], found: Verification,
     if template.identity() != saved:
         raise InputError(f"template {saved['name']!r} is not the one that {store.path} was prepared with")
     row = found.records = 0
-    with progress_bar(unit="rows", disable=silent) as progress:
-        task = progress.add_task("tokenize", total=len(store))
+    with progress_bar(unit="rows", progress=progress) as bar:
+        task = bar.add_task("tokenize", total=len(store))
         for block in read_blocks(find_sources(list(sources))):
             parsed = ((records, i) for records in read_records(block, block.read()) for i in range(len(records)))
             for position, (records, number) in enumerate(parsed, block.first_row):
@@ -249,7 +254,7 @@ def _compare_ids(store: TokenStore, sources: Sequence[str], found: Verification,
                     found.note(f"row {row}: record {position} of the sources gives no text ({error})")
                 row += 1
                 found.records += 1
-            progress.update(task, completed=row)
+            bar.update(task, completed=row)
     if row < len(store):
         where = int(store[row].source_row)
         found.note(f"row {row}: there is no record {where} in the sources; name them in the order they were prepared")

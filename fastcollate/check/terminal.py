@@ -1,16 +1,107 @@
-"""What `inspect` prints: a row with its marks, bars, and the table of counts."""
+"""A row token by token, and what `inspect` prints: a row with its marks, bars, and the table of counts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from fastcollate.check.counts import IGNORED, KINDS, MARKS, PADDING, PROMPT, TRAINED, Histogram, Inspection, RowView
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.check.counts import Histogram, Inspection, MaskOptions
+from fastcollate.collate.batch import Batch
+from fastcollate.errors import InputError
+from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+Int64Array = npt.NDArray[np.int64]
+
+PROMPT, TRAINED, IGNORED, PADDING = KINDS = ("prompt", "trained", "ignored", "padding")
+MARKS = {PROMPT: "?", TRAINED: "+", IGNORED: "x", PADDING: "."}
 STYLES = {PROMPT: "cyan", TRAINED: "bold green", IGNORED: "red", PADDING: "bright_black"}
+
+
+class RowView(NamedTuple):
+    """A row as a loader hands it over, padded to the width of a batch together with the store's longest row.
+
+    Attributes:
+        row: the row's number.
+        source_row: the record's position in the sources.
+        num_tokens: the row's length, without the end-of-text.
+        inputs: int64 `(width,)`.
+        targets: int64 `(width,)`; the target of column `c` is token `c + 1`.
+        tokens: the row's tokens, its end-of-text and padding, as far as they are an input or a target: `width + 1`
+            ids, or none where the width is 0.
+        kinds: for each token `prompt`, `trained`, `ignored` or `padding`. A token is trained where it is a target;
+            the first never is one.
+    """
+
+    row: int
+    source_row: int
+    num_tokens: int
+    inputs: Int64Array
+    targets: Int64Array
+    tokens: list[int]
+    kinds: list[str]
+
+    def runs(self) -> Iterator[tuple[str, int, int]]:
+        """(kind, first token, end) of each stretch of one kind."""
+        start = 0
+        for index in range(1, len(self.kinds) + 1):
+            if index == len(self.kinds) or self.kinds[index] != self.kinds[start]:
+                yield self.kinds[start], start, index
+                start = index
+
+
+def view_row(store: TokenStore, row: int, options: MaskOptions | None = None) -> RowView:
+    """Collate one row together with the longest, and tell its tokens apart.
+
+    Raises:
+        InputError: there is no such row.
+    """
+    return next(view_rows(store, [row], options))
+
+
+def view_rows(store: TokenStore, rows: Iterable[int], options: MaskOptions | None = None) -> Iterator[RowView]:
+    """`view_row` of several rows."""
+    collator = (options or MaskOptions()).collator(store)
+    longest = int(np.argmax(store.lengths))
+    for row in rows:
+        if not 0 <= row < len(store):
+            raise InputError(f"row {row}: the store {store.path} has rows 0 to {len(store) - 1}")
+        yield _view(store, row, collator([row, longest]))
+
+
+def _view(store: TokenStore, row: int, batch: Batch) -> RowView:
+    inputs, targets = batch.inputs[0].numpy(), batch.targets[0].numpy()
+    example = store[row]
+    ids = example.input_ids.tolist()
+    width = len(inputs)
+    tokens = (ids + [store.pad_token_id] * (width + 1))[: width + 1] if width else []
+    in_prompt = _prompt_tokens(example.spans.tolist(), len(ids))
+    kinds = []
+    for index in range(len(tokens)):
+        if index and targets[index - 1] != -100:
+            kinds.append(TRAINED)
+        elif index > len(ids):
+            kinds.append(PADDING)
+        else:
+            kinds.append(PROMPT if in_prompt[index] else IGNORED)
+    return RowView(row, example.source_row, len(ids), inputs, targets, tokens, kinds)
+
+
+def _prompt_tokens(spans: Sequence[int], length: int) -> list[bool]:
+    """Whether each token, the end-of-text included, belongs to a prompt."""
+    flags: list[bool] = []
+    for index, count in enumerate(spans):
+        flags += [index % 2 == 0] * count
+    return (flags + [False] * (length + 1))[: length + 1]
+
+
+# ------------------------------------------------------------------------------------------------- for the terminal
 
 
 def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
@@ -78,8 +169,8 @@ def summary_of(found: Inspection) -> dict[str, object]:
     names = {"0": "shortest", "50": "median", "100": "longest"}
     for percent, length in found.percentiles.items():
         rows[names.get(percent, f"percentile {percent}")] = length
-    share = found.trained_tokens / max(found.kept_tokens, 1)
-    rows["trained tokens"] = f"{found.trained_tokens:,} ({share:.1%})"
+    rows["trained tokens"] = f"{found.trained_tokens:,}"
+    rows["trained"] = found.masks.in_words
     if found.options.max_length is not None:
         rows[f"rows cut at {found.options.max_length}"] = found.rows_cut
     named = ", ".join(map(str, found.examples_without_trained))

@@ -246,7 +246,7 @@ class _Job:
         total = sum(source.num_bytes for source in self.sources)
         started, num_bytes = time.perf_counter(), 0
         head = list(islice(results, 1))  # workers are forked by now: the bar has a thread, which no fork may copy
-        with progress_bar("rate", unit="MB", disable=not self._progress) as bar:
+        with progress_bar("rate", unit="MB", progress=self._progress) as bar:
             task = bar.add_task("prepare", total=(total + 999_999) // 1_000_000 or None, rate="")
             for block, result in chain(head, results):
                 self._accept(block, result)

@@ -95,6 +95,19 @@ def prompt_and_answer(example: Example) -> tuple[list[int], list[int]]:
     return ids[:cut], ids[cut:]
 
 
+def continue_prompt(model: GPT2, store: TokenStore, row: int, max_new_tokens: int) -> str:
+    """A row's prompt as text, and how the model continues it.
+
+    Example:
+        >>> print(continue_prompt(model, store, 0, max_new_tokens=40))
+        Below is an instruction that describes a task. ...
+    """
+    prompt, _ = prompt_and_answer(store[row])
+    stop_at = store.pad_token_id
+    answer = generate(model, prompt or [stop_at], max_new_tokens=max_new_tokens, stop_at=stop_at)
+    return load_tokenizer(store.tokenizer_name).decode([*prompt, *answer])
+
+
 _HEADINGS = {"alpaca": "### Response:", "phi3": "<|assistant|>:"}
 
 

@@ -53,6 +53,58 @@ class Checkpoint:
     data: Mapping[str, Any]
 
 
+@dataclass(slots=True)
+class TrainReport:
+    """What a run has done, resumed parts included unless said otherwise.
+
+    Attributes:
+        steps: optimizer steps.
+        skipped_steps: steps without a trained token.
+        epochs: whole passes over the training rows.
+        tokens_seen: useful input tokens, padding not counted.
+        first_loss: the loss of this process's first step.
+        last_loss: the mean loss of the last ten steps at most.
+        validation_loss: of the last evaluation, `None` without one.
+        seconds: time of this process's steps, without evaluation and checkpoints.
+        tokens_per_second: useful tokens a second of that time.
+        wait_share: the part of that time spent waiting for data.
+        compilations: graphs that `--compile` compiled.
+        ended: `finished`, `early stop` or `interrupted`.
+        out: the run's directory.
+        plot: the loss plot, `None` without matplotlib.
+    """
+
+    steps: int = 0
+    skipped_steps: int = 0
+    epochs: int = 0
+    tokens_seen: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    validation_loss: float | None = None
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    wait_share: float = 0.0
+    compilations: int = 0
+    ended: str = "finished"
+    out: str = ""
+    plot: str | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a checkpoint keeps besides states; the same on every rank."""
+
+    step: int = 0
+    epoch: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+    total_steps: int = 0
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+    last_evaluation: int = 0
+    validation_loss: float | None = None
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write `path` atomically: a crash leaves the old file or the new one, never a part."""
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
@@ -93,15 +145,46 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT2, Ch
 def find_checkpoint(options: TrainOptions) -> Checkpoint | None:
     """The checkpoint to go on from, or `None` to start afresh.
 
+    A run that has ended may be asked for again, without `resume`: then nothing is left to train.
+
     Raises:
-        InputError: the directory holds a run and `resume` is not asked for, or the checkpoint cannot be read.
+        InputError: the directory holds a run that has not ended and `resume` is not asked for, or one with other
+            options, or the checkpoint cannot be read.
+
+    Example:
+        >>> saved = find_checkpoint(TrainOptions(out=Path("runs/first"), resume=True))
+        >>> saved.step
+        120
     """
-    has_checkpoint = (options.out / CHECKPOINT).exists()
-    if options.resume:
-        return load_checkpoint(options.out) if has_checkpoint else None
-    if has_checkpoint or (options.out / METRICS).exists():
+    saved = load_checkpoint(options.out) if (options.out / CHECKPOINT).exists() else None
+    if saved is not None:
+        options.with_precision("", saved.options).check_against(saved.options)
+    if options.resume or (saved is not None and has_ended(saved, options)):
+        return saved
+    if saved is not None or (options.out / METRICS).exists():
         raise InputError(f"{options.out}: holds a run already; continue it with --resume, or choose another --out")
     return None
+
+
+def has_ended(saved: Checkpoint, options: TrainOptions) -> bool:
+    """Whether a run with these options has nothing left to train."""
+    ending = options.ending(
+        step=saved.step,
+        epoch=saved.progress.get("epoch", saved.loader["epoch"]),  # releases before 0.2 kept it there only
+        evaluations_since_best=saved.progress["evaluations_since_best"],
+    )
+    return ending is not None
+
+
+def how_it_goes_on(saved: Checkpoint, options: TrainOptions, total_steps: int) -> str:
+    """A line for a run that goes on from a checkpoint."""
+    if has_ended(saved, options):
+        return f"{options.out}: this run has ended, at step {saved.step}; for more, --resume with more --max-steps"
+    line = f"{options.out}: going on after step {saved.step} of {total_steps}"
+    before = saved.progress["total_steps"]
+    if before != total_steps and options.schedule == "cosine":
+        line += f"; the learning rate goes by {total_steps} steps from here on, not {before}"
+    return line
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

@@ -6,36 +6,38 @@ Under `torchrun -m fastcollate train` each rank runs this.
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fastcollate.errors import InputError
-from fastcollate.progress import progress_bar
+from fastcollate.jit import compiling
+from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store.store import TokenStore
-from fastcollate.text.tokenizer import load_tokenizer
-from fastcollate.train.answers import generate, prompt_and_answer
+from fastcollate.train.answers import continue_prompt
 from fastcollate.train.files import (
     BEST,
     CHECKPOINT,
+    METRICS,
     Checkpoint,
+    Counters,
     RunLog,
+    TrainReport,
     find_checkpoint,
+    how_it_goes_on,
     plot_losses,
     random_states,
+    read_lines,
     save_checkpoint,
     set_random_states,
 )
+from fastcollate.train.loss import Readback
 from fastcollate.train.model import GPT2, config_of, load_published, num_compilations
 from fastcollate.train.options import TrainOptions
-from fastcollate.train.ranks import Ranks, join_ranks, recycle_freed_memory
+from fastcollate.train.ranks import Interrupts, Ranks, join_ranks, recycle_freed_memory
 from fastcollate.train.step import (
     Feed,
     StepData,
@@ -49,72 +51,24 @@ from fastcollate.train.step import (
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-
-@dataclass(slots=True)
-class TrainReport:
-    """What a run has done, resumed parts included unless said otherwise.
-
-    Attributes:
-        steps: optimizer steps.
-        skipped_steps: steps without a trained token.
-        epochs: whole passes over the training rows.
-        tokens_seen: useful input tokens, padding not counted.
-        first_loss: the loss of this process's first step.
-        last_loss: the mean loss of the last ten steps at most.
-        validation_loss: of the last evaluation, `None` without one.
-        seconds: time of this process's steps, without evaluation and checkpoints.
-        tokens_per_second: useful tokens a second of that time.
-        wait_share: the part of that time spent waiting for data.
-        compilations: graphs that `--compile` compiled.
-        ended: `finished`, `early stop` or `interrupted`.
-        out: the run's directory.
-        plot: the loss plot, `None` without matplotlib.
-    """
-
-    steps: int = 0
-    skipped_steps: int = 0
-    epochs: int = 0
-    tokens_seen: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    validation_loss: float | None = None
-    seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    wait_share: float = 0.0
-    compilations: int = 0
-    ended: str = "finished"
-    out: str = ""
-    plot: str | None = None
-
-
-@dataclass(slots=True)
-class _Counters:
-    """What a checkpoint keeps besides states."""
-
-    step: int = 0
-    tokens_seen: int = 0
-    skipped_steps: int = 0
-    total_steps: int = 0
-    best_loss: float | None = None
-    evaluations_since_best: int = 0
-    last_evaluation: int = 0
-    validation_loss: float | None = None
+_FIRST_SKIPPED = 5  # so many steps without a trained token, from the first on, are said at once
 
 
 @dataclass(slots=True)
 class _Pending:
     """A step whose loss may still be under way on a GPU; it is read when the next step has been started."""
 
-    loss: Tensor | None
+    loss: Readback | None
     values: dict[str, float | int | None] = field(default_factory=dict)
 
 
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, store: TokenStore, options: TrainOptions, ranks: Ranks) -> None:
-        self.store, self.options, self.ranks = store, options, ranks
-        saved = find_checkpoint(options)
+    def __init__(
+        self, store: TokenStore, options: TrainOptions, ranks: Ranks, saved: Checkpoint | None, progress: Progress
+    ) -> None:
+        self.store, self.options, self.ranks, self.progress = store, options, ranks, progress
         self.splits = split_rows(len(store), options)
         torch.manual_seed(options.seed)
         model = _make_model(store, options, saved)
@@ -122,7 +76,7 @@ class _Run:
         torch.manual_seed(options.seed + ranks.rank)  # the same weights, each rank its own dropout
         loader = make_loader(store, options, ranks, self.splits["train"], model.config.context_length)
         self.feed = Feed(loader, options.accumulate, ranks)
-        self.counters = _Counters(total_steps=self._plan_steps())
+        self.counters = Counters(total_steps=self._plan_steps())
         if saved is not None:
             self._continue_from(saved)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -136,6 +90,7 @@ class _Run:
         self.recent: list[float] = []
         self.useful_here = 0
         self.wait_s = 0.0
+        self.compiled_s = 0.0
         self.steps_in_epoch = 0
 
     def _plan_steps(self) -> int:
@@ -147,7 +102,6 @@ class _Run:
         return min(limits)
 
     def _continue_from(self, saved: Checkpoint) -> None:
-        self.options.check_against(dict(saved.options))
         if saved.data["fingerprint"] != self.store.fingerprint:
             raise InputError(
                 f"{self.options.out}: the run was started on other data (store {saved.data['store']}); "
@@ -155,50 +109,56 @@ class _Run:
             )
         self.stepper.optimizer.load_state_dict(dict(saved.optimizer))
         self.feed.load_state_dict(dict(saved.loader))
-        self.counters = _Counters(**{**saved.progress, "total_steps": self.counters.total_steps})
+        total = self.counters.total_steps
+        self.counters = Counters(**{**saved.progress, "epoch": self.feed.epoch, "total_steps": total})
         if len(saved.random) == self.ranks.world_size:
             set_random_states(saved.random[self.ranks.rank], self.ranks.device)
         else:
             torch.manual_seed(self.options.seed + self.counters.step * 1_000_003 + self.ranks.rank)
+        self._say(how_it_goes_on(saved, self.options, total))
 
-    def is_done(self) -> bool:
-        """Whether the run has all its steps or epochs, or stops early."""
-        options, counters = self.options, self.counters
-        if options.max_steps is not None and counters.step >= options.max_steps:
-            return True
-        epochs = options.epochs if options.epochs is not None or options.max_steps is not None else 1
-        if epochs is not None and self.feed.epoch >= epochs:
-            return True
-        if options.patience is not None and counters.evaluations_since_best >= options.patience:
-            self.report.ended = "early stop"
-            return True
-        return False
+    def _say(self, line: str) -> None:
+        self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def loop(self, interrupts: _Interrupts, progress: Progress) -> None:
+    def _ending(self) -> str | None:
+        counters = self.counters
+        return self.options.ending(
+            step=counters.step, epoch=counters.epoch, evaluations_since_best=counters.evaluations_since_best
+        )
+
+    def loop(self, interrupts: Interrupts) -> None:
         """Train until done, or until somebody asks to stop."""
+        with compiling(lambda: self._say("compiling kernels (once)")) as self.watch:
+            self._loop(interrupts)
+
+    def _loop(self, interrupts: Interrupts) -> None:
         options, counters = self.options, self.counters
-        task = progress.add_task(
+        task = self.progress.add_task(
             "training", total=counters.total_steps, completed=counters.step, loss="", rate="", waiting=""
         )
-        while not self.is_done():
+        while (ending := self._ending()) is None:
             start = time.perf_counter()
             data = self.feed.next_step(stop=interrupts.asked)
             if data.is_stopped:
-                self.report.ended = "interrupted"
+                ending = "interrupted"
                 break
+            counters.epoch = self.feed.epoch
             if not data.batches:
-                self._end_epoch(progress)
+                self._end_epoch()
                 continue
             self._step(data, start)
-            progress.update(task, completed=counters.step, **self._shown())
+            self.progress.update(task, completed=counters.step, **self._shown())
             if options.eval_every and counters.step % options.eval_every == 0:
                 self._evaluate()
             if options.checkpoint_every and counters.step % options.checkpoint_every == 0:
                 self._save(CHECKPOINT)
-        if self.steps_in_epoch and self.report.ended != "interrupted":
-            self._print_sample(progress, f"after step {counters.step}")
+        self.report.ended = ending
         self._flush()
-        progress.update(task, completed=counters.step, **self._shown())
+        if ending != "interrupted":
+            self._require_trained_steps()
+            if self.steps_in_epoch:
+                self._print_sample(f"after step {counters.step}")
+        self.progress.update(task, completed=counters.step, **self._shown())
 
     def _step(self, data: StepData, start: float) -> None:
         counters = self.counters
@@ -209,19 +169,24 @@ class _Run:
         counters.skipped_steps += loss is None
         counters.tokens_seen += data.num_useful
         self._flush()
-        step_s = time.perf_counter() - start
+        compiled_s = self.watch.seconds - self.compiled_s
+        self.compiled_s += compiled_s
+        wait_s = max(0.0, data.wait_s - compiled_s)  # kernels are compiled once, which is not waiting for data
+        step_s = time.perf_counter() - start - (data.wait_s - wait_s)
         self.useful_here += data.num_useful
-        self.wait_s += data.wait_s
+        self.wait_s += wait_s
         self.report.seconds += step_s
         values = {
             "step": counters.step,
             "loss": None,
             "learning_rate": rate,
             "useful_tokens": data.num_useful,
-            "wait_s": round(data.wait_s, 6),
+            "wait_s": round(wait_s, 6),
             "step_s": round(step_s, 6),
         }
-        self.pending = _Pending(loss, values)
+        self.pending = _Pending(None if loss is None else Readback(loss), values)
+        if counters.skipped_steps == counters.step == _FIRST_SKIPPED:
+            self._say(f"note: {self._why_nothing_is_trained()}")
 
     def _flush(self) -> None:
         """Read, check and log the loss of the step before."""
@@ -229,7 +194,7 @@ class _Run:
         if pending is None:
             return
         if pending.loss is not None:
-            (loss,) = self.ranks.sum([pending.loss.item()])
+            (loss,) = self.ranks.sum([pending.loss.read()])
             if not abs(loss) < float("inf"):
                 raise InputError(
                     f"the loss became {loss} at step {pending.values['step']}; lower --learning-rate, or raise "
@@ -276,26 +241,36 @@ class _Run:
         """The model's longest input."""
         return self.stepper.model.config.context_length
 
-    def _end_epoch(self, progress: Progress) -> None:
+    def _end_epoch(self) -> None:
         if not self.steps_in_epoch and self.report.epochs:
-            raise InputError("an epoch has no batch; give more rows, or a smaller --batch-size")
+            raise InputError("an epoch has no batch; give more rows, or a smaller --global-batch-size")
+        self._require_trained_steps()
         self.steps_in_epoch = 0
         self.report.epochs = self.feed.epoch
-        self._print_sample(progress, f"after epoch {self.feed.epoch}")
+        self._print_sample(f"after epoch {self.feed.epoch}")
 
-    def _print_sample(self, progress: Progress, when: str) -> None:
+    def _require_trained_steps(self) -> None:
+        if self.counters.step and self.counters.skipped_steps == self.counters.step:
+            raise InputError(f"nothing was trained: {self._why_nothing_is_trained()}")
+
+    def _why_nothing_is_trained(self) -> str:
+        """All steps so far were skipped."""
+        limit = self.options.max_length
+        cut = f"or --max-length {limit} cuts them away" if limit else "or the rows hold no response"
+        return (
+            f"none of the {self.counters.step} steps so far had a trained token: every target is masked, {cut}; look "
+            f"at: fastcollate inspect {self.store.path}{' --mask-prompt' if self.options.mask_prompt else ''}"
+            f"{f' --max-length {limit}' if limit else ''}"
+        )
+
+    def _print_sample(self, when: str) -> None:
         """Show how the model now continues a row's prompt."""
         if not self.options.sample_tokens or not self.ranks.is_first:
             return
         rows = self.splits["validation"] or self.splits["train"]
-        prompt, _ = prompt_and_answer(self.store[rows.start])
-        stop_at = self.store.pad_token_id
         self.stepper.model.eval()
-        answer = generate(
-            self.stepper.model, prompt or [stop_at], max_new_tokens=self.options.sample_tokens, stop_at=stop_at
-        )
-        text = load_tokenizer(self.store.tokenizer_name).decode([*prompt, *answer])
-        progress.console.print(f"--- sample {when}\n{text}\n---", markup=False, highlight=False)
+        text = continue_prompt(self.stepper.model, self.store, rows.start, self.options.sample_tokens)
+        self._say(f"--- sample {when}\n{text}\n---")
 
     def _save(self, name: str) -> None:
         self._flush()
@@ -336,7 +311,9 @@ class _Run:
             report.plot = str(plot) if plot is not None else None
         report.steps, report.skipped_steps = counters.step, counters.skipped_steps
         report.epochs, report.tokens_seen = self.feed.epoch, counters.tokens_seen
-        report.last_loss = sum(self.recent) / len(self.recent) if self.recent else None
+        recent = self.recent or [line["loss"] for line in read_lines(options.out / METRICS)[-10:]]
+        recent = [loss for loss in recent if loss is not None]
+        report.last_loss = sum(recent) / len(recent) if recent else None
         report.validation_loss = counters.validation_loss
         report.tokens_per_second = round(self.useful_here / max(report.seconds, 1e-9), 1)
         report.wait_share = round(self.wait_s / max(report.seconds, 1e-9), 6)
@@ -345,7 +322,12 @@ class _Run:
 
 
 def train(
-    store: TokenStore | str | Path, options: TrainOptions, *, ranks: Ranks | None = None, show: bool = True
+    store: TokenStore | str | Path,
+    options: TrainOptions,
+    *,
+    ranks: Ranks | None = None,
+    progress: bool = True,
+    show: bool | None = None,
 ) -> TrainReport:
     """Train GPT-2 on the rows of a store.
 
@@ -353,57 +335,44 @@ def train(
         store: an open store or its path.
         options: see `TrainOptions`.
         ranks: who trains together; by default what `torchrun` started, or this process alone.
-        show: show progress.
+        progress: show progress.
+        show: the old name of `progress`.
 
     Returns:
         What was done; everything else is under `options.out`: `metrics.jsonl`, `evaluations.jsonl`,
         `checkpoint.pt`, `loss.png`.
 
     Raises:
-        InputError: an option does not fit the data, the directory or the machine, or the loss is not finite.
+        InputError: an option does not fit the data, the directory or the machine, no step had a trained token, or the
+            loss is not finite.
+
+    Example:
+        >>> report = train("store", TrainOptions(out=Path("runs/first"), max_steps=100), progress=False)
+        >>> report.steps, report.ended
+        (100, 'finished')
     """
+    progress = renamed_switch(progress, old="show", given=show)
     store = store if isinstance(store, TokenStore) else TokenStore(store)
     joined = ranks or join_ranks(options.device)
     try:
-        return _train(store, options, joined, show=show and joined.is_first)
+        return _train(store, options, joined, progress=progress and joined.is_first)
     finally:
         if ranks is None:
             joined.close()
 
 
-def _train(store: TokenStore, options: TrainOptions, ranks: Ranks, *, show: bool) -> TrainReport:
+def _train(store: TokenStore, options: TrainOptions, ranks: Ranks, *, progress: bool) -> TrainReport:
     if ranks.device.type == "cpu":
         recycle_freed_memory()
-    run = _Run(store, options, ranks)
+    saved = find_checkpoint(options)
+    options = options.with_precision(ranks.device.type, saved.options if saved is not None else None)
     with (
-        _Interrupts() as interrupts,
-        progress_bar("loss", "rate", "waiting", unit="steps", disable=not show) as progress,
+        Interrupts() as interrupts,
+        progress_bar("loss", "rate", "waiting", unit="steps", progress=progress) as bar,
     ):
-        run.loop(interrupts, progress)
+        run = _Run(store, options, ranks, saved, bar)
+        run.loop(interrupts)
         return run.finish()
-
-
-class _Interrupts:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish, so that a step is never cut in half; the second one stops."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 def _make_model(store: TokenStore, options: TrainOptions, saved: Checkpoint | None) -> GPT2:

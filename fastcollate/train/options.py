@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastcollate.errors import InputError
 
+PRECISIONS = ("auto", "float32", "bfloat16")
 
-def _option(default: Any, help_text: str, *, fixed: bool = False) -> Any:
-    """A field with its help; `fixed` ones decide what is trained on what, and cannot change when a run is resumed."""
-    return field(default=default, metadata={"help": help_text, "fixed": fixed})
+
+def _option(default: Any, help_text: str, *flags: str, fixed: bool = False) -> Any:
+    """A field with its help; `fixed` ones decide what is trained on what, and cannot change when a run is resumed.
+
+    The command line calls a field `--its-name`, or by its `flags`, the plainest first.
+    """
+    return field(default=default, metadata={"help": help_text, "flags": flags, "fixed": fixed})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
-    """The options of a training run; each field's meaning is its `help`."""
+    """The options of a training run; each field's meaning is its `help`, which `fastcollate train --help` prints.
+
+    Example:
+        >>> options = TrainOptions(out=Path("runs/first"), max_steps=100, mask_prompt=True)
+        >>> options.peak_learning_rate
+        0.003
+    """
 
     out: Path = _option(Path("runs/train"), "Directory for everything the run writes.")  # noqa: RUF009 (immutable)
     resume: bool = _option(False, "Continue from the checkpoint in OUT, if there is one.")
@@ -30,9 +42,14 @@ class TrainOptions:
     max_steps: int | None = _option(None, "Stop after so many optimizer steps.")
     policy: str = _option("bucketed", "Order: sequential, shuffled, bucketed, packed (end to end).", fixed=True)
     batch_size: int | None = _option(
-        None, "Rows a batch (packs, if packed), over all ranks; 8, or 1 pack a rank, without --max-tokens.", fixed=True
+        None,
+        "Rows a batch (packs, if packed), of all ranks together (a `BatchLoader`'s batch_size is one rank's); "
+        "8, or 1 pack a rank, without --max-tokens.",
+        "--global-batch-size",
+        "--batch-size",
+        fixed=True,
     )
-    max_tokens: int | None = _option(None, "Cells a batch, over all ranks, in place of --batch-size.", fixed=True)
+    max_tokens: int | None = _option(None, "Cells a batch, of all ranks together, in place of rows.", fixed=True)
     max_length: int | None = _option(None, "Tokens kept of a row; the model's context if rows are longer.", fixed=True)
     capacity: int | None = _option(
         None, "With --policy packed, cells a pack; --max-length or the model's context if not given.", fixed=True
@@ -51,7 +68,9 @@ class TrainOptions:
     weight_decay: float = _option(0.1, "AdamW's weight decay, on matrices.", fixed=True)
     clip: float = _option(1.0, "Largest norm of the gradient; 0 for no limit.", fixed=True)
     seed: int = _option(123, "Decides weights, order and dropout.", fixed=True)
-    precision: str = _option("float32", "float32, or bfloat16 (autocast).", fixed=True)
+    precision: str = _option(
+        "auto", "float32, bfloat16 (autocast), or auto: bfloat16 on CUDA, float32 on a CPU.", fixed=True
+    )
     device: str = _option("auto", "auto, cpu, cuda or cuda:N.")
     compile: bool = _option(False, "Compile the model; worth it on long runs.")
     width_multiple: int = _option(64, "With --compile, widths are rounded up to a multiple of this.")
@@ -60,7 +79,9 @@ class TrainOptions:
     patience: int | None = _option(None, "Stop after so many evaluations without a lower validation loss.")
     checkpoint_every: int = _option(0, "Steps between checkpoints; 0 writes one at the end only.")
     train_share: float = _option(0.85, "Share of the rows, from the start, to train on.", fixed=True)
-    test_share: float = _option(0.10, "Share of the rows, after those, kept for the test split.", fixed=True)
+    test_share: float | None = _option(
+        None, "Share of the rows, after those, kept for the test split; 0.1 if that is left.", fixed=True
+    )
     sample_tokens: int = _option(60, "Length of the sample printed after each epoch; 0 for none.")
     tensorboard: bool = _option(True, "Write TensorBoard events, if the package is installed.")
 
@@ -84,21 +105,57 @@ class TrainOptions:
         _require("dropout", self.dropout, lambda value: 0 <= value < 1, "0 or more, below 1")
         _require("learning_rate", self.learning_rate, lambda value: value is None or value > 0, "more than 0")
         _require("train_share", self.train_share, lambda value: 0 < value <= 1, "more than 0, at most 1")
-        _require("test_share", self.test_share, lambda value: 0 <= value <= 1 - self.train_share, "what is left")
+        left = round(1 - self.train_share, 9)  # 1 - 0.9 is a little less than 0.1
+        if self.test_share is None:
+            object.__setattr__(self, "test_share", min(0.10, left))
+        _require("test_share", self.test_share, lambda value: 0 <= value <= left, f"0 to {left}, which is left")
         _require("schedule", self.schedule, lambda value: value in ("cosine", "constant"), "cosine or constant")
-        _require("precision", self.precision, lambda value: value in ("float32", "bfloat16"), "float32 or bfloat16")
+        _require("precision", self.precision, lambda value: value in PRECISIONS, "auto, float32 or bfloat16")
 
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate after the warm-up."""
         return self.learning_rate or (3e-3 if self.model == "tiny" else 5e-5)
 
+    def with_precision(self, device_type: str, saved: Mapping[str, Any] | None = None) -> TrainOptions:
+        """The options with a precision in place of `auto`: the one that the run was started with, else the device's.
+
+        Example:
+            >>> TrainOptions().with_precision("cpu").precision
+            'float32'
+        """
+        if self.precision != "auto":
+            return self
+        by_device = "bfloat16" if device_type == "cuda" else "float32"
+        return replace(self, precision=by_device if saved is None else saved["precision"])
+
+    def ending(self, *, step: int, epoch: int, evaluations_since_best: int = 0) -> str | None:
+        """How a run has ended, or `None` while it goes on; a pure function of what all ranks know.
+
+        Args:
+            step: optimizer steps done.
+            epoch: whole epochs that all ranks have handed over.
+            evaluations_since_best: evaluations since the lowest validation loss.
+
+        Example:
+            >>> TrainOptions(max_steps=5).ending(step=5, epoch=0)
+            'finished'
+        """
+        if self.max_steps is not None and step >= self.max_steps:
+            return "finished"
+        epochs = self.epochs if self.epochs is not None or self.max_steps is not None else 1
+        if epochs is not None and epoch >= epochs:
+            return "finished"
+        if self.patience is not None and evaluations_since_best >= self.patience:
+            return "early stop"
+        return None
+
     def plain(self) -> dict[str, Any]:
         """The options as plain values, for a checkpoint."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
-    def check_against(self, saved: dict[str, Any]) -> None:
+    def check_against(self, saved: Mapping[str, Any]) -> None:
         """Refuse to resume a run with options under which it would become another run.
 
         Raises:
@@ -107,11 +164,35 @@ class TrainOptions:
         own = self.plain()
         for item in fields(self):
             if item.metadata["fixed"] and own[item.name] != saved.get(item.name):
-                flag = f"--{item.name.replace('_', '-')}"
                 raise InputError(
-                    f"{self.out}: the run was started with {flag} {saved.get(item.name)}, not {own[item.name]}; "
-                    "resume it with that, or choose another --out"
+                    f"{self.out}: the run was started with {flag_of(item)} {saved.get(item.name)}, not "
+                    f"{own[item.name]}; resume it with that, or choose another --out; with --resume may change: "
+                    f"{', '.join(changeable_flags())}"
                 )
+
+
+def flag_of(item: Field[Any]) -> str:
+    """What the command line calls an option.
+
+    Example:
+        >>> [flag_of(item) for item in fields(TrainOptions)][:2]
+        ['--out', '--resume']
+    """
+    return str(next(iter(item.metadata["flags"]), f"--{item.name.replace('_', '-')}"))
+
+
+def changeable_flags() -> list[str]:
+    """The options that may change when a run is resumed.
+
+    Example:
+        >>> changeable_flags()[:2]
+        ['--epochs', '--max-steps']
+    """
+    return [
+        flag_of(item)
+        for item in fields(TrainOptions)
+        if not item.metadata["fixed"] and item.name not in ("out", "resume")
+    ]
 
 
 def _require(name: str, value: Any, is_right: Any, wanted: str) -> None:

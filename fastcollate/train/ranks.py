@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +61,15 @@ class Ranks:
         summed: list[float] = total.tolist()
         return summed
 
+    def exchange(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of every rank, by rank, on every rank; exact for counts below 2**53."""
+        if self.world_size == 1:
+            return [list(values)]
+        own = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(found, own, group=self.counters)
+        return [part.tolist() for part in found]
+
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, by rank; empty on all but the first."""
         if self.world_size == 1:
@@ -88,6 +100,29 @@ class Ranks:
         if self.counters is not None and dist.is_initialized():
             dist.destroy_process_group()
         self.counters = None
+
+
+class Interrupts:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish, so that a step is never cut in half; the second one stops."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def join_ranks(device: str = "auto") -> Ranks:

@@ -101,7 +101,7 @@ class Stepper:
 
     def __init__(self, model: GPT2, options: TrainOptions, ranks: Ranks) -> None:
         self.model = model
-        self.options = options
+        self.options = options.with_precision(ranks.device.type)
         self.ranks = ranks
         self._loss = ranks.share(_Loss(model, compiled=options.compile))
         self.optimizer = make_optimizer(model, options.weight_decay)
@@ -174,6 +174,45 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
+class Offer(NamedTuple):
+    """What one rank has for the next optimizer step.
+
+    Attributes:
+        num_batches: micro-batches, at most `accumulate`.
+        num_trained: trained tokens in them.
+        num_useful: useful tokens in them.
+        epoch: whole epochs that its loader has handed over.
+        stop: whether somebody asked this rank to stop.
+    """
+
+    num_batches: int
+    num_trained: int
+    num_useful: int
+    epoch: int
+    stop: bool
+
+
+def decide(offers: Sequence[Offer]) -> Offer:
+    """What every rank does next; a pure function of what all ranks know, so that none gathers while others reduce.
+
+    A rank whose loader has ended an epoch (its last batches may be fewer) waits for the others: an epoch is over when
+    all have ended it.
+
+    Args:
+        offers: of all ranks, in any order.
+
+    Returns:
+        the step of all together: micro-batches that each rank runs (0: the epoch is over), tokens of all ranks, epochs
+        that all have ended, and whether to stop before this step.
+
+    Example:
+        >>> decide([Offer(1, 30, 40, epoch=0, stop=False), Offer(0, 0, 0, epoch=1, stop=False)])
+        Offer(num_batches=1, num_trained=30, num_useful=40, epoch=0, stop=False)
+    """
+    batches, trained, useful, epochs, stops = zip(*offers, strict=True)
+    return Offer(max(batches), sum(trained), sum(useful), min(epochs), any(stops))
+
+
 class StepData(NamedTuple):
     """What one optimizer step trains on.
 
@@ -199,6 +238,11 @@ class Feed:
         loader: of this rank.
         accumulate: batches an optimizer step.
         ranks: who trains together.
+
+    Example:
+        >>> feed = Feed(loader, accumulate=2, ranks=ranks)
+        >>> while (data := feed.next_step()).batches:
+        ...     loss = stepper.step(data.batches, data.num_trained, 1e-3)
     """
 
     def __init__(self, loader: BatchLoader, accumulate: int, ranks: Ranks) -> None:
@@ -207,11 +251,7 @@ class Feed:
         self._ranks = ranks
         self._batches: Iterator[Batch | PackedBatch] | None = None
         self._state: dict[str, Any] = loader.state_dict()
-
-    @property
-    def epoch(self) -> int:
-        """Whole epochs handed over."""
-        return int(self._state["epoch"])
+        self.epoch = loader.epoch  # whole epochs that all ranks have handed over
 
     def steps_an_epoch(self) -> int:
         """Optimizer steps of the current epoch, the same answer on every rank (the first has most batches)."""
@@ -225,39 +265,34 @@ class Feed:
             stop: this rank was asked to stop; then all of them do, before the same step.
         """
         start = time.perf_counter()
-        own: list[MicroBatch] = []
-        if not stop:
-            own = self._take()
+        own = [] if stop else self._take()
         wait_s = time.perf_counter() - start
-        counts = self._ranks.sum(
-            [
-                float(stop),
-                sum(batch.num_trained for batch in own),
-                sum(batch.num_useful for batch in own),
-                *(float(index < len(own)) for index in range(self._accumulate)),
-            ]
-        )
-        if counts[0]:
+        found = self._ranks.exchange(self._offer(own, stop))
+        offers = [Offer(int(b), int(t), int(u), int(e), bool(asked)) for b, t, u, e, asked in found]
+        return self._accept(own, decide(offers), wait_s)
+
+    def _offer(self, own: list[MicroBatch], stop: bool) -> Offer:
+        trained, useful = sum(batch.num_trained for batch in own), sum(batch.num_useful for batch in own)
+        return Offer(len(own), trained, useful, self._loader.epoch, stop)
+
+    def _accept(self, own: list[MicroBatch], step: Offer, wait_s: float) -> StepData:
+        if step.stop:
             return StepData([], 0, 0, wait_s, True)
-        self._state = self._loader.state_dict()
-        num_batches = sum(ranks_with_one > 0 for ranks_with_one in counts[3:])
-        if not num_batches:
+        self._state, self.epoch = self._loader.state_dict(), step.epoch
+        if not step.num_batches:
             self._batches = None
-        own += [empty_batch(self._ranks.device)] * (num_batches - len(own))
-        return StepData(own, int(counts[1]), int(counts[2]), wait_s, False)
+        filled = own + [empty_batch(self._ranks.device)] * (step.num_batches - len(own))
+        return StepData(filled, step.num_trained, step.num_useful, wait_s, False)
 
     def _take(self) -> list[MicroBatch]:
         if self._batches is None:
             self._batches = iter(self._loader)
         taken: list[MicroBatch] = []
         while len(taken) < self._accumulate:
-            stats = self._loader.stats
-            useful, trained = stats.real_cells, stats.trained_tokens
             batch = next(self._batches, None)
             if batch is None:
                 break
-            stats = self._loader.stats
-            taken.append(as_micro_batch(batch, stats.real_cells - useful, stats.trained_tokens - trained))
+            taken.append(as_micro_batch(batch))
         return taken
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,20 +307,28 @@ class Feed:
         """
         self._loader.load_state_dict(state)
         self._state = self._loader.state_dict()
+        self.epoch = self._loader.epoch
         self._batches = None
 
 
-def as_micro_batch(batch: Batch | PackedBatch, num_useful: int, num_trained: int) -> MicroBatch:
-    """A loader's batch with its counts."""
-    if isinstance(batch, PackedBatch):
-        return MicroBatch(*batch, num_useful, num_trained)
-    return MicroBatch(batch.inputs, batch.targets, None, None, num_useful, num_trained)
+def as_micro_batch(batch: Batch | PackedBatch) -> MicroBatch:
+    """A loader's batch with its counts.
+
+    Example:
+        >>> as_micro_batch(next(iter(loader))).num_trained
+        312
+    """
+    counts = batch.counts
+    assert counts is not None  # it is a loader's
+    inputs, targets, *packed = batch
+    position_ids, cu_seqlens = packed or (None, None)
+    return MicroBatch(inputs, targets, position_ids, cu_seqlens, counts.real_cells, counts.trained_tokens)
 
 
 def split_rows(num_rows: int, options: TrainOptions) -> dict[str, range]:
     """The rows of `train`, `test` and `validation`: contiguous, in file order, as the chapter splits."""
     train = max(1, int(num_rows * options.train_share))
-    test = min(train + int(num_rows * options.test_share), num_rows)
+    test = min(train + int(num_rows * (options.test_share or 0.0)), num_rows)
     return {"train": range(train), "test": range(train, test), "validation": range(test, num_rows)}
 
 
@@ -339,9 +382,7 @@ def validation_batches(
         return
     policy = "packed" if options.policy == "packed" else "sequential"
     loader = make_loader(store, options, ranks, rows, context, policy=policy)
-    useful = trained = 0
     for number, batch in enumerate(loader):
         if options.eval_batches and number >= options.eval_batches:
             return
-        yield as_micro_batch(batch, loader.stats.real_cells - useful, loader.stats.trained_tokens - trained)
-        useful, trained = loader.stats.real_cells, loader.stats.trained_tokens
+        yield as_micro_batch(batch)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fastcollate.check import counts as room
 from fastcollate.check import terminal
-from fastcollate.check.counts import Histogram, MaskOptions, inspect_store, view_row
+from fastcollate.check.counts import Histogram, MaskOptions, inspect_store
+from fastcollate.check.terminal import view_row
 from fastcollate.collate.reference import custom_collate_with_masking_fn
 from fastcollate.errors import InputError
 from fastcollate.store.store import TokenStore
@@ -21,6 +22,7 @@ from fastcollate.text.tokenizer import load_tokenizer
 from tests.helpers import GPT2, Row, run_cli, write_store
 
 PAD = 50256
+MASKED = MaskOptions(mask_prompt=True)
 ROWS: list[Row] = [
     ([2, 2], [1, 2, 3, 4]),
     ([4, 1], [5, 6, 7, 8, 9]),
@@ -36,7 +38,7 @@ def store(tmp_path: Path) -> TokenStore:
 
 
 def test_counts_of_a_small_store(store: TokenStore) -> None:
-    found = inspect_store(store, silent=True)
+    found = inspect_store(store, MASKED, progress=False)
     assert (found.num_rows, found.num_tokens, found.num_shards, found.mean_length) == (5, 24, 3, 4.8)
     assert found.percentiles == {"0": 4, "1": 4, "5": 4, "25": 4, "50": 5, "75": 5, "95": 6, "99": 6, "100": 6}
     assert found.kept_tokens == 24
@@ -50,20 +52,37 @@ def test_counts_of_a_small_store(store: TokenStore) -> None:
 
 
 def test_a_limit_cuts_rows_and_leaves_some_without_a_target(store: TokenStore) -> None:
-    found = inspect_store(store, MaskOptions(max_length=3), silent=True)
+    found = inspect_store(store, MaskOptions(max_length=3, mask_prompt=True), progress=False)
     assert (found.rows_cut, found.kept_tokens) == (5, 15)
     assert found.examples_without_trained == [1, 3]
-    at_four = inspect_store(store, MaskOptions(max_length=4), silent=True)
+    at_four = inspect_store(store, MaskOptions(max_length=4, mask_prompt=True), progress=False)
     assert at_four.rows_cut == 3
 
 
 def test_without_masks_every_token_is_trained(store: TokenStore) -> None:
-    found = inspect_store(store, MaskOptions(mask_prompt=False, mode="positional"), silent=True)
+    found = inspect_store(store, MaskOptions(mask_prompt=False, mode="positional"), progress=False)
     assert found.trained_tokens == found.kept_tokens == 24
 
 
+def test_both_masks_stand_side_by_side(store: TokenStore) -> None:
+    plain, masked = inspect_store(store, progress=False).masks, inspect_store(store, MASKED, progress=False).masks
+    assert (
+        plain.sentence == "trained: 95.8%; 50.0% with --mask-prompt (1 row without a trained token)"
+    )  # one end is ignored
+    assert masked.sentence == "trained: 50.0%; 95.8% with --train-prompt"
+    assert room.trained_by_mask(store) == plain
+    cut = room.trained_by_mask(store, MaskOptions(max_length=3))
+    assert (cut.kept_tokens, cut.trained_tokens) == (15, 15)
+    assert cut.other_rows_without_trained == 2
+
+
+def test_the_old_name_of_progress_warns(store: TokenStore) -> None:
+    with pytest.warns(FutureWarning, match="silent=True is now progress=False"):
+        inspect_store(store, silent=True)
+
+
 def test_a_store_without_a_summary_says_so(tmp_path: Path) -> None:
-    found = inspect_store(write_store(tmp_path / "s", ROWS), silent=True)
+    found = inspect_store(write_store(tmp_path / "s", ROWS), progress=False)
     assert found.boundary_mismatches is None
     assert terminal.summary_of(found)["boundary mismatches"] == "not recorded"
 
@@ -81,7 +100,7 @@ rows_strategy = st.lists(
 def test_counts_are_those_of_the_oracle(rows: list[Row], limit: int | None) -> None:
     with TemporaryDirectory() as folder:
         store = write_store(Path(folder) / "s", rows)
-        found = inspect_store(store, MaskOptions(max_length=limit), silent=True)
+        found = inspect_store(store, MaskOptions(max_length=limit, mask_prompt=True), progress=False)
         trained = []
         for spans, ids in rows:
             _, targets = custom_collate_with_masking_fn([(spans[0], list(ids))], allowed_max_length=limit)
@@ -89,7 +108,7 @@ def test_counts_are_those_of_the_oracle(rows: list[Row], limit: int | None) -> N
         assert found.trained_tokens == sum(trained)
         assert found.rows_without_trained == trained.count(0)
         assert found.kept_tokens == sum(min(len(ids), limit or 99) for _, ids in rows)
-        check_views(store, MaskOptions(max_length=limit))
+        check_views(store, MaskOptions(max_length=limit, mask_prompt=True))
 
 
 def check_views(store: TokenStore, options: MaskOptions) -> None:
@@ -108,23 +127,23 @@ def check_views(store: TokenStore, options: MaskOptions) -> None:
                 assert view.tokens[column + 1] == target
 
 
-def kinds(view: room.RowView) -> str:
-    return "".join(room.MARKS[kind] for kind in view.kinds)
+def kinds(view: terminal.RowView) -> str:
+    return "".join(terminal.MARKS[kind] for kind in view.kinds)
 
 
 def test_the_kinds_of_a_row(store: TokenStore) -> None:
-    assert kinds(view_row(store, 0)) == "??+++.."  # two of the prompt, two of the response, end-of-text, padding
-    assert kinds(view_row(store, 2)) == "?+++x.."  # the real end-of-text is ignored after a literal one...
-    assert kinds(view_row(store, 2, MaskOptions(mode="positional"))) == "?++++.."  # ...but should be
-    assert kinds(view_row(store, 3)) == "??????."
-    assert kinds(view_row(store, 4)) == "?+??+++"
-    assert kinds(view_row(store, 4, MaskOptions(max_length=3))) == "?+??"
-    assert view_row(store, 4).source_row == 40
+    assert kinds(view_row(store, 0, MASKED)) == "??+++.."  # two each of prompt and response, the end, padding
+    assert kinds(view_row(store, 2, MASKED)) == "?+++x.."  # the real end-of-text is ignored after a literal one...
+    assert kinds(view_row(store, 2, MaskOptions(mode="positional", mask_prompt=True))) == "?++++.."  # ...but should be
+    assert kinds(view_row(store, 3, MASKED)) == "??????."
+    assert kinds(view_row(store, 4, MASKED)) == "?+??+++"
+    assert kinds(view_row(store, 4, MaskOptions(max_length=3, mask_prompt=True))) == "?+??"
+    assert view_row(store, 4, MASKED).source_row == 40
 
 
 def test_the_first_token_of_a_row_without_prompt_is_ignored(tmp_path: Path) -> None:
     store = write_store(tmp_path / "s", [([0, 2], [1, 2])])
-    assert kinds(view_row(store, 0, MaskOptions(mode="positional"))) == "x++"
+    assert kinds(view_row(store, 0, MaskOptions(mode="positional", mask_prompt=True))) == "x++"
 
 
 @pytest.mark.parametrize("row", [-1, 5])
@@ -163,7 +182,7 @@ def test_a_histogram_for_the_terminal() -> None:
 
 
 def test_the_printed_row_reads_without_colour(store: TokenStore) -> None:
-    lines = terminal.render_row(view_row(store, 2), None).plain.splitlines()
+    lines = terminal.render_row(view_row(store, 2, MASKED), None).plain.splitlines()
     assert "? prompt: 1  + trained: 3  x ignored: 1  . padding: 2" in lines[1]
     assert [line[:12].strip() for line in lines[3:7]] == ["prompt ? │", "trained + │", "ignored x │", "padding . │"]
     assert [line.split()[-2:] for line in lines[-6:]] == [
@@ -185,7 +204,7 @@ def test_text_is_shown_with_the_vocabulary_of_the_store(tmp_path: Path) -> None:
     found, problem = room.tokenizer_of(store)
     assert found is not None
     assert problem == ""
-    text = terminal.render_row(view_row(store, 0), found).plain
+    text = terminal.render_row(view_row(store, 0, MASKED), found).plain
     assert "  prompt ? │ Say hi:\n trained + │ \n         + │ Hi [bold]!<|endoftext|>\n" in text
 
 
@@ -210,7 +229,7 @@ def test_the_command(store: TokenStore, monkeypatch: pytest.MonkeyPatch, capsys:
     assert run_cli(monkeypatch, "inspect", store.path, "--json", "--max-length", 3) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["rows_cut"] == 5
-    assert printed["options"] == {"max_length": 3, "mask_prompt": True, "mode": "reference"}
+    assert printed["options"] == {"max_length": 3, "mask_prompt": False, "mode": "reference"}
 
 
 def test_the_command_for_a_row(

@@ -28,7 +28,7 @@ def few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_workers")
 def test_the_pipeline_is_measured_beside_the_others(store: TokenStore) -> None:
-    report = bench(store, step_ms=0.001, rounds=2, seconds=0.05, silent=True)
+    report = bench(store, step_ms=0.001, rounds=2, seconds=0.05, progress=False)
     assert [found.name for found in report.contenders] == ["fastcollate", "reference loop", "DataLoader, 0 workers"]
     for found in report.contenders:
         assert found.batches_per_s > 0
@@ -39,7 +39,7 @@ def test_the_pipeline_is_measured_beside_the_others(store: TokenStore) -> None:
 
 @pytest.mark.usefixtures("few_workers")
 def test_without_a_step_there_is_no_verdict(store: TokenStore) -> None:
-    report = bench(store, MaskOptions(mask_prompt=False), rounds=1, seconds=0.02, silent=True, policy="shuffled")
+    report = bench(store, MaskOptions(mask_prompt=False), rounds=1, seconds=0.02, progress=False, policy="shuffled")
     assert report.contenders[0].data_bound is None
     assert "--step-ms" in report.advice[0]
 
@@ -51,7 +51,7 @@ SHUFFLED = {"policy": "shuffled", "batch_size": 8}
 def test_packs_are_measured_beside_equal_ones(store: TokenStore, masked: bool) -> None:
     order = order_of(store, "packed", 2, MaskOptions(), capacity=30)
     room._check_equal(room._contenders(store, MaskOptions(mask_prompt=masked, max_length=25), order))
-    report = bench(store, policy="packed", batch_size=2, model="tiny", rounds=1, seconds=0.02, silent=True)
+    report = bench(store, policy="packed", batch_size=2, model="tiny", rounds=1, seconds=0.02, progress=False)
     assert report.step_ms is not None
     assert not any("inspect --report" in sentence for sentence in report.advice)
 
@@ -97,12 +97,12 @@ def test_the_verdict(batch_ms: float, step_ms: float, bound: bool, share: float,
 @pytest.mark.parametrize("options", [{"step_ms": 0.0}, {"rounds": 0}, {"seconds": 0.0}, {"model": "no-such"}])
 def test_wrong_values(store: TokenStore, options: dict[str, object]) -> None:
     with pytest.raises(InputError):
-        bench(store, silent=True, **options)
+        bench(store, progress=False, **options)
 
 
 def test_positional_mode_has_no_contender(store: TokenStore) -> None:
     with pytest.raises(InputError, match="equal work"):
-        bench(store, MaskOptions(mode="positional"), silent=True)
+        bench(store, MaskOptions(mode="positional"), progress=False)
 
 
 @pytest.mark.usefixtures("few_workers")

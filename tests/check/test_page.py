@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from fastcollate.check import page as room
-from fastcollate.check.counts import KINDS, MaskOptions, inspect_store
+from fastcollate.check.counts import MaskOptions, inspect_store
+from fastcollate.check.terminal import KINDS
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import plan_epoch
@@ -42,7 +43,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 @pytest.fixture(scope="module")
 def page_file(store: TokenStore) -> Path:
     path = store.path.parent / "report.html"
-    room.write_report(store, path, inspect_store(store, silent=True), batch_size=4)
+    room.write_report(store, path, inspect_store(store, progress=False), batch_size=4)
     return path
 
 
@@ -74,7 +75,7 @@ def test_padding_is_that_of_the_filled_batches(store: TokenStore) -> None:
 
 
 def test_the_picture_holds_every_cell(store: TokenStore) -> None:
-    pictured = room.picture(store, MaskOptions(), "sequential", 4, 0)
+    pictured = room.picture(store, MaskOptions(mask_prompt=True), "sequential", 4, 0)
     assert (pictured["total"], pictured["every"], len(pictured["batches"])) == (11, 1, 11)
     assert len(pictured["batches"][-1]["rows"]) == 3
     for number, batch in enumerate(pictured["batches"]):
@@ -86,7 +87,7 @@ def test_the_picture_holds_every_cell(store: TokenStore) -> None:
 
 
 def test_the_picture_of_packs_holds_every_token(store: TokenStore) -> None:
-    pictured = room.picture(store, MaskOptions(max_length=20), "packed", 2, 0)
+    pictured = room.picture(store, MaskOptions(max_length=20, mask_prompt=True), "packed", 2, 0)
     assert len(pictured["batches"]) == pictured["total"]
     cells = dict.fromkeys(KINDS, 0)
     for batch in pictured["batches"]:
@@ -111,12 +112,12 @@ def test_a_long_epoch_is_pictured_by_evenly_spaced_batches(store: TokenStore, mo
 
 
 def test_the_viewer_holds_rows_up_to_a_number_of_tokens(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = inspect_store(store, MaskOptions(max_length=9), silent=True)
+    found = inspect_store(store, MaskOptions(max_length=9, mask_prompt=True), progress=False)
     assert found.rows_without_trained > 10
     entries = room._viewer(store, found, None, 2)["rows"]
     assert [entry["row"] for entry in entries] == [0, 1, *found.examples_without_trained]
     monkeypatch.setattr(room, "_SHOWN_TOKENS", 50)
-    shown = len(room._viewer(store, inspect_store(store, silent=True), None, 1000)["rows"])
+    shown = len(room._viewer(store, inspect_store(store, progress=False), None, 1000)["rows"])
     assert int(store.lengths[:shown].sum()) <= 50 < int(store.lengths[: shown + 1].sum())
 
 
@@ -125,13 +126,16 @@ def test_an_entry_of_the_viewer(page_file: Path, store: TokenStore) -> None:
     entry = data["rows"]["rows"][17]
     assert entry["ids"] == [*store[17].input_ids.tolist(), 50256]
     assert entry["record"] == 170
-    assert [KINDS[run[0]] for run in entry["runs"]] == ["prompt", "trained"]  # the longest row has none
-    assert entry["runs"][1][2] == HOSTILE + "<|endoftext|>"
+    first, *prompt, response = entry["runs"]  # the longest row has no padding
+    assert [KINDS[run[0]] for run in entry["runs"]] == ["prompt", "trained", "trained"]
+    assert [KINDS[run[3]] for run in entry["runs"]] == ["prompt", "prompt", "trained"]
+    assert first[1] + prompt[0][1] == int(store[17].spans[0])
+    assert response[2] == HOSTILE + "<|endoftext|>"
     assert data["rows"]["pieces"]["50256"] == "<|endoftext|>"
 
 
 def test_wrong_sizes_are_refused(store: TokenStore, tmp_path: Path) -> None:
-    found = inspect_store(store, silent=True)
+    found = inspect_store(store, progress=False)
     for options in ({"batch_size": 0}, {"num_rows": 0}):
         with pytest.raises(InputError, match="give at least 1"):
             room.write_report(store, tmp_path / "r.html", found, **options)
@@ -192,6 +196,7 @@ def test_it_renders_and_asks_for_nothing(browser: Any, page_file: Path) -> None:
             assert page.locator(f"#figure-{name} .main-svg").count() > 0
         assert page.locator("#figure-lengths .bars path").count() > 0
         assert page.locator("#figure-padding .scatterlayer .trace").count() == 4
+        page.check("#epoch-mask")
         colours = page.evaluate(
             """() => { const c = document.getElementById("epoch");
             const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
@@ -257,7 +262,10 @@ def test_ids_and_targets_stand_side_by_side(browser: Any, page_file: Path, store
     with Opened(browser, page_file) as opened:
         page = opened.page
         marks = page.locator("#rows .row").first.locator(".mark").all_inner_texts()
-        assert [mark.split()[:2] for mark in marks] == [["?", "prompt"], ["+", "trained"], [".", "padding"]]
+        assert [mark.split()[:2] for mark in marks] == [["?", "prompt"], *[["+", "trained"]] * 2, [".", "padding"]]
+        page.check("#viewer-mask")  # what masking would give
+        marks = page.locator("#rows .row").first.locator(".mark").all_inner_texts()
+        assert [mark.split()[:2] for mark in marks] == [["?", "prompt"]] * 2 + [["+", "trained"], [".", "padding"]]
         page.locator(".toggle").first.click()
         lines = [line.split("\t") for line in page.locator(".cells tr").all_inner_texts()[1:]]
         ids, prompt = store[0].input_ids.tolist(), int(store[0].spans[0])

@@ -44,7 +44,8 @@ def prepared(source: Path) -> TokenStore:
 
 @pytest.mark.parametrize("policy", ["sequential", "shuffled", "bucketed"])
 def test_a_whole_store_agrees(prepared: TokenStore, source: Path, policy: str) -> None:
-    found = verify(prepared, policy=policy, sources=[str(source)], checksums=True, silent=True)
+    masks = MaskOptions(mask_prompt=policy != "sequential")
+    found = verify(prepared, masks, policy=policy, sources=[str(source)], checksums=True, progress=False)
     assert found.ok, found.problems
     assert (found.batches, found.rows, found.records, found.files) == (3, 23, 23, found.files)
     assert found.files is not None
@@ -57,7 +58,7 @@ def test_packs_agree(prepared: TokenStore, masked: bool, mode: str) -> None:
     for options, capacity in (({}, 120), ({"max_length": 40}, 100), ({}, None)):
         found = verify(
             prepared, MaskOptions(mask_prompt=masked, mode=mode, **options), policy="packed", batch_size=2,
-            capacity=capacity, silent=True,
+            capacity=capacity, progress=False,
         )  # fmt: skip
         assert found.ok, found.problems
         assert found.rows >= 23
@@ -81,16 +82,16 @@ def test_one_wrong_cell_of_a_pack_is_found(prepared: TokenStore, monkeypatch: py
         return batches
 
     monkeypatch.setattr(Collator, "packed_batches", broken)
-    found = verify(prepared, policy="packed", batch_size=2, silent=True)
+    found = verify(prepared, policy="packed", batch_size=2, progress=False)
     assert found.num_problems == 2
     assert found.problems[0].startswith("batch 1, position_ids: pack 0 column 3 is ")
     assert found.problems[1].startswith("batch 1, cu_seqlens: column 1 is ")
 
 
 def test_the_digest_depends_on_the_batches_only(prepared: TokenStore) -> None:
-    digests = [verify(prepared, seed=seed, silent=True).digest for seed in (1, 1, 2)]
+    digests = [verify(prepared, seed=seed, progress=False).digest for seed in (1, 1, 2)]
     assert digests[0] == digests[1] != digests[2]
-    other = verify(prepared, MaskOptions(mask_prompt=False), seed=1, silent=True).digest
+    other = verify(prepared, MaskOptions(mask_prompt=True), seed=1, progress=False).digest
     assert other != digests[0]
 
 
@@ -107,7 +108,7 @@ def test_one_wrong_cell_is_found(prepared: TokenStore, monkeypatch: pytest.Monke
         return batches
 
     monkeypatch.setattr(Collator, "batches", broken)
-    found = verify(prepared, policy="sequential", silent=True)
+    found = verify(prepared, policy="sequential", progress=False)
     assert found.num_problems == 1
     assert found.problems[0].startswith(f"batch 1, {('inputs', 'targets')[tensor]}: row 10 column 3 is ")
 
@@ -119,7 +120,7 @@ def test_a_wrong_width_is_found(prepared: TokenStore, monkeypatch: pytest.Monkey
         return [Batch(*(cells[:, 1:] for cells in batch)) for batch in original(self, *args)]
 
     monkeypatch.setattr(Collator, "batches", cut)
-    found = verify(prepared, silent=True)
+    found = verify(prepared, progress=False)
     assert found.num_problems == 6
     assert "but the reference gives" in found.problems[0]
 
@@ -142,7 +143,7 @@ def test_a_row_that_no_batch_holds_is_found(prepared: TokenStore, monkeypatch: p
     monkeypatch.setattr(room, "BatchLoader", Short)
     monkeypatch.setattr(room, "plan_epoch", lambda *_, **__: plan)
     assert plan_epoch is not room.plan_epoch
-    found = verify(prepared, silent=True)
+    found = verify(prepared, progress=False)
     assert found.num_problems == 15
     assert found.problems[0] == "row 8 is in no batch of the epoch"
 
@@ -154,7 +155,7 @@ def test_a_changed_source_is_found(prepared: TokenStore, tmp_path: Path) -> None
     del changed[20:]
     path = tmp_path / "changed.json"
     path.write_text(json.dumps(changed))
-    found = verify(prepared, sources=[str(path)], silent=True)
+    found = verify(prepared, sources=[str(path)], progress=False)
     assert [problem.split(":")[0] for problem in found.problems] == ["row 4", "row 7", "row 20"]
     assert "there is no record 20" in found.problems[-1]
 
@@ -177,7 +178,7 @@ def test_a_moved_boundary_is_found(prepared: TokenStore, source: Path, tmp_path:
 
 def test_sources_need_the_vocabulary_of_the_store(tmp_path: Path, source: Path) -> None:
     with pytest.raises(InputError, match="its ids cannot be checked"):
-        verify(write_store(tmp_path / "s", [([1, 1], [1, 2])]), sources=[str(source)], silent=True)
+        verify(write_store(tmp_path / "s", [([1, 1], [1, 2])]), sources=[str(source)], progress=False)
 
 
 def test_only_the_first_problems_are_kept() -> None:
@@ -206,7 +207,7 @@ def turns(draw: st.DrawFn) -> Row:
 def test_random_stores_agree(rows: list[Row], limit: int | None, mask: bool, mode: str) -> None:
     with TemporaryDirectory() as folder:
         store = write_store(Path(folder) / "s", rows)
-        found = verify(store, MaskOptions(limit, mask, mode), batch_size=2, silent=True)
+        found = verify(store, MaskOptions(limit, mask, mode), batch_size=2, progress=False)
         assert found.ok, found.problems
 
 
@@ -214,7 +215,7 @@ def test_the_expectation_for_several_turns() -> None:
     from fastcollate.store.store import Example
 
     example = Example(np.array([1, 2, 3, 4, 5], np.uint16), np.array([2, 1, 2], np.uint32), 0)
-    _, targets = expected_batch([example], PAD, MaskOptions(mode="positional"))
+    _, targets = expected_batch([example], PAD, MaskOptions(mode="positional", mask_prompt=True))
     assert targets.tolist() == [[-100, 3, -100, -100, -100]]
     inputs, targets = expected_batch([example], PAD, MaskOptions(max_length=2, mask_prompt=False))
     assert inputs.tolist() == [[1, 2]]

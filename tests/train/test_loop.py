@@ -28,10 +28,11 @@ from fastcollate.train.loop import train
 from fastcollate.train.model import CONFIGS, GPT2, GPT2Config
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import Ranks
-from fastcollate.train.step import MicroBatch, Stepper, learning_rate_at, make_loader
+from fastcollate.train.step import MicroBatch, Stepper, learning_rate_at, make_loader, split_rows
 from tests.helpers import losses, metrics, sample_store, write_store
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
+TINY = {"name": "gpt2", "fingerprint": "00", "vocab_size": 300, "pad_token_id": 299}
 SMALL = GPT2Config(num_layers=2, num_heads=2, width=16, vocab_size=300, context_length=64)
 
 
@@ -108,8 +109,8 @@ def test_the_mean_is_over_the_trained_tokens_of_the_whole_step(tmp_path: Path, r
         tmp_path / "whole", batch_size=12, policy="sequential", max_steps=8, mask_prompt=True, mode="positional"
     )
     parts = replace(whole, out=tmp_path / "parts", batch_size=4, accumulate=3)
-    train(random_store, whole, show=False)
-    train(random_store, parts, show=False)
+    train(random_store, whole, progress=False)
+    train(random_store, parts, progress=False)
     assert losses(whole.out) == pytest.approx(losses(parts.out), abs=1e-5)
 
 
@@ -123,7 +124,7 @@ def test_packed_training_gives_the_losses_of_the_same_rows_padded(
         tmp_path / "packed", policy="packed", batch_size=3, capacity=64, max_length=30, long_rows=long_rows, epochs=1,
         mask_prompt=mask_prompt, mode="positional", eval_every=4,
     )  # fmt: skip
-    report = train(random_store, packed, show=False)
+    report = train(random_store, packed, progress=False)
     lengths = random_store.lengths[:102]  # the training split
     plan = plan_epoch(
         lengths, policy="packed", batch_size=3, capacity=64, max_length=30, long_rows=long_rows, seed=123, tail="uneven"
@@ -171,7 +172,7 @@ def test_the_loss_falls_and_the_files_are_there(tmp_path: Path, random_store: To
     pytest.importorskip("matplotlib")
     pytest.importorskip("tensorboard")
     run = options(tmp_path / "run", epochs=3, eval_every=10, tensorboard=True, learning_rate=0.01)
-    report = train(random_store, run, show=False)
+    report = train(random_store, run, progress=False)
     steps = metrics(run.out)
     assert [step["step"] for step in steps] == list(range(1, 40))  # 102 rows, 13 batches an epoch
     assert set(steps[0]) == {"step", "loss", "learning_rate", "useful_tokens", "wait_s", "step_s"}
@@ -198,16 +199,16 @@ def test_a_crash_and_a_resume_give_the_same_losses(
     tmp_path: Path, random_store: TokenStore, monkeypatch: pytest.MonkeyPatch, dropout: float, policy: str
 ) -> None:
     plain = options(tmp_path / "plain", epochs=3, accumulate=2, dropout=dropout, policy=policy)
-    train(random_store, plain, show=False)
+    train(random_store, plain, progress=False)
     broken = replace(plain, out=tmp_path / "broken", checkpoint_every=3, resume=True)
     step = Stepper.step
     for steps_before in (2, 7, 1, 8):  # before the first checkpoint, at the end of an epoch of 7 steps, in the next
         monkeypatch.setattr(Stepper, "step", step)
         monkeypatch.setattr(Stepper, "step", failing_after(steps_before))
         with pytest.raises(RuntimeError, match="power cut"):
-            train(random_store, broken, show=False)
+            train(random_store, broken, progress=False)
     monkeypatch.setattr(Stepper, "step", step)
-    report = train(random_store, broken, show=False)
+    report = train(random_store, broken, progress=False)
     assert losses(broken.out) == losses(plain.out)
     assert [s["step"] for s in metrics(broken.out)] == list(range(1, 22))
     assert report.tokens_seen == 3 * int(random_store.lengths[:102].sum())
@@ -227,7 +228,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_ctrl_c_leaves_a_run_that_goes_on_to_the_last_bit(tmp_path: Path) -> None:
     store = sample_store(tmp_path / "store", 60)
     plain = options(tmp_path / "plain", batch_size=4, max_steps=14)
-    train(store, plain, show=False)
+    train(store, plain, progress=False)
     code = (
         "import sys; from fastcollate.cli import main; sys.argv = ['fastcollate', 'train', '--store', sys.argv[1], "
         "'--out', sys.argv[2], '--batch-size', '4', '--max-steps', '14', '--eval-every', '0', '--sample-tokens', '0', "
@@ -262,7 +263,7 @@ def test_a_step_without_a_trained_token_is_skipped_and_counted(tmp_path: Path) -
     run = options(
         tmp_path / "run", policy="sequential", batch_size=4, epochs=1, mask_prompt=True, train_share=1.0, test_share=0.0
     )
-    report = train(store, run, show=False)
+    report = train(store, run, progress=False)
     assert [loss is None for loss in losses(run.out)] == [True, False] * 5
     assert (report.steps, report.skipped_steps) == (10, 5)
     before, after = (dict(torch.load(run.out / "checkpoint.pt", weights_only=True)["model"]) for _ in range(2))
@@ -270,11 +271,32 @@ def test_a_step_without_a_trained_token_is_skipped_and_counted(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("limit", [{"epochs": 2}, {"max_steps": 7}, {"epochs": 1, "max_length": 4}])
+def test_a_run_in_which_nothing_was_trained_fails(tmp_path: Path, limit: dict[str, int]) -> None:
+    prompt = 6 if "max_length" not in limit else 5  # the whole row, or all that --max-length keeps of it
+    store = write_store(tmp_path / "store", [([prompt, 6 - prompt], [1, 2, 3, 4, 5])] * 60, tokenizer=TINY)
+    run = options(tmp_path / "run", batch_size=4, mask_prompt=True, **limit)
+    with pytest.raises(InputError, match=r"nothing was trained: none of the \d+ steps .* inspect .*--mask-prompt"):
+        train(store, run, progress=False)
+    assert not (run.out / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("train_share", "test_share"), [(0.9, 0.1), (0.7, 0.3), (0.6, 0.4), (0.95, None), (1.0, None), (0.3, 0.7)]
+)
+def test_shares_that_add_up_to_one_are_accepted(train_share: float, test_share: float | None) -> None:
+    splits = split_rows(1000, options(Path("x"), train_share=train_share, test_share=test_share))
+    assert sum(map(len, splits.values())) == 1000
+    assert len(splits["train"]) == round(1000 * train_share)
+    assert len(splits["test"]) == round(1000 * (min(0.1, 1 - train_share) if test_share is None else test_share))
+
+
+@pytest.mark.usefixtures("small")
 def test_early_stop_keeps_the_best(tmp_path: Path, random_store: TokenStore) -> None:
     run = options(
         tmp_path / "run", epochs=60, eval_every=10, patience=3, learning_rate=0.02, schedule="constant", eval_batches=0
     )
-    report = train(random_store, run, show=False)
+    report = train(random_store, run, progress=False)
     lines = [json.loads(line) for line in (run.out / "evaluations.jsonl").read_text().splitlines()]
     found = [line["validation_loss"] for line in lines]
     assert report.ended == "early stop"
@@ -287,8 +309,8 @@ def test_early_stop_keeps_the_best(tmp_path: Path, random_store: TokenStore) -> 
 def test_bfloat16_trains(tmp_path: Path, random_store: TokenStore) -> None:
     exact = options(tmp_path / "exact", epochs=1)
     narrow = replace(exact, out=tmp_path / "narrow", precision="bfloat16")
-    train(random_store, exact, show=False)
-    train(random_store, narrow, show=False)
+    train(random_store, exact, progress=False)
+    train(random_store, narrow, progress=False)
     assert losses(narrow.out) != losses(exact.out)
     assert losses(narrow.out) == pytest.approx(losses(exact.out), abs=0.02)
 
@@ -297,46 +319,77 @@ def test_bfloat16_trains(tmp_path: Path, random_store: TokenStore) -> None:
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(tmp_path: Path, random_store: TokenStore) -> None:
     run = options(tmp_path / "run", epochs=5, learning_rate=1e30, clip=0.0, warmup=0, checkpoint_every=1)
     with pytest.raises(InputError, match=r"the loss became .* at step .*; lower --learning-rate"):
-        train(random_store, run, show=False)
+        train(random_store, run, progress=False)
     assert all(loss is not None and np.isfinite(loss) for loss in losses(run.out))
 
 
 @pytest.mark.usefixtures("small")
 def test_what_does_not_fit_is_refused(tmp_path: Path, random_store: TokenStore) -> None:
     run = options(tmp_path / "run", max_steps=2)
-    train(random_store, run, show=False)
+    train(random_store, run, progress=False)
     with pytest.raises(InputError, match="holds a run already; continue it with --resume"):
-        train(random_store, run, show=False)
-    with pytest.raises(InputError, match="started with --seed 123, not 124"):
-        train(random_store, replace(run, resume=True, seed=124), show=False)
+        train(random_store, replace(run, max_steps=3), progress=False)
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"started with --seed 123, not 124; .* may change: --epochs, --max-steps"):
+            train(random_store, replace(run, resume=resume, seed=124), progress=False)
+    with pytest.raises(InputError, match="started with --global-batch-size None, not 4"):
+        train(random_store, replace(run, resume=True, batch_size=4), progress=False)
     other = write_store(
         tmp_path / "other", [([1, 2], [1, 2, 3])], tokenizer={**random_store.manifest["tokenizer"], "fingerprint": "1"}
     )
     with pytest.raises(InputError, match="started on other data"):
-        train(other, replace(run, resume=True, max_steps=4), show=False)
+        train(other, replace(run, resume=True, max_steps=4), progress=False)
     with pytest.raises(InputError, match="--max-length 65: the model's context is 64"):
-        train(random_store, options(tmp_path / "new", max_length=65), show=False)
+        train(random_store, options(tmp_path / "new", max_length=65), progress=False)
     with pytest.raises(InputError, match="model 'huge': choose one of"):
-        train(random_store, options(tmp_path / "new", model="huge"), show=False)
+        train(random_store, options(tmp_path / "new", model="huge"), progress=False)
     (run.out / "checkpoint.pt").write_bytes(b"torn")
     with pytest.raises(InputError, match="damaged, or not a PyTorch file"):
-        train(random_store, replace(run, resume=True), show=False)
+        train(random_store, replace(run, resume=True), progress=False)
 
 
 def test_a_vocabulary_beyond_the_model_is_refused(tmp_path: Path) -> None:
     tokenizer = {"name": "cl100k_base", "fingerprint": "00", "vocab_size": 100277, "pad_token_id": 100257}
     store = write_store(tmp_path / "store", [([1, 2], [70000, 2, 3])] * 9, tokenizer=tokenizer)
     with pytest.raises(InputError, match="token ids up to 100276, the model knows 50257"):
-        train(store, options(tmp_path / "run"), show=False)
+        train(store, options(tmp_path / "run"), progress=False)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_longer_run_says_which_learning_rates_follow(
+    tmp_path: Path, random_store: TokenStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = options(tmp_path / "run", max_steps=3, warmup=1)
+    train(random_store, run)
+    capsys.readouterr()
+    again = train(random_store, run)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "this run has ended, at step 3" in said
+    assert (again.steps, again.ended, again.last_loss) == (3, "finished", pytest.approx(np.mean(losses(run.out))))
+    longer = replace(run, max_steps=30, resume=True)
+    train(random_store, longer)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "going on after step 3 of 30; the learning rate goes by 30 steps from here on, not 3" in said
+    rates = [step["learning_rate"] for step in metrics(run.out)]
+    assert rates == [
+        learning_rate_at(step, run if step <= 3 else longer, 3 if step <= 3 else 30) for step in range(1, 31)
+    ]
+    assert rates[3] > rates[2]
+
+
+@pytest.mark.usefixtures("small")
+def test_the_old_name_of_progress_warns(tmp_path: Path, random_store: TokenStore) -> None:
+    with pytest.warns(FutureWarning, match="show=False is now progress=False"):
+        train(random_store, options(tmp_path / "run", max_steps=1), show=False)
 
 
 @pytest.mark.usefixtures("small")
 def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path, random_store: TokenStore) -> None:
     run = options(tmp_path / "run", max_steps=3, schedule="constant")
-    train(random_store, run, show=False)
-    train(random_store, replace(run, max_steps=6, resume=True), show=False)
+    train(random_store, run, progress=False)
+    train(random_store, replace(run, max_steps=6, resume=True), progress=False)
     whole = replace(run, out=tmp_path / "whole", max_steps=6)
-    train(random_store, whole, show=False)
+    train(random_store, whole, progress=False)
     assert losses(run.out) == losses(whole.out)
 
 
@@ -353,8 +406,9 @@ def test_learning_rates() -> None:
     [
         ({"batch_size": 0}, "--batch-size 0: give 1 or more"),
         ({"learning_rate": -1.0}, "--learning-rate -1.0: give more than 0"),
-        ({"train_share": 0.9, "test_share": 0.2}, "--test-share 0.2: give what is left"),
-        ({"precision": "float8"}, "--precision float8: give float32 or bfloat16"),
+        ({"train_share": 0.9, "test_share": 0.2}, "--test-share 0.2: give 0 to 0.1, which is left"),
+        ({"train_share": 0.75, "test_share": 0.26}, "--test-share 0.26: give 0 to 0.25, which is left"),
+        ({"precision": "float8"}, "--precision float8: give auto, float32 or bfloat16"),
     ],
 )
 def test_options_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
@@ -369,8 +423,8 @@ def test_compiled_training_sees_few_widths(
     # everything but the generation of machine code, which takes a minute
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain = options(tmp_path / "plain", epochs=1)
-    train(random_store, plain, show=False)
+    train(random_store, plain, progress=False)
     compiled = replace(plain, out=tmp_path / "compiled", compile=True, width_multiple=32)
-    report = train(random_store, compiled, show=False)
+    report = train(random_store, compiled, progress=False)
     assert losses(compiled.out) == pytest.approx(losses(plain.out), abs=1e-4)
     assert 1 <= report.compilations <= 3  # widths 32 and 64, and batches of 6 rows at the end

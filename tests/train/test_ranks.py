@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def noted_step(self, batches, *args):
 
 Stepper.step = noted_step
 options = TrainOptions(out=Path(out), device="cpu", tensorboard=False, sample_tokens=0, **values)
-train(store, options, ranks=ranks, show=False)
+train(store, options, ranks=ranks, progress=False)
 
 def gloo_threads():
     return sum("gloo" in Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task"))
@@ -114,6 +116,33 @@ def test_two_ranks_give_the_losses_of_one(tmp_path: Path, store: TokenStore) -> 
         s["useful_tokens"] for s in metrics(tmp_path / "two")
     ]
     assert rows_seen(tmp_path / "one") == rows_seen(tmp_path / "two") == Counter(dict.fromkeys(range(101), 2))
+
+
+def part_of(store: TokenStore, path: Path, num_rows: int) -> TokenStore:
+    """A store of the first rows."""
+    rows = [([3, len(row.input_ids) - 3], row.input_ids.tolist()) for row in itertools.islice(store, num_rows)]
+    return write_store(path, rows, shard_rows=50, tokenizer=store.manifest["tokenizer"])
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("num_ranks", "num_rows", "values"),
+    [
+        (2, 17, {"batch_size": 8, "epochs": 2}),  # one row is left for two ranks
+        (3, 14, {"batch_size": 6, "epochs": 1, "accumulate": 2, "checkpoint_every": 1}),  # two rows for three
+        (3, 8, {"batch_size": 6, "epochs": 1, "policy": "packed", "capacity": 64, "max_steps": 9}),
+        (2, 12, {"epochs": 1, "train_share": 0.9, "test_share": 0.0, "eval_every": 1}),  # one row to validate
+    ],
+)
+def test_ranks_end_together_where_the_last_batch_has_fewer_rows_than_ranks(
+    tmp_path: Path, store: TokenStore, num_ranks: int, num_rows: int, values: dict[str, Any]
+) -> None:
+    part = part_of(store, tmp_path / "store", num_rows)
+    values = {**COMMON, **values}
+    launch(1, part, tmp_path / "one", **values)
+    launch(num_ranks, part, tmp_path / "many", **values)
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert rows_seen(tmp_path / "many") == rows_seen(tmp_path / "one")
 
 
 @pytest.fixture(scope="module")
