@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Unpack
+
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model
 from fastcollate.integrations.pytorch import BucketBatchSampler, StoreDataset
+from fastcollate.load.options import LoaderKeywords, collate_keywords, order_keywords
 from fastcollate.plan.mixing import MixedStore
+from fastcollate.plan.options import OrderKeywords
 from fastcollate.plan.splits import split_rows
 from fastcollate.store.store import TokenStore
 
@@ -25,6 +29,8 @@ Source = TokenStore | MixedStore | str | os.PathLike[str]
 class StoreBatches:
     """Batches of a data set in the order of a sampler; Lightning saves and restores its position.
 
+    Evaluation's are in the order of the first epoch each time.
+
     A batch is one kernel call on the loop's own thread, tens of microseconds.
 
     Example:
@@ -36,14 +42,17 @@ class StoreBatches:
         (75, torch.Size([8, 58]))
     """
 
-    def __init__(self, dataset: StoreDataset, sampler: BucketBatchSampler) -> None:
+    def __init__(self, dataset: StoreDataset, sampler: BucketBatchSampler, *, evaluates: bool = False) -> None:
         self.dataset = dataset
         self.batch_sampler = sampler  # Lightning looks here for what to tell the epoch
+        self._evaluates = evaluates
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch | PackedBatch]:
+        if self._evaluates:
+            self.batch_sampler.set_position(0, 0)
         return (self.dataset.collate(self.dataset.__getitems__(rows)) for rows in self.batch_sampler)
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,19 +76,9 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
         test: a store of its own, or `None`.
         split: shares of `train`, such as `{"train": 0.9, "val": 0.1}`, instead of stores of their own.
         split_key: see `split_rows`.
-        batch_size: rows (packs, in training with the policy packed) a batch on each rank; or
-        max_tokens: cells a batch on each rank at most, padding included.
-        policy: order of training batches, see `plan_epoch`; validation and test are bucketed.
-        window: see `plan_epoch`.
-        seed: decides order and split.
-        drop_last: leave out the training rows that do not fill a step on every rank.
-        capacity: see `plan_epoch`.
-        long_rows: see `plan_epoch`.
-        max_length: columns kept of a row.
-        mask_prompt: train the responses only.
-        mode: `"reference"` or `"positional"`, see `Collator`.
-        truncation: `"right"` or `"left"`.
         shuffle: not an option: `policy` says it.
+        options: how rows make batches, see `PlanOptions`, and how these are collated, see `Collator`. Validation and
+            test are bucketed, whatever the policy, and every row counts.
 
     Raises:
         InputError: there is no such store, or an option is wrong.
@@ -101,38 +100,23 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
         *,
         split: Mapping[str, float] | None = None,
         split_key: Any = "row",
-        batch_size: int | None = None,
-        max_tokens: int | None = None,
-        policy: str = "bucketed",
-        window: int | None = None,
-        seed: int = 0,
-        drop_last: bool = False,
-        capacity: int | None = None,
-        long_rows: str = "truncate",
-        max_length: int | None = None,
-        mask_prompt: bool = False,
-        mode: str = "reference",
-        truncation: str = "right",
         shuffle: bool | None = None,
+        **options: Unpack[LoaderKeywords],
     ) -> None:
         super().__init__()
-        options: dict[str, Any] = {
-            "max_length": max_length, "mask_prompt": mask_prompt, "mode": mode, "truncation": truncation,
-        }  # fmt: skip
         stores = {"train": train, "val": val, "test": test}
-        self.datasets = {name: StoreDataset(store, **options) for name, store in stores.items() if store is not None}
+        self.datasets = {
+            name: StoreDataset(store, **collate_keywords(options))
+            for name, store in stores.items()
+            if store is not None
+        }
         self._rows: dict[str, Any] = {}
         if split is not None:
-            self._split(split, split_key, seed)
-        self._order: dict[str, Any] = {"seed": seed, "window": window, "max_length": max_length}
-        self._sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
-        self._training: dict[str, Any] = {
-            "policy": policy, "drop_last": drop_last, "capacity": capacity, "long_rows": long_rows,
-        }  # fmt: skip
+            self._split(split, split_key, options.get("seed", 0))
+        self._options = order_keywords(options)
         BucketBatchSampler(
-            self.datasets["train"], rows=self._rows.get("train"), shuffle=shuffle, rank=0, world_size=1,
-            **self._order, **self._sizes, **self._training,
-        )  # fmt: skip
+            self.datasets["train"], rows=self._rows.get("train"), shuffle=shuffle, rank=0, world_size=1, **self._options
+        )
 
     def _split(self, split: Mapping[str, float], key: Any, seed: int) -> None:
         dataset = self.datasets["train"]
@@ -159,22 +143,20 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
             for dataset in self.datasets.values():
                 check_model(dataset.store, module)
 
-    def _batches(self, name: str, **options: Any) -> StoreBatches:
+    def _batches(self, name: str, options: OrderKeywords, *, evaluates: bool = False) -> StoreBatches:
         assert self.trainer is not None
         sampler = BucketBatchSampler(
             self.datasets[name],
             rows=self._rows.get(name),
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
-            **self._order,
-            **self._sizes,
             **options,
         )
-        return StoreBatches(self.datasets[name], sampler)
+        return StoreBatches(self.datasets[name], sampler, evaluates=evaluates)
 
     def train_dataloader(self) -> StoreBatches:
         """Training batches, from the current epoch on."""
-        batches = self._batches("train", **self._training)
+        batches = self._batches("train", self._options)
         assert self.trainer is not None
         batches.batch_sampler.set_epoch(self.trainer.current_epoch)
         return batches
@@ -188,4 +170,8 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
         return self._evaluation("test")
 
     def _evaluation(self, name: str) -> StoreBatches | list[Any]:
-        return self._batches(name) if name in self.datasets else []
+        if name not in self.datasets:
+            return []
+        kept = ("batch_size", "max_tokens", "seed", "window", "max_length")
+        options: Any = {name: value for name, value in self._options.items() if name in kept}
+        return self._batches(name, options, evaluates=True)

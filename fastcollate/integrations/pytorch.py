@@ -10,16 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
+from typing_extensions import Unpack
 
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
-from fastcollate.plan.mixing import MixedStore
-from fastcollate.plan.plan import EpochPlan, plan_epoch
+from fastcollate.load.options import CollateKeywords, collator_of, open_store
+from fastcollate.plan.mixing import MixedStore, Order, OrderedPlan
+from fastcollate.plan.options import OrderKeywords, PlanOptions
+from fastcollate.plan.position import Epochs
 from fastcollate.store.store import Example, TokenStore
 
 Int64Array = npt.NDArray[np.int64]
-STATE_VERSION = 2
 
 
 class PackedRows(list[int]):
@@ -46,7 +48,7 @@ class PackedRows(list[int]):
         return PackedRows, (list(self), self.bounds, self.starts, self.capacity, self.limit)
 
 
-class BucketBatchSampler(Sampler[list[int]]):
+class BucketBatchSampler(Epochs, Sampler[list[int]]):
     """Batches of row numbers for `DataLoader(batch_sampler=...)`, planned by `plan_epoch`.
 
     With `policy="packed"` they are `PackedRows`, of which `StoreDataset.collate` makes a `PackedBatch`, and Hugging
@@ -57,24 +59,16 @@ class BucketBatchSampler(Sampler[list[int]]):
     torchdata's `StatefulDataLoader` keeps track of that by itself, otherwise count steps and `set_position`.
 
     Args:
-        source: a store, a `StoreDataset`, a `MixedStore`, or each row's length.
-        batch_size: rows (packs, with the policy packed) a batch on each rank; or
-        max_tokens: cells a batch on each rank at most, padding included.
-        policy: `"bucketed"`, `"packed"`, `"shuffled"` or `"sequential"`, see `plan_epoch`.
+        source: a store or its directory, a `StoreDataset`, a `MixedStore`, or each row's length.
         rows: the row numbers to use, such as one of `split_rows`; by default all, or those that a `MixedStore` draws.
-        window: see `plan_epoch`.
-        seed: see `plan_epoch`.
         rank: which share of each step; by default this process's rank in `torch.distributed`, 0 without it.
         world_size: number of shares; by default that of `torch.distributed`, 1 without it.
-        max_length: rows count as no longer than this; packed, by default what a `StoreDataset` cuts rows to.
-        drop_last: see `plan_epoch`.
-        tail: see `plan_epoch`.
-        capacity: see `plan_epoch`.
-        long_rows: see `plan_epoch`.
         shuffle: not an option: `policy` says it.
+        options: how rows make batches, see `PlanOptions`; `batch_size` or `max_tokens` is needed. With the policy
+            packed, `max_length` is by default what a `StoreDataset` cuts rows to.
 
     Raises:
-        InputError: an option is wrong.
+        InputError: an option is wrong, or the options leave no batch.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -93,178 +87,65 @@ class BucketBatchSampler(Sampler[list[int]]):
         [[1, 3], [2, 0]]
     """
 
+    _kind = "sampler"
+
     def __init__(
         self,
         source: Any,
         *,
-        batch_size: int | None = None,
-        max_tokens: int | None = None,
-        policy: str = "bucketed",
-        rows: npt.ArrayLike | None = None,
-        window: int | None = None,
-        seed: int = 0,
+        rows: npt.ArrayLike | range | None = None,
         rank: int | None = None,
         world_size: int | None = None,
-        max_length: int | None = None,
-        drop_last: bool = False,
-        tail: str = "repeat",
-        capacity: int | None = None,
-        long_rows: str = "truncate",
         shuffle: bool | None = None,
+        **options: Unpack[OrderKeywords],
     ) -> None:
         if shuffle is not None:
             raise InputError(
                 f"shuffle={shuffle}: a batch sampler decides the order by itself; leave the flag out here and in "
                 f"DataLoader, and choose policy={'bucketed' if shuffle else 'sequential'!r}"
             )
-        if policy == "packed" and max_length is None and isinstance(source, StoreDataset):
-            max_length = source.options["max_length"]
-        store = getattr(source, "store", source)
-        self._mix = store if isinstance(store, MixedStore) and rows is None else None
-        self._lengths = np.asarray(getattr(store, "lengths", store))
-        self._rows = None if rows is None else _row_numbers(rows, len(self._lengths))
+        if options.get("policy") == "packed" and options.get("max_length") is None and isinstance(source, StoreDataset):
+            options["max_length"] = source.options["max_length"]
         together = dist.is_available() and dist.is_initialized()
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-        self._options = {
-            "batch_size": batch_size,
-            "max_tokens": max_tokens,
-            "policy": policy,
-            "window": window,
-            "seed": seed,
-            "rank": (dist.get_rank() if together else 0) if rank is None else rank,
-            "world_size": (dist.get_world_size() if together else 1) if world_size is None else world_size,
-            "max_length": max_length,
-            "drop_last": drop_last,
-            "tail": tail,
-            "capacity": capacity,
-            "long_rows": long_rows,
-        }
-        self.epoch = 0
-        self._position = (0, 0)  # window, batch within it: the next to hand over
-        self._resume = False
-        self._source_rows: list[int] = [0] * len(self._mix.names) if self._mix else []
-        self._plan()
-
-    def _plan(self) -> tuple[EpochPlan, Int64Array | None]:
-        """The epoch's plan, and the row number behind each of the plan's, `None` where they are the same."""
-        rows = self._mix.rows_of_epoch(self.epoch) if self._mix else self._rows
-        lengths = self._lengths if rows is None else self._lengths[rows]
-        return plan_epoch(lengths, epoch=self.epoch, **self._options), rows  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        """Batches in the current epoch, exactly; with `max_tokens` this plans the epoch once."""
-        return len(self._plan()[0])
+        plan_options = PlanOptions(
+            **options,
+            rank=(dist.get_rank() if together else 0) if rank is None else rank,
+            world_size=(dist.get_world_size() if together else 1) if world_size is None else world_size,
+        )
+        super().__init__(Order(getattr(open_store(source), "store", open_store(source)), rows), plan_options)
+        self.batch_size = options.get("batch_size")  # for those who look at a sampler
+        self.drop_last = self._plan_options.drop_last
 
     @property
     def sampler(self) -> BucketBatchSampler:
         """Itself: Lightning and others look for `batch_sampler.sampler` to tell it the epoch."""
         return self
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration runs; setting the current one keeps a loaded position."""
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self._position = (0, 0)
-            self._resume = False
-
-    def set_position(self, epoch: int, step: int) -> None:
-        """Start the next iteration in this epoch behind its first `step` batches.
-
-        Raises:
-            InputError: the epoch has fewer batches.
-        """
-        self.set_epoch(epoch)
-        plan, _ = self._plan()
-        rest = step
-        for window in range(plan.num_windows):
-            num_batches = plan.window(window).num_batches
-            if rest < num_batches or (rest == num_batches and window == plan.num_windows - 1):
-                self._position, self._resume = (window, rest), True
-                return
-            rest -= num_batches
-        raise InputError(f"step={step}: epoch {epoch} has {step - rest} batches")
-
     def __iter__(self) -> Iterator[list[int]]:
-        """Batches of the current epoch; from a loaded position on, once."""
-        if not self._resume:
-            self._position = (0, 0)
-        self._resume = False
-        plan, rows = self._plan()
-        first_window, first_batch = self._position
-        for window in range(first_window, plan.num_windows):
-            for batch, chosen in enumerate(_batches(plan, window, rows, first_batch), first_batch):
-                self._position = (window, batch + 1)
-                if self._mix:
-                    counts = self._mix.count_sources(chosen).tolist()
-                    self._source_rows = [a + b for a, b in zip(self._source_rows, counts, strict=True)]
-                yield chosen
-            first_batch = 0
-        self.epoch += 1
-        self._position = (0, 0)
-
-    @property
-    def source_rows(self) -> dict[str, int]:
-        """Rows handed over so far from each source of a `MixedStore`, by name."""
-        return dict(zip(self._mix.names, self._source_rows, strict=True)) if self._mix else {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is, in plain numbers and strings; the same on every rank."""
-        window, batch = self._position
-        return {
-            "version": STATE_VERSION,
-            "epoch": self.epoch,
-            "next_window": window,
-            "next_batch": batch,
-            "source_rows": list(self._source_rows),
-            "num_rows": len(self._lengths) if self._rows is None else len(self._rows),
-            **{name: value for name, value in self._options.items() if name != "rank"},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a saved position: the next iteration starts there.
-
-        Raises:
-            InputError: the state is of another version, data set or order of rows.
-        """
-        own = self.state_dict()
-        for name in sorted(own.keys() - {"epoch", "next_window", "next_batch", "source_rows"}):
-            if name not in state or state[name] != own[name]:
-                raise InputError(
-                    f"the saved sampler state has {name}={state.get(name)!r}, this sampler {own[name]!r}; "
-                    "make the sampler with the saved value, or start afresh"
-                )
-        self.epoch = state["epoch"]
-        self._position = (state["next_window"], state["next_batch"])
-        self._source_rows = list(state["source_rows"])
-        self._resume = True
+        """Batches of the current epoch; from a loaded position on, once. The end advances the epoch by one."""
+        iteration = self._begin()
+        _, first_window, first = iteration.first
+        for window in range(first_window, iteration.planned.plan.num_windows):
+            for number, rows in enumerate(_batches(iteration.planned, window, first), first + 1):
+                iteration.hand_over(window, number)
+                yield rows
+            first = 0
+        iteration.end()
 
 
-def _batches(plan: EpochPlan, index: int, rows: Int64Array | None, first: int) -> Iterator[list[int]]:
-    """The batches of one window from `first` on; `rows` are the row numbers behind the plan's."""
-    if plan.capacity is None:
-        chosen, bounds = plan.window(index)
-        numbers = chosen if rows is None else rows[chosen]
+def _batches(planned: OrderedPlan, index: int, first: int) -> Iterator[list[int]]:
+    """The batches of one window from `first` on."""
+    options = planned.plan.options
+    if options.capacity is None:
+        numbers, bounds = planned.window(index)
         for number in range(first, len(bounds) - 1):
             yield numbers[bounds[number] : bounds[number + 1]].tolist()
         return
-    limit = plan.capacity if plan.max_length is None else min(plan.max_length, plan.capacity)
-    window = plan.packs(index)
+    limit = options.capacity if options.max_length is None else min(options.max_length, options.capacity)
+    window = planned.packs(index)
     for number in range(first, window.num_batches):
         packs = window.batch(number)
-        numbers = packs.rows if rows is None else rows[packs.rows]
-        yield PackedRows(numbers.tolist(), packs.bounds.tolist(), packs.starts.tolist(), plan.capacity, limit)
-
-
-def _row_numbers(rows: npt.ArrayLike, num_rows: int) -> Int64Array:
-    numbers = np.asarray(rows)
-    if numbers.ndim != 1 or (
-        numbers.size and (numbers.dtype.kind not in "iu" or not 0 <= numbers.min() <= numbers.max() < num_rows)
-    ):
-        raise InputError(
-            f"rows are {numbers.dtype} of shape {numbers.shape}: give row numbers from 0 to {num_rows - 1}"
-        )
-    return numbers.astype(np.int64)
+        yield PackedRows(packs.rows.tolist(), packs.bounds.tolist(), packs.starts.tolist(), options.capacity, limit)
 
 
 class StoreRow:
@@ -337,11 +218,7 @@ class StoreDataset(Dataset[StoreRow]):
 
     Args:
         store: a `TokenStore`, a `MixedStore`, or a store's directory.
-        max_length: columns kept of a row.
-        mask_prompt: train the responses only.
-        mode: `"reference"` or `"positional"`, see `Collator`.
-        truncation: `"right"` or `"left"`, see `Collator`.
-        ignore_index: see `Collator`.
+        options: how rows are collated, see `Collator`.
 
     Raises:
         InputError: there is no store, or an option is wrong.
@@ -357,23 +234,12 @@ class StoreDataset(Dataset[StoreRow]):
     """
 
     def __init__(
-        self,
-        store: TokenStore | MixedStore | str | os.PathLike[str],
-        *,
-        max_length: int | None = None,
-        mask_prompt: bool = False,
-        mode: str = "reference",
-        truncation: str = "right",
-        ignore_index: int = -100,
+        self, store: TokenStore | MixedStore | str | os.PathLike[str], **options: Unpack[CollateKeywords]
     ) -> None:
-        self.store: TokenStore | MixedStore = TokenStore(store) if isinstance(store, (str, os.PathLike)) else store
+        self.store: TokenStore | MixedStore = open_store(store)
         self.options: dict[str, Any] = {
-            "max_length": max_length,
-            "mask_prompt": mask_prompt,
-            "mode": mode,
-            "truncation": truncation,
-            "ignore_index": ignore_index,
-        }
+            "max_length": None, "mask_prompt": False, "truncation": "right", "ignore_index": -100, **options
+        }  # fmt: skip
         self._collators: dict[int | None, Collator] = {}
         self.collator()
 
@@ -402,12 +268,7 @@ class StoreDataset(Dataset[StoreRow]):
         """The kernel's front with this data set's options; `max_length` overrides theirs."""
         limit = self.options["max_length"] if max_length is None else max_length
         if limit not in self._collators:
-            self._collators[limit] = Collator(
-                self.store.shards,
-                pad_token_id=self.store.pad_token_id,
-                name=str(self.store.path),
-                **{**self.options, "max_length": limit},
-            )
+            self._collators[limit] = collator_of(self.store, {**self.options, "max_length": limit})
         return self._collators[limit]
 
     def collate(self, batch: Sequence[StoreRow]) -> Batch | PackedBatch:

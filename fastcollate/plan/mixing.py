@@ -1,8 +1,10 @@
-"""Several stores as one, with the rows of each epoch drawn from them by weight."""
+"""The rows that each epoch takes: of one store, or drawn by weight from several that are read as one."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,15 +12,19 @@ import numpy.typing as npt
 
 from fastcollate.errors import InputError
 from fastcollate.plan import kernels as plan_kernels
+from fastcollate.plan.options import LARGEST, PlanOptions, integer, row_numbers
+from fastcollate.plan.plan import EpochPlan, PackWindow, Window, as_lengths, plan_with, too_long
 from fastcollate.store.store import Example, ShardColumns, TokenStore
 
 Int64Array = npt.NDArray[np.int64]
+Rows = range | npt.NDArray[np.int64]
+_CHUNK = 1 << 20
 
 
 class _Source(NamedTuple):
     name: str
     store: TokenStore
-    rows: Int64Array  # the store's rows to draw from
+    rows: Rows  # the store's rows to draw from
 
 
 class MixedStore:
@@ -77,13 +83,25 @@ class MixedStore:
                 raise InputError(f"{what} name {sorted(set(mapping) - set(stores))}; the stores are {sorted(stores)}")
         self._sources = [_Source(name, store, _chosen(name, store, rows)) for name, store in stores.items()]
         self._check_tokenizers()
-        self._seed = seed
+        self._seed = integer("seed", seed)
         self.names = tuple(stores)
-        self.shards: tuple[ShardColumns, ...] = sum((store.shards for store in stores.values()), ())
-        self.lengths: npt.NDArray[Any] = np.concatenate([store.lengths for store in stores.values()])
+        self._join()
         self.starts: Int64Array = np.cumsum([0, *(len(store) for store in stores.values())], dtype=np.int64)
         sizes = [len(source.rows) for source in self._sources]
-        self.shares = _shares(self.names, sizes, weights, temperature, sum(sizes) if num_rows is None else num_rows)
+        num_rows = sum(sizes) if num_rows is None else integer("num_rows", num_rows, -LARGEST, LARGEST)
+        self.shares = _shares(self.names, sizes, weights, temperature, num_rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "shards": None, "lengths": None}  # a process opens the stores again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._join()
+
+    def _join(self) -> None:
+        stores = [source.store for source in self._sources]
+        self.shards: tuple[ShardColumns, ...] = sum((store.shards for store in stores), ())
+        self.lengths: npt.NDArray[Any] = np.concatenate([store.lengths for store in stores])
 
     def _check_tokenizers(self) -> None:
         first = self._sources[0].store
@@ -138,13 +156,35 @@ class MixedStore:
         sources = np.searchsorted(self.starts, np.asarray(rows, np.int64), side="right") - 1
         return np.bincount(sources, minlength=len(self.names)).astype(np.int64)
 
+    def count_sources_up_to(self, rows: Int64Array, bounds: Int64Array) -> Int64Array:
+        """How many of the rows before each bound come from each source, int64 `(num_bounds, num_sources)`."""
+        groups, num_sources = len(bounds) - 1, len(self.names)
+        sources = np.searchsorted(self.starts, rows[bounds[0] : bounds[-1]], side="right") - 1
+        cells = np.repeat(np.arange(groups), np.diff(bounds)) * num_sources + sources
+        counts = np.zeros((groups + 1, num_sources), np.int64)
+        np.cumsum(np.bincount(cells, minlength=groups * num_sources).reshape(groups, -1), axis=0, out=counts[1:])
+        return counts
+
+    def rows_drawn(self) -> Int64Array:
+        """All rows that some epoch draws."""
+        chosen = zip(self._sources, self.starts[:-1], self.shares, strict=True)
+        return np.concatenate([_numbers(source.rows) + start for source, start, share in chosen if share])
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows that an epoch draws, in plain numbers and strings."""
+        sources = [
+            [name, store.fingerprint, identity_of(rows), int(share)]
+            for (name, store, rows), share in zip(self._sources, self.shares, strict=True)
+        ]
+        return {"sources": sources, "seed": self._seed}
+
     def _draw(self, index: int, first: int, count: int) -> Int64Array:
         """Places `first` to `first + count` of the source's rows, shuffled anew each time all of them are through."""
         rows = self._sources[index].rows
         parts = []
         while count:
             repeat, place = divmod(first, len(rows))
-            order = rows.copy()
+            order = _numbers(rows).copy()
             with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
                 key = np.uint64(self._seed & 0xFFFFFFFFFFFFFFFF)
                 for part in (index, repeat):
@@ -155,13 +195,14 @@ class MixedStore:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def _chosen(name: str, store: TokenStore, rows: Mapping[str, npt.ArrayLike] | None) -> Int64Array:
+def _chosen(name: str, store: TokenStore, rows: Mapping[str, npt.ArrayLike] | None) -> Rows:
     if rows is None or name not in rows:
-        return np.arange(len(store))
-    chosen = np.asarray(rows[name], np.int64)
-    if chosen.ndim != 1 or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(store)):
-        raise InputError(f"rows[{name!r}]: give row numbers from 0 to {len(store) - 1}, the rows of {store.path}")
-    return chosen
+        return range(len(store))
+    return row_numbers(rows[name], len(store), f"rows[{name!r}] of {store.path}")
+
+
+def _numbers(rows: Rows) -> Int64Array:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, range) else rows
 
 
 def _shares(
@@ -191,3 +232,141 @@ def _shares(
     largest = np.argsort(shares - exact, kind="stable")[: num_rows - int(shares.sum())]
     shares[largest] += 1
     return shares
+
+
+class Order:
+    """The rows that each epoch takes: all of a store, some by number, or those that a `MixedStore` draws.
+
+    Args:
+        source: a store, or each row's length.
+        rows: row numbers of the store; by default all, or those that are drawn.
+
+    Attributes:
+        num_rows: rows an epoch.
+        mix: what draws them, if something does.
+
+    Raises:
+        InputError: there is no row, or one that the store does not have.
+    """
+
+    def __init__(self, source: Any, rows: npt.ArrayLike | range | None = None) -> None:
+        self._source, self._given = source, rows
+        self._lengths = as_lengths(getattr(source, "lengths", source))
+        self.mix = source if isinstance(source, MixedStore) and rows is None else None
+        self.rows: Rows = range(len(self._lengths)) if rows is None else row_numbers(rows, len(self._lengths))
+        self.num_rows = int(self.mix.shares.sum()) if self.mix else len(self.rows)
+        if not self.num_rows:
+            raise InputError("no rows to load: the store, or the choice of rows, is empty")
+        self._last: tuple[int, Rows, npt.NDArray[Any]] | None = None  # an epoch's rows and their lengths
+        self._identity: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Order, (self._source, self._given)  # a store is opened again, not copied
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources of a mix."""
+        return self.mix.names if self.mix else ()
+
+    @property
+    def num_store_rows(self) -> int:
+        """Rows of the whole store."""
+        return len(self._lengths)
+
+    def _lengths_of(self, rows: Rows) -> npt.NDArray[Any]:
+        return self._lengths[rows.start : rows.stop] if isinstance(rows, range) else self._lengths[rows]
+
+    def plan(self, options: PlanOptions, epoch: int) -> OrderedPlan:
+        """An epoch's plan, by checked options."""
+        drawn = epoch if self.mix else 0
+        last = self._last
+        if last is None or last[0] != drawn:
+            rows = self.mix.rows_of_epoch(epoch) if self.mix else self.rows
+            self._last = last = drawn, rows, self._lengths_of(rows)
+        return OrderedPlan(plan_with(last[2], options, epoch), last[1], self.mix)
+
+    def check(self, options: PlanOptions) -> None:
+        """Refuse options under which a row stands in no batch, or there is no batch at all.
+
+        Raises:
+            InputError: says which, and the remedy.
+        """
+        widest, longest = options.widest, getattr(self._source, "max_length", None)
+        if widest is not None and all(bound is None or bound > widest for bound in (options.max_length, longest)):
+            rows = self.mix.rows_drawn() if self.mix else self.rows
+            lengths = self._lengths_of(rows)
+            place = int(np.argmax(lengths))
+            if int(lengths[place]) > widest:
+                raise too_long(int(rows[place]), int(lengths[place]), options)
+        if options.drop_last or options.long_rows == "drop":
+            plan = self.plan(replace(options, rank=0), 0).plan  # no rank has more batches
+            if not any(map(plan.num_batches, range(plan.num_windows))):
+                raise InputError(
+                    f"drop_last={options.drop_last}, long_rows={options.long_rows!r} leave no batch of the "
+                    f"{self.num_rows} rows, with {options.group} rows (or packs) a step on {options.world_size} ranks "
+                    "together: leave these options out, or give smaller batches"
+                )
+
+    def identity(self) -> dict[str, Any]:
+        """What a state must agree on, in plain numbers and strings."""
+        if not self._identity:
+            self._identity = {
+                "num_rows": self.num_rows,
+                "store": str(getattr(self._source, "fingerprint", "")) or f"lengths {_digest(self._lengths)}",
+                "rows": identity_of(self.rows),
+                "mix": self.mix.identity() if self.mix else None,
+            }
+        return dict(self._identity)
+
+
+class OrderedPlan:
+    """An epoch's plan over the rows that an order takes; its windows hold row numbers of the store.
+
+    Attributes:
+        plan: numbers the rows from 0 on.
+    """
+
+    def __init__(self, plan: EpochPlan, rows: Rows, mix: MixedStore | None) -> None:
+        self.plan = plan
+        self._rows = rows
+        self._mix = mix
+        self._sources: dict[int, Int64Array] = {}
+
+    def window(self, index: int) -> Window:
+        """The batches of a window."""
+        window = self.plan.window(index)
+        window = window._replace(rows=self._numbers(window.rows))
+        self._count(index, window.rows, window.bounds)
+        return window
+
+    def packs(self, index: int) -> PackWindow:
+        """The packed batches of a window."""
+        window = self.plan.packs(index)
+        packs = window.packs._replace(rows=self._numbers(window.packs.rows))
+        self._count(index, packs.rows, packs.bounds[window.bounds])
+        return window._replace(packs=packs)
+
+    def _numbers(self, rows: Int64Array) -> Int64Array:
+        if isinstance(self._rows, range):
+            return rows + self._rows.start if self._rows.start else rows
+        return self._rows[rows]
+
+    def _count(self, index: int, rows: Int64Array, bounds: Int64Array) -> None:
+        if self._mix is not None:
+            self._sources[index] = self._mix.count_sources_up_to(rows, bounds)
+
+    def take_sources(self, index: int) -> Int64Array | None:
+        """Rows of each source before each batch of a planned window, once; `(num_batches + 1, num_sources)`."""
+        return self._sources.pop(index, None)
+
+
+def identity_of(rows: Rows) -> list[int] | str:
+    """Row numbers in short: first and end of a range, else a hash."""
+    return [rows.start, rows.stop] if isinstance(rows, range) else _digest(rows)
+
+
+def _digest(numbers: npt.NDArray[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for first in range(0, len(numbers), _CHUNK):
+        digest.update(numbers[first : first + _CHUNK].astype("<i8").tobytes())
+    return digest.hexdigest()

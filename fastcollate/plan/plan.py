@@ -17,25 +17,24 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Unpack
 
 from fastcollate.errors import InputError
 from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.packing import LONG_ROWS, Packs, check_capacity, pack_rows
+from fastcollate.plan.options import LARGEST, PlanKeywords, PlanOptions, integer
+from fastcollate.plan.packing import Packs, pack_rows
 from fastcollate.store.pages import ask_for_items, expect_single_pages
 
 Int64Array = npt.NDArray[np.int64]
 
-POLICIES = ("sequential", "shuffled", "bucketed", "packed")
-TAILS = ("repeat", "uneven")
 BLOCK = 64
 BLOCK_FROM = 1 << 22
 WINDOW_BATCHES = 1024
 MIN_WINDOW, MAX_WINDOW = 1 << 14, 1 << 18
-LARGEST, MOST_RANKS = (1 << 40) - 1, 1 << 20  # of any size, and of ranks: products of two fit 64 bits
 _ROWS_KEY, _MIX_KEY, _ORDER_KEY, _ROTATION_KEY = range(4)
 
 
@@ -79,26 +78,30 @@ class PackWindow(NamedTuple):
         return Packs(self.packs.rows[part], self.packs.starts[part], bounds - bounds[0])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EpochPlan:
-    """One rank's batches of one epoch; see `plan_epoch`. Iterates over int64 row numbers, a batch each."""
+    """One rank's batches of one epoch; see `plan_epoch`. Iterates over int64 row numbers, a batch each.
+
+    The options are attributes of the plan too, such as `plan.batch_size`.
+
+    Attributes:
+        lengths: each row's length in tokens.
+        options: what was asked for, checked.
+        epoch: the epoch.
+        window_rows: rows a window.
+        block: rows that the permutation moves together.
+    """
 
     lengths: npt.NDArray[Any] = field(repr=False)
-    batch_size: int | None
-    max_tokens: int | None
-    policy: str
+    options: PlanOptions
+    epoch: int
     window_rows: int
     block: int
-    seed: int
-    epoch: int
-    rank: int
-    world_size: int
-    shares: int
-    max_length: int | None
-    drop_last: bool
-    tail: str
-    capacity: int | None = None
-    long_rows: str = "truncate"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PlanOptions.__slots__:
+            return getattr(self.options, name)
+        raise AttributeError(f"a plan has no {name!r}")
 
     @property
     def num_rows(self) -> int:
@@ -110,25 +113,26 @@ class EpochPlan:
         """Windows in the epoch."""
         return -(-self.num_rows // self.window_rows)
 
-    @property
-    def _group(self) -> int:
-        """Rows that every rank's batch together hold, or come in multiples of."""
-        return self.shares if self.batch_size is None else self.batch_size * self.world_size
-
     def __len__(self) -> int:
         """The exact number of batches; with `max_tokens`, and packed, this plans the whole epoch once."""
-        if self.policy == "packed":
-            return sum(self.packs(index).num_batches for index in range(self.num_windows))
-        if self.batch_size is None:
-            return sum(self.window(index).num_batches for index in range(self.num_windows))
-        last = self.num_rows - (self.num_windows - 1) * self.window_rows
-        return (self.num_windows - 1) * (self.window_rows // self._group) + self._last_batches(last)
+        if self._has_even_windows and self.num_windows:
+            return (self.num_windows - 1) * self.num_batches(0) + self.num_batches(self.num_windows - 1)
+        return sum(map(self.num_batches, range(self.num_windows)))
 
-    def _last_batches(self, num_rows: int) -> int:
-        full, rest = divmod(num_rows, self._group)
-        if rest == 0 or self.drop_last:
+    @property
+    def _has_even_windows(self) -> bool:
+        """Whether each window but the last has as many batches as any other."""
+        return self.options.batch_size is not None and self.options.policy != "packed"
+
+    def num_batches(self, index: int) -> int:
+        """Batches in a window; with `max_tokens`, and packed, this plans it."""
+        if not self._has_even_windows:
+            return self.window(index).num_batches
+        self._check_window(index)
+        full, rest = divmod(min(self.window_rows, self.num_rows - index * self.window_rows), self.options.group)
+        if rest == 0 or self.options.drop_last:
             return full
-        return full + 1 if self.tail == "repeat" or rest > self.rank else full
+        return full + 1 if self.options.tail == "repeat" or rest > self.options.rank else full
 
     def __iter__(self) -> Iterator[Int64Array]:
         return itertools.chain.from_iterable(map(self._batches, range(self.num_windows)))
@@ -136,8 +140,8 @@ class EpochPlan:
     def _batches(self, index: int) -> Iterable[Int64Array]:
         """A window's batches, an array each."""
         rows, bounds = self.window(index)
-        size = self.batch_size
-        whole = 0 if size is None or self.policy == "packed" else len(rows) // size
+        size = self.options.batch_size if self._has_even_windows else None
+        whole = 0 if size is None else len(rows) // size
         if whole and whole == len(bounds) - 1:
             return rows.reshape(whole, -1)  # iterated over in half the time of slices
         return [rows[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
@@ -147,9 +151,8 @@ class EpochPlan:
 
         Needs `batch_size`, and another policy than packed, whose windows differ in batches.
         """
-        assert self.batch_size is not None
-        assert self.policy != "packed"
-        return divmod(step, self.window_rows // self._group)
+        assert self._has_even_windows
+        return divmod(step, self.window_rows // self.options.group)
 
     def window(self, index: int) -> Window:
         """Plan one window; costs the same wherever it lies.
@@ -159,48 +162,49 @@ class EpochPlan:
         Raises:
             InputError: a row is longer than `max_tokens`, or its length is negative.
         """
-        if self.policy == "packed":
+        if self.options.policy == "packed":
             packs, batches = self.packs(index)
             return Window(packs.rows, packs.bounds[batches])
         self._check_window(index)
         with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
             rows = self._rows(index)
             lengths = np.empty(0, np.int32)
-            if self.policy == "bucketed":
+            if self.options.policy == "bucketed":
                 rows, lengths = self._sorted(rows)
-            elif self.batch_size is None:
-                lengths, _ = self._lengths(rows, self.max_length)
+            elif self.options.batch_size is None:
+                lengths, _ = self._lengths(rows, self.options.max_length)
             bounds = self._cut(rows, lengths)
             return self._deal(index, rows, bounds)
 
     def packs(self, index: int) -> PackWindow:
         """Plan one window of packed batches; costs the same wherever it lies."""
-        assert self.batch_size is not None
-        assert self.capacity is not None
+        options = self.options
+        assert options.batch_size is not None
+        assert options.capacity is not None
         self._check_window(index)
-        limit = self.capacity if self.max_length is None else min(self.max_length, self.capacity)
+        limit = options.capacity if options.max_length is None else min(options.max_length, options.capacity)
         with np.errstate(over="ignore"):
             rows = self._rows(index)
             lengths, _ = self._lengths(rows, None)
-            packs = pack_rows(rows, lengths, self.capacity, limit, self.long_rows)
+            packs = pack_rows(rows, lengths, options.capacity, limit, options.long_rows)
             is_last = index == self.num_windows - 1
-            missing = -packs.num_packs % self._group
+            missing = -packs.num_packs % options.group
             if missing and not is_last:
-                packs = packs.filled_up(packs.num_packs + missing, repeat=self.tail == "repeat")
+                packs = packs.filled_up(packs.num_packs + missing, repeat=options.tail == "repeat")
             order = np.arange(packs.num_packs)
             plan_kernels.shuffle(order, self._key(_ORDER_KEY, index))
         packs = self._last_packs(packs, order) if is_last and missing else packs.take(order)
-        own = packs.take(np.arange(self.rank, packs.num_packs, self.world_size))
-        return PackWindow(own, np.append(np.arange(0, own.num_packs, self.batch_size), own.num_packs))
+        own = packs.take(np.arange(options.rank, packs.num_packs, options.world_size))
+        return PackWindow(own, np.append(np.arange(0, own.num_packs, options.batch_size), own.num_packs))
 
     def _last_packs(self, packs: Packs, order: Int64Array) -> Packs:
         """The epoch's last packs, of a number that the tail policy makes right."""
-        whole = len(order) - len(order) % self._group
-        if self.drop_last:
+        whole = len(order) - len(order) % self.options.group
+        if self.options.drop_last:
             return packs.take(order[:whole])
         rest = packs.take(order[whole:])
-        missing = -rest.num_packs % self.world_size
-        if missing and self.tail == "repeat":
+        missing = -rest.num_packs % self.options.world_size
+        if missing and self.options.tail == "repeat":
             rest = rest.filled_up(rest.num_packs + missing, repeat=True)
         return packs.take(order[:whole]).followed_by(rest)
 
@@ -209,31 +213,29 @@ class EpochPlan:
             raise IndexError(f"window {index} of a plan with {self.num_windows}")
 
     def _key(self, purpose: int, index: int = 0) -> np.uint64:
-        key: np.uint64 = np.uint64(self.seed & 0xFFFFFFFFFFFFFFFF)
+        key: np.uint64 = np.uint64(self.options.seed & 0xFFFFFFFFFFFFFFFF)
         for part in (self.epoch, purpose, index):
             key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
         return key
 
     def _rows(self, index: int) -> npt.NDArray[Any]:
         """The window's rows in the policy's order, of a number that the tail policy makes right."""
-        first = index * self.window_rows
+        options, first = self.options, index * self.window_rows
         count = min(self.window_rows, self.num_rows - first)
-        packed = self.policy == "packed"
-        if self.drop_last and not packed:
-            count -= count % self._group
-        is_permuted = self.policy != "sequential" and self.num_windows > 1
+        packed, is_shuffled = options.policy == "packed", options.policy != "sequential"
+        kept = count - count % options.group if options.drop_last and not packed else count
         dtype = np.uint32 if self.num_rows < 1 << 31 and not packed else np.int64  # half the memory to go through
-        rows: npt.NDArray[Any] = (
-            np.empty(count, dtype) if is_permuted else np.arange(first, first + count).astype(dtype)
-        )
-        if self.policy != "sequential":
-            if is_permuted:
-                rotation = int(self._key(_ROTATION_KEY)) % self.num_rows
-                plan_kernels.permuted_rows(first, self.num_rows, self.block, self._key(_ROWS_KEY), rotation, rows)
-            if self.num_windows == 1 or self.block > 1:
-                plan_kernels.shuffle(rows, self._key(_MIX_KEY, index))
-        missing = -count % (self.shares if self.batch_size is None else self.world_size)
-        if missing and self.tail == "repeat" and not packed:
+        if is_shuffled and self.num_windows > 1:
+            rows: npt.NDArray[Any] = np.empty(kept, dtype)  # what is left out lies elsewhere in each epoch
+            rotation = int(self._key(_ROTATION_KEY)) % self.num_rows
+            plan_kernels.permuted_rows(first, self.num_rows, self.block, self._key(_ROWS_KEY), rotation, rows)
+        else:
+            rows = np.arange(first, first + count).astype(dtype)
+        if is_shuffled and (self.num_windows == 1 or self.block > 1):
+            plan_kernels.shuffle(rows, self._key(_MIX_KEY, index))
+        rows = rows[:kept]
+        missing = -kept % (options.group if options.batch_size is None else options.world_size)
+        if missing and options.tail == "repeat" and not packed:
             rows = np.concatenate([rows, np.resize(rows, missing)])
         return rows
 
@@ -251,62 +253,51 @@ class EpochPlan:
         return lengths, longest
 
     def _sorted(self, rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        lengths, longest = self._lengths(rows, self.max_length)
+        lengths, longest = self._lengths(rows, self.options.max_length)
         if longest > 16 * len(rows):  # a counting sort would count mostly zeros
             order = np.argsort(lengths, kind="stable")
             return rows[order], lengths[order]
         # Lengths in order are needed by `max_tokens` only.
-        result = np.empty_like(rows), lengths[:0] if self.max_tokens is None else np.empty_like(lengths)
+        result = np.empty_like(rows), lengths[:0] if self.options.max_tokens is None else np.empty_like(lengths)
         plan_kernels.sort_by_length(rows, lengths, longest, *result)
         return result
 
     def _cut(self, rows: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> Int64Array:
-        if self.max_tokens is None:
-            return np.append(np.arange(0, len(rows), self._group), len(rows)) if len(rows) else np.zeros(1, np.int64)
-        bounds = np.empty(len(rows) // self.shares + 2, np.int64)
-        count = plan_kernels.cut_by_tokens(lengths, self.max_tokens * self.world_size, self.shares, bounds)
+        options = self.options
+        if options.max_tokens is None:
+            return np.append(np.arange(0, len(rows), options.group), len(rows)) if len(rows) else np.zeros(1, np.int64)
+        bounds = np.empty(len(rows) // options.group + 2, np.int64)
+        count = plan_kernels.cut_by_tokens(lengths, options.max_tokens * options.world_size, options.group, bounds)
         if count < 0:
-            row, length = int(rows[-1 - count]), int(lengths[-1 - count])
-            raise InputError(
-                f"row {row} has {length} tokens, more than max_tokens={self.max_tokens} allows a batch; "
-                "raise max_tokens, or give a max_length that cuts such rows"
-            )
+            raise too_long(int(rows[-1 - count]), int(lengths[-1 - count]), options)
         return bounds[: count + 1]
 
     def _deal(self, index: int, rows: npt.NDArray[Any], bounds: Int64Array) -> Window:
         order = np.arange(len(bounds) - 1)
-        if self.policy == "bucketed":
+        options = self.options
+        if options.policy == "bucketed":
             whole = order
-            if len(rows) % self._group:
+            if len(rows) % options.group:
                 whole = order[:-1]  # what cannot be dealt evenly comes last: a rank may get nothing of it
             plan_kernels.shuffle(whole, self._key(_ORDER_KEY, index))
-        out = np.empty(len(rows) // self.world_size + len(order), np.int64)
+        out = np.empty(len(rows) // options.world_size + len(order), np.int64)
         out_bounds = np.empty(len(bounds), np.int64)
-        plan_kernels.deal(rows, bounds, order, self.rank, self.world_size, out, out_bounds)
+        plan_kernels.deal(rows, bounds, order, options.rank, options.world_size, out, out_bounds)
         if len(order) and out_bounds[-1] == out_bounds[-2]:
             out_bounds = out_bounds[:-1]  # an uneven tail of fewer rows than ranks leaves this one without
         return Window(out[: out_bounds[-1]], out_bounds)
 
 
-def plan_epoch(
-    lengths: npt.ArrayLike,
-    *,
-    batch_size: int | None = None,
-    max_tokens: int | None = None,
-    policy: str = "bucketed",
-    window: int | None = None,
-    seed: int = 0,
-    epoch: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    max_length: int | None = None,
-    drop_last: bool = False,
-    tail: str = "repeat",
-    shares: int | None = None,
-    block: int | None = None,
-    capacity: int | None = None,
-    long_rows: str = "truncate",
-) -> EpochPlan:
+def too_long(row: int, length: int, options: PlanOptions) -> InputError:
+    """Why a row stands in no batch of `max_tokens`."""
+    shares = f" (of rows in multiples of shares={options.shares})" if options.shares != options.world_size else ""
+    return InputError(
+        f"row {row} has {length} tokens, more than max_tokens={options.max_tokens} allows a batch{shares}; "
+        "raise max_tokens, or give a max_length that cuts such rows"
+    )
+
+
+def plan_epoch(lengths: npt.ArrayLike, *, epoch: int = 0, **options: Unpack[PlanKeywords]) -> EpochPlan:
     """Plan one epoch: which rows make which batch, as a pure function of these arguments.
 
     The order is computed, not stored: by Fisher-Yates (Durstenfeld, 1964) within a window, and across windows by a
@@ -316,31 +307,8 @@ def plan_epoch(
     Args:
         lengths: each row's length in tokens, integers of at least 0 `(num_rows,)`; read, and checked, a window at a
             time, where the policy needs them at all.
-        batch_size: rows (packs, with the policy packed) a batch on each rank; or
-        max_tokens: cells a batch on each rank at most, padding included.
-        policy: `"sequential"`, `"shuffled"`, `"bucketed"` (rows are shuffled, sorted by length inside a window,
-            cut into batches, and the batches shuffled), or `"packed"` (rows are shuffled, packed by best fit
-            inside a window, and the packs shuffled).
-        window: rows a window, rounded up to whole steps; by default 1,024 steps, at least 16,384 and at most
-            262,144 rows, which is what packed takes.
-        seed: with `epoch` it decides every random choice.
-        epoch: see `seed`.
-        rank: which of `world_size` shares to plan. All ranks get the same number of batches and, in each step, rows
-            of similar length. A step's rows depend on `batch_size * world_size` only.
-        world_size: number of ranks.
-        max_length: rows count as no longer than this; with the policy packed, `long_rows` says what becomes of longer
-            ones.
-        drop_last: leave out the rows that do not fill a step on every rank; others in each epoch.
-        tail: what happens to those rows otherwise: `"repeat"` repeats some rows so that every rank gets as many rows
-            as the others, `"uneven"` gives each row once and some ranks fewer rows, or one batch fewer. Packs are
-            halved before a row is repeated.
-        shares: with `max_tokens`, a step's rows are a multiple of this (by default `world_size`); a plan continues at
-            any world size that divides it, with the same `max_tokens * world_size`.
-        block: rows that the permutation moves together where the data set has more than one window; by default 1, and
-            64 from 4,194,304 rows on.
-        capacity: with the policy packed, cells a pack; by default `max_length`, else `max_tokens`.
-        long_rows: with the policy packed, what becomes of rows longer than `max_length` (the capacity, where that is
-            less): `"truncate"`, `"split"` into parts that are packed as rows of their own, or `"drop"`.
+        epoch: with the seed it decides every random choice.
+        options: see `PlanOptions`; `batch_size` or `max_tokens` is needed.
 
     Raises:
         InputError: a value or a combination is wrong.
@@ -358,91 +326,29 @@ def plan_epoch(
         >>> [rows.tolist() for rows in plan_epoch(lengths, batch_size=2, seed=1, rank=1, world_size=2)]
         [[3, 7], [4, 0]]
     """
-    array = _as_lengths(lengths)
-    shares = world_size if shares is None else shares
-    _check_choices(policy, tail, long_rows)
-    _check_ranks(rank, world_size, shares)
-    if (batch_size is None) == (max_tokens is None):
-        raise InputError("give either batch_size (rows) or max_tokens (cells, padding included), not both or none")
-    _check_positive(batch_size=batch_size, max_tokens=max_tokens, window=window, block=block)
-    if max_length is not None and max_length < 1:  # any large number stands for no limit
-        raise InputError(f"max_length={max_length}: give at least 1")
-    if not isinstance(seed, SupportsIndex) or not 0 <= epoch <= LARGEST:
-        raise InputError(f"seed={seed!r}, epoch={epoch}: give an integer, and an epoch of 0 to {LARGEST:,}")
-    if policy == "packed":
-        batch_size, max_tokens, capacity = _sizes_of_packs(batch_size, max_tokens, max_length, capacity)
-    elif capacity is not None or long_rows != "truncate":
-        raise InputError(f"capacity={capacity}, long_rows={long_rows!r}: these are for policy='packed'")
-    group = shares if batch_size is None else batch_size * world_size
+    return plan_with(as_lengths(lengths), PlanOptions(**options).checked(), epoch)
+
+
+def plan_with(lengths: npt.NDArray[Any], options: PlanOptions, epoch: int) -> EpochPlan:
+    """`plan_epoch` by options that are checked already."""
+    window, block, group = options.window, options.block, options.group
     if window is None:
-        window = MAX_WINDOW if policy == "packed" else min(max(WINDOW_BATCHES * group, MIN_WINDOW), MAX_WINDOW)
+        packed = options.policy == "packed"
+        window = MAX_WINDOW if packed else min(max(WINDOW_BATCHES * group, MIN_WINDOW), MAX_WINDOW)
     if block is None:
-        block = BLOCK if len(array) >= BLOCK_FROM else 1
+        block = BLOCK if len(lengths) >= BLOCK_FROM else 1
     if block > 1:
-        expect_single_pages(array)
-    return EpochPlan(
-        lengths=array,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        policy=policy,
-        window_rows=math.ceil(window / group) * group,
-        block=block,
-        seed=seed,
-        epoch=epoch,
-        rank=rank,
-        world_size=world_size,
-        shares=shares,
-        max_length=max_length,
-        drop_last=drop_last,
-        tail=tail,
-        capacity=capacity,
-        long_rows=long_rows,
-    )
+        expect_single_pages(lengths)
+    return EpochPlan(lengths, options, integer("epoch", epoch, 0, LARGEST), math.ceil(window / group) * group, block)
 
 
-def _as_lengths(lengths: npt.ArrayLike) -> npt.NDArray[Any]:
+def as_lengths(lengths: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Lengths as an array.
+
+    Raises:
+        InputError: they are no integers, or not one a row.
+    """
     array = np.asarray(lengths)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer a row")
     return array if array.size else np.zeros(0, np.int64)
-
-
-def _check_choices(policy: str, tail: str, long_rows: str) -> None:
-    for name, value, choices in (
-        ("policy", policy, POLICIES), ("tail", tail, TAILS), ("long_rows", long_rows, LONG_ROWS),
-    ):  # fmt: skip
-        if value not in choices:
-            raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
-
-
-def _check_ranks(rank: int, world_size: int, shares: int) -> None:
-    if not 0 <= rank < world_size <= MOST_RANKS:
-        raise InputError(
-            f"rank={rank} of world_size={world_size}: ranks count from 0 to world_size - 1, of {MOST_RANKS:,} at most"
-        )
-    if not 1 <= shares <= MOST_RANKS or shares % world_size:
-        raise InputError(f"shares={shares}: give a multiple of world_size={world_size}, {MOST_RANKS:,} at most")
-
-
-def _check_positive(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and not 1 <= value <= LARGEST:
-            raise InputError(f"{name}={value}: give 1 to {LARGEST:,}")
-
-
-def _sizes_of_packs(
-    batch_size: int | None, max_tokens: int | None, max_length: int | None, capacity: int | None
-) -> tuple[int | None, int | None, int]:
-    """Packs a batch, `max_tokens` made of it, and the capacity."""
-    if capacity is None:
-        capacity = max_tokens if max_length is None else max_length
-    if capacity is None:
-        raise InputError("policy='packed': give capacity (cells a pack), or a max_length to take for it")
-    check_capacity(capacity)
-    if max_tokens is None:
-        return batch_size, None, capacity
-    if max_tokens < capacity:
-        raise InputError(
-            f"max_tokens={max_tokens} holds no pack of {capacity} cells: raise it, or lower capacity (or max_length)"
-        )
-    return max_tokens // capacity, None, capacity

@@ -58,18 +58,31 @@ def test_resume_is_exact_to_the_batch() -> None:
         assert all(same(a, b) for a, b in zip(rest, whole[step:], strict=True))
 
 
-def test_a_range_of_rows() -> None:
-    store = make_store(ROWS)
-    loader = BatchLoader(store, policy="sequential", batch_size=4, rows=range(10, 21))
+@pytest.mark.parametrize(
+    "rows",
+    [
+        range(10, 21), range(200, 10, -7), range(203), np.arange(5, 9, dtype=np.uint16), [7], (3, 1, 2),
+        np.array([202, 0, 17, 0]), [np.int64(5), np.int32(6)],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_any_row_numbers(rows: Any) -> None:
+    loader = BatchLoader(make_store(ROWS), policy="sequential", batch_size=4, rows=rows)
+    chosen = [ROWS[row] for row in rows]
     batches = list(loader)
-    assert len(loader) == len(batches) == 3
-    assert same(batches[2], custom_collate_fn(ROWS[18:21]))
+    assert len(batches) == len(loader) == -(-len(chosen) // 4)
+    for number, batch in enumerate(batches):
+        assert same(batch, custom_collate_fn(chosen[4 * number : 4 * number + 4]))
 
 
-def test_wrong_ranges_are_named() -> None:
-    for rows in (range(300), range(0, 10, 2), range(5, 5)):
-        with pytest.raises(InputError, match="rows"):
-            BatchLoader(make_store(ROWS), batch_size=4, rows=rows)
+@pytest.mark.parametrize(
+    "rows",
+    [range(300), range(5, 5), range(-3, 5), [203], [-1], [0.5], [True, False], [[1, 2]], [], "ab", np.ones(203, bool)],
+    ids=str,
+)
+def test_wrong_rows_are_named(rows: Any) -> None:
+    with pytest.raises(InputError, match="rows"):
+        BatchLoader(make_store(ROWS), batch_size=4, rows=rows)
 
 
 def test_statistics_count_what_was_handed_over() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -215,8 +216,13 @@ def test_windows_and_blocks_by_default() -> None:
 def test_a_plan_cannot_be_changed() -> None:
     plan = plan_epoch([1, 2, 3], batch_size=2)
     with pytest.raises(AttributeError):
-        plan.seed = 1  # type: ignore[misc]
-    assert not hasattr(plan, "__dict__")
+        plan.seed = 1
+    with pytest.raises(AttributeError):
+        plan.epoch = 1  # type: ignore[misc]
+    assert (plan.seed, plan.epoch, plan.batch_size, plan.policy) == (0, 0, 2, "bucketed")
+    with pytest.raises(AttributeError, match="'sed'"):
+        plan.sed  # noqa: B018
+    assert [rows.tolist() for rows in pickle.loads(pickle.dumps(plan))] == [rows.tolist() for rows in plan]
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])

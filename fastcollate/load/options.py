@@ -1,0 +1,58 @@
+"""What a loader may be told, by name: how rows are ordered, and how they are collated."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypedDict
+
+import torch
+
+from fastcollate.collate.collator import Collator
+from fastcollate.plan.options import OrderKeywords
+from fastcollate.store.store import TokenStore
+
+
+class CollateKeywords(TypedDict, total=False):
+    """The keyword arguments that decide how rows are collated; `Collator` explains them.
+
+    The padding is the store's own by default.
+    """
+
+    max_length: int | None
+    mask_prompt: bool
+    mode: str
+    truncation: str
+    pad_token_id: int | None
+    ignore_index: int
+    inputs_dtype: torch.dtype
+
+
+class LoaderKeywords(OrderKeywords, CollateKeywords, total=False):
+    """Both; `PlanOptions` and `Collator` explain them."""
+
+
+def order_keywords(options: LoaderKeywords) -> OrderKeywords:
+    """Those that decide the order, `max_length` among them."""
+    return {name: value for name, value in options.items() if name in OrderKeywords.__annotations__}  # type: ignore[return-value]
+
+
+def collate_keywords(options: LoaderKeywords) -> dict[str, Any]:
+    """The others, and `max_length`."""
+    return {k: v for k, v in options.items() if k == "max_length" or k not in OrderKeywords.__annotations__}
+
+
+def open_store(store: Any) -> Any:
+    """A store that is given by its directory, opened; others as they are."""
+    return TokenStore(store) if isinstance(store, (str, os.PathLike)) else store
+
+
+def collator_of(store: Any, options: dict[str, Any]) -> Collator:
+    """A collator of a store's rows, by `CollateKeywords`.
+
+    Raises:
+        InputError: an option is wrong.
+    """
+    options = {**options}
+    if options.get("pad_token_id") is None:
+        options["pad_token_id"] = getattr(store, "pad_token_id", 50256)
+    return Collator(store.shards, name=str(getattr(store, "path", "the store")), **options)

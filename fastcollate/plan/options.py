@@ -1,0 +1,204 @@
+"""What a plan may be told: each option is declared, explained and checked here, and nowhere else."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.errors import InputError
+from fastcollate.plan.packing import LONG_ROWS, check_capacity
+
+Int64Array = npt.NDArray[np.int64]
+
+POLICIES = ("sequential", "shuffled", "bucketed", "packed")
+TAILS = ("repeat", "uneven")
+LARGEST, MOST_RANKS = (1 << 40) - 1, 1 << 20  # of any size, and of ranks: products of two fit 64 bits
+
+
+class OrderKeywords(TypedDict, total=False):
+    """The keyword arguments that decide an order of batches; `PlanOptions` explains them."""
+
+    batch_size: int | None
+    max_tokens: int | None
+    policy: str
+    window: int | None
+    seed: int
+    max_length: int | None
+    drop_last: bool
+    tail: str
+    shares: int | None
+    block: int | None
+    capacity: int | None
+    long_rows: str
+
+
+class PlanKeywords(OrderKeywords, total=False):
+    """The keyword arguments of a plan; `PlanOptions` explains them."""
+
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """Which rows make which batch. Integers may be NumPy's.
+
+    Attributes:
+        batch_size: rows (packs, with the policy packed) a batch on each rank; or
+        max_tokens: cells a batch on each rank at most, padding included.
+        policy: `"sequential"`, `"shuffled"`, `"bucketed"` (rows are shuffled, sorted by length inside a window,
+            cut into batches, and the batches shuffled), or `"packed"` (rows are shuffled, packed by best fit
+            inside a window, and the packs shuffled).
+        window: rows a window, rounded up to whole steps; by default 1,024 steps, at least 16,384 and at most
+            262,144 rows, which is what packed takes.
+        seed: with the epoch it decides every random choice.
+        rank: which of `world_size` shares to plan. All ranks get the same number of batches and, in each step, rows
+            of similar length. A step's rows depend on `batch_size * world_size` only.
+        world_size: number of ranks.
+        max_length: rows count as no longer than this; with the policy packed, `long_rows` says what becomes of longer
+            ones.
+        drop_last: leave out the rows that do not fill a step on every rank; others in each epoch, but for the policy
+            sequential.
+        tail: what happens to those rows otherwise: `"repeat"` repeats some rows so that every rank gets as many rows
+            as the others, `"uneven"` gives each row once and some ranks fewer rows, or one batch fewer. Packs are
+            halved before a row is repeated.
+        shares: with `max_tokens`, a step's rows are a multiple of this (by default `world_size`); a run continues at
+            any world size that divides it, with the same `max_tokens * world_size`.
+        block: rows that the permutation moves together where the data set has more than one window; by default 1, and
+            64 from 4,194,304 rows on.
+        capacity: with the policy packed, cells a pack; by default `max_length`, else `max_tokens`.
+        long_rows: with the policy packed, what becomes of rows longer than `max_length` (the capacity, where that is
+            less): `"truncate"`, `"split"` into parts that are packed as rows of their own, or `"drop"`.
+    """
+
+    batch_size: int | None = None
+    max_tokens: int | None = None
+    policy: str = "bucketed"
+    window: int | None = None
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    max_length: int | None = None
+    drop_last: bool = False
+    tail: str = "repeat"
+    shares: int | None = None
+    block: int | None = None
+    capacity: int | None = None
+    long_rows: str = "truncate"
+
+    @property
+    def group(self) -> int:
+        """Rows (packs) that every rank's batch together hold, or come in multiples of."""
+        if self.batch_size is not None:
+            return self.batch_size * self.world_size
+        assert self.shares is not None
+        return self.shares
+
+    @property
+    def widest(self) -> int | None:
+        """The longest row that a batch of `max_tokens` holds, `None` where nothing bounds it."""
+        if self.max_tokens is None:
+            return None
+        assert self.shares is not None
+        return self.max_tokens * self.world_size // self.shares
+
+    def checked(self) -> PlanOptions:
+        """The same with plain integers, and with what follows from the other options filled in.
+
+        Packs come by number: their `max_tokens` becomes a `batch_size`.
+
+        Raises:
+            InputError: a value or a combination is wrong.
+        """
+        _check_choices(self)
+        world_size = integer("world_size", self.world_size, 1, MOST_RANKS)
+        shares = world_size if self.shares is None else self.shares
+        shares = integer("shares", shares, -LARGEST, LARGEST)
+        if not 1 <= shares <= MOST_RANKS or shares % world_size:
+            raise InputError(f"shares={shares}: give a multiple of world_size={world_size}, {MOST_RANKS:,} at most")
+        rank = integer("rank", self.rank, -LARGEST, LARGEST)
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank={rank} of world_size={world_size}: ranks count from 0 to world_size - 1")
+        if (self.batch_size is None) == (self.max_tokens is None):
+            raise InputError("give either batch_size (rows) or max_tokens (cells, padding included), not both or none")
+        sizes: dict[str, Any] = {
+            name: None if getattr(self, name) is None else integer(name, getattr(self, name), 1, LARGEST)
+            for name in ("batch_size", "max_tokens", "window", "block")
+        }
+        max_length = None if self.max_length is None else integer("max_length", self.max_length, 1)
+        options = replace(
+            self, **sizes, max_length=max_length, shares=shares, rank=rank, world_size=world_size,
+            seed=integer("seed", self.seed), drop_last=bool(self.drop_last),
+        )  # fmt: skip
+        if self.policy == "packed":
+            return options._with_packs()
+        if self.capacity is not None or self.long_rows != "truncate":
+            raise InputError(f"capacity={self.capacity}, long_rows={self.long_rows!r}: these are for policy='packed'")
+        return options
+
+    def _with_packs(self) -> PlanOptions:
+        capacity = self.capacity
+        if capacity is None:
+            capacity = self.max_tokens if self.max_length is None else self.max_length
+        if capacity is None:
+            raise InputError("policy='packed': give capacity (cells a pack), or a max_length to take for it")
+        capacity = integer("capacity", capacity)
+        check_capacity(capacity)
+        if self.max_tokens is None:
+            return replace(self, capacity=capacity)
+        if self.max_tokens < capacity:
+            raise InputError(
+                f"max_tokens={self.max_tokens} holds no pack of {capacity} cells: raise it, or lower capacity "
+                "(or max_length)"
+            )
+        return replace(self, capacity=capacity, batch_size=self.max_tokens // capacity, max_tokens=None)
+
+
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """An integer of any kind, NumPy's too, as a plain one.
+
+    Raises:
+        InputError: a bool, a fraction or something else, or beyond the bounds; it says the name.
+    """
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name}={value!r} is a {type(value).__name__}: give an integer") from error
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise InputError(f"{name}={number}: give {f'at least {low}' if high is None else f'{low} to {high:,}'}")
+    return number
+
+
+def row_numbers(rows: npt.ArrayLike | range, num_rows: int, name: str = "rows") -> range | Int64Array:
+    """Row numbers of a store, a range where they are neighbours in order.
+
+    Raises:
+        InputError: something else than row numbers, or one that the store does not have.
+    """
+    numbers = np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else np.asarray(rows)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise InputError(f"{name} are {numbers.dtype} of shape {numbers.shape}: give row numbers")
+    if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < num_rows:
+        raise InputError(
+            f"{name} are {numbers.min()} to {numbers.max()}: give row numbers from 0 to {num_rows - 1}, which the "
+            "store has"
+        )
+    numbers = numbers.astype(np.int64)
+    if numbers.size and numbers[-1] - numbers[0] == len(numbers) - 1 and bool((np.diff(numbers) == 1).all()):
+        return range(int(numbers[0]), int(numbers[-1]) + 1)
+    return numbers
+
+
+def _check_choices(options: PlanOptions) -> None:
+    for name, choices in (("policy", POLICIES), ("tail", TAILS), ("long_rows", LONG_ROWS)):
+        value = getattr(options, name)
+        if not isinstance(value, str) or value not in choices:
+            raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+    if not isinstance(options.drop_last, (bool, np.bool_, int)) or options.drop_last not in (0, 1):
+        raise InputError(f"drop_last={options.drop_last!r}: give True or False")

@@ -1,0 +1,328 @@
+"""Planned epochs one after another, and where in them the next batch is; saved, and restored after every check.
+
+`BatchLoader` and `BucketBatchSampler` are `Epochs`: what one can, the other can, and their states exchange.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.errors import InputError
+from fastcollate.plan.mixing import Order, OrderedPlan
+from fastcollate.plan.options import LARGEST, PlanOptions, integer
+
+Int64Array = npt.NDArray[np.int64]
+
+STATE_VERSION = 3
+_SIZES = ("batch_size", "max_tokens", "world_size", "shares")  # may differ, as long as a step holds the same rows
+
+
+class Position(NamedTuple):
+    """The next batch: of an epoch, of a window in it, and its number there."""
+
+    epoch: int
+    window: int = 0
+    batch: int = 0
+
+
+class Epochs:
+    """Epochs of one order of rows by one set of options, and the position of the next batch.
+
+    Args:
+        order: the rows that each epoch takes.
+        options: how they make batches.
+
+    Raises:
+        InputError: an option is wrong, or the options leave no batch.
+    """
+
+    _kind = "loader"
+
+    def __init__(self, order: Order, options: PlanOptions) -> None:
+        self._order = order
+        self._plan_options = options.checked()
+        order.check(self._plan_options)
+        self._position = Position(0)
+        self._starts_here = False  # the next iteration starts at the position, not at its epoch's first batch
+        self._is_told = True  # where to start, since the last iteration began
+        self._num_changes = 0  # of the position, from outside
+        self._owner: Iteration | None = None  # what moves the position
+        self._source_rows = np.zeros(len(order.names), np.int64)  # without those of the position's window
+        self._window_sources: Int64Array | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": None}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch."""
+        return self._position.epoch
+
+    def __len__(self) -> int:
+        """Batches in the current epoch, exactly; with `max_tokens`, and packed, this plans the epoch once."""
+        return len(self._order.plan(self._plan_options, self.epoch).plan)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration runs; setting the current one keeps a loaded position.
+
+        Raises:
+            InputError: it is no epoch, or comes before a loaded one, whose position would be lost.
+        """
+        epoch = integer("epoch", epoch, 0, LARGEST)
+        self._is_told = True
+        if epoch == self.epoch:
+            return
+        if self._starts_here and epoch < self.epoch:
+            raise InputError(
+                f"set_epoch({epoch}), and a position in epoch {self.epoch} was loaded: earlier rows would be trained "
+                f"again. Begin with set_epoch({self.epoch}) (under accelerate, of the prepared loader), or say "
+                f"set_position({epoch}, 0)"
+            )
+        self._move(Position(epoch), starts_here=False)
+
+    def set_position(self, epoch: int, step: int) -> None:
+        """Start the next iteration in this epoch behind its first `step` batches.
+
+        Raises:
+            InputError: the epoch has fewer batches.
+        """
+        epoch, rest = integer("epoch", epoch, 0, LARGEST), integer("step", step, 0)
+        plan = self._order.plan(self._plan_options, epoch).plan
+        for window in range(plan.num_windows):
+            num_batches = plan.num_batches(window)
+            if rest < num_batches or (rest == num_batches and window == plan.num_windows - 1):
+                self._move(Position(epoch, window, rest), starts_here=True)
+                return
+            rest -= num_batches
+        raise InputError(f"step={step}: epoch {epoch} has {step - rest} batches")
+
+    def _move(self, position: Position, *, starts_here: bool) -> None:
+        self._leave_window()
+        self._position, self._starts_here, self._is_told = position, starts_here, True
+        self._num_changes += 1
+        self._owner = None
+
+    def _begin(self) -> Iteration:
+        """Begin an iteration: at the position if that was loaded or set, else at the epoch's first batch."""
+        if not self._starts_here:
+            if not self._is_told and self._position != Position(self.epoch):
+                warnings.warn(
+                    f"epoch {self.epoch} starts again with the same batches, since the iteration before was left "
+                    f"early: say {self._kind}.set_epoch(epoch) before each iteration, or load_state_dict to go on",
+                    stacklevel=3,
+                )
+            self._leave_window()
+            self._position = Position(self.epoch)
+        self._starts_here = self._is_told = False
+        self._owner = Iteration(self, self._order.plan(self._plan_options, self.epoch))
+        return self._owner
+
+    def _counted_sources(self) -> Int64Array:
+        counts = self._window_sources
+        return self._source_rows if counts is None else self._source_rows + counts[self._position.batch]
+
+    def _leave_window(self) -> None:
+        self._source_rows, self._window_sources = self._counted_sources(), None
+
+    @property
+    def source_rows(self) -> dict[str, int]:
+        """Rows handed over so far from each source of a `MixedStore`, by name."""
+        return dict(zip(self._order.names, self._counted_sources().tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch is, in plain numbers and strings; exact to the batch, the same on every rank."""
+        epoch, window, batch = self._position
+        options = asdict(self._plan_options)
+        del options["rank"]
+        return {
+            "version": STATE_VERSION,
+            "epoch": epoch,
+            "next_window": window,
+            "next_batch": batch,
+            "source_rows": self._counted_sources().tolist(),
+            **self._order.identity(),
+            **options,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a saved position: the next iteration starts there.
+
+        The world size may be another one, with the same `batch_size * world_size`; or the same `max_tokens *
+        world_size` and `shares`. All ranks together then give exactly the rows that were not yet given.
+
+        Raises:
+            InputError: the state is damaged, or of another version, store or order of rows; it says what differs.
+        """
+        position, source_rows = _Saved(state, self._kind).read(self._order, self._plan_options)
+        self._move(position, starts_here=True)
+        self._source_rows = source_rows
+
+
+class Iteration:
+    """One iteration over an epoch's batches. It moves the position, until a newer one does or the position is set.
+
+    Attributes:
+        planned: the epoch's plan.
+        first: where it starts.
+    """
+
+    def __init__(self, epochs: Epochs, planned: OrderedPlan) -> None:
+        self._epochs = epochs
+        self._num_changes = epochs._num_changes
+        self.planned = planned
+        self.first = epochs._position
+
+    def hand_over(self, window: int, batch: int) -> None:
+        """Move the position behind a batch of a window: `batch` is the number of the next one.
+
+        Raises:
+            InputError: the position was set or loaded while this iteration ran.
+        """
+        epochs = self._epochs
+        if epochs._num_changes != self._num_changes:
+            raise InputError(
+                f"set_epoch, set_position or load_state_dict was called while an iteration over the {epochs._kind} "
+                "ran, which ends here; what was set stands, for the next iteration"
+            )
+        if epochs._owner is not self:
+            return
+        sources = self.planned.take_sources(window)  # once a window
+        if sources is not None:
+            epochs._leave_window()
+            epochs._window_sources = sources
+            epochs._source_rows -= sources[self.first.batch if window == self.first.window else 0]
+        epochs._position = Position(self.first.epoch, window, batch)
+
+    def end(self) -> None:
+        """The epoch is over: the next one begins."""
+        if self._epochs._owner is self:
+            self._epochs._leave_window()
+            self._epochs._position = Position(self.first.epoch + 1)
+            self._epochs._is_told = True
+
+
+class _Saved:
+    """A saved state, of which nothing is believed before it is checked."""
+
+    def __init__(self, state: Mapping[str, Any], kind: str) -> None:
+        self._kind = kind
+        if not isinstance(state, Mapping):
+            raise self._error(f"is a {type(state).__name__}: give what state_dict gave")
+        self._state = state
+        self._version = self._field("version")
+        if type(self._version) is not int or self._version not in (2, STATE_VERSION):
+            raise self._error(
+                f"has version={self._version!r}, and this release reads 2 and {STATE_VERSION}: load it with the "
+                "release that saved it, or start afresh"
+            )
+
+    def _error(self, what: str) -> InputError:
+        return InputError(f"the saved {self._kind} state {what}")
+
+    def _field(self, name: str) -> Any:
+        if name not in self._state:
+            raise self._error(f"has no {name!r}: it is damaged, or of something else")
+        return self._state[name]
+
+    def _differs(self, name: str, saved: Any, own: Any) -> InputError:
+        return self._error(
+            f"has {name}={saved!r}, this {self._kind} {own!r}; make the {self._kind} with the saved value, or start "
+            "afresh"
+        )
+
+    def read(self, order: Order, options: PlanOptions) -> tuple[Position, Int64Array]:
+        """The position, and the rows of each source before it; every field is checked."""
+        identity = order.identity() if self._version == STATE_VERSION else self._identity_2(order)
+        for name, own in identity.items():
+            if not _is_same(self._field(name), own):
+                raise self._differs(name, self._field(name), own)
+        self._check_options(options)
+        position = self._position(order, replace(options, rank=0))
+        return position, self._source_rows(order.names)
+
+    def _identity_2(self, order: Order) -> dict[str, Any]:
+        """What a state of version 2 must agree on."""
+        num_rows = order.num_store_rows if order.mix else order.num_rows
+        if "store" not in self._state:  # of a sampler
+            warnings.warn(
+                "a sampler's state of version 2 does not say of which store and rows it is: only their number is "
+                "compared",
+                stacklevel=5,
+            )
+            return {"num_rows": num_rows}
+        if order.mix or not isinstance(order.rows, range):
+            raise self._error(
+                "is of version 2, whose loaders knew neither mixes nor row numbers: it is of another order of rows; "
+                "start afresh"
+            )
+        store = order.identity()["store"]
+        store = "" if store.startswith("lengths ") else store
+        return {"num_rows": num_rows, "first_row": order.rows.start, "store": store}
+
+    def _check_options(self, own: PlanOptions) -> None:
+        names = set(asdict(own)) - {"rank"}
+        absent = {"block", "shares"} - set(self._state) if self._version == 2 else set()
+        try:
+            saved = PlanOptions(**{name: self._field(name) for name in names - absent}).checked()
+        except InputError as error:
+            raise self._error(f"is damaged: {error}") from error
+        for name in sorted(names - set(_SIZES)):
+            if getattr(saved, name) != getattr(own, name):
+                raise self._differs(name, getattr(saved, name), getattr(own, name))
+        if _of_all_ranks(saved) == _of_all_ranks(own):
+            return
+        rows, cells, shares = _of_all_ranks(saved)
+        remedy = f"batch_size * world_size = {rows}"
+        if rows is None:
+            remedy = f"max_tokens * world_size = {cells} and shares={shares} (which world_size must divide)"
+        sizes = [", ".join(f"{name}={getattr(part, name)!r}" for name in _SIZES) for part in (saved, own)]
+        raise self._error(
+            f"has {sizes[0]}, this {self._kind} {sizes[1]}: then a step holds other rows; make the {self._kind} with "
+            f"{remedy}, or start afresh"
+        )
+
+    def _position(self, order: Order, options: PlanOptions) -> Position:
+        """The position; `options` are those of the first rank, which has the most batches."""
+        try:
+            epoch = integer("epoch", self._field("epoch"), 0, LARGEST)
+            plan = order.plan(options, epoch).plan
+            window = integer("next_window", self._field("next_window"), 0, plan.num_windows - 1)
+            batch = integer("next_batch", self._field("next_batch"), 0, plan.num_batches(window))
+        except InputError as error:
+            raise self._error(f"is damaged: {error}") from error
+        left_out = options.drop_last and plan.num_windows == 1 and plan.num_rows % options.group
+        if self._version == 2 and left_out and options.policy in ("shuffled", "bucketed"):
+            raise self._error(
+                "is of version 2, where drop_last left out the same rows in each epoch; now it leaves out others, so "
+                "that the order is another one: start afresh"
+            )
+        return Position(epoch, window, batch)
+
+    def _source_rows(self, names: Sequence[str]) -> Int64Array:
+        saved = self._state.get("source_rows", ()) if self._version == 2 else self._field("source_rows")
+        if not isinstance(saved, (list, tuple)) or len(saved) != len(names):
+            raise self._differs("source_rows", saved, list(names))
+        return np.array([integer("source_rows", count, 0, LARGEST) for count in saved], np.int64)
+
+
+def _of_all_ranks(options: PlanOptions) -> tuple[Any, ...]:
+    """What a step of all ranks together holds: rows; or cells, and rows in multiples of something."""
+    if options.batch_size is not None:
+        return options.batch_size * options.world_size, None, None
+    assert options.max_tokens is not None
+    return None, options.max_tokens * options.world_size, options.shares
+
+
+def _is_same(saved: Any, own: Any) -> bool:
+    """Whether plain values are the same, and of the same kind; a tuple is as good as a list."""
+    if isinstance(own, (list, tuple)):
+        return isinstance(saved, (list, tuple)) and len(saved) == len(own) and all(map(_is_same, saved, own))
+    if isinstance(own, dict):
+        return isinstance(saved, dict) and saved.keys() == own.keys() and all(_is_same(saved[k], own[k]) for k in own)
+    return type(saved) is type(own) and bool(saved == own)
