@@ -87,7 +87,7 @@ class Stats:
         self.cut_tokens += cut_tokens
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Handed:
     """How many batches of a group were handed over, and how many of these are counted."""
 
@@ -152,10 +152,10 @@ class BatchLoader(Epochs):
         self._prefetch = integer("prefetch", prefetch, 0)
         if self._prefetch:
             self._prefetch = max(self._prefetch, self._num_threads)
-        self._collator = collator_of(self._store, collate_keywords(options))
         super().__init__(
             Order(self._store, rows), PlanOptions(**order_keywords(options), rank=rank, world_size=world_size)
         )
+        self._collator = collator_of(self._store, collate_keywords(options))
         self.device = torch.device(device)
         self._stats = Stats()  # without the batches that are not yet counted
         self._handed: list[_Handed] = []  # the group of each iteration that runs

@@ -52,12 +52,9 @@ class Epochs:
         self._starts_here = False  # the next iteration starts at the position, not at its epoch's first batch
         self._is_told = True  # where to start, since the last iteration began
         self._num_changes = 0  # of the position, from outside
-        self._owner: Iteration | None = None  # what moves the position
+        self._num_iterations = 0  # the newest one moves the position
         self._source_rows = np.zeros(len(order.names), np.int64)  # without those of the position's window
         self._window_sources: Int64Array | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owner": None}
 
     @property
     def epoch(self) -> int:
@@ -106,7 +103,6 @@ class Epochs:
         self._leave_window()
         self._position, self._starts_here, self._is_told = position, starts_here, True
         self._num_changes += 1
-        self._owner = None
 
     def _begin(self) -> Iteration:
         """Begin an iteration: at the position if that was loaded or set, else at the epoch's first batch."""
@@ -120,8 +116,8 @@ class Epochs:
             self._leave_window()
             self._position = Position(self.epoch)
         self._starts_here = self._is_told = False
-        self._owner = Iteration(self, self._order.plan(self._plan_options, self.epoch))
-        return self._owner
+        self._num_iterations += 1
+        return Iteration(self, self._order.plan(self._plan_options, self.epoch))
 
     def _counted_sources(self) -> Int64Array:
         counts = self._window_sources
@@ -174,7 +170,7 @@ class Iteration:
 
     def __init__(self, epochs: Epochs, planned: OrderedPlan) -> None:
         self._epochs = epochs
-        self._num_changes = epochs._num_changes
+        self._number, self._num_changes = epochs._num_iterations, epochs._num_changes
         self.planned = planned
         self.first = epochs._position
 
@@ -190,7 +186,7 @@ class Iteration:
                 f"set_epoch, set_position or load_state_dict was called while an iteration over the {epochs._kind} "
                 "ran, which ends here; what was set stands, for the next iteration"
             )
-        if epochs._owner is not self:
+        if epochs._num_iterations != self._number:
             return
         sources = self.planned.take_sources(window)  # once a window
         if sources is not None:
@@ -201,10 +197,10 @@ class Iteration:
 
     def end(self) -> None:
         """The epoch is over: the next one begins."""
-        if self._epochs._owner is self:
-            self._epochs._leave_window()
-            self._epochs._position = Position(self.first.epoch + 1)
-            self._epochs._is_told = True
+        epochs = self._epochs
+        if (epochs._num_iterations, epochs._num_changes) == (self._number, self._num_changes):
+            epochs._leave_window()
+            epochs._position, epochs._is_told = Position(self.first.epoch + 1), True
 
 
 class _Saved:

@@ -143,14 +143,14 @@ def test_a_damaged_row_is_met_in_its_turn(ahead: int, group_cells: int, monkeypa
 def test_an_error_of_the_planning_thread_reaches_the_consumer_with_its_traceback(
     ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = BatchLoader._ready
+    ask_for = BatchLoader._ask_for
 
-    def fails_later(self: BatchLoader, plan: Any, rows: Any) -> Any:
+    def fails_later(self: BatchLoader, rows: Any) -> None:
         if threading.current_thread() is not threading.main_thread() or not ahead:
             raise OSError("the disk is gone")
-        return ready(self, plan, rows)
+        ask_for(self, rows)
 
-    monkeypatch.setattr(BatchLoader, "_ready", fails_later)
+    monkeypatch.setattr(BatchLoader, "_ask_for", fails_later)
     loader = BatchLoader(make_store(ROWS), prefetch=ahead, **OPTIONS)
     with pytest.raises(OSError, match="disk is gone") as caught:
         list(loader)
@@ -350,8 +350,8 @@ def test_another_global_batch_is_refused_with_the_remedy() -> None:
 
 
 def test_wrong_options_are_named() -> None:
-    for options in ({"prefetch": -1}, {"num_threads": 0}):
-        with pytest.raises(InputError, match="prefetch"):
+    for options in ({"prefetch": -1}, {"num_threads": 0}, {"prefetch": True}, {"num_threads": 1.0}):
+        with pytest.raises(InputError, match=next(iter(options))):
             BatchLoader(make_store(ROWS), batch_size=4, **options)
 
 
