@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.harness import save
 from benchmarks.memory import make_shard
 from benchmarks.synthetic import GPT2, LENGTHS
+from fastcollate.store.manifest import sources_of
 from fastcollate.store.store import StoreIdentity, shard_name, write_manifest
 
 NUM_SHARDS = 4
@@ -94,7 +95,8 @@ def make_store(path: Path) -> None:
     infos = [replace(shard, name=shard_name(number)) for number in range(NUM_SHARDS)]
     for info in infos[1:]:
         shutil.copyfile(path / shard.name, path / info.name)
-    write_manifest(path, StoreIdentity([{"name": "made by a benchmark"}], GPT2, {"name": "alpaca"}, {}), infos)
+    sources = sources_of(["made by a benchmark"], sum(info.num_rows for info in infos))
+    write_manifest(path, StoreIdentity(sources, GPT2, {"name": "alpaca"}, {}), infos)
 
 
 def drop_from_cache(path: Path) -> None:

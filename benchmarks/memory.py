@@ -27,6 +27,7 @@ import numpy as np
 
 from benchmarks.harness import save
 from benchmarks.synthetic import GPT2, LENGTHS, PAD, make_lengths
+from fastcollate.store.manifest import sources_of
 from fastcollate.store.store import (
     ShardColumns,
     ShardInfo,
@@ -97,7 +98,8 @@ def linked_store(path: Path, shard: ShardInfo, num_shards: int) -> TokenStore:
     infos = [replace(shard, name=shard_name(number)) for number in range(num_shards)]
     for info in infos:
         os.link(path.parent / shard.name, path / info.name)
-    write_manifest(path, StoreIdentity([{"name": "made by a benchmark"}], GPT2, {"name": "alpaca"}, {}), infos)
+    sources = sources_of(["made by a benchmark"], sum(info.num_rows for info in infos))
+    write_manifest(path, StoreIdentity(sources, GPT2, {"name": "alpaca"}, {}), infos)
     return TokenStore(path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fastcollate.store.manifest import sources_of
 from fastcollate.store.store import (
     ShardColumns,
     StoreIdentity,
@@ -19,7 +20,7 @@ from fastcollate.store.store import (
 
 NUM_ROWS = 200_000
 PAD, IGNORE = 50256, -100
-GPT2 = {"name": "gpt2", "fingerprint": "00", "vocab_size": 50257, "pad_token_id": PAD}
+GPT2 = {"name": "gpt2", "fingerprint": "00", "vocab_size": 50257, "pad_token_id": PAD, "end_token_id": PAD, "files": []}
 LENGTHS = {"distribution": "log-normal", "median": 80, "sigma": 0.7, "clipped_to": [8, 1024]}
 
 
@@ -39,6 +40,6 @@ def make_store(path: Path, num_rows: int = NUM_ROWS, *, seed: int = 0) -> TokenS
         ids, offsets, spans, np.arange(0, 2 * num_rows + 1, 2, dtype=np.int64), np.arange(num_rows, dtype=np.uint64)
     )
     path.mkdir(parents=True, exist_ok=True)
-    identity = StoreIdentity([{"name": "made by a benchmark"}], GPT2, {"name": "alpaca"}, {})
+    identity = StoreIdentity(sources_of(["made by a benchmark"], num_rows), GPT2, {"name": "alpaca"}, {})
     write_manifest(path, identity, [write_shard(path, shard_name(0), columns)], summary={})
     return TokenStore(path)

@@ -30,6 +30,7 @@ from fastcollate.collate.reference import custom_collate_fn, custom_collate_with
 from fastcollate.ingest.job import prepare
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import plan_epoch
+from fastcollate.store.manifest import sources_of
 from fastcollate.store.store import ShardColumns, StoreIdentity, TokenStore, shard_name, write_manifest, write_shard
 from fastcollate.train.model import GPT2, GPT2Config
 from fastcollate.train.options import TrainOptions
@@ -71,8 +72,9 @@ def t0_like(path: Path, num_rows: int = 4000) -> TokenStore:
         np.arange(num_rows, dtype=np.uint64),
     )
     path.mkdir()
-    tokenizer = {"name": "gpt2", "fingerprint": "synthetic", "vocab_size": 50257, "pad_token_id": 50256}
-    identity = StoreIdentity([{"name": "T0-like lengths"}], tokenizer, {"name": "alpaca"}, {})
+    tokenizer = {"name": "gpt2", "fingerprint": "synthetic", "vocab_size": 50257}
+    tokenizer |= {"pad_token_id": 50256, "end_token_id": 50256, "files": []}
+    identity = StoreIdentity(sources_of(["T0-like lengths"], num_rows), tokenizer, {"name": "alpaca"}, {})
     write_manifest(path, identity, [write_shard(path, shard_name(0), columns)])
     return TokenStore(path)
 

@@ -14,6 +14,7 @@ import pytest
 
 from fastcollate.collate.reference import format_input
 from fastcollate.sources.sample import sample_records
+from fastcollate.store.manifest import sources_of
 from fastcollate.store.store import (
     ShardColumns,
     ShardInfo,
@@ -26,7 +27,9 @@ from fastcollate.store.store import (
 )
 from fastcollate.text.tokenizer import load_tokenizer
 
-GPT2 = {"name": "gpt2", "fingerprint": "00", "vocab_size": 50257, "pad_token_id": 50256}
+GPT2 = {
+    "name": "gpt2", "fingerprint": "00", "vocab_size": 50257, "pad_token_id": 50256, "end_token_id": 50256, "files": [],
+}  # fmt: skip
 Row = tuple[Sequence[int], Sequence[int]]
 
 
@@ -70,7 +73,8 @@ def write_store(
 ) -> TokenStore:
     """A store of `(spans, ids)` rows, a few rows a shard; a row's `source_row` is ten times its number."""
     path.mkdir(parents=True, exist_ok=True)
-    identity = StoreIdentity([{"name": "made by a test"}], tokenizer, {"name": "alpaca"}, {})
+    tokenizer = {"end_token_id": tokenizer["pad_token_id"], "files": [], **tokenizer}
+    identity = StoreIdentity(sources_of(["made by a test"], len(rows)), tokenizer, {"name": "alpaca"}, {})
     dtype = token_dtype(tokenizer["vocab_size"])
     infos: list[ShardInfo] = []
     for first in range(0, len(rows), shard_rows):
@@ -122,9 +126,9 @@ def store_of_rows(
         written.append(write_shard(path, shard_name(len(written)), columns))
     tokenizer = {
         "name": f"test{vocab_size}", "fingerprint": f"test{vocab_size}", "vocab_size": vocab_size,
-        "pad_token_id": vocab_size - 1,
+        "pad_token_id": vocab_size - 1, "end_token_id": vocab_size - 1, "files": [],
     }  # fmt: skip
-    identity = StoreIdentity([{"name": path.name}], tokenizer, {"name": "none"}, {})
+    identity = StoreIdentity(sources_of([path.name], len(rows)), tokenizer, {"name": "none"}, {})
     write_manifest(path, identity, written)
     return TokenStore(path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -31,18 +32,14 @@ from fastcollate.ingest.summary import length_summary
 from fastcollate.progress import progress_bar
 from fastcollate.sources.blocks import BLOCK_BYTES, Block, Source, SourceReadError, find_sources, read_blocks
 from fastcollate.sources.records import BadRecord
-from fastcollate.store.store import (
-    ShardInfo,
-    StoreIdentity,
-    TokenStore,
-    read_manifest,
-    write_file,
-    write_manifest,
-)
+from fastcollate.store.files import write_file
+from fastcollate.store.manifest import StoreIdentity, pretty, sources_of
+from fastcollate.store.store import ShardInfo, TokenStore, read_manifest, write_manifest
 from fastcollate.text.templates import load_template
 from fastcollate.text.tokenizer import load_tokenizer
 
 SKIPPED = "skipped.txt"
+SOURCES = "sources.json"  # names, sizes, times: no part of the store
 _CHOICES = {
     "boundary": ("reference", "exact"),
     "on_error": ("raise", "skip"),
@@ -191,13 +188,14 @@ class _Job:
         self._num_skipped = 0
         self._tokenize_seconds = 0.0
 
-    def _identity(self, hashes: Sequence[str] | None) -> StoreIdentity:
-        """What the store is made from; without `hashes`, what is known before the sources are read."""
-        sources = [source.identity() for source in self.sources]
-        if hashes is not None:
-            sources = [{**source, "sha256": sha} for source, sha in zip(sources, hashes, strict=True)]
-        options = {**self.spec.options(), "on_error": self._on_error, "block_bytes": BLOCK_BYTES}
-        return StoreIdentity(sources, self._tokenizer.identity(), self._template.identity(), options)
+    def _identity(self) -> dict[str, Any]:
+        """What is known of the job before its sources are read."""
+        return {
+            "sources": [source.identity() for source in self.sources],
+            "tokenizer": self._tokenizer.identity(),
+            "template": self._template.identity(),
+            "options": {**self.spec.options(), "on_error": self._on_error, "block_bytes": BLOCK_BYTES},
+        }
 
     def find_finished(self) -> dict[str, Any] | None:
         """The manifest of a finished store of the same identity, or `None` where there is none.
@@ -208,11 +206,14 @@ class _Job:
         manifest = read_manifest(self.root)
         if manifest is None:
             return None
-        found = {key: manifest[key] for key in ("sources", "tokenizer", "template", "options")}
-        differences = _differences(found, asdict(self._identity(None)))
+        wanted = self._identity()
+        side = self.root / SOURCES
+        sources = json.loads(side.read_bytes()) if side.is_file() else [{**s, "sha256": ""} for s in wanted["sources"]]
+        found = {"sources": sources, **{key: manifest[key] for key in ("tokenizer", "template", "options")}}
+        differences = _differences(found, {**wanted, "options": self.spec.options()})
         if not differences:
             hashes = self._hash_sources()
-            stored = [source["sha256"] for source in found["sources"]]
+            stored = [source["sha256"] for source in sources]
             differences = [
                 f"the content of {s.name}" for s, a, b in zip(self.sources, hashes, stored, strict=True) if a != b
             ]
@@ -232,7 +233,7 @@ class _Job:
 
     def run(self, runner: Runner) -> None:
         """Encode all blocks that the journal does not hold, then commit."""
-        with Journal(self.root, asdict(self._identity(None)), _differences) as journal:
+        with Journal(self.root, self._identity(), _differences) as journal:
             results = runner(self._skip_finished(read_blocks(self.sources), journal), self.spec, str(self.root))
             # Closed here and now, also after an error: left to the garbage collector, which may run in any thread, the
             # workers' pool could wait for itself.
@@ -288,7 +289,14 @@ class _Job:
             files.append(write_file(self.root / SKIPPED, _report_lines(journal, names)))
         summary = {**asdict(self._counts), "num_skipped": self._num_skipped}
         summary |= length_summary(self.root, self._shards)
-        identity = self._identity([digest.hexdigest() for digest in self._digests])
+        hashes = [digest.hexdigest() for digest in self._digests]
+        known = self._identity()
+        sources = [{**source, "sha256": sha} for source, sha in zip(known["sources"], hashes, strict=True)]
+        write_file(self.root / SOURCES, pretty(sources))
+        num_records = self._counts.num_rows + self._num_skipped
+        identity = StoreIdentity(
+            sources_of(hashes, num_records), known["tokenizer"], known["template"], self.spec.options()
+        )
         write_manifest(self.root, identity, self._shards, files=files, summary=summary)
 
     def report(self, reused: bool, seconds: float) -> PrepareReport:

@@ -59,7 +59,7 @@ class JobLock:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (_JOURNAL, _LOCK, "manifest.json", "lengths.npy", "skipped.txt") or (
+    return name in (_JOURNAL, _LOCK, "manifest.json", "lengths.npy", "skipped.txt", "sources.json") or (
         name.startswith(("shard-", ".shard-", ".manifest", ".lengths", ".skipped"))
         and name.endswith((".arrow", ".tmp"))
     )

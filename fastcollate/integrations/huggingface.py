@@ -27,6 +27,7 @@ from fastcollate.integrations.pytorch import (
     packs_of,
     row_numbers,
 )
+from fastcollate.store.manifest import sources_of
 from fastcollate.store.store import (
     ShardColumns,
     ShardInfo,
@@ -406,9 +407,11 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
         "fingerprint": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
         "vocab_size": vocab_size,
         "pad_token_id": int(end),
+        "end_token_id": int(end),
+        "files": [],
     }
-    source = {"name": "datasets.Dataset", "fingerprint": str(dataset._fingerprint), "num_rows": len(dataset)}
-    write_manifest(root, StoreIdentity([source], identity, {"name": "tokenized"}, {"columns": columns}), infos)
+    sources = sources_of([str(dataset._fingerprint)], len(dataset))
+    write_manifest(root, StoreIdentity(sources, identity, {"name": "tokenized"}, {"columns": columns}), infos)
     return TokenStore(root)
 
 

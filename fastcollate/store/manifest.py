@@ -1,48 +1,41 @@
-"""The manifest of a token store: what it was made from, and which files it has; read with distrust."""
+"""The manifest of a token store: what it was made from, and which files it has; read with distrust.
+
+Its keys are those of format 2 (see `docs/store.md`); that of a format 1 store is presented in the same shape.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fastcollate.errors import InputError
+from fastcollate.store.files import FileInfo
+from fastcollate.store.shards import EXTRA_DTYPES, ShardInfo
 
 FORMAT = "fastcollate-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+KINDS = ("rows", "pairs", "documents")
+ENDS = ("append", "in_row")
 _REMEDY = "prepare the store again"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of the store's own directory, never of another
-_PARTS = {
-    "fingerprint": str, "sources": list, "tokenizer": dict, "template": dict, "options": dict, "num_rows": int,
-    "num_tokens": int, "max_length": int, "summary": dict, "files": list, "shards": list,
+_COMMON = {
+    "format": str, "format_version": int, "fingerprint": str, "sources": dict, "tokenizer": dict, "template": dict,
+    "options": dict, "num_rows": int, "num_tokens": int, "max_length": int, "summary": dict, "files": list,
+    "shards": list, "checksum": str,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """A finished file of a store: its name, its size in bytes, its SHA-256."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """What the manifest says of a shard: the file, and counts that its buffers must agree with."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-    num_rows: int
-    num_tokens: int
-    num_spans: int
-    max_length: int
+_KEYS = {
+    1: {**_COMMON, "sources": list},
+    2: {**_COMMON, "kind": str, "end": str, "columns": dict},
+}
+_SOURCES = {"sha256": str, "num_sources": int, "num_records": int}
+_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int, "pad_token_id": int}
+_TOKENIZER_2 = {**_TOKENIZER, "end_token_id": int, "files": list}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +43,25 @@ class StoreIdentity:
     """What a store was made from; two stores of one identity hold the same rows.
 
     Attributes:
-        sources: a mapping a source: name, size, time, content hash.
-        tokenizer: `name`, `fingerprint` (hash of the ranks), `vocab_size`, `pad_token_id` (the end-of-text).
+        sources: their content alone, see `sources_of`: no path, no time. One more key, `format` (1), says that the
+            store was converted: its `sha256` is then the old fingerprint, and compares with no other.
+        tokenizer: `name` (of an encoding, or of a file without its path), `fingerprint`, `vocab_size`,
+            `pad_token_id`, `end_token_id`, `files` (names of its files in the store).
         template: `name` and whatever else decides the texts.
         options: the job's options that change rows.
+        kind: `rows`; `pairs`, each of which is two neighbouring rows of one `source_row`, the chosen one first; or
+            `documents`.
+        end: `append`, where the collate appends the end-of-text to each row; or `in_row`, where rows hold their end.
+        columns: further columns of the shards, by name: their NumPy types, such as `{"label": "int8"}`.
     """
 
-    sources: Sequence[Mapping[str, Any]]
+    sources: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
     template: Mapping[str, Any]
     options: Mapping[str, Any]
+    kind: str = "rows"
+    end: str = "append"
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -67,8 +69,49 @@ class StoreIdentity:
         return hashlib.sha256(canonical(asdict(self))).hexdigest()
 
 
+def sources_of(digests: Iterable[str], num_records: int) -> dict[str, Any]:
+    """What a manifest says of a job's sources.
+
+    Args:
+        digests: each source's SHA-256 over its content, decompressed, in order.
+        num_records: records in all of them, good or bad.
+
+    Example:
+        >>> sources_of([], 0)["num_sources"]
+        0
+    """
+    digests = list(digests)
+    total = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {"sha256": total, "num_sources": len(digests), "num_records": num_records}
+
+
+def make_manifest(
+    identity: StoreIdentity,
+    shards: Sequence[ShardInfo],
+    files: Sequence[FileInfo],
+    summary: Mapping[str, Any],
+    *,
+    fingerprint: str | None = None,
+) -> dict[str, Any]:
+    """The manifest of a store with these shards and files; see `store.write_manifest`."""
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "fingerprint": identity.fingerprint if fingerprint is None else fingerprint,
+        **asdict(identity),
+        "num_rows": sum(shard.num_rows for shard in shards),
+        "num_tokens": sum(shard.num_tokens for shard in shards),
+        "max_length": max(shard.max_length for shard in shards),
+        "summary": dict(summary),
+        "files": [asdict(file) for file in files],
+        "shards": [asdict(shard) for shard in shards],
+    }
+    manifest["checksum"] = hashlib.sha256(canonical(manifest)).hexdigest()
+    return manifest
+
+
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a finished store, or `None` where there is none.
+    """The manifest of a finished store in the shape of format 2, or `None` where there is no store.
 
     Raises:
         InputError: the manifest is damaged, or of a format version that this release does not read.
@@ -84,36 +127,82 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         if manifest["format"] != FORMAT:
             raise KeyError("format")
         version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path / MANIFEST}: damaged, or not of a token store; {_REMEDY}") from error
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in _KEYS:
         raise InputError(
-            f"{path}: format version {version}, but this release reads version {FORMAT_VERSION}; "
-            "prepare the store again, or use the release that wrote it"
+            f"{path}: format {version!r:.20}; this release reads {' and '.join(map(str, _KEYS))}: "
+            "upgrade with: pip install --upgrade fastcollate"
         )
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     if manifest.get("checksum") != hashlib.sha256(canonical(body)).hexdigest() or raw != pretty(manifest):
         raise InputError(f"{path / MANIFEST}: damaged (its checksum differs); {_REMEDY}")
-    _check(manifest, path / MANIFEST)
-    return dict(manifest)
+    _check(manifest, version, path / MANIFEST)
+    return dict(manifest) if version == FORMAT_VERSION else _from_format_1(manifest)
 
 
-def _check(manifest: Mapping[str, Any], path: Path) -> None:
+def _check(manifest: Mapping[str, Any], version: int, path: Path) -> None:
     """Whether everything that a store is opened by is there, of the right type, and of this directory.
 
     Raises:
         InputError: it is not; names what is wrong.
     """
-    for name, kind in _PARTS.items():
-        if not _is_a(manifest.get(name), kind):
-            raise InputError(f"{path}: damaged ({name} is {manifest.get(name)!r:.80}); {_REMEDY}")
-    for name, kind in (("name", str), ("vocab_size", int), ("pad_token_id", int)):
-        if not _is_a(manifest["tokenizer"].get(name), kind):
-            found = manifest["tokenizer"].get(name)
-            raise InputError(f"{path}: damaged (tokenizer {name} is {found!r:.80}); {_REMEDY}")
+    _check_keys(manifest, _KEYS[version], "manifest", path)
+    _check_keys(manifest["tokenizer"], _TOKENIZER if version == 1 else _TOKENIZER_2, "tokenizer", path)
     for part, info in (("files", FileInfo), ("shards", ShardInfo)):
         for entry in manifest[part]:
             _check_entry(entry, info, path)
+    for name in ("num_rows", "num_tokens"):
+        if manifest[name] != sum(shard[name] for shard in manifest["shards"]) or not manifest["shards"]:
+            raise InputError(f"{path}: damaged ({name} is {manifest[name]}, but its shards have others); {_REMEDY}")
+    if version == FORMAT_VERSION:
+        _check_new_parts(manifest, path)
+
+
+def _check_new_parts(manifest: Mapping[str, Any], path: Path) -> None:
+    """What format 1 does not have."""
+    sources = manifest["sources"]
+    _check_keys(sources, {**_SOURCES, "format": int} if "format" in sources else _SOURCES, "sources", path)
+    for name, known in (("kind", KINDS), ("end", ENDS)):
+        if manifest[name] not in known:
+            raise InputError(f"{path}: {name} is {manifest[name]!r:.40}, but this release knows {', '.join(known)}")
+    for name, kind in manifest["columns"].items():
+        if kind not in EXTRA_DTYPES or not name.isidentifier():
+            raise InputError(f"{path}: damaged (column {name!r:.40} is of type {kind!r:.40}); {_REMEDY}")
+    if set(map(str, manifest["tokenizer"]["files"])) - {entry["name"] for entry in manifest["files"]}:
+        raise InputError(f"{path}: damaged (the tokenizer's files are not among the store's); {_REMEDY}")
+    identity = StoreIdentity(**{part.name: manifest[part.name] for part in fields(StoreIdentity)})
+    if "format" not in sources and identity.fingerprint != manifest["fingerprint"]:
+        raise InputError(f"{path}: damaged (its fingerprint is not that of what it was made from); {_REMEDY}")
+
+
+def _check_keys(part: Mapping[str, Any], wanted: Mapping[str, type], what: str, path: Path) -> None:
+    """Each key of its type, and no other key: it could change what the others mean."""
+    for name, kind in wanted.items():
+        if not _is_a(part.get(name), kind):
+            raise InputError(f"{path}: damaged ({what} {name} is {part.get(name)!r:.80}); {_REMEDY}")
+    unknown = sorted(set(part) - set(wanted))
+    if unknown:
+        raise InputError(f"{path}: {what} has a key that this release does not know ({unknown[0]!r:.80}); {_REMEDY}")
+
+
+def _from_format_1(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A format 1 manifest in the shape of format 2: rows to which the collate appends the one id that also pads."""
+    sources, tokenizer = manifest["sources"], manifest["tokenizer"]
+    num_skipped = manifest["summary"].get("num_skipped", 0)
+    return {
+        **manifest,
+        "sources": {
+            "sha256": manifest["fingerprint"],
+            "num_sources": len(sources),
+            "num_records": manifest["num_rows"] + (num_skipped if _is_a(num_skipped, int) else 0),
+            "format": 1,
+        },
+        "tokenizer": {**tokenizer, "end_token_id": tokenizer["pad_token_id"], "files": []},
+        "kind": "rows",
+        "end": "append",
+        "columns": {},
+    }
 
 
 def _check_entry(entry: Any, info: type[FileInfo] | type[ShardInfo], path: Path) -> None:

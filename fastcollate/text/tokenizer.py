@@ -95,6 +95,8 @@ class Tokenizer:
             "fingerprint": self.fingerprint,
             "vocab_size": self.vocab_size,
             "pad_token_id": self.pad_token_id,
+            "end_token_id": self.pad_token_id,
+            "files": [],
         }
 
     def encode(self, text: str) -> list[int]:

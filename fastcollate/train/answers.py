@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcollate.errors import InputError
+from fastcollate.store.files import write_file
 from fastcollate.store.store import Example, TokenStore
 from fastcollate.text.tokenizer import load_tokenizer
 from fastcollate.train.files import Checkpoint
@@ -189,7 +189,5 @@ def write_answers(
             }
         )
         on_row()
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, [json.dumps(answers, indent=2, ensure_ascii=False)])
     return {"rows": len(answers), "exact": sum(a["output"] == a["model_response"] for a in answers)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcollate.errors import InputError
+from fastcollate.store.files import replacing, write_file
 from fastcollate.train.model import GPT2, GPT2Config, read_torch_file
 from fastcollate.train.options import TrainOptions
 
@@ -109,21 +109,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write `path` atomically: a crash leaves the old file or the new one, never a part."""
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     content |= {"format_version": FORMAT_VERSION, "config": asdict(checkpoint.config)}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -281,10 +268,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in read_lines(path) if line["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, [json.dumps(line) for line in read_lines(path) if line["step"] <= step])
 
 
 def plot_losses(directory: Path) -> Path | None:
@@ -312,7 +296,6 @@ def plot_losses(directory: Path) -> Path | None:
         )
     axes.legend()
     axes.grid(alpha=0.3)
-    temporary = directory / f".{PLOT}.tmp"
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, directory / PLOT)
+    with replacing(directory / PLOT) as file:
+        figure.savefig(file, format="png")
     return directory / PLOT

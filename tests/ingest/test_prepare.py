@@ -392,18 +392,18 @@ def test_a_store_is_reused_only_when_everything_matches(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 def test_disk_full_keeps_finished_shards_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastcollate.store import store as store_module
+    from fastcollate.store import shards as shards_module
 
     source = write_lines(tmp_path / "a.jsonl", many(500))
     prepare(source, tmp_path / "s0", workers=1)
-    write = store_module._write_atomically
+    write = shards_module.write_file
 
-    def full(path: Path, fill: Any) -> Any:
+    def full(path: Path, fill: Any, **options: Any) -> Any:
         if path.name == "shard-00003.arrow":
             raise OSError(28, "No space left on device", str(path))
-        return write(path, fill)
+        return write(path, fill, **options)
 
-    monkeypatch.setattr(store_module, "_write_atomically", full)
+    monkeypatch.setattr(shards_module, "write_file", full)
     with pytest.raises(OSError, match="No space left"):
         prepare(source, tmp_path / "s", workers=1)
     assert len(list((tmp_path / "s").glob("shard-*"))) == 3

@@ -1,0 +1,121 @@
+"""Files that are there whole or not at all: the one atomic writer, and checksums."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+_HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A finished file of a store: its name, its size in bytes, its SHA-256."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+class HashedFile:
+    """A file being written, and the hash of what has been written. Arrow may write to it and close it."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> None:
+        """Write bytes, or anything that has a buffer of them."""
+        self.digest.update(data)
+        self.num_bytes += memoryview(data).nbytes
+        self._file.write(data)
+
+    def flush(self) -> None:
+        """Left to `replacing`, and so is closing."""
+
+    close = flush
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write; it takes the place of `path` when the block ends, and is removed where the block fails.
+
+    It is written beside `path` under a name of this call's own, synced, renamed, and the rename is synced: a crash
+    leaves the old file or the new one, never a part, and several processes may write one `path`.
+
+    Args:
+        path: the file; its directory exists.
+        sync: `False` for what a crash of the machine may take: the file is whole after a crash of the process alone.
+
+    Example:
+        >>> with replacing(Path("numbers.txt")) as file:
+        ...     file.write(b"1 2 3")
+        5
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if sync:
+        sync_directory(path.parent)
+
+
+def write_file(
+    path: Path, content: bytes | Iterable[str] | Callable[[HashedFile], object], *, sync: bool = True
+) -> FileInfo:
+    """Write a file atomically (see `replacing`); what it holds is hashed on the way.
+
+    Args:
+        path: the file; its directory exists.
+        content: bytes, lines of text without their ends, or a function that writes to the file it is given.
+        sync: see `replacing`.
+    """
+    with replacing(path, sync=sync) as file:
+        hashed = HashedFile(file)
+        if callable(content):
+            content(hashed)
+        elif isinstance(content, bytes):
+            hashed.write(content)
+        else:
+            for line in content:
+                hashed.write(line.encode() + b"\n")
+    return FileInfo(path.name, hashed.num_bytes, hashed.digest.hexdigest())
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the names in a directory on disk, where the system can do that."""
+    if os.name != "posix":
+        return  # elsewhere a directory cannot be opened; the rename is as durable as the system makes it
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(path: Path) -> FileInfo:
+    """A file's size and SHA-256, by reading it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+        return FileInfo(path.name, file.tell(), digest.hexdigest())

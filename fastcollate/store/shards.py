@@ -1,0 +1,262 @@
+"""Shards: Arrow IPC files of one uncompressed record batch, written, opened by memory map, put together.
+
+`pyarrow`, `datasets`, `polars` and `duckdb` open a shard unaided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fastcollate.errors import InputError
+from fastcollate.store.files import HashedFile, write_file
+
+_COLUMNS = ("input_ids", "spans", "source_row")
+EXTRA_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
+_NONE: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """What the manifest says of a shard: the file, and counts that its buffers must agree with."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    num_rows: int
+    num_tokens: int
+    num_spans: int
+    max_length: int
+
+
+class ShardColumns(NamedTuple):
+    """One shard's columns as flat arrays; those of an open store are read-only views of the mapped file.
+
+    Attributes:
+        input_ids: uint16 or uint32 `(num_tokens,)`, all rows' tokens end to end.
+        offsets: int64 `(num_rows + 1,)`, where each row starts in `input_ids`.
+        spans: uint32 `(num_spans,)`, alternating counts of prompt and response tokens, prompt first.
+        span_offsets: int64 `(num_rows + 1,)`, where each row starts in `spans`.
+        source_row: uint64 `(num_rows,)`, the record's position in the sources.
+        extra: further columns of one number a row, by name, such as a label or a score, `(num_rows,)`.
+    """
+
+    input_ids: npt.NDArray[Any]
+    offsets: npt.NDArray[np.int64]
+    spans: npt.NDArray[np.uint32]
+    span_offsets: npt.NDArray[np.int64]
+    source_row: npt.NDArray[np.uint64]
+    extra: Mapping[str, npt.NDArray[Any]] = _NONE
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """The narrowest dtype of a store that holds every id below `vocab_size`."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def shard_name(index: int) -> str:
+    """The file name of the shard with this number."""
+    return f"shard-{index:05d}.arrow"
+
+
+def shard_schema(token_dtype: npt.DTypeLike, extra: Mapping[str, npt.DTypeLike] = _NONE) -> pa.Schema:
+    """The Arrow schema of a shard."""
+    types = [
+        pa.large_list(pa.field("item", pa.from_numpy_dtype(token_dtype), nullable=False)),
+        pa.large_list(pa.field("item", pa.uint32(), nullable=False)),
+        pa.uint64(),
+        *(pa.from_numpy_dtype(extra[name]) for name in sorted(extra)),
+    ]
+    names = (*_COLUMNS, *sorted(extra))
+    return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in zip(names, types, strict=True)])
+
+
+def record_batch(columns: ShardColumns) -> pa.RecordBatch:
+    """A shard's columns as Arrow's, without copying."""
+    extra = {name: columns.extra[name] for name in sorted(columns.extra)}
+    schema = shard_schema(columns.input_ids.dtype, {name: values.dtype for name, values in extra.items()})
+    ids, offsets, spans, span_offsets, source_row = map(_arrow, columns[:5])
+    arrays = [
+        pa.LargeListArray.from_arrays(offsets, ids, schema.field(0).type),
+        pa.LargeListArray.from_arrays(span_offsets, spans, schema.field(1).type),
+        source_row,
+        *map(_arrow, extra.values()),
+    ]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def _arrow(values: npt.NDArray[Any]) -> pa.Array:
+    """Without copying, and without `pa.array`, which imports pandas: a second that no job needs to wait."""
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def write_shard(directory: Path, name: str, columns: ShardColumns, *, sync: bool = True) -> ShardInfo:
+    """Write one shard, atomically.
+
+    Args:
+        directory: an existing directory.
+        name: the file's name in it; see `shard_name`.
+        columns: the rows; the arrays are not changed.
+        sync: `False` for a part of a shard that is only to be merged (see `files.replacing`).
+
+    Raises:
+        OSError: the disk is full or the directory cannot be written; no file of that name is left behind.
+    """
+    batch = record_batch(columns)
+
+    def fill(file: HashedFile) -> None:
+        with pa.PythonFile(file, "w") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+
+    written = write_file(directory / name, fill, sync=sync)
+    lengths = np.diff(columns.offsets)
+    return ShardInfo(
+        **asdict(written),
+        num_rows=len(lengths),
+        num_tokens=len(columns.input_ids),
+        num_spans=len(columns.spans),
+        max_length=int(lengths.max(initial=0)),
+    )
+
+
+def open_shard(root: Path, info: ShardInfo, schema: pa.Schema | None = None) -> ShardColumns:
+    """Map a shard and check its layout against what is known of it, so that no view reaches past a buffer's end.
+
+    Args:
+        root: the directory it lies in.
+        info: what is known of it.
+        schema: the schema that it must have; by default any that a shard can have.
+
+    Raises:
+        InputError: the file is missing, of another size or schema, or damaged; names it.
+    """
+    path = root / info.name
+    try:
+        if path.stat().st_size != info.num_bytes:
+            raise InputError(
+                f"{path}: {path.stat().st_size} bytes, but the manifest says {info.num_bytes}; prepare the store again"
+            )
+        with pa.memory_map(str(path)) as source:  # the views keep the map alive, the descriptor is closed
+            return _read_shard(source, info, schema, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror or error}); prepare the store again") from error
+
+
+def _read_shard(source: Any, info: ShardInfo, schema: pa.Schema | None, path: Path) -> ShardColumns:
+    try:
+        reader = pa.ipc.open_file(source)
+        wanted = _known_schema(reader.schema) if schema is None else schema
+        if reader.num_record_batches != 1 or wanted is None or not reader.schema.equals(wanted):
+            raise InputError(f"{path}: not a shard of a token store; prepare the store again")
+        batch = reader.get_batch(0)
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: damaged ({error}); prepare the store again") from error
+    ids, spans, source_row, *extra = batch.columns
+    columns = ShardColumns(
+        _view(ids.values.buffers()[1], ids.type.value_type.to_pandas_dtype(), info.num_tokens, path),
+        _view(ids.buffers()[1], np.int64, info.num_rows + 1, path),
+        _view(spans.values.buffers()[1], np.uint32, info.num_spans, path),
+        _view(spans.buffers()[1], np.int64, info.num_rows + 1, path),
+        _view(source_row.buffers()[1], np.uint64, info.num_rows, path),
+        {
+            name: _view(column.buffers()[1], column.type.to_pandas_dtype(), info.num_rows, path)
+            for name, column in zip(wanted.names[3:], extra, strict=True)
+        },
+    )
+    for offsets, num_values in ((columns.offsets, info.num_tokens), (columns.span_offsets, info.num_spans)):
+        if int(offsets[0]) != 0 or int(offsets[-1]) != num_values:
+            raise InputError(f"{path}: damaged offsets; prepare the store again")
+    return columns
+
+
+def _known_schema(schema: pa.Schema) -> pa.Schema | None:
+    """The schema that a file with this one must have to be a shard, or `None` where it cannot be one."""
+    if schema.names[:1] != ["input_ids"]:
+        return None
+    extra = {field.name: _numpy_type(field.type) for field in list(schema)[len(_COLUMNS) :]}
+    wide = schema.field(0).type == shard_schema(np.uint32).field(0).type
+    return shard_schema(np.uint32 if wide else np.uint16, extra) if set(extra.values()) <= set(EXTRA_DTYPES) else None
+
+
+def _numpy_type(type_: pa.DataType) -> str:
+    try:
+        return str(np.dtype(type_.to_pandas_dtype()))
+    except NotImplementedError:
+        return str(type_)
+
+
+def _view(buffer: pa.Buffer | None, dtype: Any, count: int, path: Path) -> npt.NDArray[Any]:
+    if not count:
+        return np.empty(0, dtype)
+    size = 0 if buffer is None else buffer.size
+    if buffer is None or size < count * np.dtype(dtype).itemsize:
+        raise InputError(f"{path}: a column holds {size} bytes, too few for {count} values; prepare the store again")
+    view: npt.NDArray[Any] = np.frombuffer(buffer, dtype, count)
+    return view
+
+
+def merge_shards(directory: Path, parts: Sequence[ShardInfo], target: Path, name: str) -> ShardInfo:
+    """Put shards end to end in one; one of them is open at a time, and in memory is what the new one holds.
+
+    Args:
+        directory: where the parts lie.
+        parts: in row order, of one schema; see `write_shard(..., sync=False)`.
+        target: the new shard's directory.
+        name: its name; see `shard_name`.
+
+    Raises:
+        InputError: a part is missing, damaged, or of another schema than the first.
+        OSError: the new shard cannot be written; the parts are left as they are.
+    """
+    return write_shard(target, name, join_columns(parts, (open_shard(directory, part) for part in parts)))
+
+
+def join_columns(parts: Sequence[ShardInfo], opened: Iterable[ShardColumns]) -> ShardColumns:
+    """Columns end to end, in memory.
+
+    Args:
+        parts: their counts, at least one.
+        opened: them; each is taken when the one before it is copied, and let go then.
+
+    Raises:
+        InputError: they are not of one schema.
+    """
+    num_rows, num_tokens, num_spans = (
+        sum(counts) for counts in zip(*((p.num_rows, p.num_tokens, p.num_spans) for p in parts), strict=True)
+    )
+    joined: ShardColumns | None = None
+    row = token = span = 0
+    for part, columns in zip(parts, opened, strict=True):
+        if joined is None:
+            joined = ShardColumns(
+                np.empty(num_tokens, columns.input_ids.dtype),
+                np.zeros(num_rows + 1, np.int64),
+                np.empty(num_spans, np.uint32),
+                np.zeros(num_rows + 1, np.int64),
+                np.empty(num_rows, np.uint64),
+                {name: np.empty(num_rows, values.dtype) for name, values in columns.extra.items()},
+            )
+        elif _kinds(joined) != _kinds(columns):
+            raise InputError(f"{part.name}: its columns are {_kinds(columns)}, but those before it {_kinds(joined)}")
+        stop = row + part.num_rows
+        joined.input_ids[token : token + part.num_tokens] = columns.input_ids
+        joined.spans[span : span + part.num_spans] = columns.spans
+        joined.offsets[row + 1 : stop + 1] = columns.offsets[1:] + token
+        joined.span_offsets[row + 1 : stop + 1] = columns.span_offsets[1:] + span
+        joined.source_row[row:stop] = columns.source_row
+        for name, values in columns.extra.items():
+            joined.extra[name][row:stop] = values
+        row, token, span = stop, token + part.num_tokens, span + part.num_spans
+    assert joined is not None, "nothing to join"
+    return joined
+
+
+def _kinds(columns: ShardColumns) -> dict[str, str]:
+    return {name: values.dtype.name for name, values in {"input_ids": columns.input_ids, **columns.extra}.items()}
