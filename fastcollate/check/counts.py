@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fastcollate.collate import fill as kernels
 from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
-from fastcollate.progress import progress_bar
+from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -204,7 +204,13 @@ def inspect_store(
         options: how rows become targets.
         progress: show progress.
         silent: the old name, the other way round.
+
+    Example:
+        >>> found = inspect_store(TokenStore("store"), MaskOptions(max_length=256), progress=False)
+        >>> found.masks.sentence
+        'trained: 100%; 21.6% with --mask-prompt'
     """
+    progress = renamed_switch(progress, old="silent", given=silent)
     options = options or MaskOptions()
     by_length = count_lengths(store.lengths)
     totals = _add_up(store, options, progress=progress)
