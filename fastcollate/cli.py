@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect as inspect_module
 import json
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
+from fastcollate.check.options import MaskOptions, OrderOptions
 from fastcollate.errors import InputError, MissingExtraError
-from fastcollate.train.options import TrainOptions
+from fastcollate.train.options import AnswerOptions, TrainOptions
 
 app = typer.Typer(
     name="fastcollate",
@@ -62,15 +64,56 @@ def _print_json(result: Any) -> None:
     print(json.dumps(result, default=str))
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """A command that has an option for each field of the dataclasses among `function`'s parameters.
+
+    Name, type, default and help come from the field; the function receives each dataclass made up.
+    """
+    types = get_type_hints(function, include_extras=True)
+    kinds: list[tuple[str, Any]] = [(name, kind) for name, kind in types.items() if is_dataclass(kind)]
+    own = [p.replace(annotation=types[p.name]) for p in inspect_module.signature(function).parameters.values()]
+    parameters = [part for p in own for part in (_options_of(p.annotation) if is_dataclass(p.annotation) else [p])]
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        made = {name: kind(**{item.name: values.pop(item.name) for item in fields(kind)}) for name, kind in kinds}
+        function(**values, **made)
+
+    parameters.sort(key=lambda p: p.default is not p.empty)  # those without a default come first
+    command.__signature__ = inspect_module.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _options_of(kind: Any) -> list[inspect_module.Parameter]:
+    """A parameter for each field of an option dataclass, as typer reads them."""
+    types = get_type_hints(kind)
+    return [
+        inspect_module.Parameter(
+            item.name,
+            inspect_module.Parameter.POSITIONAL_OR_KEYWORD,
+            default=item.default,
+            annotation=Annotated[types[item.name], typer.Option(*item.metadata["flags"], help=item.metadata["help"])],
+        )
+        for item in fields(kind)
+    ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from fastcollate import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """The options before a command."""
 
 
 @app.command()
@@ -84,9 +127,18 @@ def sample(
 
 
 def _write_sample(path: Path, num_records: int) -> None:
+    """Write the sample whole or not at all, and not anew where it is there."""
     from fastcollate.sources.sample import sample_records
 
-    path.write_text("".join(json.dumps(record) + "\n" for record in sample_records(num_records)))
+    content = "".join(json.dumps(record) + "\n" for record in sample_records(num_records))
+    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == content:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @app.command()
@@ -170,35 +222,27 @@ def _parse_fields(pairs: list[str] | None) -> dict[str, str] | None:
     return fields or None
 
 
-MaxLength = Annotated[Optional[int], typer.Option(help="Columns kept of a row; all by default.")]  # noqa: UP045
-Capacity = Annotated[
-    Optional[int],  # noqa: UP045 (typer on Python 3.10)
-    typer.Option(help="With --policy packed, cells a pack; --max-length or the longest row if not given."),
-]
-MaskPrompt = Annotated[bool, typer.Option("--mask-prompt/--train-prompt", help="Train the responses only, or all.")]
-Mode = Annotated[str, typer.Option(help="reference (as the chapter's collate) or positional (what you mean).")]
+StoreFolder = Annotated[Path, typer.Argument(help="Directory of the token store.")]
 
 
 @app.command()
+@_with_options
 def inspect(
-    store: Annotated[Path, typer.Argument(help="Directory of the token store.")],
+    store: StoreFolder,
+    masks: MaskOptions,
     row: Annotated[Optional[int], typer.Option(help="Show this row: text, ids, targets.")] = None,  # noqa: UP045
     report: Annotated[Optional[Path], typer.Option(help="Write a page for the browser to this file.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(help="Rows in a batch of the page's picture of an epoch.")] = 8,
-    max_length: MaxLength = None,
-    mask_prompt: MaskPrompt = False,
-    mode: Mode = "reference",
     json_output: Json = False,
 ) -> None:
-    """Show what is in a store: counts, lengths, and what is trained."""
+    """Show what is in a store: counts, lengths, and what is trained, also with prompts masked."""
     from fastcollate.check import counts, terminal
     from fastcollate.progress import print_summary
     from fastcollate.store.store import TokenStore
 
     opened = TokenStore(store)
-    options = counts.MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
     if row is not None:
-        view = terminal.view_row(opened, row, options)
+        view = terminal.view_row(opened, row, masks)
         if json_output:
             arrays = {"inputs": view.inputs.tolist(), "targets": view.targets.tolist()}
             _print_json({**view._asdict(), **arrays})
@@ -208,7 +252,7 @@ def inspect(
             if problem:
                 print(f"note: ids only, {problem}", file=sys.stderr)
         return
-    found = counts.inspect_store(opened, options, progress=not json_output)
+    found = counts.inspect_store(opened, masks, progress=not json_output)
     if report is not None:
         from fastcollate.check.page import write_report
 
@@ -223,38 +267,30 @@ def inspect(
 
 
 @app.command()
+@_with_options
 def verify(
-    store: Annotated[Path, typer.Argument(help="Directory of the token store.")],
+    store: StoreFolder,
+    order: OrderOptions,
+    masks: MaskOptions,
     source: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
         typer.Option(help="A file it was prepared from, to be tokenized again with tiktoken; repeatable, in order."),
     ] = None,
     checksums: Annotated[bool, typer.Option("--checksums", help="Read every file and check its checksum.")] = False,
-    policy: Annotated[str, typer.Option(help="Order: sequential, shuffled, bucketed, packed.")] = "bucketed",
-    batch_size: Annotated[int, typer.Option(help="Rows (packs) in a batch.")] = 8,
-    capacity: Capacity = None,
-    seed: Annotated[int, typer.Option(help="Seed of the epoch's order.")] = 0,
-    max_length: MaxLength = None,
-    mask_prompt: MaskPrompt = False,
-    mode: Mode = "reference",
     json_output: Json = False,
 ) -> None:
     """Compare every batch of an epoch with the plain Python reference; status 1 where anything differs."""
-    from fastcollate.check.counts import MaskOptions
     from fastcollate.check.reference_check import verify as run
     from fastcollate.progress import print_summary
     from fastcollate.store.store import TokenStore
 
-    options = MaskOptions(max_length=max_length, mask_prompt=mask_prompt, mode=mode)
     found = run(
-        TokenStore(store), options, policy=policy, batch_size=batch_size, capacity=capacity, seed=seed,
-        sources=source or [], checksums=checksums, progress=not json_output,
-    )  # fmt: skip
+        TokenStore(store), masks, **asdict(order), sources=source or [], checksums=checksums, progress=not json_output
+    )
     if json_output:
         _print_json({"ok": found.ok, **asdict(found)})
     else:
-        shown = {name: value for name, value in asdict(found).items() if value is not None and name != "problems"}
-        print_summary("verified, all identical" if found.ok else "NOT identical", shown)
+        print_summary("verified, all identical" if found.ok else "NOT identical", found.summary())
         for problem in found.problems:
             print(problem, file=sys.stderr)
     if not found.ok:
@@ -262,66 +298,37 @@ def verify(
 
 
 @app.command()
+@_with_options
 def bench(
-    store: Annotated[Path, typer.Argument(help="Directory of the token store.")],
+    store: StoreFolder,
+    order: OrderOptions,
+    masks: MaskOptions,
     step_ms: Annotated[Optional[float], typer.Option(help="A training step in milliseconds.")] = None,  # noqa: UP045
     model: Annotated[
         Optional[str],  # noqa: UP045 (typer on Python 3.10)
         typer.Option(help="Measure the step of this bundled GPT-2 on this machine's CPU, such as tiny."),
     ] = None,
-    policy: Annotated[str, typer.Option(help="Order: sequential, shuffled, bucketed, packed.")] = "bucketed",
-    batch_size: Annotated[int, typer.Option(help="Rows (packs) in a batch.")] = 8,
-    capacity: Capacity = None,
-    max_length: MaxLength = None,
-    mask_prompt: MaskPrompt = False,
     rounds: Annotated[int, typer.Option(help="Turns of each contender; the median counts.")] = 5,
     json_output: Json = False,
 ) -> None:
     """Is the loop data-bound? Batches a second, beside the reference loop and torch's DataLoader."""
-    from fastcollate.check.counts import MaskOptions
     from fastcollate.check.measure import bench as run
     from fastcollate.check.measure import print_report
     from fastcollate.store.store import TokenStore
 
-    options = MaskOptions(max_length=max_length, mask_prompt=mask_prompt)
     report = run(
-        TokenStore(store), options, policy=policy, batch_size=batch_size, capacity=capacity, step_ms=step_ms,
-        model=model, rounds=rounds, progress=not json_output,
-    )  # fmt: skip
+        TokenStore(store), masks, **asdict(order), step_ms=step_ms, model=model, rounds=rounds, progress=not json_output
+    )
     if json_output:
         _print_json(asdict(report))
     else:
         print_report(report)
 
 
-def _takes_train_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give `function(**values)` an option for each field of `TrainOptions`, behind its own."""
-    own = [p for p in inspect_module.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    types = get_type_hints(TrainOptions)
-    added = [
-        inspect_module.Parameter(
-            item.name,
-            inspect_module.Parameter.KEYWORD_ONLY,
-            default=item.default,
-            annotation=Annotated[types[item.name], typer.Option(help=item.metadata["help"])],
-        )
-        for item in fields(TrainOptions)
-    ]
-
-    @wraps(function)
-    def command(**values: Any) -> None:
-        function(**values)
-
-    parameters = [p.replace(annotation=get_type_hints(function, include_extras=True)[p.name]) for p in own] + added
-    command.__signature__ = inspect_module.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
-
-
 @app.command()
-@_takes_train_options
+@_with_options
 def train(
-    *,
+    options: TrainOptions,
     data: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
         typer.Option(help="Files of records; repeatable. Without --data and --store: 120 steps of a built-in sample."),
@@ -333,7 +340,6 @@ def train(
         typer.Option(help="Where a template field comes from, as instruction=question; repeatable."),
     ] = None,
     json_output: Json = False,
-    **values: Any,
 ) -> None:
     """Train GPT-2 on instruction data; everything is written under OUT. Ctrl-C leaves a checkpoint to resume from."""
     from fastcollate.progress import print_summary
@@ -341,16 +347,15 @@ def train(
     from fastcollate.train.loop import train as run
     from fastcollate.train.ranks import join_ranks
 
-    if not (data or store or values["epochs"] or values["max_steps"]):
-        values["max_steps"] = _SAMPLE_STEPS
-    options = TrainOptions(**values)
+    if not (data or store or options.epochs or options.max_steps):
+        options = replace(options, max_steps=_SAMPLE_STEPS)
     find_checkpoint(options)  # before anything is written
     ranks = join_ranks(options.device)
     try:
         if store is None:
             store = options.out / "store"
             if ranks.is_first:
-                _prepare_for_training(data, store, template, field, options, progress=not json_output)
+                _prepare_for_training(data, store, template, field, options)
             ranks.barrier()
         elif data:
             raise InputError("--data and --store: give one of them")
@@ -367,13 +372,7 @@ def train(
 
 
 def _prepare_for_training(
-    data: list[str] | None,
-    store: Path,
-    template: str,
-    field: list[str] | None,
-    options: TrainOptions,
-    *,
-    progress: bool,
+    data: list[str] | None, store: Path, template: str, field: list[str] | None, options: TrainOptions
 ) -> None:
     from fastcollate.ingest.job import prepare as run
 
@@ -386,62 +385,33 @@ def _prepare_for_training(
 
 
 Run = Annotated[Path, typer.Option("--checkpoint", help="A run's directory, or a checkpoint file in it.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Length of an answer, at most.")]
-TopK = Annotated[Optional[int], typer.Option(help="Draw only from the K most probable tokens.")]  # noqa: UP045
-Temperature = Annotated[float, typer.Option(help="0 takes the most probable token; higher is more varied.")]
-Seed = Annotated[int, typer.Option(help="Decides what is drawn.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 @app.command()
+@_with_options
 def generate(
     checkpoint: Run,
     prompt: Annotated[str, typer.Option(help="The instruction.")],
+    options: AnswerOptions,
     text: Annotated[str, typer.Option("--input", help="The instruction's input, if it has one.")] = "",
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the run's template.")] = False,
-    max_new_tokens: MaxNewTokens = 256,
-    top_k: TopK = None,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    device: Device = "auto",
     json_output: Json = False,
 ) -> None:
     """Answer one instruction with a trained model."""
-    import torch
+    from fastcollate.train.answers import answer
 
-    from fastcollate.text.templates import load_template
-    from fastcollate.text.tokenizer import load_tokenizer
-    from fastcollate.train.answers import clean_response
-    from fastcollate.train.answers import generate as run
-    from fastcollate.train.files import load_model
-    from fastcollate.train.ranks import choose_device
-
-    where = choose_device(device)
-    model, saved = load_model(checkpoint, where)
-    tokenizer = load_tokenizer(saved.data["tokenizer"])
-    template = saved.data["template"]
-    if not raw:
-        prompt = load_template(template).parts({"instruction": prompt, "input": text, "output": "-"})[0]
-    answer = run(
-        model,
-        tokenizer.encode(prompt),
-        max_new_tokens=max_new_tokens,
-        top_k=top_k,
-        temperature=temperature,
-        stop_at=tokenizer.pad_token_id,
-        generator=torch.Generator(where).manual_seed(seed),
-    )
-    response = tokenizer.decode(answer)
-    response = response if raw else clean_response(response, template)
+    found = answer(checkpoint, prompt, text, options, raw=raw)
     if json_output:
-        _print_json({"prompt": prompt, "model_response": response, "tokens": len(answer)})
+        _print_json(found)
     else:
-        print(response)
+        print(found["model_response"])
 
 
 @app.command()
+@_with_options
 def evaluate(
     checkpoint: Run,
+    options: AnswerOptions,
     store: Annotated[Optional[Path], typer.Option(help="The token store; by default the run's own.")] = None,  # noqa: UP045
     split: Annotated[str, typer.Option(help="train, test or validation, as the run split its rows.")] = "test",
     limit: Annotated[Optional[int], typer.Option(help="Answer only so many rows.")] = None,  # noqa: UP045
@@ -449,11 +419,6 @@ def evaluate(
         Optional[Path],  # noqa: UP045
         typer.Option("--out", help="The JSON file to write; by default answers-SPLIT.json beside the checkpoint."),
     ] = None,
-    max_new_tokens: MaxNewTokens = 256,
-    top_k: TopK = None,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    device: Device = "auto",
     json_output: Json = False,
 ) -> None:
     """Answer a split's instructions with a trained model and write the answers as JSON."""
@@ -462,22 +427,14 @@ def evaluate(
     from fastcollate.train.files import load_model
     from fastcollate.train.ranks import choose_device
 
-    model, saved = load_model(checkpoint, choose_device(device))
+    model, saved = load_model(checkpoint, choose_device(options.device))
     beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
     opened, rows = open_split(saved, beside, store=store, split=split, limit=limit)
     path = answers_file or beside / f"answers-{split}.json"
     with progress_bar(unit="rows", progress=not json_output) as progress:
         task = progress.add_task("answering", total=len(rows))
         summary = write_answers(
-            path,
-            model,
-            opened,
-            rows,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            top_k=top_k,
-            temperature=temperature,
-            on_row=lambda: progress.advance(task),
+            path, model, opened, rows, seed=options.seed, on_row=lambda: progress.advance(task), **options.drawing()
         )
     if json_output:
         _print_json(summary)

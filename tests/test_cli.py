@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from fastcollate.check.options import MaskOptions, OrderOptions
+from fastcollate.cli import app
+from fastcollate.train.options import AnswerOptions, TrainOptions, flag_of
 from tests.helpers import run_cli
 
 
@@ -77,3 +85,43 @@ def test_ctrl_c_says_so_in_one_line(
     monkeypatch.setattr(importlib.import_module("fastcollate.ingest.job"), "prepare", interrupted)
     assert run_cli(monkeypatch, "prepare", "records.jsonl", tmp_path / "store") == 130
     assert capsys.readouterr().err.splitlines() == ["error: interrupted; what was finished is kept"]
+
+
+def test_the_version(tmp_path: Path) -> None:
+    from fastcollate import __version__
+
+    result = fastcollate("--version", cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "kinds"),
+    [
+        ("train", [TrainOptions]), ("generate", [AnswerOptions]), ("evaluate", [AnswerOptions]),
+        ("inspect", [MaskOptions]), ("verify", [OrderOptions, MaskOptions]), ("bench", [OrderOptions, MaskOptions]),
+    ],
+)  # fmt: skip
+def test_each_option_is_declared_in_its_dataclass(command: str, kinds: list[Any]) -> None:
+    parameters = {p.name: p for p in typer.main.get_command(app).commands[command].params}  # type: ignore[attr-defined]
+    for item in (item for kind in kinds for item in fields(kind)):
+        option = parameters[item.name]
+        assert (option.help, option.default) == (item.metadata["help"], item.default)
+        assert option.opts[0] == (item.metadata["flags"] or [flag_of(item)])[0].split("/")[0]
+
+
+def test_both_helps_say_what_a_batch_size_counts() -> None:
+    assert "of all ranks together" in TrainOptions.__dataclass_fields__["batch_size"].metadata["help"]
+    assert "train: of all ranks" in OrderOptions.__dataclass_fields__["batch_size"].metadata["help"]
+    assert flag_of(TrainOptions.__dataclass_fields__["batch_size"]) == "--global-batch-size"
+
+
+def test_the_sample_is_not_written_anew_where_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sample.jsonl"
+    assert run_cli(monkeypatch, "sample", path, "--num-records", 5) == 0
+    os.utime(path, ns=(1, 1))
+    assert run_cli(monkeypatch, "sample", path, "--num-records", 5) == 0
+    assert path.stat().st_mtime_ns == 1
+    path.write_text(path.read_text()[:-5])  # torn, or another release's
+    assert run_cli(monkeypatch, "sample", path, "--num-records", 5) == 0
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 5
+    assert [file.name for file in tmp_path.iterdir()] == ["sample.jsonl"]

@@ -6,14 +6,14 @@ Whatever is said about masks is read off batches that the fast path has filled, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from fastcollate.check.options import MaskOptions as MaskOptions
 from fastcollate.collate import fill as kernels
-from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store.store import TokenStore
@@ -25,29 +25,6 @@ PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 NUM_SHARES = 20  # bars of the histogram of rows by their share of trained tokens
 _CHUNK = 1 << 14
 _MOST_NAMED = 10
-
-
-@dataclass(frozen=True, slots=True)
-class MaskOptions:
-    """How rows become targets.
-
-    Attributes:
-        max_length: columns kept of a row, `None` for all.
-        mask_prompt: train the responses only; False, as in the loader and `train`.
-        mode: `"reference"` or `"positional"`.
-    """
-
-    max_length: int | None = None
-    mask_prompt: bool = False
-    mode: str = "reference"
-
-    def collator(self, store: TokenStore) -> Collator:
-        """The fast path with these options; ignored targets are -100."""
-        return Collator(store.shards, pad_token_id=store.pad_token_id, name=str(store.path), **asdict(self))
-
-    def with_other_mask(self) -> MaskOptions:
-        """The same with the other `mask_prompt`."""
-        return replace(self, mask_prompt=not self.mask_prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ def bench(
     policy: str = "bucketed",
     batch_size: int = 8,
     capacity: int | None = None,
+    seed: int = 0,
     step_ms: float | None = None,
     model: str | None = None,
     rounds: int = 5,
@@ -107,6 +108,7 @@ def bench(
         policy: see `plan_epoch`.
         batch_size: see `plan_epoch`.
         capacity: see `plan_epoch`; by default `max_length`, else the store's longest row.
+        seed: see `plan_epoch`.
         step_ms: a training step's time in milliseconds, for the verdict; or
         model: the bundled GPT-2 (`tiny`, ...) whose training step is measured on this store's batches.
         rounds: turns of each contender; the median counts.
@@ -125,7 +127,7 @@ def bench(
         raise InputError(f"rounds={rounds}, seconds={seconds}: give at least one round of more than 0 seconds")
     if options.mode != "reference":
         raise InputError(f"mode={options.mode!r}: the other contenders are the reference; bench compares equal work")
-    sources = _contenders(store, options, order_of(store, policy, batch_size, options, capacity))
+    sources = _contenders(store, options, order_of(store, policy, batch_size, options, capacity) | {"seed": seed})
     _check_equal(sources)
     if step_ms is None and model is not None:
         step_ms = measure_step(model, islice(sources[PIPELINE](), 8))

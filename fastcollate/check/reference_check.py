@@ -58,6 +58,23 @@ class Verification:
         """Whether nothing differs."""
         return self.num_problems == 0
 
+    def summary(self) -> dict[str, object]:
+        """What `print_summary` shows of it.
+
+        Example:
+            >>> Verification(batches=3, rows=23, cells=4040, digest="ab").summary()
+            {'batches': 3, 'rows': 23, 'cells': 4040, 'digest': 'ab', 'differences': 0}
+        """
+        shown: dict[str, object] = {"batches": self.batches, "rows": self.rows, "cells": self.cells}
+        if self.masks is not None:
+            shown["trained"] = self.masks.in_words
+        shown["digest"] = self.digest
+        if self.records is not None:
+            shown["records tokenized again"] = self.records
+        if self.files is not None:
+            shown["files with the right checksum"] = self.files
+        return shown | {"differences": self.num_problems}
+
     def note(self, problem: str) -> None:
         """Count a difference and keep the first ones."""
         self.num_problems += 1

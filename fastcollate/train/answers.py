@@ -13,9 +13,12 @@ from torch import Tensor
 from fastcollate.errors import InputError
 from fastcollate.store.files import write_file
 from fastcollate.store.store import Example, TokenStore
+from fastcollate.text.templates import load_template
 from fastcollate.text.tokenizer import load_tokenizer
-from fastcollate.train.files import Checkpoint
+from fastcollate.train.files import Checkpoint, load_model
 from fastcollate.train.model import GPT2, KeyValueCache
+from fastcollate.train.options import AnswerOptions
+from fastcollate.train.ranks import choose_device
 
 
 @torch.inference_mode()
@@ -114,6 +117,41 @@ _HEADINGS = {"alpaca": "### Response:", "phi3": "<|assistant|>:"}
 def clean_response(text: str, template: str) -> str:
     """A response without the template's heading, which the store counts to the response, not to the prompt."""
     return text.strip().removeprefix(_HEADINGS.get(template, "")).strip()
+
+
+def answer(
+    checkpoint: Path, prompt: str, text: str = "", options: AnswerOptions | None = None, *, raw: bool = False
+) -> dict[str, Any]:
+    """Answer one instruction with the model of a run.
+
+    Args:
+        checkpoint: the run's directory, or a checkpoint file in it.
+        prompt: the instruction.
+        text: its input, if it has one.
+        options: length, randomness, device.
+        raw: use the prompt as it is, without the run's template, and leave the answer as it is.
+
+    Returns:
+        `prompt`, `model_response` and `tokens`.
+
+    Example:
+        >>> answer(Path("runs/first"), "Add 1 and 2.")["model_response"]
+        '3'
+    """
+    options = options or AnswerOptions()
+    device = choose_device(options.device)
+    model, saved = load_model(checkpoint, device)
+    tokenizer = load_tokenizer(saved.data["tokenizer"])
+    template = saved.data["template"]
+    if not raw:
+        prompt = load_template(template).parts({"instruction": prompt, "input": text, "output": "-"})[0]
+    generator = torch.Generator(device).manual_seed(options.seed)
+    ids = generate(
+        model, tokenizer.encode(prompt), stop_at=tokenizer.pad_token_id, generator=generator, **options.drawing()
+    )
+    response = tokenizer.decode(ids)
+    response = response if raw else clean_response(response, template)
+    return {"prompt": prompt, "model_response": response, "tokens": len(ids)}
 
 
 def open_split(

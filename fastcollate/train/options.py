@@ -12,10 +12,21 @@ from fastcollate.errors import InputError
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def _option(default: Any, help_text: str, *flags: str, fixed: bool = False) -> Any:
-    """A field with its help; `fixed` ones decide what is trained on what, and cannot change when a run is resumed.
+def option(default: Any, help_text: str, *flags: str, fixed: bool = False) -> Any:
+    """A field of an option dataclass, declared and explained once: the command line takes it from there.
 
-    The command line calls a field `--its-name`, or by its `flags`, the plainest first.
+    Args:
+        default: its value where none is given.
+        help_text: what it means.
+        flags: what the command line calls it, the plainest first; `--its-name` without.
+        fixed: of a run: it decides what is trained on what, and cannot change when the run is resumed.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Options:
+        ...     limit: int = option(5, "At most so many rows.")
+        >>> Options().limit
+        5
     """
     return field(default=default, metadata={"help": help_text, "flags": flags, "fixed": fixed})
 
@@ -30,18 +41,18 @@ class TrainOptions:
         0.003
     """
 
-    out: Path = _option(Path("runs/train"), "Directory for everything the run writes.")  # noqa: RUF009 (immutable)
-    resume: bool = _option(False, "Continue from the checkpoint in OUT, if there is one.")
-    model: str = _option("tiny", "tiny, 124M, 355M, 774M or 1558M.", fixed=True)
-    weights: Path | None = _option(  # noqa: RUF009
+    out: Path = option(Path("runs/train"), "Directory for everything the run writes.")  # noqa: RUF009 (immutable)
+    resume: bool = option(False, "Continue from the checkpoint in OUT, if there is one.")
+    model: str = option("tiny", "tiny, 124M, 355M, 774M or 1558M.", fixed=True)
+    weights: Path | None = option(  # noqa: RUF009
         None, "Start from published weights: a local model.safetensors or pytorch_model.bin.", fixed=True
     )
-    tie_weights: bool = _option(True, "Use the token embedding as output head too.", fixed=True)
-    dropout: float = _option(0.0, "Share of activations dropped in training.", fixed=True)
-    epochs: int | None = _option(None, "Passes over the data; 1 if --max-steps is not given either.")
-    max_steps: int | None = _option(None, "Stop after so many optimizer steps.")
-    policy: str = _option("bucketed", "Order: sequential, shuffled, bucketed, packed (end to end).", fixed=True)
-    batch_size: int | None = _option(
+    tie_weights: bool = option(True, "Use the token embedding as output head too.", fixed=True)
+    dropout: float = option(0.0, "Share of activations dropped in training.", fixed=True)
+    epochs: int | None = option(None, "Passes over the data; 1 if --max-steps is not given either.")
+    max_steps: int | None = option(None, "Stop after so many optimizer steps.")
+    policy: str = option("bucketed", "Order: sequential, shuffled, bucketed, packed (end to end).", fixed=True)
+    batch_size: int | None = option(
         None,
         "Rows a batch (packs, if packed), of all ranks together (a `BatchLoader`'s batch_size is one rank's); "
         "8, or 1 pack a rank, without --max-tokens.",
@@ -49,41 +60,41 @@ class TrainOptions:
         "--batch-size",
         fixed=True,
     )
-    max_tokens: int | None = _option(None, "Cells a batch, of all ranks together, in place of rows.", fixed=True)
-    max_length: int | None = _option(None, "Tokens kept of a row; the model's context if rows are longer.", fixed=True)
-    capacity: int | None = _option(
+    max_tokens: int | None = option(None, "Cells a batch, of all ranks together, in place of rows.", fixed=True)
+    max_length: int | None = option(None, "Tokens kept of a row; the model's context if rows are longer.", fixed=True)
+    capacity: int | None = option(
         None, "With --policy packed, cells a pack; --max-length or the model's context if not given.", fixed=True
     )
-    long_rows: str = _option(
+    long_rows: str = option(
         "truncate", "With --policy packed, what becomes of rows beyond --max-length: truncate, split, drop.", fixed=True
     )
-    mask_prompt: bool = _option(False, "Train the responses only.", fixed=True)
-    mode: str = _option(
+    mask_prompt: bool = option(False, "Train the responses only.", fixed=True)
+    mode: str = option(
         "reference", "reference: the chapter's masks, corners included; positional: by position.", fixed=True
     )
-    accumulate: int = _option(1, "Batches an optimizer step.", fixed=True)
-    learning_rate: float | None = _option(None, "Peak learning rate; 3e-3 for tiny, 5e-5 for the others.", fixed=True)
-    warmup: int = _option(10, "Steps of linear warm-up.", fixed=True)
-    schedule: str = _option("cosine", "After the warm-up: cosine (down to a tenth) or constant.", fixed=True)
-    weight_decay: float = _option(0.1, "AdamW's weight decay, on matrices.", fixed=True)
-    clip: float = _option(1.0, "Largest norm of the gradient; 0 for no limit.", fixed=True)
-    seed: int = _option(123, "Decides weights, order and dropout.", fixed=True)
-    precision: str = _option(
+    accumulate: int = option(1, "Batches an optimizer step.", fixed=True)
+    learning_rate: float | None = option(None, "Peak learning rate; 3e-3 for tiny, 5e-5 for the others.", fixed=True)
+    warmup: int = option(10, "Steps of linear warm-up.", fixed=True)
+    schedule: str = option("cosine", "After the warm-up: cosine (down to a tenth) or constant.", fixed=True)
+    weight_decay: float = option(0.1, "AdamW's weight decay, on matrices.", fixed=True)
+    clip: float = option(1.0, "Largest norm of the gradient; 0 for no limit.", fixed=True)
+    seed: int = option(123, "Decides weights, order and dropout.", fixed=True)
+    precision: str = option(
         "auto", "float32, bfloat16 (autocast), or auto: bfloat16 on CUDA, float32 on a CPU.", fixed=True
     )
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N.")
-    compile: bool = _option(False, "Compile the model; worth it on long runs.")
-    width_multiple: int = _option(64, "With --compile, widths are rounded up to a multiple of this.")
-    eval_every: int = _option(50, "Steps between evaluations; 0 for none.")
-    eval_batches: int = _option(8, "Batches an evaluation, at most; 0 for the whole validation split.")
-    patience: int | None = _option(None, "Stop after so many evaluations without a lower validation loss.")
-    checkpoint_every: int = _option(0, "Steps between checkpoints; 0 writes one at the end only.")
-    train_share: float = _option(0.85, "Share of the rows, from the start, to train on.", fixed=True)
-    test_share: float | None = _option(
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    compile: bool = option(False, "Compile the model; worth it on long runs.")
+    width_multiple: int = option(64, "With --compile, widths are rounded up to a multiple of this.")
+    eval_every: int = option(50, "Steps between evaluations; 0 for none.")
+    eval_batches: int = option(8, "Batches an evaluation, at most; 0 for the whole validation split.")
+    patience: int | None = option(None, "Stop after so many evaluations without a lower validation loss.")
+    checkpoint_every: int = option(0, "Steps between checkpoints; 0 writes one at the end only.")
+    train_share: float = option(0.85, "Share of the rows, from the start, to train on.", fixed=True)
+    test_share: float | None = option(
         None, "Share of the rows, after those, kept for the test split; 0.1 if that is left.", fixed=True
     )
-    sample_tokens: int = _option(60, "Length of the sample printed after each epoch; 0 for none.")
-    tensorboard: bool = _option(True, "Write TensorBoard events, if the package is installed.")
+    sample_tokens: int = option(60, "Length of the sample printed after each epoch; 0 for none.")
+    tensorboard: bool = option(True, "Write TensorBoard events, if the package is installed.")
 
     def __post_init__(self) -> None:
         for name in (
@@ -169,6 +180,31 @@ class TrainOptions:
                     f"{own[item.name]}; resume it with that, or choose another --out; with --resume may change: "
                     f"{', '.join(changeable_flags())}"
                 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """How a trained model answers; each field's meaning is its `help`.
+
+    Example:
+        >>> AnswerOptions(temperature=0.8, top_k=40).max_new_tokens
+        256
+    """
+
+    max_new_tokens: int = option(256, "Length of an answer, at most.")
+    top_k: int | None = option(None, "Draw only from the K most probable tokens.")
+    temperature: float = option(0.0, "0 takes the most probable token; higher is more varied.")
+    seed: int = option(0, "Decides what is drawn.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+
+    def drawing(self) -> dict[str, Any]:
+        """What `generate` takes of them, besides a generator.
+
+        Example:
+            >>> AnswerOptions(top_k=40).drawing()
+            {'max_new_tokens': 256, 'top_k': 40, 'temperature': 0.0}
+        """
+        return {"max_new_tokens": self.max_new_tokens, "top_k": self.top_k, "temperature": self.temperature}
 
 
 def flag_of(item: Field[Any]) -> str:
