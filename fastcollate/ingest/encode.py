@@ -201,15 +201,11 @@ def _single_texts(parts_of: _PartsOf) -> _Parts:
     return _Parts(Texts([text for _, parts in found for text in parts]), starts, rows)
 
 
-def _column_texts(parts_of: _PartsOf, names: Sequence[str]) -> _Parts:
+def _column_texts(parts_of: _PartsOf, names: Sequence[Sequence[str]]) -> _Parts:
     """Texts made of whole columns, two a record; those of irregular records one by one."""
     count = len(parts_of.records)
-    text, irregular = parts_of.template.columns(parts_of.records.columns(names))
-    marked = text.encode()
-    marks = np.flatnonzero(np.frombuffer(marked, np.uint8) == 0)
-    if len(marks) != 2 * count:  # a text holds a NUL
-        return _single_texts(parts_of)
-    texts = Texts(data=marked.replace(b"\0", b""), offsets=np.append(marks, len(marked)) - np.arange(len(marks) + 1))
+    text, sizes, irregular = parts_of.template.columns(parts_of.records.columns(names))
+    texts = Texts(data=text.encode(), offsets=_starts(sizes.reshape(-1)))
     special = np.searchsorted(texts.offsets[::2], parts_of.special.places(texts.data), side="right") - 1
     rows = np.arange(count)
     if irregular := sorted({*irregular, *special.tolist()}):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from fastcollate.sources.scanner import scan_array
 
 _MOST_DIGITS = 4300  # of a whole number, for Python's `json`
 _BLANK = b" \t\r\n"
-_CHUNK_BYTES, _CHUNK_ROWS = 1 << 18, 4096  # read at once
+_CHUNK_BYTES = 1 << 19  # read at once
 
 
 class BadRecord(NamedTuple):
@@ -66,30 +65,57 @@ class JsonRecords:
             raise ValueError(record)
         return record
 
-    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
-        """Some fields of all records; `None` where there is none, and in all fields of a record that needs a look."""
-        decode = _decoder(tuple(names))
+    def columns(self, fields: Sequence[Sequence[str]]) -> list[list[str | None]]:
+        """Some fields of all records, each under the first of its names that holds anything.
+
+        All fields are `None` in a record that needs a look: one that cannot be parsed, or holds something that is not
+        text under one of the names.
+        """
+        here = self._names_here(fields)
+        columns = self._columns(here)
+        if here != fields and any(map(_has_none, columns)):
+            columns = self._columns(fields)
+        return columns
+
+    def _names_here(self, fields: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+        """As much of each field's names as the first record needs: mostly the others need no more."""
+        try:
+            first = self[0]
+        except ValueError:
+            return fields
+        if not isinstance(first, dict):
+            return fields
+        ends = [next((i for i, name in enumerate(names, 1) if first.get(name) is not None), None) for names in fields]
+        return [names[:end] for names, end in zip(fields, ends, strict=True)]
+
+    def _columns(self, fields: Sequence[Sequence[str]]) -> list[list[str | None]]:
+        names = tuple(dict.fromkeys(chain.from_iterable(fields)))
+        decode = _decoder(names)
         if decode is None or not self._is_sure:
-            return self._columns_one_by_one(names)
+            found = [self._values(number, names) for number in range(len(self))]
+        else:
+            found = list(map(msgspec.structs.astuple, self._decoded(decode)))
+        values = list(chain.from_iterable(found))
+        columns = {name: values[index :: len(names)] for index, name in enumerate(names)}
+        return [_first_column(field, columns) for field in fields]
+
+    def _decoded(self, decode: Callable[[bytes], Any]) -> list[Any]:
         found: list[Any] = []
         records, nothing = map(decode, self._pieces), decode(b"{}")
         while True:
             try:
                 found.extend(records)  # up to one that is refused
-                break
+                return found
             except (msgspec.DecodeError, RecursionError):
                 found.append(nothing)
-        values = list(chain.from_iterable(map(msgspec.structs.astuple, found)))
-        return {name: values[index :: len(names)] for index, name in enumerate(names)}
 
-    def _columns_one_by_one(self, names: Sequence[str]) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {name: [None] * len(self) for name in names}
-        for number in range(len(self)):
-            with suppress(ValueError):
-                record = self[number]
-                for name in names if isinstance(record, dict) else ():
-                    columns[name][number] = record.get(name)
-        return columns
+    def _values(self, number: int, names: Sequence[str]) -> Sequence[str | None]:
+        try:
+            record = self[number]
+            values = tuple(record.get(name) for name in names)
+        except (ValueError, AttributeError):
+            return (None,) * len(names)
+        return values if {*map(type, values)} <= {str, type(None)} else (None,) * len(names)
 
 
 class TableRecords:
@@ -105,10 +131,31 @@ class TableRecords:
         """A record."""
         return self._table.slice(number, 1).to_pylist()[0]
 
-    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
-        """Some columns; `None` for those that are not there."""
+    def columns(self, fields: Sequence[Sequence[str]]) -> list[list[str | None]]:
+        """As of JSON records."""
         have = self._table.column_names
-        return {n: self._table.column(n).to_pylist() if n in have else [None] * len(self) for n in names}
+        names = dict.fromkeys(chain.from_iterable(fields))
+        values = {n: self._table.column(n).to_pylist() if n in have else [None] * len(self) for n in names}
+        columns = [_first_column(field, values) for field in fields]
+        odd = {i for column in columns for i, value in enumerate(column) if not (value is None or type(value) is str)}
+        return (
+            [[None if i in odd else value for i, value in enumerate(column)] for column in columns] if odd else columns
+        )
+
+
+def _has_none(column: Sequence[Any]) -> bool:
+    """`None in column`, which would compare each text with `None`."""
+    return not all(column) and type(None) in set(map(type, column))
+
+
+def _first_column(names: Sequence[str], columns: Mapping[str, list[Any]]) -> list[Any]:
+    """What each record holds under the first of the names under which it holds anything."""
+    column = columns[names[0]]
+    for name in names[1:]:
+        if not _has_none(column):
+            break
+        column = [other if value is None else value for value, other in zip(column, columns[name], strict=True)]
+    return column
 
 
 Records = JsonRecords | TableRecords
@@ -124,8 +171,9 @@ def read_records(block: Block, data: bytes) -> Iterator[Records]:
     if block.kind == "arrow":
         with pa.ipc.open_stream(data) as reader:
             table = reader.read_all()
-        for start in range(0, table.num_rows, _CHUNK_ROWS):
-            yield TableRecords(table.slice(start, _CHUNK_ROWS))
+        rows = max(table.num_rows * _CHUNK_BYTES // max(table.nbytes, 1), 1)
+        for start in range(0, table.num_rows, rows):
+            yield TableRecords(table.slice(start, rows))
         return
     for chunk, pieces in _array_chunks(data) if block.kind == "array" else _line_chunks(data, block.num_rows):
         is_sure = _is_utf8(chunk) and not _has_long_number(chunk)
@@ -142,8 +190,9 @@ def _line_chunks(data: bytes, num_rows: int) -> Iterator[tuple[bytes, list[bytes
         stop = stop or data.rfind(b"\n", start, middle) + 1 or data.find(b"\n", middle) + 1 or len(data)
         chunk = data[start:stop]
         lines = chunk.removesuffix(b"\n").split(b"\n")
-        yield chunk, [line for line in lines if line.strip(_BLANK)] if has_blanks else lines
         start = stop
+        if lines := [line for line in lines if line.strip(_BLANK)] if has_blanks else lines:
+            yield chunk, lines
 
 
 def _array_chunks(data: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -166,7 +215,7 @@ def _decoder(names: tuple[str, ...]) -> Callable[[bytes], Any] | None:
     """What reads some fields of an object and passes over the others; `None` for names that msgspec cannot take."""
     fields = {f"field{index}": name for index, name in enumerate(names)}
     try:
-        record = msgspec.defstruct("Record", [(field, Any, None) for field in fields], rename=fields, gc=False)
+        record = msgspec.defstruct("Record", [(field, str | None, None) for field in fields], rename=fields, gc=False)
     except ValueError:
         return None
     return msgspec.json.Decoder(record).decode

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+import numpy.typing as npt
+
 from fastcollate.errors import InputError, import_extra
 
 Parts = list[str]
@@ -44,11 +47,13 @@ class Columns(NamedTuple):
     """The texts of records that give one prompt and one response each.
 
     Attributes:
-        text: prompt, response, prompt, ..., end to end, a NUL before each; of irregular records something.
+        text: prompt, response, prompt, ..., end to end; of irregular records something.
+        sizes: int64 `(num_records, 2)`, how long they are as UTF-8.
         irregular: the numbers of records that need `parts`: a fault, an unusual field.
     """
 
     text: str
+    sizes: npt.NDArray[np.int64]
     irregular: list[int]
 
 
@@ -71,12 +76,12 @@ class Template:
         """
         raise NotImplementedError
 
-    def names(self) -> tuple[str, ...] | None:
-        """The fields that `columns` reads; `None` where records must be given to `parts` one by one."""
+    def names(self) -> Sequence[Sequence[str]] | None:
+        """The fields that `columns` takes, each by all its names; `None` where only `parts` makes texts."""
         return None
 
-    def columns(self, fields: Mapping[str, Sequence[Any]]) -> Columns:
-        """The texts of many records, given as the columns of `names`."""
+    def columns(self, fields: Sequence[list[str | None]]) -> Columns:
+        """The texts of many records, given as a column for each of `names`."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
@@ -101,9 +106,9 @@ class SingleTurn(Template):
         """Name and field mapping."""
         return {"name": self.name, "fields": self._fields}
 
-    def names(self) -> tuple[str, ...]:
-        """Instruction, input and output by all their names."""
-        return tuple(dict.fromkeys((*self._instruction, *self._input, *self._output)))
+    def names(self) -> Sequence[Sequence[str]]:
+        """Instruction, input and output."""
+        return self._instruction, self._input, self._output
 
     def parts(self, record: Any) -> Parts:
         """Prompt and response."""
@@ -115,43 +120,29 @@ class SingleTurn(Template):
         prompt = self._head + instruction
         return [prompt + self._before_input + extra if extra else prompt, self._before_output + output]
 
-    def columns(self, fields: Mapping[str, Sequence[Any]]) -> Columns:
-        """The texts of many records, given as the columns of `names`."""
-        columns = [_first_column(names, fields) for names in (self._instruction, self._input, self._output)]
-        irregular = _irregular(*columns)
-        for column in columns if irregular else ():
-            for number in irregular:
-                column[number] = ""
-        instructions, inputs, outputs = columns
-        pieces = ["\0" + self._head] * (5 * len(outputs))
-        pieces[1::5] = instructions
+    def columns(self, fields: Sequence[list[str | None]]) -> Columns:
+        """The texts of many records, given as a column for each of `names`."""
+        instructions, inputs, outputs = fields
+        irregular = []
+        if not (all(instructions) and all(outputs)):
+            records = enumerate(zip(instructions, inputs, outputs, strict=True))
+            irregular = [i for i, (a, b, c) in records if a is None or c is None or not (a or b or c)]
+        count, head, before_output = len(outputs), self._head, self._before_output
+        pieces = [head] * (5 * count)
+        pieces[1::5] = [text or "" for text in instructions]
         pieces[2::5] = [self._before_input + text if text else "" for text in inputs]
-        pieces[3::5] = ["\0" + self._before_output] * len(outputs)
-        pieces[4::5] = outputs
-        return Columns("".join(pieces), irregular)
-
-
-def _first_column(names: Sequence[str], fields: Mapping[str, Sequence[Any]]) -> list[Any]:
-    """What each record holds under the first of the names under which it holds anything."""
-    column = list(fields[names[0]])
-    for name in names[1:]:
-        if None not in column:
-            break
-        column = [other if value is None else value for value, other in zip(column, fields[name], strict=True)]
-    return column
-
-
-def _irregular(instructions: list[Any], inputs: list[Any], outputs: list[Any]) -> list[int]:
-    """The numbers of records that are not three texts, or of three empty ones."""
-    are_texts = {*map(type, instructions), *map(type, outputs)} <= {str} and {*map(type, inputs)} <= {str, type(None)}
-    if are_texts and not ("" in instructions and "" in outputs):
-        return []
-    return [
-        number
-        for number, (instruction, extra, output) in enumerate(zip(instructions, inputs, outputs, strict=True))
-        if not (type(instruction) is type(output) is str and (extra is None or type(extra) is str))
-        or not (instruction or extra or output)
-    ]
+        pieces[3::5] = [before_output] * count
+        pieces[4::5] = [text or "" for text in outputs]
+        text = "".join(pieces)
+        columns = [pieces[place::5] for place in (1, 2, 4)]
+        if text.isascii():
+            lengths = [np.fromiter(map(len, column), np.int64, count) for column in columns]
+        else:
+            lengths = [np.fromiter(map(len, map(str.encode, column)), np.int64, count) for column in columns]
+        sizes = np.empty((count, 2), np.int64)
+        sizes[:, 0] = len(head) + lengths[0] + lengths[1]
+        sizes[:, 1] = len(before_output) + lengths[2]
+        return Columns(text, sizes, irregular)
 
 
 class Chat(Template):
