@@ -1,17 +1,21 @@
 """GPT-2 124M in bfloat16 on one GPU: the chapter's loop, bucketed, packed, packed and compiled.
 
-Run as `python -m benchmarks.gpu`; under eight minutes; makes its own data (T0-like lengths); writes
-`bench_results/gpu.json`. Without CUDA it says so and writes nothing.
+Run as `python -m benchmarks.gpu [CONTENDERS]`; under eight minutes; makes its own data (T0-like lengths); writes
+`bench_results/gpu.json` after each contender. Without CUDA it says so and writes nothing.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import re
 import statistics
+import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,9 @@ from fastcollate.collate.batch import PackedBatch
 from fastcollate.collate.reference import custom_collate_fn
 from fastcollate.load.loader import BatchLoader
 from fastcollate.store.store import TokenStore
-from fastcollate.train.model import CONFIGS, GPT2, num_compilations
+from fastcollate.train.model import CONFIGS, GPT2
 from fastcollate.train.options import TrainOptions
-from fastcollate.train.ranks import Ranks
+from fastcollate.train.ranks import Ranks, num_compilations
 from fastcollate.train.step import MicroBatch, Stepper, make_optimizer
 
 CELLS = 32 * 1024  # a batch of the bucketed and packed contenders
@@ -36,12 +40,16 @@ CHAPTER_BATCH = 8
 WARMUP, ROUNDS, STEPS = 10, 5, 12
 CONTENDER_LIMIT_S = 100.0  # four of them, data and start-up stay under eight minutes
 # Dense bfloat16 peaks from the makers' data sheets, in TFLOP/s.
-PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
+PEAKS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
+    "RTX 4090": 165,
+}  # fmt: skip
+PROFILED = 24  # steps: a copy to the device serves 5 to 8 batches
 
 
 def peak_of(card: str) -> float | None:
-    """The card's peak in FLOP/s, `None` for a card that is not in the list."""
-    return next((tflops * 1e12 for name, tflops in PEAKS.items() if name in card), None)
+    """The card's peak in FLOP/s, `None` for a card that is not in the list; names are whole words, `L4` is no `L40`."""
+    return next((tflops * 1e12 for name, tflops in PEAKS.items() if re.search(rf"\b{name}\b", card)), None)
 
 
 def flops_per_token(mean_context: float) -> float:
@@ -128,29 +136,36 @@ def fast(store: TokenStore, policy: str, *, compiled: bool = False) -> Contender
 
 
 def profile(contender: Contender) -> dict[str, Any]:
-    """A few steps under the profiler: kernels, copies to the device, and how much of these compute hides."""
+    """Some steps under the profiler: kernels, copies to the device, and how much of these compute hides."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        contender.run(4)
-    copies, kernels = [], []
-    for event in profiler.events():
-        if event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
-        span = (event.time_range.start, event.time_range.end)
-        if "memcpy htod" in event.name.lower():
-            copies.append(span)
-        elif "mem" not in event.name.lower()[:3]:
-            kernels.append(span)
-    busy = merge(kernels)
+        contender.run(PROFILED)
+    on_card = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return profiled(
+        [(e.name, e.time_range.start, e.time_range.end) for e in on_card if not e.is_user_annotation], PROFILED
+    )
+
+
+def profiled(events: list[tuple[str, float, float]], steps: int) -> dict[str, Any]:
+    """Sums of what ran on the card, a step.
+
+    Args:
+        events: name, start and end in microseconds, each kernel and copy once.
+        steps: in how many.
+    """
+    copies = [(start, end) for name, start, end in events if "memcpy htod" in name.lower()]
+    kernels = [event for event in events if not event[0].lower().startswith("mem")]
+    busy = merge([(start, end) for _, start, end in kernels])
     copied = sum(end - start for start, end in copies)
     hidden = sum(max(0.0, min(end, e) - max(start, s)) for start, end in copies for s, e in busy)
-    table = profiler.key_averages()
-    top = sorted(table, key=lambda item: -item.self_device_time_total)[:8]
+    by_name: Counter[str] = Counter()
+    for name, start, end in kernels:
+        by_name[name[:80]] += end - start  # type: ignore[assignment]
     return {
-        "h2d_us_per_step": round(copied / 4, 1),
+        "h2d_us_per_step": round(copied / steps, 1),
         "h2d_hidden_share": round(hidden / copied, 4) if copied else None,
-        "gpu_busy_us_per_step": round(sum(e - s for s, e in busy) / 4, 1),
-        "top_kernels": [{"name": t.key[:80], "us_per_step": round(t.self_device_time_total / 4, 1)} for t in top],
+        "gpu_busy_us_per_step": round(sum(e - s for s, e in busy) / steps, 1),
+        "top_kernels": [{"name": name, "us_per_step": round(us / steps, 1)} for name, us in by_name.most_common(10)],
     }
 
 
@@ -205,16 +220,21 @@ def main() -> None:
         "packed": lambda store: fast(store, "packed"),
         "packed_compiled": lambda store: fast(store, "packed", compiled=True),
     }
+    wanted = sys.argv[1:] or list(contenders)
     with tempfile.TemporaryDirectory() as folder:
         store = t0_like(Path(folder) / "t0", 40_000)
         flops = flops_per_token(mean_context(store))
-        results = {}
-        for name, make in contenders.items():
+        results: dict[str, Any] = {}
+        for name in wanted:
             try:
-                results[name] = measure(lambda make=make: make(store), flops, peak_of(card))
+                results[name] = measure(partial(contenders[name], store), flops, peak_of(card))
             except Exception as error:  # one contender that fails must not cost the others their figures
                 results[name] = {"failed": f"{type(error).__name__}: {error}"}
             print(name, results[name], flush=True)
+            save_results(card, flops, results)  # a run that is cut off keeps what it has measured
+
+
+def save_results(card: str, flops: float, results: dict[str, Any]) -> None:
     save(
         "gpu",
         {

@@ -35,9 +35,9 @@ from fastcollate.train.files import (
     set_random_states,
 )
 from fastcollate.train.loss import Readback
-from fastcollate.train.model import GPT2, config_of, load_published, num_compilations
+from fastcollate.train.model import GPT2, config_of, load_published
 from fastcollate.train.options import TrainOptions
-from fastcollate.train.ranks import Interrupts, Ranks, join_ranks, recycle_freed_memory
+from fastcollate.train.ranks import Interrupts, Ranks, join_ranks, num_compilations, recycle_freed_memory
 from fastcollate.train.step import (
     Feed,
     StepData,

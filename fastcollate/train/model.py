@@ -6,8 +6,10 @@ matrices (the published ones are stored input by output).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,11 +119,15 @@ def packed_attention(qkv: Tensor, segments: Segments, dropout: float = 0.0) -> T
     Returns:
         `(tokens, heads, head size)`.
     """
-    if qkv.is_cuda and qkv.dtype in (torch.float16, torch.bfloat16) and not dropout and VARLEN_ATTENTION is not None:
-        query, key, value = qkv.unbind(1)
-        cu, longest = segments.cu_seqlens, segments.max_length
-        mixed: Tensor = VARLEN_ATTENTION(query, key, value, cu, cu, longest, longest, window_size=(-1, 0))
-        return mixed
+    if qkv.is_cuda:
+        why = why_segments_one_by_one(qkv.dtype, dropout)
+        if why is None:
+            assert VARLEN_ATTENTION is not None
+            query, key, value = qkv.unbind(1)
+            cu, longest = segments.cu_seqlens, segments.max_length
+            mixed: Tensor = VARLEN_ATTENTION(query, key, value, cu, cu, longest, longest)
+            return mixed
+        _warn_once(f"packed attention runs segment by segment, which is slow on a GPU: {why}")
     # Exact everywhere, and on a CPU faster than one masked or padded call, which computes what it then throws away.
     # `split`, not slices: the gradient of a slice is as large as the whole.
     parts = []
@@ -132,17 +138,47 @@ def packed_attention(qkv: Tensor, segments: Segments, dropout: float = 0.0) -> T
     return torch.cat(parts)
 
 
+def causal_varlen(attention: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A variable-length attention of PyTorch made causal, `None` where it offers no way.
+
+    Example:
+        >>> from torch.nn.attention.varlen import varlen_attn  # PyTorch 2.10 and later
+        >>> attend = causal_varlen(varlen_attn)
+    """
+    parameters = inspect.signature(attention).parameters
+    if "window_size" in parameters:
+        return functools.partial(attention, window_size=(-1, 0))
+    if "is_causal" in parameters:  # PyTorch 2.10
+        return functools.partial(attention, is_causal=True)
+    return None
+
+
 def _varlen_attention() -> Callable[..., Any] | None:
-    """PyTorch's variable-length attention, where this PyTorch has it with a causal window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    attention: Callable[..., Any] = varlen_attn
-    return attention if "window_size" in inspect.signature(attention).parameters else None
+    return causal_varlen(varlen_attn)
 
 
 VARLEN_ATTENTION = _varlen_attention()
+_warn_once = functools.cache(warnings.warn)
+
+
+def why_segments_one_by_one(dtype: torch.dtype, dropout: float) -> str | None:
+    """Why packed attention on a GPU cannot be one call, with the remedy; `None` where it can.
+
+    Example:
+        >>> why_segments_one_by_one(torch.float32, 0.0)
+        'it is computed in float32; use --precision bfloat16'
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it is computed in {str(dtype).removeprefix('torch.')}; use --precision bfloat16"
+    if dropout:
+        return "the variable-length attention has no dropout; use --dropout 0"
+    if VARLEN_ATTENTION is None:
+        return f"PyTorch {torch.__version__} has no causal varlen_attn; 2.10 and later have"
+    return None
 
 
 class Attention(nn.Module):
@@ -362,10 +398,3 @@ def read_torch_file(path: Path) -> Any:
     except Exception as error:  # arbitrary bytes make the unpickler raise errors of any type
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: damaged, or not a PyTorch file of tensors alone ({first_line})") from error
-
-
-def num_compilations() -> int:
-    """Graphs that `torch.compile` has compiled in this process so far."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])

@@ -137,6 +137,8 @@ def join_ranks(device: str = "auto") -> Ranks:
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
+        if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise InputError(f"--device {device}: all ranks would share that card; give cuda, each takes its own")
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Ranks(0, 1, chosen, None)
@@ -192,7 +194,12 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         if not torch.cuda.is_available():
             raise InputError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
         if ":" not in device:
-            chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
+            if local_rank >= torch.cuda.device_count():
+                raise InputError(
+                    f"--device {device}: rank {local_rank} of this machine has no card of its own, there are "
+                    f"{torch.cuda.device_count()}; start at most so many ranks here (--nproc-per-node)"
+                )
+            chosen = torch.device("cuda", local_rank)
     elif chosen.type != "cpu":
         raise InputError(f"--device {device!r}: choose auto, cpu, cuda or cuda:N")
     return chosen
@@ -207,3 +214,15 @@ def recycle_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def num_compilations() -> int:
+    """Graphs that `torch.compile` has compiled in this process so far.
+
+    Example:
+        >>> num_compilations()
+        0
+    """
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
