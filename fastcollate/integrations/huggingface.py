@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
 
 from fastcollate.collate.drop_in import collate_fn
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted
-from fastcollate.integrations.pytorch import (
-    BucketBatchSampler,
-    PackedRows,
-    StoreDataset,
-    StoreRow,
-    packs_of,
-    row_numbers,
-)
-from fastcollate.store.manifest import sources_of
-from fastcollate.store.store import (
-    ShardColumns,
-    ShardInfo,
-    StoreIdentity,
-    TokenStore,
-    read_manifest,
-    shard_name,
-    token_dtype,
-    write_manifest,
-    write_shard,
-)
+from fastcollate.integrations.flow import FlowingSampler
+from fastcollate.integrations.hf_datasets import lengths_of as lengths_of
+from fastcollate.integrations.hf_datasets import open_dataset as open_dataset
+from fastcollate.integrations.hf_datasets import store_from_dataset as store_from_dataset
+from fastcollate.integrations.pytorch import PackedRows, StoreDataset, StoreRow, packs_of, row_numbers
 
 IGNORE = -100
 LAYOUTS = ("padded", "flattened")
-SHARD_ROWS = 1 << 16
 
 
 class DataCollator:
@@ -53,7 +30,8 @@ class DataCollator:
     From a `StoreDataset` each row is its tokens and the end-of-text; its options (`mask_prompt`, `max_length`, ...)
     decide the labels and the cut, `max_length` counting columns of `input_ids`. Features are mappings with `input_ids`
     and either `labels`, `completion_mask` or nothing more (then all tokens are trained); they are taken as they are,
-    and other keys are left out.
+    and other keys are left out. The first column's label is -100: it is no target, and a loss that is divided by the
+    number of labels would come out too small.
 
     Args:
         layout: `"padded"` gives `input_ids`, `labels` and `attention_mask`, int64 `(rows, width)`, as
@@ -82,7 +60,7 @@ class DataCollator:
         >>> features = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
         >>> DataCollator(pad_token_id=0)(features)["labels"]
         tensor([[-100,    6,    7],
-                [   8, -100, -100]])
+                [-100, -100, -100]])
     """
 
     def __init__(
@@ -123,6 +101,7 @@ class DataCollator:
                 f"the batch holds {type(features[0]).__name__}: give rows of a StoreDataset, or mappings with "
                 "'input_ids' (inputs and targets of fastcollate.collate_fn are shifted already; do not pass them here)"
             )
+        labels[:, :1] = IGNORE  # no model trains it, and a count of the labels would be too large by one a row
         if self.layout == "flattened":
             return _flatten(input_ids, labels, mask)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
@@ -143,16 +122,15 @@ class DataCollator:
             inputs, targets = dataset.collator()(rows)
         width = inputs.shape[1] + 1 if limit is None else min(inputs.shape[1] + 1, limit)
         shape = (len(rows), self._padded(width))
-        input_ids = torch.full(shape, end)
+        input_ids = torch.full(shape, end, device="cpu")
         input_ids[:, : inputs.shape[1]] = inputs[:, :width]
-        labels = torch.full(shape, IGNORE)
+        labels = torch.full(shape, IGNORE, device="cpu")
         labels[:, 1:width] = targets[:, : width - 1]
         ignored = dataset.options["ignore_index"]
         if ignored != IGNORE:
             labels[labels == ignored] = IGNORE
-        labels[:, 0] = _first_labels(dataset, rows, input_ids, labels)
         lengths = torch.from_numpy(dataset.lengths[rows].astype(np.int64)) + 1
-        mask = (torch.arange(shape[1]) < lengths.clamp(max=width)[:, None]).long()
+        mask = (torch.arange(shape[1], device="cpu") < lengths.clamp(max=width)[:, None]).long()
         if self.pad_token_id is not None and self.pad_token_id != end:
             input_ids[mask == 0] = self.pad_token_id
         return input_ids, labels, mask
@@ -170,8 +148,8 @@ class DataCollator:
             raise InputError(f"the rows have {sorted(features[0])} and no 'input_ids': tokenize the data set first")
         rows = [feature["input_ids"] for feature in features]
         input_ids = _pad(rows, self.pad_token_id or 0)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        lengths = torch.tensor([len(row) for row in rows], device="cpu")
+        mask = (torch.arange(input_ids.shape[1], device="cpu") < lengths[:, None]).long()
         if "attention_mask" in features[0]:
             mask = _pad([feature["attention_mask"] for feature in features], 0)
         if "labels" in features[0]:
@@ -204,23 +182,8 @@ def _pad(rows: Sequence[Any], value: int) -> torch.Tensor:
 
 
 def _no_columns(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    empty = torch.empty((num_rows, 0), dtype=torch.int64)
+    empty = torch.empty((num_rows, 0), dtype=torch.int64, device="cpu")
     return empty, empty
-
-
-def _first_labels(
-    dataset: StoreDataset, rows: npt.NDArray[np.int64], input_ids: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """Labels of the first column, which no model trains: the token itself, -100 where it belongs to a prompt."""
-    first = input_ids[:, 0].clone()
-    if dataset.options["mask_prompt"]:
-        if labels.shape[1] > 1:
-            first[labels[:, 1] == IGNORE] = IGNORE  # a prompt of two tokens or more
-        for place in torch.nonzero(first != IGNORE).flatten().tolist():
-            spans = dataset.store[int(rows[place])].spans
-            if len(spans) and spans[0]:
-                first[place] = IGNORE
-    return first
 
 
 def _flatten(input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
@@ -229,12 +192,11 @@ def _flatten(input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) 
     lengths = mask.sum(1)
     keep = lengths > 0
     bounds = torch.nn.functional.pad(lengths[keep].cumsum(0), (1, 0)).to(torch.int32)
-    labels[:, 0] = IGNORE
     longest = int(lengths.max())
     return {
         "input_ids": input_ids[real][None],
         "labels": labels[real][None],
-        "position_ids": torch.arange(real.shape[1]).expand(real.shape)[real][None],
+        "position_ids": torch.arange(real.shape[1], device="cpu").expand(real.shape)[real][None],
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,
@@ -270,7 +232,7 @@ class BucketedTrainerMixin:
     """Options of `BucketBatchSampler` to set or override, such as `{"max_tokens": 8192, "batch_size": None}`."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The training batches, planned by `BucketBatchSampler`.
+        """The training batches, planned by `BucketBatchSampler`, as many in each epoch (see `FlowingSampler`).
 
         Raises:
             InputError: the data set is not tokenized, a `StoreDataset` meets another collator or a model of another
@@ -293,7 +255,7 @@ class BucketedTrainerMixin:
             check_model(dataset.store, trainer.model)
         else:
             dataset = trainer._remove_unused_columns(dataset, description="training")
-        sampler = BucketBatchSampler(
+        sampler = FlowingSampler(
             lengths_of(dataset),
             **{
                 "batch_size": trainer._train_batch_size,
@@ -316,135 +278,3 @@ class BucketedTrainerMixin:
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return loader
-
-
-def lengths_of(dataset: Any) -> npt.NDArray[np.int64]:
-    """Tokens in each row that a model will see: of a `StoreDataset` with the end-of-text, or a `datasets.Dataset`.
-
-    Raises:
-        InputError: the data set has no tokenized column `input_ids`.
-
-    Example:
-        >>> from datasets import Dataset
-        >>> from fastcollate.integrations.huggingface import lengths_of
-        >>> lengths_of(Dataset.from_dict({"input_ids": [[5, 6, 7], [8]]}))
-        array([3, 1])
-    """
-    if isinstance(dataset, StoreDataset):
-        return dataset.lengths.astype(np.int64) + 1
-    if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
-        raise InputError(
-            f"{type(dataset).__name__} without a column 'input_ids': tokenize it first, or make a store of it with "
-            "fastcollate.prepare and give StoreDataset(store)"
-        )
-    table = dataset.select_columns(["input_ids"]).with_format("arrow")[:]
-    lengths: npt.NDArray[np.int64] = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
-    return lengths
-
-
-def open_dataset(store: TokenStore | str | os.PathLike[str]) -> Any:
-    """A store as a `datasets.Dataset`, memory-mapped: nothing is copied.
-
-    Its columns are the store's: `input_ids` (without the end-of-text), `spans`, `source_row`.
-
-    Example:
-        >>> from fastcollate.integrations.huggingface import open_dataset
-        >>> dataset = open_dataset("store")
-        >>> dataset.column_names, len(dataset)
-        (['input_ids', 'spans', 'source_row'], 600)
-    """
-    datasets = import_extra("datasets", "hf")
-    store = store if isinstance(store, TokenStore) else TokenStore(store)
-    tables = []
-    for entry in store.manifest["shards"]:
-        with pa.memory_map(str(store.path / entry["name"])) as source:
-            tables.append(pa.ipc.open_file(source).read_all())
-    # given a fingerprint, `datasets` does not read the whole table to compute one
-    return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables)), fingerprint=store.fingerprint[:16])
-
-
-def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: Any) -> TokenStore:
-    """Make a store of a tokenized `datasets.Dataset` (for one of texts, give it to `fastcollate.prepare`).
-
-    Args:
-        dataset: with `input_ids`, and with `labels` (-100 where not trained) or `completion_mask`, or neither: then
-            all tokens are trained. An end-of-text that closes a row is taken off: the collate appends it.
-        path: the store's directory, which holds no store yet.
-        tokenizer: the one of Hugging Face that made the ids.
-
-    Raises:
-        InputError: the data set is not tokenized, the tokenizer has no end-of-text, or there is a store already.
-
-    Example:
-        >>> from datasets import Dataset
-        >>> from tokenizers import Tokenizer, models
-        >>> from transformers import PreTrainedTokenizerFast
-        >>> from fastcollate.integrations.huggingface import store_from_dataset
-        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
-        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
-        >>> rows = Dataset.from_dict({"input_ids": [[0, 1, 2], [1, 2]], "completion_mask": [[0, 1, 1], [1, 1]]})
-        >>> store = store_from_dataset(rows, "tokenized", tokenizer)
-        >>> store[0].input_ids, store[0].spans
-        (array([0, 1], dtype=uint16), array([1, 1], dtype=uint32))
-    """
-    root, end = Path(path), tokenizer.eos_token_id
-    if end is None:
-        raise InputError(f"{type(tokenizer).__name__} has no eos_token: set it, for every row ends with it")
-    if read_manifest(root) is not None:
-        raise InputError(f"{root}: there is a store already; open it with TokenStore, or choose another directory")
-    lengths_of(dataset)
-    root.mkdir(parents=True, exist_ok=True)
-    columns = [name for name in ("input_ids", "labels", "completion_mask") if name in dataset.column_names]
-    vocab_size = len(tokenizer)
-    infos: list[ShardInfo] = []
-    first = 0
-    for part in dataset.select_columns(columns).with_format("numpy").iter(batch_size=SHARD_ROWS):
-        shard = _shard(part, first, end, vocab_size)
-        infos.append(write_shard(root, shard_name(len(infos)), shard))
-        first += len(shard.source_row)
-    identity = {
-        "name": str(tokenizer.name_or_path or type(tokenizer).__name__),
-        "fingerprint": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
-        "vocab_size": vocab_size,
-        "pad_token_id": int(end),
-        "end_token_id": int(end),
-        "files": [],
-    }
-    sources = sources_of([str(dataset._fingerprint)], len(dataset))
-    write_manifest(root, StoreIdentity(sources, identity, {"name": "tokenized"}, {"columns": columns}), infos)
-    return TokenStore(root)
-
-
-def _shard(part: Mapping[str, Any], first: int, end: int, vocab_size: int) -> ShardColumns:
-    rows, spans = [], []
-    for number, ids in enumerate(part["input_ids"]):
-        ids = np.asarray(ids, np.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-            raise InputError(f"row {first + number} has ids beyond the tokenizer's {vocab_size:,}: it made other ids")
-        trained = np.ones(len(ids), bool)
-        if "labels" in part:
-            trained = np.asarray(part["labels"][number]) != IGNORE
-        elif "completion_mask" in part:
-            trained = np.asarray(part["completion_mask"][number]) != 0
-        if len(trained) != len(ids):
-            raise InputError(f"row {first + number} has {len(ids)} ids and {len(trained)} labels: give one an id")
-        closed = len(ids) > 0 and int(ids[-1]) == end
-        rows.append(ids[:-1] if closed else ids)
-        # the end-of-text is trained like the row's last token, unless the row says it itself
-        spans.append(_spans(trained if closed else np.append(trained, trained[-1:])))
-    return ShardColumns(
-        np.concatenate(rows).astype(token_dtype(vocab_size)),
-        np.cumsum([0, *map(len, rows)], dtype=np.int64),
-        np.concatenate(spans).astype(np.uint32),
-        np.cumsum([0, *map(len, spans)], dtype=np.int64),
-        np.arange(first, first + len(rows), dtype=np.uint64),
-    )
-
-
-def _spans(trained: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Alternating counts, prompt first, of a row with its end-of-text, whose own place a response does not count."""
-    edges = np.flatnonzero(np.diff(trained, prepend=False, append=not trained[-1] if len(trained) else False))
-    counts = np.diff(edges, prepend=0)
-    if len(counts) % 2 == 0 and len(counts):
-        counts[-1] -= 1
-    return counts

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model
+from fastcollate.integrations.flow import FlowingSampler
 from fastcollate.integrations.pytorch import BucketBatchSampler, StoreDataset
 from fastcollate.load.options import LoaderKeywords, collate_keywords, order_keywords
 from fastcollate.plan.mixing import MixedStore
@@ -68,7 +69,8 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
     """Training, validation and test batches of stores: `Trainer().fit(module, datamodule=DataModule(store, ...))`.
 
     A step gets `Batch(inputs, targets)`, targets shifted by one, or a `PackedBatch`. Ranks, epochs and the position
-    within an epoch are handled here: leave `use_distributed_sampler` and `reload_dataloaders_every_n_epochs` alone.
+    within an epoch are handled here (by a `FlowingSampler`): leave `use_distributed_sampler` and
+    `reload_dataloaders_every_n_epochs` alone.
 
     Args:
         train: a store, its directory, or a `MixedStore`.
@@ -145,7 +147,7 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
 
     def _batches(self, name: str, options: OrderKeywords, *, evaluates: bool = False) -> StoreBatches:
         assert self.trainer is not None
-        sampler = BucketBatchSampler(
+        sampler = (BucketBatchSampler if evaluates else FlowingSampler)(
             self.datasets[name],
             rows=self._rows.get(name),
             rank=self.trainer.global_rank,

@@ -115,18 +115,18 @@ class EpochPlan:
 
     def __len__(self) -> int:
         """The exact number of batches; with `max_tokens`, and packed, this plans the whole epoch once."""
-        if self._has_even_windows and self.num_windows:
+        if self.has_even_windows and self.num_windows:
             return (self.num_windows - 1) * self.num_batches(0) + self.num_batches(self.num_windows - 1)
         return sum(map(self.num_batches, range(self.num_windows)))
 
     @property
-    def _has_even_windows(self) -> bool:
+    def has_even_windows(self) -> bool:
         """Whether each window but the last has as many batches as any other."""
         return self.options.batch_size is not None and self.options.policy != "packed"
 
     def num_batches(self, index: int) -> int:
         """Batches in a window; with `max_tokens`, and packed, this plans it."""
-        if not self._has_even_windows:
+        if not self.has_even_windows:
             return self.window(index).num_batches
         self._check_window(index)
         full, rest = divmod(min(self.window_rows, self.num_rows - index * self.window_rows), self.options.group)
@@ -140,7 +140,7 @@ class EpochPlan:
     def _batches(self, index: int) -> Iterable[Int64Array]:
         """A window's batches, an array each."""
         rows, bounds = self.window(index)
-        size = self.options.batch_size if self._has_even_windows else None
+        size = self.options.batch_size if self.has_even_windows else None
         whole = 0 if size is None else len(rows) // size
         if whole and whole == len(bounds) - 1:
             return rows.reshape(whole, -1)  # iterated over in half the time of slices
@@ -151,7 +151,7 @@ class EpochPlan:
 
         Needs `batch_size`, and another policy than packed, whose windows differ in batches.
         """
-        assert self._has_even_windows
+        assert self.has_even_windows
         return divmod(step, self.window_rows // self.options.group)
 
     def window(self, index: int) -> Window:

@@ -155,7 +155,9 @@ class Epochs:
         Raises:
             InputError: the state is damaged, or of another version, store or order of rows; it says what differs.
         """
-        position, source_rows = _Saved(state, self._kind).read(self._order, self._plan_options)
+        self._continue_at(*SavedState(state, self._kind).read(self._order, self._plan_options))
+
+    def _continue_at(self, position: Position, source_rows: Int64Array) -> None:
         self._move(position, starts_here=True)
         self._source_rows = source_rows
 
@@ -203,7 +205,7 @@ class Iteration:
             epochs._position, epochs._is_told = Position(self.first.epoch + 1), True
 
 
-class _Saved:
+class SavedState:
     """A saved state, of which nothing is believed before it is checked."""
 
     def __init__(self, state: Mapping[str, Any], kind: str) -> None:

@@ -91,6 +91,7 @@ def test_padded_equals_data_collator_for_seq2seq(store: TokenStore, rows: list[i
     features = [(FEATURES if masked else PLAIN)[i] for i in rows]
     theirs = transformers.DataCollatorForSeq2Seq(make_tokenizer(), pad_to_multiple_of=step)
     wanted = dict(theirs([dict(feature) for feature in features]))
+    wanted["labels"][:, 0] = -100  # no target, and not to be counted
     dataset = StoreDataset(store, mask_prompt=masked)
     ours = DataCollator(pad_to_multiple_of=step, pad_token_id=EOS)
     same(ours(dataset.__getitems__(rows)), wanted)
@@ -138,10 +139,7 @@ def test_max_length_counts_columns_of_input_ids(store: TokenStore, limit: int, s
     found = DataCollator()(
         StoreDataset(store, mask_prompt=True, max_length=limit, truncation=side).__getitems__(range(60))
     )
-    if (
-        side == "left"
-    ):  # the first column is never a target; its own prompt is known to the kernel only from column 1 on
-        wanted["labels"][:, 0] = found["labels"][:, 0]
+    wanted["labels"][:, 0] = -100
     same(found, wanted)
 
 
@@ -253,6 +251,77 @@ def test_bucketed_trainer_over_a_tokenized_dataset_and_by_tokens(tmp_path: Path)
     assert all(rows * width <= 200 for rows, width in shapes)
     assert sum(rows for rows, _ in shapes) == 60
     assert len(losses(trainer)) == 10
+
+
+def test_epochs_of_differing_batches_lose_no_row_under_a_trainer(store: TokenStore, tmp_path: Path) -> None:
+    dataset = StoreDataset(store, mask_prompt=True)
+    seen: list[list[int]] = []
+
+    class Watching(DataCollator):
+        def __call__(self, features: Any, return_tensors: str = "pt") -> dict[str, Any]:
+            seen.append(list(features.numbers))
+            return super().__call__(features, return_tensors)
+
+    class ByTokens(Bucketed):
+        batching: ClassVar[dict[str, Any]] = {"batch_size": None, "max_tokens": 150, "window": 16}
+
+    def trainer(path: Path, stop: int = 0) -> Any:
+        args = arguments(path, max_steps=-1, num_train_epochs=4, seed=5)
+        args.set_save(strategy="steps", steps=stop or 1000)
+        made = ByTokens(make_model(), args, data_collator=Watching(), train_dataset=dataset)
+        if stop:
+            made.add_callback(StopAt(stop))
+        return made
+
+    wanted = losses(trainer(tmp_path / "whole"))
+    sampler = BucketBatchSampler(lengths_of(dataset), max_tokens=150, window=16, seed=5)
+    epochs = [list(sampler) for _ in range(5)]
+    length = len(epochs[0])
+    assert len({len(batches) for batches in epochs}) > 1
+    assert len(wanted) == 4 * length
+    stream = [rows for batches in epochs for rows in batches]
+    taken = [rows for turn in range(4) for rows in seen[turn * length : (turn + 1) * length]]
+    assert taken == stream[: 4 * length]
+    losses(trainer(tmp_path / "stopped", stop=length + 2))
+    resumed = losses(trainer(tmp_path / "stopped"), resume_from_checkpoint=True)
+    assert resumed == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_padded_and_flattened_batches_give_one_loss_in_a_trainer(
+    store: TokenStore, tmp_path: Path, masked: bool
+) -> None:
+    """A trainer divides by the number of labels: the first column, which no model trains, is not among them."""
+    found = [
+        losses(
+            transformers.Trainer(
+                make_model(), arguments(tmp_path, max_steps=6), data_collator=DataCollator(layout),
+                train_dataset=StoreDataset(store, mask_prompt=masked),
+            )
+        )
+        for layout in ("padded", "flattened")
+    ]  # fmt: skip
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_the_collator_stays_on_the_cpu_whatever_the_default_device(store: TokenStore) -> None:
+    rows = StoreDataset(store, mask_prompt=True, max_length=20, truncation="left").__getitems__([1, 5, 7])
+    for layout in ("padded", "flattened"):
+        for batch in (rows, FEATURES[:3]):
+            wanted = DataCollator(layout)(batch)
+            with torch.device("meta"):
+                same(DataCollator(layout)(batch), wanted)
+
+
+def test_lengths_of_a_shuffled_or_chosen_data_set() -> None:
+    lengths = np.array([len(feature["input_ids"]) for feature in FEATURES])
+    data = table(FEATURES)
+    assert lengths_of(data).tolist() == lengths.tolist()
+    order = np.random.default_rng(1).permutation(60)
+    assert lengths_of(data.select(order)).tolist() == lengths[order].tolist()
+    shuffled = data.shuffle(seed=3)
+    assert lengths_of(shuffled).tolist() == [len(row) for row in shuffled["input_ids"]]
+    assert lengths_of(data.select([])).tolist() == []
 
 
 def test_sft_trainer_with_completion_only_loss_gives_the_same_losses(tmp_path: Path) -> None:

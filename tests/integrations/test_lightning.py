@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fastcollate import BatchLoader
 from fastcollate.errors import InputError
 from fastcollate.plan.mixing import MixedStore
 from fastcollate.store.store import TokenStore
@@ -80,6 +82,55 @@ def test_a_store_per_split_and_a_mix(store: TokenStore, tmp_path: Path) -> None:
     model.validated.clear()
     trainer.validate(model, datamodule=data, verbose=False)
     assert sum(model.validated) == 20
+
+
+def test_validation_is_the_same_rows_in_the_same_order_each_time(store: TokenStore) -> None:
+    import lightning.pytorch as pl
+    from lightning_run import TinyModel
+
+    from fastcollate.integrations.lightning import DataModule
+
+    class Watching(TinyModel):
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.validated.append(int(batch.inputs.sum()))
+
+    for limit, options in ((None, {"batch_size": 4}), (3, {"batch_size": 4}), (2, {"max_tokens": 150})):
+        model = Watching()
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=limit, num_sanity_val_steps=2,
+        )  # fmt: skip
+        trainer.fit(model, datamodule=DataModule(store, store, window=16, **options))
+        each = (len(model.validated) - 2) // 3
+        assert each == (limit or 23)
+        sanity, epochs = model.validated[:2], np.reshape(model.validated[2:], (3, each)).tolist()
+        assert epochs[0] == epochs[1] == epochs[2]
+        assert sanity == epochs[0][:2]
+
+
+def test_epochs_of_differing_batches_lose_no_row(store: TokenStore) -> None:
+    import lightning.pytorch as pl
+    from lightning_run import TinyModel
+
+    from fastcollate.integrations.lightning import DataModule
+
+    class Watching(TinyModel):
+        def training_step(self, batch: Any, index: int) -> Any:
+            self.seen.append((self.current_epoch, 0.0, int(batch.inputs.sum())))
+            return self._loss(batch)
+
+    model = Watching()
+    options: dict[str, Any] = {"max_tokens": 150, "window": 16, "seed": 2}
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=5, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, datamodule=DataModule(store, **options))
+    loader = BatchLoader(store, prefetch=0, **options)
+    epochs = [[int(batch.inputs.sum()) for batch in loader] for _ in range(6)]
+    assert len({len(batches) for batches in epochs}) > 1
+    wanted = [number for batches in epochs for number in batches]
+    assert [number for _, _, number in model.seen] == wanted[: 5 * len(epochs[0])]
 
 
 def test_wrong_use_is_named(store: TokenStore, tmp_path: Path) -> None:
