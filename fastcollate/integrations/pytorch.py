@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
-from fastcollate.load.options import CollateKeywords, collator_of, open_store
+from fastcollate.load.options import CollateKeywords, collator_of, open_store, trained_rows
 from fastcollate.plan.mixing import MixedStore, Order, OrderedPlan
 from fastcollate.plan.options import OrderKeywords, PlanOptions
 from fastcollate.plan.position import Epochs
@@ -270,6 +270,10 @@ class StoreDataset(Dataset[StoreRow]):
         if limit not in self._collators:
             self._collators[limit] = collator_of(self.store, {**self.options, "max_length": limit})
         return self._collators[limit]
+
+    def trained_rows(self) -> Int64Array:
+        """The rows that have a trained target, for `rows=`; the others cost time and teach nothing. Reads all once."""
+        return trained_rows(self.collator(), np.arange(len(self)))
 
     def collate(self, batch: Sequence[StoreRow]) -> Batch | PackedBatch:
         """Collate rows of this data set in one kernel call; the `collate_fn` of a `DataLoader`.

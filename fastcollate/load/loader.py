@@ -20,8 +20,16 @@ from typing_extensions import Unpack
 from fastcollate.collate import fill as kernels
 from fastcollate.collate.batch import Batch, Counts, PackedBatch
 from fastcollate.collate.settings import MASK, REFERENCE
+from fastcollate.errors import InputError
 from fastcollate.load.jobs import Job, PackedJob, PaddedJob
-from fastcollate.load.options import LoaderKeywords, collate_keywords, collator_of, open_store, order_keywords
+from fastcollate.load.options import (
+    LoaderKeywords,
+    collate_keywords,
+    collator_of,
+    open_store,
+    order_keywords,
+    trained_rows,
+)
 from fastcollate.load.prefetch import Filler, Group, fill_groups
 from fastcollate.load.transfer import Transfer, make_transfer
 from fastcollate.plan.mixing import Order, OrderedPlan
@@ -113,6 +121,8 @@ class BatchLoader(Epochs):
         rank: see `PlanOptions`.
         world_size: see `PlanOptions`.
         device: where the batches go.
+        drop_untrained: leave out rows without a trained target, such as those whose prompt fills `max_length`; reads
+            the store once.
         prefetch: groups of batches filled ahead; 0 fills without threads, when a batch is asked for.
         num_threads: threads that fill; another one plans.
         options: how rows make batches, see `PlanOptions` (`batch_size` or `max_tokens` is needed), and how these are
@@ -139,6 +149,7 @@ class BatchLoader(Epochs):
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        drop_untrained: bool = False,
         prefetch: int = 3,
         num_threads: int = 1,
         **options: Unpack[LoaderKeywords],
@@ -146,20 +157,36 @@ class BatchLoader(Epochs):
         self._store = open_store(store)
         self._options = {
             "rows": rows, "rank": rank, "world_size": world_size, "device": device, "prefetch": prefetch,
-            "num_threads": num_threads, **options,
+            "num_threads": num_threads, "drop_untrained": drop_untrained, **options,
         }  # fmt: skip
         self._num_threads = integer("num_threads", num_threads, 1)
         self._prefetch = integer("prefetch", prefetch, 0)
         if self._prefetch:
             self._prefetch = max(self._prefetch, self._num_threads)
-        super().__init__(
-            Order(self._store, rows), PlanOptions(**order_keywords(options), rank=rank, world_size=world_size)
-        )
+        plan_options = PlanOptions(**order_keywords(options), rank=rank, world_size=world_size).checked()
         self._collator = collator_of(self._store, collate_keywords(options))
+        order = Order(self._store, rows)
+        if drop_untrained:
+            order = self._trained(order, plan_options, collate_keywords(options))
+        super().__init__(order, plan_options)
         self.device = torch.device(device)
         self._stats = Stats()  # without the batches that are not yet counted
+        self._has_warned = False  # of rows without a trained target
         self._handed: list[_Handed] = []  # the group of each iteration that runs
         self._transfer: tuple[int, Transfer] | None = None  # the process it belongs to
+
+    def _trained(self, order: Order, options: PlanOptions, collate_options: dict[str, Any]) -> Order:
+        """The same rows without those that train nothing."""
+        if order.mix:
+            raise InputError(
+                "drop_untrained with a MixedStore: give it the rows that train something, such as "
+                "MixedStore(stores, rows={name: StoreDataset(store, ...).trained_rows() for name, store in ...})"
+            )
+        if options.capacity is not None:  # rows are cut to their pack, or split and not cut
+            limits = [limit for limit in (options.capacity, options.max_length) if limit is not None]
+            collate_options["max_length"] = None if options.long_rows == "split" else min(limits)
+        collator = collator_of(self._store, collate_options)
+        return Order(self._store, trained_rows(collator, np.asarray(order.rows, np.int64)))
 
     def __iter__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> Iterator[Batch | PackedBatch]:
         """Batches of the current epoch; from a loaded position on, once. The end advances the epoch by one."""
@@ -185,6 +212,8 @@ class BatchLoader(Epochs):
                 self._stats.wait_s += time.perf_counter() - start
                 if group.totals[kernels.CORNERS]:
                     self._warn_of_corners()
+                if group.totals[kernels.UNTRAINED]:
+                    self._warn_of_untrained(group.totals)
                 handed = _Handed(group)
                 self._handed.append(handed)
                 try:
@@ -249,6 +278,16 @@ class BatchLoader(Epochs):
             warnings.warn(
                 "a row on which mode='reference' gives other targets than mode='positional' (an end-of-text inside the "
                 "text, an empty row, or a prompt of length 0); this is said once, loader.stats.corner_rows counts on",
+                stacklevel=3,
+            )
+
+    def _warn_of_untrained(self, totals: Sequence[int]) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{totals[kernels.UNTRAINED]} of {totals[kernels.ROWS]} rows have no trained target: their prompts "
+                "fill max_length, or nothing in them is trained. drop_untrained=True leaves such rows out; this is "
+                "said once, loader.stats.untrained_rows counts on",
                 stacklevel=3,
             )
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any, TypedDict
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from fastcollate.collate import fill as kernels
 from fastcollate.collate.collator import Collator
 from fastcollate.plan.options import OrderKeywords
 from fastcollate.store.store import TokenStore
+
+_AT_ONCE = 1 << 12  # rows
 
 
 class CollateKeywords(TypedDict, total=False):
@@ -56,3 +61,24 @@ def collator_of(store: Any, options: dict[str, Any]) -> Collator:
     if options.get("pad_token_id") is None:
         options["pad_token_id"] = getattr(store, "pad_token_id", 50256)
     return Collator(store.shards, name=str(getattr(store, "path", "the store")), **options)
+
+
+def trained_rows(collator: Collator, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Those of a store's rows that have a trained target, each collated by itself; reads all of them once.
+
+    In `mode="reference"` a row whose prompt length is 0 may train something alone and nothing in a wider batch.
+
+    Raises:
+        InputError: a row does not exist, or its shard is damaged.
+    """
+    kept, out = [rows[:0]], np.empty(1 << 18, np.int64)
+    report = np.empty((_AT_ONCE + 1, kernels.REPORT_COLUMNS), np.int64)
+    first = 0
+    while first < len(rows):
+        part = np.ascontiguousarray(rows[first : first + _AT_ONCE])
+        filled = collator.fill_group(part, np.arange(len(part) + 1), out, report)
+        kept.append(part[:filled][report[:filled, kernels.UNTRAINED] == 0])
+        first += filled
+        if not filled:
+            out = np.empty(report[0, kernels.END], np.int64)
+    return np.concatenate(kept)

@@ -12,7 +12,7 @@ import torch
 
 from fastcollate.collate.reference import custom_collate_fn
 from fastcollate.errors import InputError
-from fastcollate.load.loader import BatchLoader
+from fastcollate.load.loader import BatchLoader, Stats
 from fastcollate.plan.plan import plan_epoch
 from tests.helpers import make_store
 
@@ -154,3 +154,70 @@ def test_a_state_of_another_store_is_refused() -> None:
     state = BatchLoader(store, batch_size=8).state_dict()
     with pytest.raises(InputError, match="num_rows"):
         BatchLoader(other, batch_size=8).load_state_dict(state)
+
+
+PROMPTS = [len(row) + 1 if number % 3 == 0 else max(len(row) // 2, 1) for number, row in enumerate(ROWS)]
+MASKED = make_store(ROWS, [[prompt, max(len(row) - prompt, 0)] for prompt, row in zip(PROMPTS, ROWS, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 6}, {"max_length": 3, "truncation": "left"}, {"max_length": 9, "mode": "positional"},
+        {"policy": "packed", "capacity": 7, "mode": "positional"},
+        {"policy": "packed", "capacity": 30, "max_length": 5, "long_rows": "drop", "mode": "positional"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rows_without_a_target_are_counted_told_once_and_left_out(options: dict[str, Any]) -> None:
+    options = {"batch_size": 2, "mask_prompt": True, "seed": 1, "tail": "uneven", **options}
+    loader = BatchLoader(MASKED, **options)
+    alone = {"policy": "sequential", "batch_size": 1, "capacity": None, "long_rows": "truncate"}
+    limit = min(options.get("capacity") or 99, options.get("max_length") or 99)
+    chosen = range(203)
+    if options.get("long_rows") == "drop":
+        chosen = [row for row in chosen if len(ROWS[row]) <= limit]  # type: ignore[assignment]
+    single = BatchLoader(MASKED, **{**options, **alone, "max_length": limit, "rows": chosen})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trained = [row for row, batch in zip(chosen, single, strict=True) if bool((batch.targets != -100).any())]
+        list(single)
+    assert len([warning for warning in told if "no trained target" in str(warning.message)]) == 1
+    with pytest.warns(UserWarning, match="rows have no trained target"):
+        list(loader)
+    assert 0 < len(trained) < len(chosen)
+    assert loader.stats.rows == len(chosen)
+    assert loader.stats.untrained_rows == len(chosen) - len(trained)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no trained target")
+        left = BatchLoader(MASKED, **options, drop_untrained=True)
+        targets = [batch.targets for batch in left]
+    assert left.stats.untrained_rows == 0
+    assert left.stats.rows == len(trained)
+    assert all(bool((target != -100).any()) for target in targets)
+    with pytest.raises(InputError, match="rows"):
+        left.load_state_dict(loader.state_dict())
+
+
+def test_what_max_length_cuts_away_is_counted() -> None:
+    for side in ("right", "left"):
+        loader = BatchLoader(make_store(ROWS), batch_size=8, max_length=10, truncation=side, mode="positional")
+        list(loader)
+        long = [len(row) - 10 for row in ROWS if len(row) > 10]
+        assert (loader.stats.cut_rows, loader.stats.cut_tokens) == (len(long), sum(long))
+
+
+def test_asking_for_statistics_costs_next_to_nothing() -> None:
+    """The figures of a group are added once, not at each question: as many lines are read as there are batches."""
+    loader = BatchLoader(make_store(ROWS), batch_size=1, prefetch=0)
+    calls = []
+
+    class Counting(Stats):
+        def count(self, num_batches: int, totals: Any) -> None:
+            calls.append(num_batches)
+            super().count(num_batches, totals)
+
+    loader._stats = Counting()
+    for number, _ in enumerate(loader, 1):
+        assert loader.stats.batches == loader.stats.batches == number
+    assert len(calls) == len(ROWS)
