@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 
 def run_and_kill(command: list[str], delay_s: float) -> bool:
@@ -57,3 +59,12 @@ def kill_many_times(
             print(f"finished after {len(kills)} kills; from the start again", flush=True)
             finished()
     return kills
+
+
+def store_hash(store: Path) -> str:
+    """Over every file's name and bytes, and what a killed run might have left behind; names of sources are no part."""
+    digest = hashlib.sha256()
+    for file in sorted(store.iterdir()):
+        if file.name != "sources.json":
+            digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

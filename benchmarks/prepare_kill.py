@@ -5,7 +5,6 @@ Run as `python -m benchmarks.prepare_kill [KILLS]`; writes `bench_results/prepar
 
 from __future__ import annotations
 
-import hashlib
 import random
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import save
-from benchmarks.kill import kill_many_times
+from benchmarks.kill import kill_many_times, store_hash
 from benchmarks.prepare_data import write_short
 from fastcollate.store.store import verify_checksums
 
@@ -25,14 +24,6 @@ MEGABYTES = 64
 
 def command(source: Path, store: Path) -> list[str]:
     return [sys.executable, "-m", "fastcollate", "prepare", str(source), str(store), "--workers", "2", "--json"]
-
-
-def store_hash(store: Path) -> str:
-    """Over every file's name and bytes; what a killed run might have left behind is a difference too."""
-    digest = hashlib.sha256()
-    for file in sorted(store.iterdir()):
-        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def main() -> None:
@@ -47,7 +38,7 @@ def main() -> None:
             subprocess.run(command(source, plain), check=True, stdout=subprocess.DEVNULL)
         total_s = time.perf_counter() - start
         expected = store_hash(plain)
-        rounds = []
+        journal, rounds = killed / ".journal", []
 
         def finished() -> None:
             rounds.append(store_hash(killed))
@@ -55,7 +46,7 @@ def main() -> None:
             shutil.rmtree(killed)
 
         def progress() -> int:
-            return len(list(killed.glob("shard-*"))) if killed.exists() else 0
+            return journal.read_bytes().count(b'"line": "unit"') if journal.exists() else 0
 
         kills = kill_many_times(
             command(source, killed),
@@ -78,8 +69,8 @@ def main() -> None:
             "seed": SEED,
             "megabytes": MEGABYTES,
             "undisturbed_s": round(total_s, 2),
-            "shards_at_each_kill": kills,
-            "kills_with_shards_on_disk": sum(map(bool, kills)),
+            "units_at_each_kill": kills,
+            "kills_with_finished_units": sum(map(bool, kills)),
             "finished_stores_compared": len(rounds),
             "all_identical": set(rounds) == {expected},
             "checksum_problems": problems,

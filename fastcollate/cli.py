@@ -181,6 +181,12 @@ def prepare(
     ] = "reject",
     engine: Annotated[str, typer.Option(help="local processes, or ray for a cluster.")] = "local",
     workers: Annotated[Optional[int], typer.Option(help="Worker processes; the usable cores by default.")] = None,  # noqa: UP045
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make the store anew, whatever lies in its directory.")
+    ] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Refuse where another job is writing this store, instead of waiting.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Tokenize records once into a memory-mapped store; a job that was stopped continues."""
@@ -202,6 +208,8 @@ def prepare(
         engine=engine,
         workers=workers,
         progress=not json_output,
+        overwrite=overwrite,
+        wait=not no_wait,
     )
     if json_output:
         _print_json(asdict(report))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import random
@@ -311,7 +312,7 @@ class Slow(io.BytesIO):
 
 def pieces_of(data: bytes, block_bytes: int, dice: random.Random, *, only_lines: bool) -> list[dict[str, Any]]:
     options = {"name": "fuzz", "only_lines": only_lines, "local": None, "is_compressed": False}
-    return list(json_pieces(Slow(data, dice), block_bytes, **options))
+    return list(json_pieces(Slow(data, dice), itertools.repeat(block_bytes), **options))
 
 
 def compare_lines(seed: int, count: int) -> Counter[str]:

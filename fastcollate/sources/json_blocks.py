@@ -1,4 +1,4 @@
-"""JSON files -> pieces of about 8 MB, cut between records without parsing them: lines, or the elements of an array."""
+"""JSON files -> pieces cut between records without parsing them: lines, or the elements of an array."""
 
 from __future__ import annotations
 
@@ -20,22 +20,30 @@ _BLANK_LINE = re.compile(rb"^[ \t\r]*(?:\n|\Z)", re.M)
 
 
 def json_pieces(
-    file: IO[bytes], block_bytes: int, *, name: str, only_lines: bool, local: str | None, is_compressed: bool
+    file: IO[bytes],
+    targets: Iterator[int],
+    *,
+    name: str,
+    only_lines: bool,
+    local: str | None,
+    is_compressed: bool,
+    num_bytes: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """A file's blocks, as the keywords of `Block` that the file decides.
 
     Args:
         file: open at its start, uncompressed on the way.
-        block_bytes: about how large a block is.
+        targets: about how large each block is.
         name: the file's, for messages.
         only_lines: whether `[` at its start is a record's, and not an array's of records.
         local: its path where workers can read it themselves; the blocks are places in it then.
         is_compressed: whether positions in what is read are not positions in the file.
+        num_bytes: how much there is to read, where that is known, so that a small file takes little memory.
 
     Raises:
         InputError: a record is larger than `MAX_RECORD_BYTES`.
     """
-    reader = _Reader(file, block_bytes, name, local, is_compressed)
+    reader = _Reader(file, targets, name, local, is_compressed, num_bytes)
     reader.fill()
     if reader.buffer[: len(_BOM)] == _BOM:
         reader.skip(len(_BOM))
@@ -50,7 +58,15 @@ class _Reader:
     reading it.
     """
 
-    def __init__(self, file: IO[bytes], block_bytes: int, name: str, local: str | None, is_compressed: bool) -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        targets: Iterator[int],
+        name: str,
+        local: str | None,
+        is_compressed: bool,
+        num_bytes: int,
+    ) -> None:
         self._name = name
         self._local = local
         self._is_compressed = is_compressed
@@ -58,8 +74,9 @@ class _Reader:
         self.line = 1
         self.at_end = False
         self._file = file
-        self._block_bytes = block_bytes
-        self._memory = bytearray(block_bytes + block_bytes // 8)
+        self._targets = targets
+        self._target = min(next(targets), num_bytes + 1) if num_bytes else next(targets)
+        self._memory = bytearray(self._target + self._target // 8)
         self._begin = self._end = 0
 
     @property
@@ -76,19 +93,19 @@ class _Reader:
 
     def fill_block(self) -> None:
         """Read until the buffer holds a whole block, or the source's end is reached."""
-        while not self.at_end and len(self) < self._block_bytes:
+        while not self.at_end and len(self) < self._target:
             self.fill()
 
     def fill(self) -> None:
         """Read another block behind the buffer."""
-        if self._end + self._block_bytes > len(self._memory):
+        if self._end + self._target > len(self._memory):
             self._make_room()
-        room = memoryview(self._memory)[self._end : self._end + self._block_bytes]
+        room = memoryview(self._memory)[self._end : self._end + self._target]
         while room and (count := _read_into(self._file, room)):
             self._end += count
             room = room[count:]
         self.at_end = bool(room)
-        if len(self) > MAX_RECORD_BYTES + 2 * self._block_bytes:
+        if len(self) > MAX_RECORD_BYTES + 2 * self._target:
             raise InputError(
                 f"{self._name}, line {self.line}: a record of more than {MAX_RECORD_BYTES >> 20} MB, or a "
                 "quotation mark that is never closed; mend or split it"
@@ -97,8 +114,8 @@ class _Reader:
     def _make_room(self) -> None:
         """Move the buffer to the front, of more memory if need be."""
         rest = bytes(self.buffer)
-        if len(rest) + self._block_bytes > len(self._memory):
-            self._memory = bytearray(2 * len(self._memory))
+        if (wanted := len(rest) + self._target) > len(self._memory):
+            self._memory = bytearray(max(wanted + wanted // 8, 2 * len(self._memory)))
         self._memory[: len(rest)] = rest
         self._begin, self._end = 0, len(rest)
 
@@ -118,6 +135,7 @@ class _Reader:
             "start": self.position,
         }
         self.skip(size, num_breaks)
+        self._target = next(self._targets)
         return piece
 
     def skip(self, size: int, num_breaks: int | None = None) -> None:

@@ -141,8 +141,9 @@ class TokenStore:
 
     @property
     def tokenizer_name(self) -> str:
-        """The encoding's name, such as `gpt2`."""
-        return str(self.manifest["tokenizer"]["name"])
+        """The encoding's name, such as `gpt2`, or the path of the store's own `tokenizer.json`."""
+        tokenizer = self.manifest["tokenizer"]
+        return str(self.path / tokenizer["files"][0]) if tokenizer["files"] else str(tokenizer["name"])
 
     @property
     def kind(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from test_prepare import check_against_reference, many, store_hash, write_lines
+from test_prepare import SMALL, check_against_reference, many, store_hash, write_lines
 
 from fastcollate.ingest.job import prepare
 from fastcollate.sources import blocks as sources_module
@@ -22,7 +22,7 @@ from fastcollate.store.store import TokenStore, verify_checksums
 
 START = (
     "import sys; from fastcollate.sources import blocks as sources; "
-    "sources.read_blocks.__kwdefaults__ = {'block_bytes': 20_000}; "
+    "sources.SIZES = sources.Sizes(20_000, 60_000); "
     "from fastcollate.cli import main; "
 )
 
@@ -47,8 +47,10 @@ def command(source: Path, store: Path, *options: str, before: str = "") -> list[
     ]
 
 
-def shards(store: Path) -> int:
-    return len(list(store.glob("shard-*.arrow")))
+def units(store: Path) -> int:
+    """Finished units."""
+    journal = store / ".journal"
+    return journal.read_bytes().count(b'"line": "unit"') if journal.exists() else 0
 
 
 def check_one_line_and_resume(
@@ -73,14 +75,14 @@ def test_a_worker_that_the_kernel_kills(tmp_path: Path, records: list[dict[str, 
     deadline = time.monotonic() + 60
     killed = False
     while not killed and process.poll() is None and time.monotonic() < deadline:
-        if (tmp_path / "s").exists() and shards(tmp_path / "s") > 2:
+        if (tmp_path / "s").exists() and units(tmp_path / "s") > 2:
             with contextlib.suppress(psutil.Error):
                 psutil.Process(process.pid).children()[0].kill()
                 killed = True
         time.sleep(0.001)
     _, errors = process.communicate(timeout=60)
     assert killed
-    kept = shards(tmp_path / "s")
+    kept = units(tmp_path / "s")
     assert kept > 0
     result = subprocess.CompletedProcess([], process.returncode, "", errors)
     check_one_line_and_resume(result, source, tmp_path / "s", "a worker process was killed")
@@ -96,17 +98,17 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, records: list[dict[str, str]]
         text=True,
         check=False,
     )
-    assert shards(tmp_path / "s") > 2
-    message = "; the finished shards are kept: mend that and run the same command again"
+    assert units(tmp_path / "s") > 2
+    message = "; what is finished is kept: mend that and run the same command again"
     check_one_line_and_resume(result, source, tmp_path / "s", message)
-    assert not list((tmp_path / "s").glob(".*"))
+    assert [path.name for path in (tmp_path / "s").glob(".*")] == [".lock"]
 
 
 def test_a_read_error_in_the_middle_of_a_file(
     tmp_path: Path, records: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_lines(tmp_path / "a.jsonl", records)
-    monkeypatch.setattr(sources_module.read_blocks, "__kwdefaults__", {"block_bytes": 20_000})
+    monkeypatch.setattr(sources_module, "SIZES", SMALL)
     prepare(source, tmp_path / "s0", workers=1)
     fill, calls = json_pieces._Reader.fill, []
 
@@ -119,7 +121,7 @@ def test_a_read_error_in_the_middle_of_a_file(
     monkeypatch.setattr(json_pieces._Reader, "fill", fails_once)
     with pytest.raises(SourceReadError, match=r"a\.jsonl: cannot be read to its end \(.*Input/output error\)"):
         prepare(source, tmp_path / "s", workers=1)
-    assert 0 < shards(tmp_path / "s") < shards(tmp_path / "s0")
+    assert units(tmp_path / "s") > 2
     prepare(source, tmp_path / "s", workers=1)
     assert store_hash(tmp_path / "s") == store_hash(tmp_path / "s0")
 
@@ -163,7 +165,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_an_s3_server(tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module.read_blocks, "__kwdefaults__", {"block_bytes": 20_000})
+    monkeypatch.setattr(sources_module, "SIZES", SMALL)
     records = many(300, seed=2)
     raw = write_lines(tmp_path / "a.jsonl", records).read_bytes()
     half = raw.index(b"\n", len(raw) // 2) + 1

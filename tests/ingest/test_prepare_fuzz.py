@@ -19,7 +19,7 @@ SEED = int(os.environ.get("FUZZ_SEED", "1"))
 def test_bad_records_are_reported_and_good_ones_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(sources_module.read_blocks, "__kwdefaults__", {"block_bytes": block_bytes})
+    monkeypatch.setattr(sources_module, "SIZES", sources_module.Sizes(block_bytes, 8 * block_bytes))
     print(f"FUZZ_SEED={SEED}")
     cases = make_cases(1500, SEED)
     assert {case.kind for case in cases} >= set(MAKERS) - {"deep nesting"}

@@ -1,0 +1,123 @@
+"""A store's folder: one job at a time, and which files in it are whose."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+
+from fastcollate.errors import InputError
+
+LOCK = ".lock"
+_LINE_SECONDS = 10.0
+_OURS = re.compile(
+    r"(manifest|sources|tokenizer|tokenizer_config)\.json|lengths\.npy|skipped\.txt|shard-\d+\.arrow"
+    r"|\.journal(\.jsonl)?|\.part-.*|\.+(manifest|sources|tokenizer|lengths|skipped|shard-|part-).*\.tmp"
+)
+_FROM_THE_SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found", "@eadir", "__macosx", "$recycle.bin")
+
+
+class JobLock:
+    """The right to write in a store's folder; the system takes it from a process that dies.
+
+    Forked children do not share it: what they may still write after their leader's death has a name of its own.
+
+    Args:
+        root: the store's folder, made where it is missing.
+        wait: whether to wait for a job that holds it, with a line on standard error every ten seconds.
+        holder: what is known of that job, for the line.
+
+    Attributes:
+        waited: whether another job held it.
+
+    Raises:
+        InputError: another job holds it and `wait` is false; the folder cannot be made or written; it holds files
+            that are not of a store.
+    """
+
+    def __init__(self, root: Path, *, wait: bool, holder: Callable[[], str]) -> None:
+        self._root = root
+        self._wait = wait
+        self._holder = holder
+        self._lock = filelock.FileLock(root / LOCK, thread_local=False)
+        self.waited = False
+
+    def __enter__(self) -> JobLock:
+        while True:
+            self._make_folder()
+            try:
+                self._acquire()
+                break
+            except FileNotFoundError:  # a job that failed before anything was finished has just removed the folder
+                continue
+        try:
+            foreign = sorted(path.name for path in self._root.iterdir() if not _is_known(path.name))
+            if foreign:
+                raise InputError(
+                    f"{self._root}: holds files that are not of a store, such as {foreign[0]}; "
+                    "choose a new or empty directory"
+                )
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _make_folder(self) -> None:
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{self._root}: is not a directory; choose another place for the store") from error
+
+    def _acquire(self) -> None:
+        while True:
+            try:
+                self._lock.acquire(timeout=_LINE_SECONDS if self.waited else 0, poll_interval=0.05)
+                return
+            except filelock.Timeout as error:
+                says = f"{self._root}: another job is writing this store{self._holder()}"
+                if not self._wait:
+                    raise InputError(f"{says}; wait for it, or stop it first") from error
+                print(f"{says}; waiting for it", file=sys.stderr, flush=True)
+                self.waited = True
+            except FileNotFoundError:
+                raise
+            except (OSError, NotImplementedError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise InputError(
+                    f"{self._root}: no job can be kept apart from others here ({reason}); "
+                    "choose a folder that can be written and locked"
+                ) from error
+
+    def remove_folder(self) -> None:
+        """Remove the folder, with what is a store's in it, while the lock is held; it stays where anything else is."""
+        for path in self._root.iterdir():
+            if is_ours(path.name):
+                discard(path)
+        if os.name == "posix":  # elsewhere an open file cannot be removed: the lock stays, and the folder with it
+            (self._root / LOCK).unlink(missing_ok=True)  # whoever waits for it sees that it is gone, and begins again
+            with contextlib.suppress(OSError):
+                self._root.rmdir()
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of this name in a store's folder is the store's or a job's."""
+    return _OURS.fullmatch(name) is not None
+
+
+def _is_known(name: str) -> bool:
+    """Whether a file in a store's folder worries nobody: ours, hidden, or one that systems put everywhere."""
+    return is_ours(name) or name.startswith(".") or name.lower() in _FROM_THE_SYSTEM
+
+
+def discard(path: Path) -> None:
+    """Remove a file that is of no use; where another process has it open, and the system minds that, it stays."""
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        path.unlink()

@@ -1,0 +1,189 @@
+"""Tokens -> rows: where prompt and response part, which prompts are too long, what is counted.
+
+The prompt's length is what tokenizing the prompt by itself gives, as in the reference. Where prompt and response
+provably tokenize apart they are encoded once, end to end; elsewhere the whole text and the prompt are encoded both.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.ingest.spec import JobSpec
+from fastcollate.ingest.summary import Counts
+from fastcollate.sources.records import BadRecord
+from fastcollate.text.backends import Texts
+from fastcollate.text.templates import Template
+from fastcollate.text.tokenizer import Tokenizer
+
+
+class Rows(NamedTuple):
+    """Rows end to end, as in a shard; see `store.shards.ShardColumns`."""
+
+    ids: npt.NDArray[Any]
+    offsets: npt.NDArray[np.int64]
+    spans: npt.NDArray[np.uint32]
+    span_offsets: npt.NDArray[np.int64]
+    source_row: npt.NDArray[np.uint64]
+
+
+class Parts(NamedTuple):
+    """All rows' texts end to end; `starts` `(num_rows + 1,)` says where each row's begin; `rows` are their places."""
+
+    texts: Texts
+    starts: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.uint64]
+
+
+def mark(
+    parts: Parts,
+    ids: npt.NDArray[Any],
+    offsets: npt.NDArray[np.int64],
+    tokenizer: Tokenizer,
+    template: Template,
+    spec: JobSpec,
+    counts: Counts,
+) -> Rows:
+    """Rows and spans: the parts' own tokens where the parts provably part, else those of the whole text."""
+    texts, starts = parts.texts, parts.starts
+    spans = np.diff(offsets).astype(np.uint32)
+    row_offsets = offsets[starts]
+    replaced: dict[int, tuple[npt.NDArray[Any], list[int]]] = {}
+    for row in _rows_that_join(texts, starts, tokenizer):
+        pieces = texts[int(starts[row]) : int(starts[row + 1])]
+        if template.single_turn and spec.boundary == "reference":
+            replaced[row] = _reference_row(pieces, tokenizer, counts)
+        else:
+            replaced[row] = _exact_row(pieces, tokenizer, counts)
+    num_parts = np.diff(starts)
+    for row in np.flatnonzero(num_parts % 2).tolist():
+        spans[starts[row + 1] - 1] += 1  # a last prompt also covers the end-of-text
+    rows = Rows(ids, row_offsets, spans, starts, parts.rows)
+    return _with_replaced(rows, replaced) if replaced else rows
+
+
+def _rows_that_join(texts: Texts, starts: npt.NDArray[np.int64], tokenizer: Tokenizer) -> list[int]:
+    """Rows of which not all neighbouring parts provably tokenize apart."""
+    if np.all(np.diff(starts) == 2):
+        return tokenizer.pairs_that_join(texts)
+    joined = []
+    for row, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        pieces = texts[start:stop]
+        if tokenizer.joins(pieces[:-1], pieces[1:]) or "" in pieces[1:-1]:
+            joined.append(row)
+    return joined
+
+
+def _reference_row(pieces: list[str], tokenizer: Tokenizer, counts: Counts) -> tuple[npt.NDArray[Any], list[int]]:
+    """The whole text's ids; the prompt's length is that of the prompt tokenized by itself."""
+    ids = tokenizer.encode("".join(pieces))
+    prompt = tokenizer.encode(pieces[0])
+    counts.boundary_mismatches += ids[: len(prompt)] != prompt
+    spans = [len(prompt), len(ids) - len(prompt)] if len(prompt) <= len(ids) else [len(ids) + 1]
+    return np.array(ids, np.uint32), spans
+
+
+def _exact_row(pieces: list[str], tokenizer: Tokenizer, counts: Counts) -> tuple[npt.NDArray[Any], list[int]]:
+    """The whole text's ids; a token that holds a response character belongs to the response."""
+    text = "".join(pieces)
+    ids = np.array(tokenizer.encode(text), np.uint32)
+    places = np.cumsum([len(piece) for piece in pieces])[:-1].tolist()
+    before = tokenizer.count_before(text, ids, places)
+    begun = tokenizer.count_begun(text, ids, places)
+    bounds = [before[i] if i % 2 == 0 else begun[i] for i in range(len(places))]
+    bounds = np.maximum.accumulate([0, *bounds, len(ids)]).tolist()
+    counts.boundary_mismatches += ids[: bounds[1]].tolist() != tokenizer.encode(pieces[0])
+    spans = np.diff(bounds).tolist()
+    if len(pieces) % 2:
+        spans[-1] += 1
+    return ids, spans
+
+
+def _with_replaced(rows: Rows, replaced: dict[int, tuple[npt.NDArray[Any], list[int]]]) -> Rows:
+    """`rows` with some of them exchanged."""
+    ids, spans, row, kept = [], [], 0, rows
+    lengths, num_spans = np.diff(rows.offsets), np.diff(rows.span_offsets)
+    for index, (new_ids, new_spans) in replaced.items():
+        ids += [kept.ids[kept.offsets[row] : kept.offsets[index]], new_ids.astype(kept.ids.dtype)]
+        spans += [kept.spans[kept.span_offsets[row] : kept.span_offsets[index]], np.array(new_spans, np.uint32)]
+        lengths[index], num_spans[index] = len(new_ids), len(new_spans)
+        row = index + 1
+    ids.append(kept.ids[kept.offsets[row] :])
+    spans.append(kept.spans[kept.span_offsets[row] :])
+    return Rows(np.concatenate(ids), starts_of(lengths), np.concatenate(spans), starts_of(num_spans), rows.source_row)
+
+
+def starts_of(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Where things of these lengths begin that stand end to end, and the end of the last, `(len(lengths) + 1,)`."""
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
+
+
+def limit_prompts(rows: Rows, spec: JobSpec, counts: Counts, bad: list[BadRecord]) -> Rows:
+    """Apply the policy for rows whose first prompt leaves no column within the limit; lost ones go to `bad`."""
+    if spec.max_length is None or not len(rows.source_row):
+        return rows
+    prompts = _first_spans(rows)
+    long = np.flatnonzero(prompts - 1 >= spec.max_length)
+    if not len(long):
+        return rows
+    if spec.long_prompt == "reject":
+        for row in long.tolist():
+            reason = (
+                f"its prompt of {prompts[row]} tokens leaves none to train within {spec.max_length}; "
+                "raise the limit, or use --long-prompt keep or cut"
+            )
+            bad.append(BadRecord(int(rows.source_row[row]), 0, reason))
+        keep = np.ones(len(prompts), bool)
+        keep[long] = False
+        return _select(rows, keep)
+    counts.long_prompts += len(long)
+    return _cut_left(rows, long.tolist(), spec.max_length) if spec.long_prompt == "cut" else rows
+
+
+def _first_spans(rows: Rows) -> npt.NDArray[np.int64]:
+    """Each row's first prompt in tokens."""
+    num_spans = np.diff(rows.span_offsets)
+    padded = np.append(rows.spans, 0).astype(np.int64)
+    return np.where(num_spans > 0, padded[rows.span_offsets[:-1]], 0)
+
+
+def _select(rows: Rows, keep: npt.NDArray[np.bool_]) -> Rows:
+    lengths, num_spans = np.diff(rows.offsets), np.diff(rows.span_offsets)
+    return Rows(
+        rows.ids[np.repeat(keep, lengths)],
+        starts_of(lengths[keep]),
+        rows.spans[np.repeat(keep, num_spans)],
+        starts_of(num_spans[keep]),
+        rows.source_row[keep],
+    )
+
+
+def _cut_left(rows: Rows, long: list[int], limit: int) -> Rows:
+    """Cut prompts from the left until the row and its end-of-text fit the limit; one prompt token stays."""
+    replaced = {}
+    for row in long:
+        ids = rows.ids[rows.offsets[row] : rows.offsets[row + 1]]
+        spans = rows.spans[rows.span_offsets[row] : rows.span_offsets[row + 1]].tolist()
+        cut = min(spans[0], len(ids)) - 1
+        cut = min(cut, max(len(ids) - limit, 0))
+        replaced[row] = (ids[cut:], [spans[0] - cut, *spans[1:]])
+    return _with_replaced(rows, replaced)
+
+
+def count(rows: Rows, tokenizer: Tokenizer, spec: JobSpec, counts: Counts) -> None:
+    """Note rows, tokens, and the rows that need a second look."""
+    lengths = np.diff(rows.offsets)
+    counts.num_rows, counts.num_tokens = len(lengths), int(lengths.sum())
+    if not len(lengths):
+        return
+    prompts = _first_spans(rows)
+    limit = lengths if spec.max_length is None else np.minimum(lengths, spec.max_length)
+    counts.untrained_rows = int(np.count_nonzero(prompts - 1 >= limit))
+    corner = prompts == 0
+    for place in np.flatnonzero(rows.ids == tokenizer.pad_token_id).tolist():
+        corner[np.searchsorted(rows.offsets, place, side="right") - 1] = True
+    counts.corner_rows = int(np.count_nonzero(corner))

@@ -1,0 +1,299 @@
+"""What a job is asked for and what it is made of, which of that a store records, and whether a finished store is that.
+
+Identity is content; a source's stamp (size, times, inode, ETag) is only a shortcut to "unchanged".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastcollate.errors import InputError
+from fastcollate.ingest.summary import Counts
+from fastcollate.progress import progress_bar
+from fastcollate.sources.blocks import Block, Unit, read_blocks
+from fastcollate.sources.find import Source, SourceReadError, stamp_of
+from fastcollate.store.files import write_file
+from fastcollate.store.manifest import read_manifest, sources_of
+from fastcollate.store.shards import ShardInfo
+from fastcollate.text.templates import load_template
+from fastcollate.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+CHOICES = {
+    "boundary": ("reference", "exact"),
+    "on_error": ("raise", "skip"),
+    "long_prompt": ("reject", "keep", "cut"),
+    "special_text": ("reject", "encode"),
+    "engine": ("local", "ray"),
+}
+SIDE_FILE = "sources.json"
+_SIDE_VERSION = 1
+_REMEDY = "choose another directory, or make this one anew with --overwrite (overwrite=True)"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def check_choices(**values: str) -> None:
+    """Whether each value is one of those it may be.
+
+    Raises:
+        InputError: it is not.
+    """
+    for name, value in values.items():
+        if value not in CHOICES[name]:
+            raise InputError(f"{name}={value!r}: choose one of {', '.join(CHOICES[name])}")
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What decides the rows of a job, besides its sources; picklable. `backend` decides only how fast they come."""
+
+    template: str
+    tokenizer: str
+    backend: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    boundary: str = "reference"
+    max_length: int | None = None
+    long_prompt: str = "reject"
+    special_text: str = "reject"
+
+    def identity(self) -> dict[str, Any]:
+        """What a store records of a job besides its sources: nothing that changes no row, and no path."""
+        tokenizer = load_tokenizer(self.tokenizer, self.backend).identity()
+        template = load_template(self.template, self.fields).identity()
+        return {
+            "kind": "rows",
+            "end": "append",
+            "tokenizer": {
+                **tokenizer,
+                "name": Path(tokenizer["name"]).name,
+                "files": [name for name, _ in self.tokenizer_files()],
+            },
+            "template": {**template, "name": Path(template["name"]).name},
+            "options": {
+                "boundary": self.boundary,
+                "max_length": self.max_length,
+                "long_prompt": self.long_prompt,
+                "special_text": self.special_text,
+            },
+        }
+
+    def tokenizer_files(self) -> list[tuple[str, Path]]:
+        """The files that a store keeps of its tokenizer, under the names that they have there."""
+        path = Path(self.tokenizer)
+        if path.suffix != ".json":
+            return []
+        return [
+            (name, place)
+            for name, place in zip(_TOKENIZER_FILES, (path, path.parent / _TOKENIZER_FILES[1]), strict=True)
+            if place.is_file()
+        ]
+
+
+class LostRecord(NamedTuple):
+    """A record that gives no row: the index of its source, its position in all sources, its line (0: none), why."""
+
+    source: int
+    row: int
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnitResult:
+    """What is left of a unit of work.
+
+    Attributes:
+        index: the unit's number.
+        sha256: see `unit_digest`.
+        part: the file with its rows, or `None` where it has none.
+        counts: sums over its rows.
+        bad: the records that were no good.
+        tokenize_seconds: time inside the tokenizer.
+    """
+
+    index: int
+    sha256: str
+    part: ShardInfo | None
+    counts: Counts
+    bad: list[LostRecord]
+    tokenize_seconds: float
+
+
+def unit_digest(unit: Unit, digests: Iterable[bytes]) -> str:
+    """SHA-256 of what a unit's rows come from, by its blocks' digests."""
+    digest = hashlib.sha256(b"%d %d\n" % (unit.blocks[0].first_row, len(unit.blocks)))
+    for block, content in zip(unit.blocks, digests, strict=True):
+        digest.update(b"%d " % (block.source - unit.blocks[0].source) + content)
+    return digest.hexdigest()
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between what two jobs are besides their sources, in words."""
+    told = [
+        f"{name} ({found.get(name)!r}, now {wanted[name]!r})"
+        for name in ("kind", "end")
+        if found.get(name) != wanted[name]
+    ]
+    for group, word in (("tokenizer", "tokenizer"), ("template", "template"), ("options", "option")):
+        old, new = found.get(group, {}), wanted[group]
+        told += [
+            f"{word} {key} ({_short(old.get(key))}, now {_short(new.get(key))})"
+            for key in {**old, **new}
+            if old.get(key) != new.get(key)
+        ]
+    return told
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known of a source that was read.
+
+    Attributes:
+        name: the source's name.
+        stamp: the source's stamp; empty where its content may change without it.
+        sha256: its content's digest.
+        num_records: records in it, good or bad.
+    """
+
+    name: str
+    stamp: tuple[int | str, ...]
+    sha256: str
+    num_records: int
+
+
+def find_finished(
+    root: Path, sources: Sequence[Source], identity: Mapping[str, Any], *, progress: bool
+) -> dict[str, Any] | None:
+    """The manifest of the finished store in a folder, or `None` where there is none.
+
+    Raises:
+        InputError: the store is of another identity or content, or a file of it is missing; says what differs.
+    """
+    manifest = read_manifest(root)
+    if manifest is None:
+        return None
+    if manifest["format_version"] == 1 or "format" in manifest["sources"]:
+        raise InputError(f"{root}: holds a store of format 1, whose sources cannot be compared any more; {_REMEDY}")
+    different = differences(manifest, identity)
+    different = different or _source_differences(root, manifest["sources"], sources, progress=progress)
+    if different:
+        raise InputError(f"{root}: holds a store that differs in {'; '.join(different)}; {_REMEDY}")
+    for entry in [*manifest["files"], *manifest["shards"]]:
+        path = root / entry["name"]
+        if not path.is_file() or path.stat().st_size != entry["num_bytes"]:
+            raise InputError(f"{path}: missing or damaged; make the store anew with --overwrite (overwrite=True)")
+    return manifest
+
+
+def _source_differences(
+    root: Path, stored: Mapping[str, Any], sources: Sequence[Source], *, progress: bool
+) -> list[str]:
+    """What differs in the sources' content, in words."""
+    seen = read_side_file(root, stored)
+    if seen is not None and len(seen) == len(sources) and all(map(_is_unchanged, sources, seen)):
+        return []
+    known = {old.stamp: old for old in seen or () if old.stamp}
+    found = read_sources(sources, known, progress=progress)
+    if sources_of([new.sha256 for new in found], 0)["sha256"] == stored["sha256"]:
+        with contextlib.suppress(OSError):  # only the shortcut is lost: the folder may be read-only
+            write_side_file(root, found)
+        return []
+    if stored["num_sources"] != len(sources):
+        return [f"its sources ({stored['num_sources']}, now {len(sources)})"]
+    if seen is None:
+        return ["the content of its sources"]
+    if Counter(old.sha256 for old in seen) == Counter(new.sha256 for new in found):
+        return ["the order of its sources"]
+    names = [new.name for old, new in zip(seen, found, strict=True) if old.sha256 != new.sha256]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"the content of {', '.join(names[:3])}{more}"]
+
+
+def _is_unchanged(source: Source, seen: Seen) -> bool:
+    return source.is_settled and bool(source.stamp) and source.stamp == seen.stamp
+
+
+def read_sources(
+    sources: Sequence[Source], known: Mapping[tuple[int | str, ...], Seen], *, progress: bool
+) -> list[Seen]:
+    """What the sources are, by reading those whose stamp is not `known`.
+
+    Raises:
+        InputError: one cannot be read to its end.
+    """
+    found: list[Seen] = []
+    total = sum(source.num_bytes for source in sources) // 1_000_000
+    with progress_bar(unit="MB", progress=progress) as bar:
+        task = bar.add_task("comparing", total=total or None)
+        start = 0
+        for source in sources:
+            old = known.get(source.stamp) if source.is_settled else None
+            if old is not None:
+                found.append(replace(old, name=source.name))
+            else:
+                show = partial(_show, bar, task, start)
+                found.append(seen_of(source, *_read(source, show)))
+            start += source.num_bytes
+    return found
+
+
+def _show(bar: Progress, task: TaskID, start: int, block: Block) -> None:
+    bar.update(task, completed=(start + block.source_bytes) // 1_000_000)
+
+
+def seen_of(source: Source, sha256: str, num_records: int) -> Seen:
+    """What was just read of a source.
+
+    Raises:
+        SourceReadError: it was changed while it was read.
+    """
+    now = stamp_of(source)
+    if now != source.stamp:  # perhaps it was only touched
+        found = _read(source)
+        if found != (sha256, num_records):
+            raise SourceReadError(f"{source.name}: was changed while it was read; start again when it is at rest")
+    return Seen(source.name, source.stamp if source.is_settled and now == source.stamp else (), sha256, num_records)
+
+
+def _read(source: Source, on_block: Callable[[Block], object] = lambda block: None) -> tuple[str, int]:
+    """A source's content as a digest, and its number of records."""
+    digest, num_records = hashlib.sha256(), 0
+    for block in read_blocks([source]):
+        digest.update(block.digest(block.read()))
+        num_records += block.num_rows
+        on_block(block)
+    return digest.hexdigest(), num_records
+
+
+def write_side_file(root: Path, seen: Sequence[Seen]) -> None:
+    """Write what was seen of the sources beside the store."""
+    content = {"format": _SIDE_VERSION, "sources": [asdict(entry) for entry in seen]}
+    write_file(root / SIDE_FILE, json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"), sync=False)
+
+
+def read_side_file(root: Path, stored: Mapping[str, Any]) -> list[Seen] | None:
+    """What was seen of the sources, or `None` where that is missing, damaged, or not of this store's content."""
+    try:
+        content = json.loads((root / SIDE_FILE).read_bytes())
+        if content["format"] != _SIDE_VERSION:
+            return None
+        seen = [Seen(**{**entry, "stamp": tuple(entry["stamp"])}) for entry in content["sources"]]
+        is_of_store = sources_of([entry.sha256 for entry in seen], 0)["sha256"] == stored["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return seen if is_of_store else None

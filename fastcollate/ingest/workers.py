@@ -1,0 +1,122 @@
+"""Who does the units of work: processes of this machine, or tasks of a Ray cluster; results in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
+from typing import Any
+
+from fastcollate.errors import import_extra
+from fastcollate.ingest.encode import Encoded, encode_unit, warm_up
+from fastcollate.ingest.spec import JobSpec
+from fastcollate.sources.blocks import Unit
+from fastcollate.sources.find import SourceReadError
+
+Results = Generator[tuple[Unit, Encoded], None, None]
+Runner = Callable[[Iterator[Unit], JobSpec, str, str], Results]
+_FEW = 4  # units that one process has done sooner than workers are there: the first are small
+
+
+def runner(engine: str, workers: int | None) -> Runner:
+    """What does units with this engine."""
+    return _ray_runner(workers) if engine == "ray" else _local_runner(workers)
+
+
+def _local_runner(workers: int | None) -> Runner:
+    """Worker processes; a few units alone, or with one worker, are done in this process."""
+
+    def run(units: Iterator[Unit], spec: JobSpec, root: str, token: str) -> Results:
+        head = [unit for _, unit in zip(range(_FEW), units, strict=False)]
+        count = workers or _usable_cores()
+        if count == 1 or len(head) < _FEW:
+            for unit in chain(head, units):
+                yield unit, encode_unit(unit, spec, root, token)
+            return
+        warm_up(spec)
+        is_safe = sys.platform == "linux" and threading.active_count() == 1
+        context = multiprocessing.get_context("fork" if is_safe else "spawn")
+        with ProcessPoolExecutor(count, context, _begin_worker) as pool:
+            try:
+                yield from _in_order(
+                    chain(head, units), count, lambda u: pool.submit(encode_unit, u, spec, root, token)
+                )
+            except BrokenProcessPool as error:
+                raise SourceReadError(
+                    f"{root}: a worker process was killed, perhaps for want of memory; what is finished is kept: "
+                    "run the same command again, with fewer workers if need be"
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    return run
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_order(
+    units: Iterator[Unit], workers: int, submit: Callable[[Unit], Future[Encoded]]
+) -> Iterator[tuple[Unit, Encoded]]:
+    """Results in the order of the units, with as many units waiting as are at work."""
+    running: deque[tuple[Unit, Future[Encoded]]] = deque()
+    for unit in units:
+        running.append((unit, submit(unit)))
+        if len(running) >= 2 * workers:
+            first, future = running.popleft()
+            yield first, future.result()
+    while running:
+        first, future = running.popleft()
+        yield first, future.result()
+
+
+def _begin_worker() -> None:
+    """End when the leader ends, however it does: another job may then begin, and this one's work is nobody's."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _ray_runner(workers: int | None) -> Runner:
+    """The same function as tasks of a Ray cluster; Ray runs a lost task again. Only the driver holds the lock."""
+    ray = import_extra("ray", "ray")
+
+    def run(units: Iterator[Unit], spec: JobSpec, root: str, token: str) -> Results:
+        if not ray.is_initialized():
+            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+        task = ray.remote(num_cpus=1, max_retries=5)(encode_unit)
+        count = workers or int(ray.cluster_resources().get("CPU", 1))
+        running: deque[tuple[Unit, Any]] = deque()
+        for unit in units:
+            running.append((unit, task.remote(unit, spec, os.path.abspath(root), token)))
+            if len(running) > count:
+                first, reference = running.popleft()
+                yield first, _ray_result(ray, reference)
+        while running:
+            first, reference = running.popleft()
+            yield first, _ray_result(ray, reference)
+
+    return run
+
+
+def _ray_result(ray: Any, reference: Any) -> Encoded:
+    try:
+        result: Encoded = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except ray.exceptions.RayError as error:
+        raise SourceReadError(f"Ray gave a block up ({error}); what is finished is kept: run it again") from error
+    return result

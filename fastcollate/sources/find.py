@@ -1,0 +1,227 @@
+"""What a user's words mean: the files, URLs and data sets to read, and what tells that they have not changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat as stat_module
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from fastcollate.errors import InputError, import_extra
+
+_FORMATS = {
+    ".json": "json", ".jsonl": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "csv",
+    ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
+}  # fmt: skip
+_COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_SAVED = ("state.json", "dataset_dict.json")  # what tells a directory that a data set was saved to
+_SETTLED_NS = 2_000_000_000  # a file that was changed later than so long ago may change again within one tick
+
+
+class SourceReadError(InputError):
+    """The storage failed, not the data: what a job has finished is worth keeping."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file or data set to read.
+
+    Attributes:
+        name: as the user named it, or the file that a pattern found.
+        format: `json`, `lines`, `csv`, `parquet`, `arrow`, `dataset` or `records`.
+        compression: `gzip`, `zstd` or `None`.
+        num_bytes: its size as stored; 0 where unknown.
+        stamp: what changes whenever the content does: a file's size, times and inode, an object's size and ETag;
+            empty where nothing does.
+        is_settled: whether the stamp can be trusted: a file that was changed just now may change again within one tick
+            of its clock.
+        local: its path, where it is a plain local file.
+        dataset: a `datasets.Dataset`, or the records of an iterable.
+    """
+
+    name: str
+    format: str
+    compression: str | None = None
+    num_bytes: int = 0
+    stamp: tuple[int | str, ...] = ()
+    is_settled: bool = True
+    local: str | None = None
+    dataset: Any = field(default=None, compare=False)
+
+
+def find_sources(sources: Any) -> list[Source]:
+    """The files and data sets that the user's words mean, patterns in alphabetical order.
+
+    Args:
+        sources: a path, a URL that fsspec knows, a pattern, a `datasets.Dataset`, an iterable of records
+            (mappings), or a sequence of paths, URLs, patterns and data sets.
+
+    Raises:
+        InputError: nothing there, a directory, an empty file, or a format that is not known.
+    """
+    if isinstance(sources, str | os.PathLike) or hasattr(sources, "column_names"):
+        sources = [sources]
+    if not isinstance(sources, Iterable) or isinstance(sources, Mapping):
+        raise InputError(f"sources: a {type(sources).__name__}; name files, or give a data set or records")
+    given = iter(sources)
+    first = next(given, None)
+    if isinstance(first, Mapping):
+        return [Source("the records given", "records", dataset=chain([first], given))]
+    found: list[Source] = []
+    for source in [] if first is None else chain([first], given):
+        if hasattr(source, "column_names"):
+            found.append(Source("datasets.Dataset", "dataset", dataset=source))
+        elif isinstance(source, str | os.PathLike):
+            found += _find_files(os.fspath(source))
+        else:
+            raise InputError(f"source {source!r:.80}: neither a path, a URL, nor a data set")
+    if not found:
+        raise InputError("no source given; name at least one file of records")
+    return found
+
+
+def stamp_of(source: Source) -> tuple[int | str, ...]:
+    """A source's stamp as it is now; empty where it has none, or can no longer be had."""
+    if not source.stamp:
+        return ()
+    try:
+        found = _find_files(source.local or source.name)
+    except InputError:
+        return ()
+    return found[0].stamp if len(found) == 1 else ()
+
+
+@contextlib.contextmanager
+def spooled(sources: Sequence[Source], *, is_shared: bool) -> Iterator[list[Source]]:
+    """The sources, those of an iterable as a temporary file of JSON Lines: they must be read more than once.
+
+    Args:
+        sources: them.
+        is_shared: whether other machines do the work, which cannot read that file themselves.
+    """
+    with contextlib.ExitStack() as stack:
+        yield [_spool(source, stack, is_shared) if source.format == "records" else source for source in sources]
+
+
+def _spool(source: Source, stack: contextlib.ExitStack, is_shared: bool) -> Source:
+    descriptor, path = tempfile.mkstemp(suffix=".jsonl", prefix="fastcollate-")
+    stack.callback(os.unlink, path)
+    with open(descriptor, "wb") as file:
+        for number, record in enumerate(source.dataset):
+            try:
+                file.write(_json_line(dict(record) if isinstance(record, Mapping) else record))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise InputError(f"{source.name}, record {number}: cannot be written as JSON ({error})") from error
+    num_bytes = os.path.getsize(path)
+    return Source(path if is_shared else source.name, "lines", num_bytes=num_bytes, local=None if is_shared else path)
+
+
+def _json_line(record: Any) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate
+        return json.dumps(record).encode() + b"\n"
+
+
+def _find_files(name: str) -> list[Source]:
+    if "://" not in name and "::" not in name:
+        if os.path.isdir(name) and any((Path(name) / file).is_file() for file in _SAVED):
+            return [_saved_dataset(Path(name))]
+        if not _is_pattern(name) or os.path.exists(name):
+            return [_local_file(name, name)]
+    try:
+        files, paths = fsspec.core.url_to_fs(name)
+        is_local = "file" in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,))
+        if _is_pattern(paths) and not files.exists(paths):
+            found = sorted(files.glob(paths))
+            if not found:
+                raise InputError(f"{name}: no file matches this pattern")
+            names = found if is_local else [str(files.unstrip_protocol(path)) for path in found]
+        else:
+            found, names = [paths], [name.removeprefix("file://") if is_local else name]
+        describe = _local_file if is_local else lambda path, name: _remote_file(files, path, name)
+        return [describe(*pair) for pair in zip(found, names, strict=True)]
+    except ImportError as error:
+        raise InputError(f"{name}: this kind of URL needs another package ({error})") from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name}: not a path or URL that can be read ({error})") from error
+
+
+def _is_pattern(name: str) -> bool:
+    return any(mark in name for mark in "*?[")
+
+
+def _saved_dataset(path: Path) -> Source:
+    """What `datasets.Dataset.save_to_disk` wrote."""
+    datasets = import_extra("datasets", "hf")
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # the package raises whatever a damaged file makes it stumble over
+        raise InputError(f"{path}: cannot be read as a saved data set ({type(error).__name__}: {error})") from error
+    if not hasattr(dataset, "column_names") or isinstance(dataset, dict):
+        raise InputError(f"{path}: holds several splits; name one, such as {path / sorted(dataset)[0]}")
+    num_bytes = sum(file.stat().st_size for file in path.glob("*.arrow"))
+    return Source(str(path), "dataset", num_bytes=num_bytes, dataset=dataset)
+
+
+def _local_file(path: str, name: str) -> Source:
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    _check_kind(name, is_directory=stat_module.S_ISDIR(stat.st_mode), is_empty=not stat.st_size)
+    kind, compression = _format(path, name)
+    is_settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) >= _SETTLED_NS
+    stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    local = os.path.abspath(path) if compression is None else None
+    return Source(name, kind, compression, stat.st_size, stamp, is_settled, local)
+
+
+def _remote_file(files: Any, path: str, name: str) -> Source:
+    try:
+        info = files.info(path)
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror or error})") from error
+    _check_kind(name, is_directory=info["type"] == "directory", is_empty=info.get("size") == 0)
+    kind, compression = _format(path, name)
+    tag = info.get("ETag") or info.get("etag")
+    size = int(info.get("size") or 0)
+    return Source(name, kind, compression, size, (size, str(tag)) if tag else ())
+
+
+def _check_kind(name: str, *, is_directory: bool, is_empty: bool) -> None:
+    if is_directory:
+        raise InputError(f"{name}: is a directory; name files in it, such as {name.rstrip('/')}/*.jsonl")
+    if is_empty:
+        raise InputError(f"{name}: is empty")
+
+
+def _format(path: str, name: str) -> tuple[str, str | None]:
+    """A file's format and compression, by its ending."""
+    stem, suffix = os.path.splitext(path)
+    compression = _COMPRESSIONS.get(suffix.lower())
+    if compression == "zstd":
+        import_extra("zstandard", "zstd")
+    suffix = (os.path.splitext(stem)[1] if compression else suffix).lower()
+    kind = _FORMATS.get(suffix)
+    if kind is None:
+        raise InputError(
+            f"{name}: the ending {suffix or '(none)'} is not known; use one of {', '.join(_FORMATS)}, "
+            "each also with .gz or .zst"
+        )
+    return kind, compression

@@ -1,0 +1,209 @@
+"""CSV, Parquet, Arrow and data sets -> pieces cut between rows, and what a table's content is, however it is stored."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fastcollate.errors import InputError, import_extra
+from fastcollate.sources.find import Source
+from fastcollate.sources.json_blocks import MAX_RECORD_BYTES
+
+_ROWS = 256  # rows of a table that are looked at together
+
+
+def csv_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[dict[str, Any]]:
+    """Rows as JSON objects by the header's names, a line each; cells stay text."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter="\t" if ".tsv" in source.name else ",", strict=True)
+    rows: list[bytes] = []
+    size, target = 0, next(targets)
+    try:
+        header = next(reader, None)
+        if not header:
+            raise InputError(f"{source.name}, line 1: no header; the first row names the columns")
+    except csv.Error as error:
+        raise InputError(f"{source.name}, line 1: not valid CSV ({error})") from error
+    while (row := _next_csv_row(reader, header)) is not None:
+        rows.append(row)
+        size += len(row)
+        if size >= target:
+            yield _piece("rows", len(rows), b"\n".join(rows))
+            rows, size, target = [], 0, next(targets)
+    if rows:
+        yield _piece("rows", len(rows), b"\n".join(rows))
+
+
+def _next_csv_row(reader: Any, header: Sequence[str]) -> bytes | None:
+    """The next row that is not blank as a JSON object, `None` at the end; for a bad one, the reason as a JSON text."""
+    try:
+        cells = next(reader)
+        while not cells:
+            cells = next(reader)
+    except StopIteration:
+        return None
+    except csv.Error as error:
+        return msgspec.json.encode(f"line {reader.line_num}: not valid CSV ({error})")
+    if len(cells) > len(header):
+        reason = f"line {reader.line_num}: {len(cells)} cells, but the header names {len(header)} columns"
+        return msgspec.json.encode(reason)
+    try:
+        return msgspec.json.encode(dict(zip(header, cells, strict=False)))
+    except UnicodeEncodeError:  # a lone surrogate stands for a byte that is not UTF-8
+        return msgspec.json.encode(f"line {reader.line_num}: a byte that is not UTF-8")
+
+
+def arrow_pieces(batches: Iterator[Any], targets: Iterator[int]) -> Iterator[dict[str, Any]]:
+    """Tables of about the target's size; how the batches were cut does not matter."""
+    pending: list[pa.Table] = []
+    size, target = 0, next(targets)
+    for table in _even_tables(batches):
+        for part in _halves(table, target):
+            pending.append(part)
+            size += table_size(part)
+            if size >= target:
+                yield _arrow_piece(pending)
+                pending, size, target = [], 0, next(targets)
+    if pending:
+        yield _arrow_piece(pending)
+
+
+def open_columns(source: Source, file: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    """The record batches of a Parquet or Arrow file."""
+    if source.format == "parquet":
+        parquet = import_extra("pyarrow.parquet", "parquet")
+        yield from parquet.ParquetFile(file, pre_buffer=False).iter_batches(batch_size=4096, use_threads=False)
+        return
+    try:
+        reader = pa.ipc.open_file(file)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        yield from pa.ipc.open_stream(file)
+        return
+    for index in range(reader.num_record_batches):
+        yield reader.get_batch(index)
+
+
+def _even_tables(batches: Iterator[Any]) -> Iterator[pa.Table]:
+    """All rows, `_ROWS` a table."""
+    rest: list[pa.Table] = []
+    num_rows = 0
+    for batch in batches:
+        rest.append(pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch)
+        num_rows += rest[-1].num_rows
+        if num_rows >= _ROWS:
+            table = pa.concat_tables(rest)
+            whole = num_rows - num_rows % _ROWS
+            yield from (table.slice(start, _ROWS) for start in range(0, whole, _ROWS))
+            rest, num_rows = [table.slice(whole)], num_rows - whole
+    if num_rows:
+        yield pa.concat_tables(rest)
+
+
+def _halves(table: pa.Table, target: int) -> Iterator[pa.Table]:
+    """A table, halved until each part is no larger than the target, or one row."""
+    if table.num_rows < 2 or table_size(table) <= target:
+        yield table
+        return
+    middle = table.num_rows // 2
+    yield from _halves(table.slice(0, middle), target)
+    yield from _halves(table.slice(middle), target)
+
+
+def _arrow_piece(tables: list[pa.Table]) -> dict[str, Any]:
+    table = pa.concat_tables(tables).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return _piece("arrow", table.num_rows, sink.getvalue().to_pybytes())
+
+
+def _piece(kind: str, num_rows: int, data: bytes) -> dict[str, Any]:
+    return {"kind": kind, "num_rows": num_rows, "first_line": 0, "num_bytes": len(data), "source_bytes": 0,
+            "data": data}  # fmt: skip
+
+
+def table_size(table: pa.Table) -> int:
+    """The bytes of a table's content, as `feed_content` gives them."""
+    sizes: list[int] = []
+    feed_content(table, lambda data: sizes.append(memoryview(data).nbytes))
+    return sum(sizes)
+
+
+def feed_content(table: pa.Table, sink: Callable[[Any], object]) -> None:
+    """Give a table's content to `sink`, piece by piece: names, types and values, whatever the layout in memory.
+
+    Chunks, slices, dictionaries, the widths of offsets and what lies under nulls play no part.
+    """
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        sink(f"{name}\0".encode("utf-8", "surrogatepass"))
+        _feed(pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0), sink)
+
+
+def _feed(values: pa.Array, sink: Callable[[Any], object]) -> None:
+    values = _plain(values)
+    kind = values.type
+    is_text, is_list = _is_text(kind), _is_list(kind)
+    label = "text" if is_text else "list" if is_list else "struct" if pa.types.is_struct(kind) else str(kind)
+    sink(f"{label} {len(values)} {values.null_count}\0".encode())
+    if values.null_count:
+        sink(np.packbits(values.is_valid().to_numpy(zero_copy_only=False)))
+        values = values.drop_null()
+    if is_text:
+        lengths = pc.binary_length(values).to_numpy(zero_copy_only=False)
+        sink(lengths.astype("<i8"))
+        start = values.offset
+        offsets = np.frombuffer(values.buffers()[1], np.int64)[start : start + len(values) + 1]
+        if len(values) and offsets[-1] > offsets[0]:
+            sink(memoryview(values.buffers()[2])[int(offsets[0]) : int(offsets[-1])])
+    elif is_list:
+        sink(pc.list_value_length(values).to_numpy(zero_copy_only=False).astype("<i8"))
+        _feed(values.flatten(), sink)
+    elif pa.types.is_struct(kind):
+        for field, child in zip(kind, values.flatten(), strict=True):
+            sink(f"{field.name}\0".encode("utf-8", "surrogatepass"))
+            _feed(child, sink)
+    elif pa.types.is_boolean(kind):
+        sink(np.packbits(values.to_numpy(zero_copy_only=False)))
+    elif not pa.types.is_null(kind):
+        _feed_numbers(values, sink)
+
+
+def _feed_numbers(values: pa.Array, sink: Callable[[Any], object]) -> None:
+    try:
+        width = values.type.bit_width // 8
+    except ValueError:  # a type of another layout
+        sink(repr(values.to_pylist()).encode("utf-8", "surrogatepass"))
+        return
+    if len(values):
+        sink(memoryview(values.buffers()[1])[values.offset * width : (values.offset + len(values)) * width])
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    """Without dictionaries and extensions, texts with offsets of 64 bits."""
+    while isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if _is_text(values.type):
+        values = values.cast(pa.large_binary())
+    return values
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return any(
+        is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
+                                      pa.types.is_large_binary, pa.types.is_string_view, pa.types.is_binary_view)
+    )  # fmt: skip
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))

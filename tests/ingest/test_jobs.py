@@ -1,0 +1,158 @@
+"""Several jobs on one folder: one makes the store, nobody's work is lost, and nobody leaves anything behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_prepare import many, store_hash, write_lines
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.prepare_race import race, run_kills, run_races
+from fastcollate.errors import InputError
+from fastcollate.ingest import lock as lock_module
+from fastcollate.ingest.job import prepare
+from fastcollate.ingest.lock import JobLock
+from fastcollate.sources import blocks
+
+START = (
+    "import sys; from fastcollate.sources import blocks; blocks.SIZES = blocks.Sizes(20_000, 60_000); "
+    "from fastcollate.cli import main; "
+)
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "SIZES", blocks.Sizes(20_000, 60_000))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "a.jsonl", many(1500))
+
+
+def command(source: Path, store: Path, *options: str, before: str = "") -> list[str]:
+    code = f"{START}{before}main()"
+    return [sys.executable, "-c", code, "prepare", str(source), str(store), "--workers", "2", "--json", *options]
+
+
+def test_jobs_that_begin_together_make_one_store(tmp_path: Path, source: Path) -> None:
+    result = run_races(source, tmp_path, turns=8, workers=2)
+    assert result["jobs"] == 20
+
+
+def test_a_new_job_at_once_after_its_leader_was_killed(tmp_path: Path, source: Path) -> None:
+    result = run_kills(source, tmp_path, turns=8, seed=3, workers=2)
+    assert result["turns"] == 8
+
+
+def test_jobs_that_overwrite_together_make_it_once(tmp_path: Path, source: Path) -> None:
+    prepare(source, tmp_path / "plain")
+    for _ in range(3):
+        assert race(source, tmp_path / "s", 3, overwrite=True, workers=1).count("made") >= 1
+        assert store_hash(tmp_path / "s") == store_hash(tmp_path / "plain")
+
+
+def test_bad_sources_together_leave_no_folder(tmp_path: Path) -> None:
+    bad = write_lines(tmp_path / "bad.jsonl", [{"instruction": 5}])
+    for _ in range(4):
+        answers = race(bad, tmp_path / "runs" / "s", 3)
+        assert all(answer.rstrip().splitlines()[-1].startswith("fastcollate.errors.InputError") for answer in answers)
+        assert not (tmp_path / "runs").exists()
+
+
+def hold(store: Path) -> JobLock:
+    return JobLock(store, wait=False, holder=str)
+
+
+def in_thread(run: Any) -> list[BaseException]:
+    """What another thread raises; a lock's holder may not wait for itself."""
+    found: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            run()
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    return found
+
+
+def test_who_does_not_wait_is_refused(tmp_path: Path, source: Path) -> None:
+    with hold(tmp_path / "s"):
+        [error] = in_thread(lambda: prepare(source, tmp_path / "s", wait=False))
+        assert isinstance(error, InputError)
+        assert "another job is writing this store; wait for it, or stop it first" in str(error)
+        result = subprocess.run(
+            command(source, tmp_path / "s", "--no-wait"), capture_output=True, text=True, check=False
+        )
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 's'}: another job is writing this store")
+    assert not prepare(source, tmp_path / "s", wait=False).reused
+
+
+def test_who_waits_says_so_and_for_whom(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock_module, "_LINE_SECONDS", 0.2)
+    slow = "import time; from fastcollate.ingest import encode; real = encode._encode; "
+    slow += "encode._encode = lambda *all: (time.sleep(0.1), real(*all))[1]; "
+    first = subprocess.Popen(command(source, tmp_path / "s", before=slow), stdout=subprocess.PIPE)
+    while not (tmp_path / "s" / ".journal").exists():
+        time.sleep(0.005)
+    assert prepare(source, tmp_path / "s").reused
+    assert first.wait() == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if "another job" in line]
+    assert len(lines) >= 2
+    assert all(line.startswith(f"{tmp_path / 's'}: another job is writing this store (process ") for line in lines)
+    assert all(f"process {first.pid} on " in line and line.endswith("; waiting for it") for line in lines)
+
+
+def test_a_folder_that_vanishes_under_who_waits_is_made_again(tmp_path: Path) -> None:
+    first = hold(tmp_path / "s")
+    with first:
+        got: list[bool] = []
+
+        def second() -> None:
+            with JobLock(tmp_path / "s", wait=True, holder=str) as lock:
+                got.append(lock.waited and (tmp_path / "s" / ".lock").exists())
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.3)
+        first.remove_folder()
+        assert not (tmp_path / "s").exists()
+    thread.join(10)
+    assert got == [True]
+
+
+def test_a_store_in_use_is_read_to_its_end_while_it_is_made_anew(tmp_path: Path, source: Path) -> None:
+    from fastcollate.store.store import TokenStore
+
+    prepare(source, tmp_path / "s")
+    opened = TokenStore(tmp_path / "s")
+    expected = [row.input_ids.tolist() for row in opened]
+    prepare(write_lines(tmp_path / "b.jsonl", many(100, seed=2)), tmp_path / "s", overwrite=True)
+    assert [row.input_ids.tolist() for row in opened] == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_workers_end_with_their_leader(tmp_path: Path, source: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    slow = "import time; from fastcollate.ingest import encode; real = encode._encode; "
+    slow += "encode._encode = lambda *all: (time.sleep(0.2), real(*all))[1]; "
+    leader = subprocess.Popen(command(source, tmp_path / "s", before=slow), stdout=subprocess.PIPE)
+    while not (workers := psutil.Process(leader.pid).children()):
+        time.sleep(0.01)
+    leader.kill()
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert not alive
+    leader.wait()
