@@ -20,6 +20,7 @@ import numpy.typing as npt
 import tiktoken
 
 from fastcollate.errors import InputError, import_extra
+from fastcollate.text import boundaries
 from fastcollate.text.backends import (
     Backend,
     RaggedIds,
@@ -34,11 +35,6 @@ from fastcollate.text.vocabulary import SCHEMES, fingerprint, load_encoding
 BACKENDS = ("auto", "tiktoken", "gigatoken")
 _T = TypeVar("_T")
 _GUARD_CHARACTERS = 16_384  # text re-encoded by tiktoken per block: about 1% of what the block costs
-_SPACE_BYTES = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
-_SURE_BYTES = {  # behind these, and before white space, texts always part
-    "gpt2": np.isin(np.arange(256), [byte for byte in range(128) if not chr(byte).isspace()]),
-    **dict.fromkeys(("cl100k", "o200k"), np.isin(np.arange(256), [b for b in range(128) if chr(b).isalnum()])),
-}
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -156,32 +152,11 @@ class Tokenizer:
 
     def pairs_that_join(self, texts: Texts) -> list[int]:
         """Of texts that are left and right by turns, the pairs' numbers that `parts_at` does not clear."""
-        suspects: Sequence[int] = range(len(texts) // 2)
-        if self._scheme in _SURE_BYTES and len(texts.data):
-            data = np.frombuffer(texts.data, np.uint8)
-            left, middle, right = texts.offsets[:-1:2], texts.offsets[1::2], texts.offsets[2::2]
-            sure = (left < middle) & (middle < right) & _SURE_BYTES[self._scheme][data[middle - 1]]
-            suspects = np.flatnonzero(~(sure & _SPACE_BYTES[data[np.minimum(middle, len(data) - 1)]])).tolist()
-        return [i for i in suspects if not self.parts_at(texts[2 * i], texts[2 * i + 1])]
+        return boundaries.pairs_that_join(self._scheme, texts)
 
     def parts_at(self, left: str, right: str) -> bool:
-        """Whether `left` and `right` provably tokenize apart: the ids of `left + right` are theirs, end to end.
-
-        The pre-tokenizer never joins what lies on both sides of such a place, nor looks across it. `False` says only
-        that this is not proved.
-        """
-        if not left or not right:
-            return True
-        last, first = left[-1], right[0]
-        if self._scheme == "gpt2":
-            if not last.isspace():
-                return _is_space(first)  # no alternative of the pattern holds white space after anything else
-            return last == "\n" and len(left) > 1 and not left[-2].isspace() and not first.isspace()
-        if self._scheme in ("cl100k", "o200k"):
-            if last.isascii() and last.isalnum():
-                return _is_space(first)
-            return last == "\n" and not first.isspace()
-        return False
+        """Whether `left` and `right` provably tokenize apart; see `boundaries.parts_at`."""
+        return boundaries.parts_at(self._scheme, left, right)
 
     def check(self, texts: Texts | Sequence[str], encoded: RaggedIds, *, seed: int) -> None:
         """Compare a random sample of a batch with the ids that tiktoken gives.
@@ -249,11 +224,6 @@ def _guarded(name: str, encode: Callable[[], _T]) -> _T:
     except BaseException as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UnencodableError({0: f"{name} fails on the text ({reason})"}) from error
-
-
-def _is_space(character: str) -> bool:
-    r"""What the pre-tokenizers call white space: Python's, without the separators U+001C to U+001F."""
-    return character.isspace() and not "\x1c" <= character <= "\x1f"
 
 
 @lru_cache(maxsize=8)

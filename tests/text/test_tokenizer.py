@@ -185,7 +185,7 @@ def test_caches_are_thrown_away_and_ids_stay(monkeypatch: pytest.MonkeyPatch) ->
     expected = [tokenizer.encode(text) for text in strings]
     encoded = [text.encode() for text in strings]
     offsets = np.cumsum([3, *map(len, encoded)])  # the first text need not begin at 0
-    monkeypatch.setattr(gigatoken, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(gigatoken, "_PIECE_BYTES", 20_000)
     for texts in (Texts(strings), Texts(data=b"..." + b"".join(encoded), offsets=offsets)):
         before = tokenizer._backend._tokenizer
         assert rows(tokenizer.encode_batch(texts)) == expected
