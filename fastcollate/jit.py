@@ -12,7 +12,6 @@ import hashlib
 import mmap
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils, config, event
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 F = TypeVar("F", bound=Callable[..., Any])
 WILL_NEED: int | None = getattr(mmap, "MADV_WILLNEED", None)  # `madvise` takes it, where a system has that
@@ -44,11 +44,6 @@ def kernel(function: F) -> F:
     if found._cache.cache_path is not None:
         found._cache._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename))
     return cast("F", found)
-
-
-def part_of_kernel(function: F) -> F:
-    """A function that is compiled with each kernel that calls it, where it would take as long again by itself."""
-    return cast("F", njit(inline="always")(function))
 
 
 def _kept(function: Any) -> Any:
@@ -141,15 +136,20 @@ def compiling(tell: Callable[[], None] | None = None) -> Iterator[Compiling]:
 if config.DISABLE_JIT:
 
     def view(address: int, count: int, dtype: Any) -> Any:
-        """Memory at an address as an array; the caller keeps it alive."""
+        """Memory at an address as an array of a dtype, or of the type of a number; the caller keeps it alive."""
+        item: Any = np.dtype(dtype if isinstance(dtype, type) else type(dtype))
         if count <= 0:
-            return np.empty(0, dtype)
-        raw = (ctypes.c_char * (int(count) * np.dtype(dtype).itemsize)).from_address(int(address))
-        return np.frombuffer(raw, dtype)
+            return np.empty(0, item)
+        raw: Any = (ctypes.c_char * (int(count) * item.itemsize)).from_address(int(address))
+        return np.frombuffer(raw, item)
 
     def borrow(array: Any) -> Any:
         """The array itself: nothing counts references here."""
         return array
+
+    def address_of(array: Any) -> int:
+        """Where an array's memory begins."""
+        return int(array.ctypes.data)
 
     def prefetch(address: int) -> None:
         """Nothing to do: a hint to the processor."""
@@ -159,33 +159,51 @@ if config.DISABLE_JIT:
         if WILL_NEED is not None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(int(address)), ctypes.c_size_t(int(size)), WILL_NEED)
 
-    def load_word(address: int) -> Any:
-        """The eight bytes at an address as a number, the first one lowest."""
-        return np.uint64(int.from_bytes(ctypes.string_at(int(address), 8), "little"))
-
-    def load_byte(address: int) -> int:
-        """The byte at an address."""
-        return ctypes.c_uint8.from_address(int(address)).value
-
-    def store_word(address: int, word: Any) -> None:
-        """Write eight bytes to an address, the lowest first."""
-        ctypes.memmove(int(address), int(word).to_bytes(8, "little"), 8)
-
-    def trailing_zeros(word: Any) -> int:
-        """How many bits below the lowest that is set; `word` is not 0."""
-        return (int(word) & -int(word)).bit_length() - 1
-
 else:
 
+    def _as_array(context: Any, builder: Any, kind: Any, data: Any, shape: Any, strides: Any) -> Any:
+        """An array over memory that somebody else keeps alive."""
+        array = context.make_array(kind)(context, builder)
+        size = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+        populate_array(array, data=data, shape=shape, strides=strides or [size], itemsize=size, meminfo=None)
+        return array._getvalue()
+
     @intrinsic  # type: ignore[untyped-decorator]
-    def _pointer(_: Any, address: Any, dtype: Any) -> Any:
-        """An address as a C pointer to `dtype`."""
-        pointer = types.CPointer(dtype.dtype)
+    def view(_: Any, address: Any, count: Any, dtype: Any) -> Any:
+        """Memory at an address as an array of a dtype, or of the type of a number; the caller keeps it alive."""
+        item = dtype if isinstance(dtype, types.Number) else dtype.dtype
+        kind = types.Array(item, 1, "C")
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(pointer))
+            data = builder.inttoptr(args[0], context.get_data_type(item).as_pointer())
+            return _as_array(context, builder, kind, data, [args[1]], None)
 
-        return pointer(types.int64, dtype), codegen
+        return kind(types.int64, types.int64, dtype), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def borrow(_: Any, array: Any) -> Any:
+        """An array's memory without its owner, whom the caller keeps alive.
+
+        Numba counts references to the owner, in atomic steps, for each slice and each call that takes the array:
+        that took half the time of a loop over short records.
+        """
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            own = context.make_array(array)(context, builder, value=args[0])
+            shape, strides = (cgutils.unpack_tuple(builder, part) for part in (own.shape, own.strides))
+            return _as_array(context, builder, array, own.data, shape, strides)
+
+        return array(array), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def address_of(_: Any, array: Any) -> Any:
+        """Where an array's memory begins."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            own = context.make_array(array)(context, builder, value=args[0])
+            return builder.ptrtoint(own.data, context.get_value_type(types.int64))
+
+        return types.int64(array), codegen
 
     @intrinsic  # type: ignore[untyped-decorator]
     def prefetch(_: Any, address: Any) -> Any:
@@ -202,82 +220,16 @@ else:
 
         return types.void(types.int64), codegen
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def ask_for(_: Any, address: Any, size: Any) -> Any:
-        """Ask the system for the pages of some memory, which begins with a page; nothing is read here."""
-        from llvmlite import ir
+    if WILL_NEED is None:
 
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            if WILL_NEED is not None:
-                number = ir.IntType(32)
-                function = cgutils.get_or_insert_function(
-                    builder.module,
-                    ir.FunctionType(number, [cgutils.voidptr_t, args[1].type, number]),
-                    "madvise",
-                )
-                builder.call(function, [builder.inttoptr(args[0], cgutils.voidptr_t), args[1], number(WILL_NEED)])
-            return context.get_dummy_value()
+        @kernel
+        def ask_for(address: int, size: int) -> None:
+            """Nothing to do: this system takes no such hint."""
 
-        return types.void(types.int64, types.int64), codegen
+    else:
+        _madvise = types.ExternalFunction("madvise", types.int32(types.int64, types.int64, types.int32))
 
-    def _as_word(builder: Any, address: Any) -> Any:
-        from llvmlite import ir
-
-        return builder.inttoptr(address, ir.IntType(64).as_pointer())
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def load_word(_: Any, address: Any) -> Any:
-        """The eight bytes at an address, aligned or not, as a number, the first one lowest."""
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return _in_order(builder, builder.load(_as_word(builder, args[0]), align=1))
-
-        return types.uint64(types.int64), codegen
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def load_byte(_: Any, address: Any) -> Any:
-        """The byte at an address."""
-        from llvmlite import ir
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.load(builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
-
-        return types.uint8(types.int64), codegen
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def store_word(_: Any, address: Any, word: Any) -> Any:
-        """Write eight bytes to an address, aligned or not, the lowest first."""
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            builder.store(_in_order(builder, args[1]), _as_word(builder, args[0]), align=1)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.uint64), codegen
-
-    def _in_order(builder: Any, word: Any) -> Any:
-        """A word's bytes as a little-endian machine has them."""
-        return word if sys.byteorder == "little" else builder.bswap(word)
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def trailing_zeros(_: Any, word: Any) -> Any:
-        """How many bits below the lowest that is set; `word` is not 0."""
-        from llvmlite import ir
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-        return types.int64(types.uint64), codegen
-
-    @kernel
-    def view(address: int, count: int, dtype: Any) -> Any:
-        """Memory at an address as an array; the caller keeps it alive."""
-        return carray(_pointer(address, dtype), (count,), dtype)
-
-    @kernel
-    def borrow(array: Any) -> Any:
-        """A C-contiguous array's memory without its owner, whom the caller keeps alive.
-
-        Numba counts references to the owner, in atomic steps, for each slice and each call that takes the array:
-        that took half the time of a loop over short records.
-        """
-        return carray(_pointer(np.int64(array.ctypes.data), array.dtype), array.shape, array.dtype)
+        @kernel
+        def ask_for(address: int, size: int) -> None:
+            """Ask the system for the pages of some memory, which begins with a page; nothing is read here."""
+            _madvise(address, size, WILL_NEED)

@@ -276,7 +276,7 @@ def count_rows(store: TokenStore, options: MaskOptions) -> Iterator[RowCounts]:
         report = np.empty((len(rows), kernels.REPORT_COLUMNS), np.int64)
         filled = collator.fill_group(rows, np.arange(len(rows) + 1), out, report)
         if not filled:
-            out = np.empty(kernels.cells_of(1, int(report[0, kernels.WIDTH]), 0)[1], np.int64)
+            out = np.empty(kernels.plain_cells_of(1, int(report[0, kernels.WIDTH]), 8)[1], np.int64)
             continue
         done = report[:filled]
         yield RowCounts(first, done[:, kernels.REAL], done[:, kernels.TRAINED], done[:, kernels.CORNERS])

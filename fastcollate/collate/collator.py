@@ -65,8 +65,10 @@ class Collator:
             raise InputError(f"inputs_dtype={inputs_dtype}: choose torch.int64 or torch.int32")
         self.table = Table(shards, name=name)
         self._addresses = self.table.array
-        self.narrow = inputs_dtype == torch.int32
-        self._inputs_dtype = _INT32 if self.narrow else _INT64
+        self._inputs_dtype = _INT32 if inputs_dtype == torch.int32 else _INT64
+        self._types = self.table.token, self._inputs_dtype.type(0)  # the kernels are compiled for these
+        if not np.iinfo(self._inputs_dtype).min <= pad_token_id <= np.iinfo(self._inputs_dtype).max:
+            raise InputError(f"pad_token_id={pad_token_id} does not fit inputs_dtype={inputs_dtype}")
         self.settings = options.make_settings(
             pad_token_id=pad_token_id,
             ignore_index=ignore_index,
@@ -74,7 +76,6 @@ class Collator:
             mask_prompt=mask_prompt,
             mode=mode,
             truncation=truncation,
-            narrow=self.narrow,
         )
 
     def __call__(self, rows: npt.ArrayLike, take: Take | None = None) -> Batch:
@@ -92,24 +93,26 @@ class Collator:
         if numbers.ndim != 1 or not len(numbers):
             raise InputError("a batch needs at least one row number")
         out = _NO_CELLS if take is None else take(0)
-        width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out)
+        width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out, *self._types)
         if end > len(out):
             out = (take or _allocate)(end)
-            width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out)
+            width, middle, end = kernels.fill_padded(self._addresses, self.settings, numbers, out, *self._types)
         if width < 0:
             raise self.table.explain(int(numbers[-1 - width]))
         return make_batch(out, self._inputs_dtype, len(numbers), width, 0, middle)
 
     def fill_group(self, rows: Int64Array, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
-        """Fill as many batches as `out` holds in one kernel call; see `kernels.fill_padded_group`.
+        """Fill as many batches as `out` holds in one kernel call, or measure them; see `fill.fill_padded_group`.
 
         Returns:
             The number of batches filled; 0 where `out` is too small for the first, whose size is in `report[0]`.
 
         Raises:
-            InputError: a row does not exist, or its shard is damaged.
+            InputError: a row does not exist, or its shard is damaged; or the bounds are not of these rows.
         """
-        filled = kernels.fill_padded_group(self.table.array, self.settings, rows, bounds, out, report)
+        _check_bounds(bounds, len(rows), "rows")
+        _check_room(out, report, len(bounds) - 1)
+        filled = kernels.fill_padded_group(self.table.array, self.settings, rows, bounds, out, report, *self._types)
         if filled < 0:
             raise self.table.explain(int(rows[-1 - filled]))
         return int(filled)
@@ -160,8 +163,6 @@ class Collator:
             or (np.diff(packs) < 0).any()
         ):
             raise InputError(f"bounds={packs.tolist()} of {len(numbers)} rows: give 0, each pack's end, in order")
-        if len(firsts) not in (0, len(numbers)):
-            raise InputError(f"{len(firsts)} starts of {len(numbers)} rows: give one a row, or none")
         report = np.empty((1, kernels.REPORT_COLUMNS), np.int64)
         batches = np.array([0, len(packs) - 1])
         out = (take or _allocate)(self.packed_cells(len(packs) - 1, capacity, len(numbers)))
@@ -185,10 +186,19 @@ class Collator:
             The number of batches filled; 0 where `out` has fewer cells than the `packed_cells` of the first.
 
         Raises:
-            InputError: a row does not exist, its shard is damaged, or it does not fit its pack.
+            InputError: a row does not exist, its shard is damaged, or it does not fit its pack; or the bounds, starts
+                or sizes are not of these rows.
         """
+        check_capacity(capacity)
+        _check_bounds(packs, len(rows), "rows")
+        _check_bounds(batches, len(packs) - 1, "packs")
+        _check_room(out, report, len(batches) - 1)
+        if len(starts) not in (0, len(rows)):
+            raise InputError(f"{len(starts)} starts of {len(rows)} rows: give one a row, or none")
+        if int(np.diff(batches).max(initial=0)) * capacity >= 1 << 31:
+            raise InputError(f"capacity={capacity}: cu_seqlens is int32, so a batch of packs ends at 2**31 cells")
         filled = pack_kernels.fill_packed_group(
-            self.table.array, self.settings, rows, starts, packs, batches, capacity, out, report
+            self.table.array, self.settings, rows, starts, packs, batches, capacity, out, report, *self._types
         )
         if filled < 0:
             raise self.explain_pack(rows, starts, packs, capacity, -1 - int(filled))
@@ -199,7 +209,7 @@ class Collator:
         if num_packs * capacity >= 1 << 31:
             raise InputError(f"{num_packs} packs of {capacity} cells: cu_seqlens is int32, so a batch ends at 2**31")
         limit = min(int(self.settings[options.LIMIT]), capacity)
-        return int(pack_kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self.narrow)[3])
+        return int(pack_kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self._inputs_dtype.itemsize)[2])
 
     def packed_batches(self, out: Int64Array, lines: Iterable[list[int]]) -> list[PackedBatch]:
         """Like `batches`, for packed ones."""
@@ -208,7 +218,7 @@ class Collator:
     def _packed_batch(self, out: Int64Array, line: list[int]) -> PackedBatch:
         capacity, start, num_segments = line[kernels.WIDTH], line[kernels.START], line[kernels.SEGMENTS]
         num_packs = line[kernels.CELLS] // capacity
-        targets, (size, _) = line[kernels.TARGETS], kernels.plain_cells_of(num_packs, capacity, narrow=0)
+        targets, (size, _) = line[kernels.TARGETS], kernels.plain_cells_of(num_packs, capacity, 8)
         shape, positions = (num_packs, capacity), targets + size
         inputs: npt.NDArray[Any] = np.ndarray(shape, self._inputs_dtype, out, 8 * start)
         batch = PackedBatch(
@@ -253,6 +263,19 @@ def make_batch(
     shape = (num_rows, width)
     pair = (tensor(array(shape, inputs_dtype, out, 8 * start)), tensor(array(shape, _INT64, out, 8 * middle)))
     return new(Batch, pair)  # type: ignore[no-any-return]
+
+
+def _check_bounds(bounds: Int64Array, total: int, name: str) -> None:
+    """A kernel follows them without a look: nothing outside of what was given may be read."""
+    if bounds.ndim != 1 or not len(bounds) or bounds[0] < 0 or bounds[-1] > total or (bounds[1:] < bounds[:-1]).any():
+        raise InputError(f"bounds={bounds.tolist()[:20]} of {total} {name}: give each batch's or pack's end, in order")
+
+
+def _check_room(out: Int64Array, report: Int64Array, num_batches: int) -> None:
+    """The same for what is written."""
+    for array, shape in ((out, out.shape[:1]), (report, (max(num_batches, len(report)), kernels.REPORT_COLUMNS))):
+        if array.dtype != np.int64 or array.shape != shape or not array.flags.c_contiguous or not array.flags.writeable:
+            raise InputError(f"{array.dtype} {array.shape} to fill: give contiguous int64 memory, for a report {shape}")
 
 
 def _as_integers(values: npt.ArrayLike, name: str) -> Int64Array:

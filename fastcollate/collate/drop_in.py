@@ -19,6 +19,7 @@ from fastcollate.collate.settings import clamped, make_settings
 from fastcollate.errors import InputError
 
 _INT64 = np.dtype(np.int64)
+_TYPES = {4: (np.uint32(0), np.int64(0)), 8: (np.int64(0), np.int64(0))}  # of tokens and inputs, for the kernels
 _NO_CELLS: Int64Array = np.array([], np.int64)
 
 
@@ -92,7 +93,6 @@ def collate_fn(
         mask_prompt=pairs,
         mode=mode,
         truncation="right",
-        narrow=False,
     )
     inputs, targets = _collate_rows(rows, settings)
     if str(device) != "cpu":
@@ -112,10 +112,10 @@ def _collate_rows(rows: _Rows, settings: Int64Array) -> Batch:
         ],
         np.int64,
     )  # fmt: skip
-    numbers = rows.span_offsets[:num_rows]  # 0, 1, 2, ...
-    width, middle, end = kernels.fill_padded(table, settings, numbers, _NO_CELLS)
+    numbers, types = rows.span_offsets[:num_rows], _TYPES[rows.input_ids.itemsize]  # 0, 1, 2, ...
+    width, middle, end = kernels.fill_padded(table, settings, numbers, _NO_CELLS, *types)
     out = np.empty(end, np.int64)
-    width, middle, end = kernels.fill_padded(table, settings, numbers, out)
+    width, middle, end = kernels.fill_padded(table, settings, numbers, out, *types)
     assert width >= 0
     return make_batch(out, _INT64, num_rows, width, 0, middle)
 

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from fastcollate.errors import InputError
 
-_SETTINGS = range(7)
-PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, NARROW = _SETTINGS
+_SETTINGS = range(6)
+PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT = _SETTINGS
 NUM_SETTINGS = len(_SETTINGS)
 NO_LIMIT = 2**62
+MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
 
 MODES = ("reference", "positional")
 TRUNCATIONS = ("right", "left")
@@ -36,7 +37,6 @@ def make_settings(
     mask_prompt: bool,
     mode: str,
     truncation: str,
-    narrow: bool,
 ) -> npt.NDArray[np.int64]:
     """The settings that the kernels read.
 
@@ -61,6 +61,5 @@ def make_settings(
     settings[MASK] = mask_prompt
     settings[REFERENCE] = mode == "reference"
     settings[LEFT] = truncation == "left"
-    settings[NARROW] = narrow
     settings.flags.writeable = False
     return settings

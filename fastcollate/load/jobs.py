@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.collate.collator import Collator
+from fastcollate.collate.fill import END, REPORT_COLUMNS
 from fastcollate.errors import InputError
-from fastcollate.load import queue_kernels
 from fastcollate.plan.packing import Packs
 
 Int64Array = npt.NDArray[np.int64]
-Lines = Sequence[list[int]]
+Fill = Callable[[Int64Array, Int64Array, Int64Array], int]  # bounds, buffer, report -> batches filled
 
 
 class Job(Protocol):
-    """One window's batches."""
+    """One window's batches.
 
-    @property
-    def line(self) -> Int64Array:
-        """What `queue_kernels` reads of the job, for as long as the job lives."""
+    Attributes:
+        ends: int64 `(num_batches,)`: where each batch would end, in int64 cells, if all lay in one buffer. Behind a
+            damaged row that is not known: the batches there take none, and are refused when they are filled.
+    """
 
-    @property
-    def num_batches(self) -> int:
-        """Batches in the window."""
+    ends: Int64Array
 
-    def batches(self, out: Int64Array, lines: Lines) -> Sequence[Batch | PackedBatch]:
-        """The filled batches that some lines of the kernel's report tell of, as views of `out`."""
+    def fill(self, first: int, stop: int, out: Int64Array) -> Int64Array:
+        """Fill batches `first` to `stop` into a buffer that holds them; returns the kernel's report, a line a batch.
 
-    def explain(self, place: int) -> InputError:
-        """Why the kernel refused row `place` of the job."""
+        Raises:
+            InputError: a row does not exist, its shard is damaged, or it does not fit its pack.
+        """
+
+    def batches(self, out: Int64Array, report: Int64Array) -> Sequence[Batch | PackedBatch]:
+        """The filled batches, as views of the buffer."""
 
 
 class PaddedJob:
@@ -47,18 +51,19 @@ class PaddedJob:
 
     def __init__(self, collator: Collator, rows: Int64Array, bounds: Int64Array) -> None:
         self._collator = collator
-        self.num_batches = len(bounds) - 1
-        self._rows, self._bounds = _int64(rows), _int64(bounds)
-        self.line = np.zeros(queue_kernels.JOB_COLUMNS, np.int64)
-        _write_rows(self.line, self._rows, self._bounds)
+        self._rows, self._bounds = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(bounds, np.int64)
+        self.ends = _ends(self._fill, self._bounds)
 
-    def batches(self, out: Int64Array, lines: Lines) -> list[Batch]:
-        """See `Job`."""
-        return self._collator.batches(out, lines)
+    def _fill(self, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
+        return self._collator.fill_group(self._rows, bounds, out, report)
 
-    def explain(self, place: int) -> InputError:
+    def fill(self, first: int, stop: int, out: Int64Array) -> Int64Array:
         """See `Job`."""
-        return self._collator.table.explain(int(self._rows[place]))
+        return _filled(self._fill, self._bounds[first : stop + 1], out)
+
+    def batches(self, out: Int64Array, report: Int64Array) -> list[Batch]:
+        """See `Job`."""
+        return self._collator.batches(out, report.tolist())
 
 
 class PackedJob:
@@ -73,33 +78,35 @@ class PackedJob:
 
     def __init__(self, collator: Collator, packs: Packs, bounds: Int64Array, capacity: int) -> None:
         self._collator = collator
-        self.num_batches = len(bounds) - 1
-        self._packs, self._bounds, self._capacity = Packs(*map(_int64, packs)), _int64(bounds), capacity
-        self.line = np.zeros(queue_kernels.JOB_COLUMNS, np.int64)
-        _write_rows(self.line, self._packs.rows, self._bounds)
-        self.line[queue_kernels.CAPACITY] = capacity
-        self.line[queue_kernels.STARTS], self.line[queue_kernels.NUM_STARTS] = _place(self._packs.starts)
-        self.line[queue_kernels.PACKS], self.line[queue_kernels.NUM_PACKS] = _place(self._packs.bounds)
+        self._packs = Packs(*(np.ascontiguousarray(part, np.int64) for part in packs))
+        self._bounds, self._capacity = np.ascontiguousarray(bounds, np.int64), capacity
+        self.ends = _ends(self._fill, self._bounds)
 
-    def batches(self, out: Int64Array, lines: Lines) -> list[PackedBatch]:
-        """See `Job`."""
-        return self._collator.packed_batches(out, lines)
-
-    def explain(self, place: int) -> InputError:
-        """See `Job`."""
+    def _fill(self, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
         packs = self._packs
-        return self._collator.explain_pack(packs.rows, packs.starts, packs.bounds, self._capacity, place)
+        return self._collator.fill_packed_group(
+            packs.rows, packs.starts, packs.bounds, bounds, self._capacity, out, report
+        )
+
+    def fill(self, first: int, stop: int, out: Int64Array) -> Int64Array:
+        """See `Job`."""
+        return _filled(self._fill, self._bounds[first : stop + 1], out)
+
+    def batches(self, out: Int64Array, report: Int64Array) -> list[PackedBatch]:
+        """See `Job`."""
+        return self._collator.packed_batches(out, report.tolist())
 
 
-def _write_rows(line: Int64Array, rows: Int64Array, bounds: Int64Array) -> None:
-    line[queue_kernels.ROWS], line[queue_kernels.NUM_ROWS] = _place(rows)
-    line[queue_kernels.BOUNDS], line[queue_kernels.NUM_BOUNDS] = _place(bounds)
+def _ends(fill: Fill, bounds: Int64Array) -> Int64Array:
+    """See `Job`: a kernel that is given no room measures."""
+    report = np.zeros((len(bounds) - 1, REPORT_COLUMNS), np.int64)
+    with contextlib.suppress(InputError):  # a damaged row is told when its turn comes
+        fill(bounds, np.empty(0, np.int64), report)
+    return np.maximum.accumulate(report[:, END])
 
 
-def _int64(array: npt.NDArray[Any]) -> Int64Array:
-    """As the kernels read it, who see an address only."""
-    return np.ascontiguousarray(array, np.int64)
-
-
-def _place(array: Int64Array) -> tuple[int, int]:
-    return array.ctypes.data, len(array)
+def _filled(fill: Fill, bounds: Int64Array, out: Int64Array) -> Int64Array:
+    report = np.empty((len(bounds) - 1, REPORT_COLUMNS), np.int64)
+    if fill(bounds, out, report) < len(report):
+        raise InputError("the store's shards changed while they were read; prepare the store again")
+    return report

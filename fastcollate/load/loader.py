@@ -30,7 +30,7 @@ from fastcollate.load.options import (
     order_keywords,
     trained_rows,
 )
-from fastcollate.load.prefetch import Filler, Group, fill_groups
+from fastcollate.load.prefetch import Group, fill_groups
 from fastcollate.load.transfer import Transfer, make_transfer
 from fastcollate.plan.mixing import Order, OrderedPlan
 from fastcollate.plan.options import PlanOptions, integer
@@ -81,10 +81,11 @@ class Stats:
     wait_s: float = 0.0
     h2d_bytes: int = 0
 
-    def count(self, num_batches: int, totals: Sequence[int]) -> None:
-        """Add some batches, by their lines of the kernel's report, or the sums of these."""
+    def count(self, report: npt.NDArray[np.int64]) -> None:
+        """Add some batches, by their lines of the kernel's report."""
+        totals = (report[0] if len(report) == 1 else report.sum(0)).tolist()
         rows, cells, real, trained, corners, untrained, cut_rows, cut_tokens = totals[: len(Counts._fields)]
-        self.batches += num_batches
+        self.batches += len(report)
         self.rows += rows
         self.real_cells += real
         self.padded_cells += cells - real
@@ -193,27 +194,22 @@ class BatchLoader(Epochs):
         start = time.perf_counter()
         iteration = self._begin()
         plan = iteration.planned
-        filler = Filler(
-            self._collator,
-            self._own_transfer(),
-            packed=plan.plan.options.capacity is not None,
-            ahead=self._prefetch > 0,
-        )
         groups = fill_groups(
             lambda window: self._job(plan, window),
             plan.plan.num_windows,
             iteration.first[1:],
-            filler,
+            self._own_transfer(),
             prefetch=self._prefetch,
             num_threads=self._num_threads,
         )
         with contextlib.closing(groups):
             for group in groups:
                 self._stats.wait_s += time.perf_counter() - start
-                if group.totals[kernels.CORNERS]:
+                totals = group.report.sum(0).tolist()
+                if totals[kernels.CORNERS]:
                     self._warn_of_corners()
-                if group.totals[kernels.UNTRAINED]:
-                    self._warn_of_untrained(group.totals)
+                if totals[kernels.UNTRAINED]:
+                    self._warn_of_untrained(totals)
                 handed = _Handed(group)
                 self._handed.append(handed)
                 try:
@@ -241,13 +237,9 @@ class BatchLoader(Epochs):
 
     def _count(self, handed: _Handed) -> None:
         """Add the batches that were handed over since the last count."""
-        group, first, stop = handed.group, handed.counted, handed.batches
-        if stop - first == len(group.batches):
-            self._stats.count(stop, group.totals)
-        else:
-            for line in group.lines[first:stop]:
-                self._stats.count(1, line)
-        handed.counted = stop
+        if handed.counted < handed.batches:
+            self._stats.count(handed.group.report[handed.counted : handed.batches])
+            handed.counted = handed.batches
 
     def _job(self, planned: OrderedPlan, index: int) -> Job:
         """One window's batches, to be filled."""

@@ -1,13 +1,12 @@
 """Batches filled ahead of the consumer by threads, and handed over in groups, in order.
 
-A hand-over costs as much as filling several small batches, so a group is about four megabytes. The threads need no
-interpreter; what is left in Python, a few calls a group, the consumer's thread does.
+A hand-over costs as much as filling several small batches, so a group is about four megabytes. A thread needs the
+interpreter only to take a group up and to put it down; what is left in Python the consumer's thread does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import threading
@@ -20,13 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastcollate.collate import fill as kernels
 from fastcollate.collate.batch import Batch, PackedBatch
-from fastcollate.collate.collator import Collator
+from fastcollate.collate.fill import END
 from fastcollate.errors import InputError
-from fastcollate.load import queue_kernels
-from fastcollate.load.fill_threads import FillThreads
-from fastcollate.load.jobs import Job, Lines
+from fastcollate.load.jobs import Job
 from fastcollate.load.transfer import Arrival, Transfer
 
 Int64Array = npt.NDArray[np.int64]
@@ -38,13 +34,17 @@ THREAD_NAME = "fastcollate-"
 
 
 class Task(NamedTuple):
-    """A group that is to be filled: batches `first` to `stop` of window number `window`, and the buffer they go to."""
+    """A group to be filled: batches `first` to `stop` of window number `window`, and the buffer they go to."""
 
     job: Job
     window: int
     first: int
     stop: int
     out: Int64Array
+
+    def fill(self) -> Int64Array:
+        """Fill the buffer; returns the kernel's report, a line a batch."""
+        return self.job.fill(self.first, self.stop, self.out)
 
 
 class Group(NamedTuple):
@@ -54,181 +54,161 @@ class Group(NamedTuple):
         window: the number of their window.
         first: the first batch's number in the window.
         batches: views of the buffer.
-        lines: the kernel's report, a line a batch.
-        totals: its sums over the batches.
+        report: the kernel's, int64, a line a batch: first the columns of `Counts`.
         arrival: the copy on the device; `None` where the views themselves are handed over.
     """
 
     window: int
     first: int
     batches: Sequence[Batch | PackedBatch]
-    lines: Lines
-    totals: Sequence[int]
+    report: Int64Array
     arrival: Arrival | None
-
-
-class Filler:
-    """Fills batches into groups.
-
-    Args:
-        collator: how, the same as the jobs'.
-        transfer: gives the buffers and takes them to the device.
-        packed: whether the jobs are of packed batches.
-        ahead: whether threads fill ahead of the consumer.
-    """
-
-    def __init__(self, collator: Collator, transfer: Transfer, *, packed: bool, ahead: bool) -> None:
-        self.collator = collator
-        self.packed = packed
-        self.transfer = transfer
-        self._group_cells = GROUP_CELLS if ahead else ALONE_CELLS
-        self.num_batches = 1
-        """Batches that make a group; starts at one, so that the first batch comes at once."""
-        self._mean_cells = 0.0  # of a batch
-        self._usual_cells = 5 * self._group_cells // 4  # of a buffer: groups differ in size, and should fit one
-
-    def task(self, job: Job, window: int, first: int, stop: int) -> Task:
-        """Some batches, and a buffer that probably holds them."""
-        usual, likely = self._usual_cells, 5 * self._mean_cells / 4
-        return Task(job, window, first, stop, self.transfer.take(usual if likely <= usual else _power_of_two(likely)))
-
-    def fill(self, task: Task) -> tuple[int, Int64Array]:
-        """Fill as many of a task's batches as its buffer holds, here and now; returns what `FillThreads.wait` does."""
-        job, _, first, stop, out = task
-        report = np.empty((stop - first + 1, kernels.REPORT_COLUMNS), np.int64)
-        table, settings = self.collator.table.array, self.collator.settings
-        packed = queue_kernels.PACKED if self.packed else queue_kernels.PADDED
-        return queue_kernels.fill(table, settings, job.line, first, stop, out, report, packed), report
-
-    def finish(self, task: Task, count: int, report: Int64Array) -> Group:
-        """The group of the first `count` batches of a task; chooses how many the next task should have.
-
-        Where the buffer did not hold the first one, that is filled now, into one of its size.
-        """
-        if not count:
-            self.transfer.drop(task.out)
-            task = task._replace(out=self.transfer.take(_power_of_two(report[0, kernels.END])))
-            count, report = self.fill(task)
-        if count < 0:
-            self.transfer.drop(task.out)
-            raise task.job.explain(-1 - count)
-        lines = report[: count + 1].tolist()
-        totals = lines.pop()
-        used = lines[-1][kernels.END]
-        # As many as fill a group by the mean of the last ones, since batches differ; twice as many at most.
-        self._mean_cells += (used / count - self._mean_cells) / (8 if self._mean_cells else 1)
-        self.num_batches = max(1, min(int(self._group_cells / max(self._mean_cells, 1)), 2 * count, MAX_GROUP))
-        # The consumer may take the first of these batches for inference, and train on the others.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
-            arrival = self.transfer.send(task.out, used)
-            return Group(task.window, task.first, task.job.batches(task.out, lines), lines, totals, arrival)
-
-
-def _power_of_two(num_cells: float) -> int:
-    """A size that the next, wider batch does not outgrow: new memory costs more than filling it."""
-    return 1 << (math.ceil(num_cells) - 1).bit_length()
 
 
 def fill_groups(
     window_job: Callable[[int], Job],
     num_windows: int,
     position: tuple[int, int],
-    filler: Filler,
+    transfer: Transfer,
     *,
     prefetch: int,
     num_threads: int,
 ) -> Generator[Group, None, None]:
     """The groups of an epoch, in order.
 
+    The first one has one batch, so that it comes at once, and is filled by the caller's thread: what is compiled on
+    the way is compiled there, since a process that is forked while another thread compiles could never compile again.
+
     Args:
         window_job: plans a window.
         num_windows: windows in the epoch.
         position: window, and batch within it, to start with.
-        filler: fills.
+        transfer: gives the buffers and takes them to the device.
         prefetch: groups filled ahead; 0 fills each when it is asked for, without threads.
         num_threads: threads that fill; another one plans the next window.
     """
     windows = range(position[0], num_windows)
     if not prefetch:
-        for job, window, first, stop in _cut(map(window_job, windows), position, filler):
-            while first < stop:
-                task = filler.task(job, window, first, stop)
-                group = filler.finish(task, *filler.fill(task))
-                del task
-                first += len(group.batches)
-                yield group
-                del group  # before the next is filled, so that its buffer is used again
+        for task in _tasks(map(window_job, windows), position, transfer, ALONE_CELLS):
+            group = _finish(transfer, task, task.fill)
+            del task
+            yield group
+            del group  # before the next is filled, so that its buffer is used again
         return
-    with (
-        _Planner() as planner,
-        FillThreads(
-            filler.collator, num_threads, prefetch + 1, MAX_GROUP, THREAD_NAME + "fill", packed=filler.packed
-        ) as threads,
-    ):
-        ahead = _Ahead(filler, threads)
-        failures: list[Exception] = []
+    failures: list[Exception] = []
+    with _Threads(1, "plan") as planner, _Threads(num_threads, "fill") as threads:
+        ahead = _Ahead(transfer, threads)
         try:
-            for work in _cut(_planned_ahead(window_job, windows, planner, failures), position, filler):
-                ahead.post(filler.task(*work))
+            jobs = _planned_ahead(window_job, windows, planner, failures)
+            for task in _tasks(jobs, position, transfer, GROUP_CELLS):
+                ahead.add(task)
+                del task
                 while len(ahead) > prefetch:
-                    yield from ahead.hand_over()
+                    yield ahead.take()
+                    ahead.check_process()
             while len(ahead):
-                yield from ahead.hand_over()
+                yield ahead.take()
+                ahead.check_process()
         finally:
             ahead.drop()
-        for error in failures:
-            raise error
+    for error in failures:
+        raise error
+
+
+def _tasks(jobs: Iterator[Job], position: tuple[int, int], transfer: Transfer, group_cells: int) -> Iterator[Task]:
+    """Windows in pieces that fit a buffer, of one batch at least."""
+    window, first = position
+    most = 1  # batches
+    for job in jobs:
+        ends = job.ends
+        if not 0 <= first <= len(ends):
+            raise InputError(f"batch {first} of window {window}, which has {len(ends)}: the position is of other data")
+        while first < len(ends):
+            start = int(ends[first - 1]) if first else 0
+            fit = int(np.searchsorted(ends, start + group_cells, side="right"))
+            stop = max(min(fit, first + most), first + 1)
+            num_cells = int(ends[stop - 1]) - start
+            # Of a larger batch a power of two: the next, wider one fits too, and new memory costs more than filling it.
+            room = group_cells if num_cells <= group_cells else 1 << (num_cells - 1).bit_length()
+            yield Task(job, window, first, stop, transfer.take(room))
+            first, most = stop, MAX_GROUP
+        window, first = window + 1, 0
+
+
+def _finish(transfer: Transfer, task: Task, fill: Callable[[], Int64Array]) -> Group:
+    """A task's group, once it is filled."""
+    try:
+        report = fill()
+    except BaseException:
+        transfer.drop(task.out)
+        raise
+    # The consumer may take the first of these batches for inference, and train on the others.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+        arrival = transfer.send(task.out, int(report[-1, END]))
+        return Group(task.window, task.first, task.job.batches(task.out, report), report, arrival)
 
 
 class _Ahead:
     """The groups that were asked for, and not yet handed over."""
 
-    def __init__(self, filler: Filler, threads: FillThreads) -> None:
-        self._filler = filler
+    def __init__(self, transfer: Transfer, threads: _Threads) -> None:
+        self._transfer = transfer
         self._threads = threads
-        self._copies = filler.transfer.copies
-        self._tasks: deque[Task] = deque()
-        self._groups: deque[Group] = deque()  # of the tasks before those
-        self._rest: tuple[Job, int, int, int] | None = None  # what the buffer of the task before all did not hold
+        self._groups: deque[Group] = deque()
+        self._waiting: deque[tuple[Task, list[Task], Future[Int64Array]]] = deque()  # behind those
         self._process = os.getpid()
+        self._is_first = True
 
     def __len__(self) -> int:
-        return len(self._tasks) + len(self._groups) + (self._rest is not None)
+        return len(self._groups) + len(self._waiting)
 
-    def post(self, task: Task) -> None:
-        """Ask for a group."""
-        self._tasks.append(task)
-        self._threads.post(task.job, task.first, task.stop, task.out)
-
-    def hand_over(self) -> Iterator[Group]:
-        """The oldest group."""
-        if self._rest is not None:
-            task, self._rest = self._filler.task(*self._rest), None
-            group = self._finish(task, *self._filler.fill(task))
-        elif self._groups:
-            group = self._groups.popleft()
+    def add(self, task: Task) -> None:
+        """Have a group filled."""
+        if self._is_first:
+            self._is_first = False
+            self._groups.append(_finish(self._transfer, task, task.fill))
         else:
-            group = self._finish(self._tasks.popleft(), *self._threads.wait())
-        while self._copies and self._threads.is_next_filled():  # their copies go on beside the work on this group
-            self._groups.append(self._finish(self._tasks.popleft(), *self._threads.wait()))
-        yield group
+            box = [task]
+            self._waiting.append((task, box, self._threads.submit(_fill, box)))
+
+    def take(self) -> Group:
+        """The oldest group."""
+        if not self._groups:
+            self._finish_next()
+        group = self._groups.popleft()
+        while self._transfer.copies and self._waiting and self._is_filled(self._waiting[0][2]):
+            self._finish_next()  # their copies go on beside the work on this group
+        return group
+
+    @staticmethod
+    def _is_filled(future: Future[Int64Array]) -> bool:
+        return future.done() and future.exception() is None
+
+    def _finish_next(self) -> None:
+        task, box, future = self._waiting.popleft()
+        if future.cancel():  # no thread has begun with it: this one need not wait for one to wake
+            box.clear()
+            self._groups.append(_finish(self._transfer, task, task.fill))
+        else:
+            self._groups.append(_finish(self._transfer, task, future.result))
+
+    def check_process(self) -> None:
+        """Raise in a fork."""
         if os.getpid() != self._process:
             raise InputError(
                 f"this iterator belongs to process {self._process}, whose threads a fork does not copy; make one in "
                 "this process with iter(loader), or give the loader prefetch=0"
             )
 
-    def _finish(self, task: Task, count: int, report: Int64Array) -> Group:
-        group = self._filler.finish(task, count, report)
-        done = task.first + len(group.batches)
-        if done < task.stop:
-            self._rest = task.job, task.window, done, task.stop
-        return group
-
     def drop(self) -> None:
         """Give up what is not handed over yet; threads may still write to the buffers."""
-        for task in self._tasks:
-            self._filler.transfer.drop(task.out)
+        for task, _, _ in self._waiting:
+            self._transfer.drop(task.out)
+
+
+def _fill(box: list[Task]) -> Int64Array:
+    """Fill on a thread, which lets go of the buffer before anybody hears that it is filled."""
+    return box.pop().fill()
 
 
 def _planned_ahead(
@@ -250,22 +230,11 @@ def _planned_ahead(
         yield job
 
 
-def _cut(jobs: Iterator[Job], position: tuple[int, int], filler: Filler) -> Iterator[tuple[Job, int, int, int]]:
-    """Windows in pieces of a group's size: job, window, first batch, the batch behind the last."""
-    window, first = position
-    for job in jobs:
-        while first < job.num_batches:
-            stop = min(first + filler.num_batches, job.num_batches)
-            yield job, window, first, stop
-            first = stop
-        window, first = window + 1, 0
+class _Threads(ThreadPoolExecutor):
+    """Threads that end with the block, also when it is left early; what has not begun by then is dropped."""
 
-
-class _Planner(ThreadPoolExecutor):
-    """A thread that ends with the block, also when it is left early; what has not begun by then is dropped."""
-
-    def __init__(self) -> None:
-        super().__init__(1, thread_name_prefix=THREAD_NAME + "plan")
+    def __init__(self, num_threads: int, name: str) -> None:
+        super().__init__(num_threads, thread_name_prefix=THREAD_NAME + name)
         self._process = os.getpid()
         self._thread = threading.get_ident()
 

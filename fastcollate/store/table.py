@@ -44,6 +44,7 @@ class Table:
     Attributes:
         array: int64 `(num_shards, rows.TABLE_COLUMNS)`.
         num_rows: rows in all shards.
+        token: 0 as a number of the tokens' dtype, which is the same in all shards.
 
     Raises:
         InputError: a column's dtype, shape or memory layout is not what `Columns` says.
@@ -68,6 +69,13 @@ class Table:
             line[rows.SPAN_SIZE] = shard.spans.itemsize
             line[rows.SPAN_OFFSETS] = shard.span_offsets.ctypes.data
             self.num_rows += len(shard.offsets) - 1
+        dtypes = {shard.input_ids.dtype for shard in self._shards}
+        if len(dtypes) > 1:
+            raise InputError(
+                f"{name} has shards of {' and '.join(sorted(map(str, dtypes)))}: a collator reads tokens of one dtype; "
+                "prepare them with one tokenizer, or make a loader of each"
+            )
+        self.token: Any = next(iter(dtypes), np.dtype(np.uint16)).type(0)
 
     def _check(self, index: int, shard: Columns) -> None:
         for column, dtypes in (

@@ -236,8 +236,8 @@ def test_a_row_without_spans_has_no_prompt_and_no_corner() -> None:
 
 
 def test_narrow_inputs_take_half_the_room() -> None:
-    assert kernels.plain_cells_of(3, 11, narrow=0) == (40, 80)  # 33 cells each, on lines of eight
-    assert kernels.plain_cells_of(3, 11, narrow=1) == (24, 64)
+    assert kernels.plain_cells_of(3, 11, 8) == (40, 80)  # 33 cells each, on lines of eight
+    assert kernels.plain_cells_of(3, 11, 4) == (24, 64)
 
 
 @given(rows, st.booleans(), st.data())
@@ -429,7 +429,7 @@ def test_the_chapters_loader_gives_the_same_widths(instruction_data: Path, expec
 def test_a_buffer_that_just_fits_is_filled_once() -> None:
     collator = Collator(make_shards([[1, 2], [3]]))
     asked = []
-    exact = np.empty(kernels.plain_cells_of(2, 2, 0)[1], np.int64)
+    exact = np.empty(kernels.plain_cells_of(2, 2, 8)[1], np.int64)
 
     def take(num_cells: int) -> np.ndarray:
         asked.append(num_cells)
@@ -447,7 +447,7 @@ def test_a_group_that_does_not_fit_and_one_that_is_damaged() -> None:
     collator = Collator(shards)
     assert collator.fill_group(rows, bounds, np.empty(3, np.int64), report) == 0
     assert report[0, kernels.WIDTH] == 3
-    assert collator.fill_group(rows, bounds, np.empty(kernels.plain_cells_of(2, 3, 0)[1], np.int64), report) == 1
+    assert collator.fill_group(rows, bounds, np.empty(kernels.plain_cells_of(2, 3, 8)[1], np.int64), report) == 1
     shards[0] = shards[0]._replace(offsets=np.array([0, 3, 4, 99]))
     with pytest.raises(InputError, match=r"row 2 of the store\) is damaged"):
         Collator(shards).fill_group(rows, bounds, np.empty(100, np.int64), report)

@@ -17,6 +17,7 @@ import torch
 from fastcollate.collate import fill as kernels
 from fastcollate.collate.collator import Collator
 from fastcollate.collate.reference import custom_collate_fn
+from fastcollate.errors import InputError
 from tests.helpers import make_shards
 
 PAD = 50256
@@ -62,7 +63,7 @@ def test_cells_outside_the_batches_stay_as_they_are(seed: int, narrow: bool) -> 
     for number, line in enumerate(report.tolist()):
         num_rows = int(bounds[number + 1] - bounds[number])
         width, start = line[kernels.WIDTH], line[kernels.START]
-        middle = start + kernels.plain_cells_of(num_rows, width, narrow)[0]
+        middle = start + kernels.plain_cells_of(num_rows, width, 4 if narrow else 8)[0]
         left_alone[2 * start : 2 * start + num_rows * width * (1 if narrow else 2)] = False
         left_alone[2 * middle : 2 * (middle + num_rows * width)] = False
     expected = np.full(len(out), SENTINEL).view(np.int32)
@@ -95,3 +96,38 @@ def test_a_shard_is_never_read_past_its_end(guarded: npt.NDArray[np.uint8]) -> N
         found = Collator([shard])(order)
         expected = custom_collate_fn([rows[i] for i in order])
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("bounds", [[0, 5, 3], [-1, 5], [0, 11], [-(10**8), 10], [0, 10**9], [10**12, 10**12], []])
+def test_bounds_that_leave_the_rows_are_refused(bounds: list[int]) -> None:
+    collator, numbers = Collator(make_shards([[1, 2, 3]] * 10)), np.arange(10)
+    out, report = np.empty(4096, np.int64), np.zeros((9, kernels.REPORT_COLUMNS), np.int64)
+    given, none = np.array(bounds, np.int64), np.empty(0, np.int64)
+    with pytest.raises(InputError, match="bounds"):
+        collator.fill_group(numbers, given, out, report)
+    with pytest.raises(InputError, match="bounds"):
+        collator.fill_packed_group(numbers, none, given, np.array([0, 1]), 64, out, report)
+    with pytest.raises(InputError, match="bounds"):
+        collator.fill_packed_group(numbers, none, np.arange(11), given, 64, out, report)
+
+
+def test_memory_that_does_not_hold_a_report_is_refused() -> None:
+    collator, numbers, bounds = Collator(make_shards([[1, 2, 3]] * 10)), np.arange(10), np.arange(11)
+    good = np.empty(4096, np.int64), np.zeros((10, kernels.REPORT_COLUMNS), np.int64)
+    assert collator.fill_group(numbers, bounds, *good) == 10
+    for out, report in (
+        (good[0], good[1][:9]), (good[0], good[1][:, :9]), (good[0].astype(np.int32), good[1]), (good[0][::2], good[1]),
+        (good[0].reshape(2, -1), good[1]),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="int64 memory"):
+            collator.fill_group(numbers, bounds, out, report)
+
+
+def test_shards_of_two_dtypes_are_refused() -> None:
+    with pytest.raises(InputError, match="uint16 and uint32"):
+        Collator([*make_shards([[1]], dtype=np.uint16), *make_shards([[1]], dtype=np.uint32)])
+
+
+def test_a_pad_that_does_not_fit_the_inputs_is_refused() -> None:
+    with pytest.raises(InputError, match="pad_token_id=2147483648 does not fit"):
+        Collator(make_shards([[1]]), pad_token_id=2**31, inputs_dtype=torch.int32)

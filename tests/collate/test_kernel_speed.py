@@ -34,9 +34,9 @@ def test_fill_padded(benchmark: Any, rows: list[list[int]], mask: bool) -> None:
     collator = Collator(make_shards(rows, [[30, len(row) - 30] for row in rows], num_shards=3), mask_prompt=mask)
     numbers = np.arange(64) * 7
     width = max(len(rows[i]) for i in numbers)
-    out = np.empty(kernels.cells_of(64, width, 0)[1], np.int64)
-    found = benchmark(kernels.fill_padded, collator.table.array, collator.settings, numbers, out)
-    assert found == (width, *kernels.cells_of(64, width, 0))
+    out = np.empty(kernels.cells_of(64, width, 8)[1], np.int64)
+    found = benchmark(kernels.fill_padded, collator.table.array, collator.settings, numbers, out, *collator._types)
+    assert found == (width, *kernels.cells_of(64, width, 8))
     inputs, targets = out[: 64 * width], out[found[1] :][: 64 * width]
     assert (inputs != 50256).sum() == sum(len(rows[i]) for i in numbers)
     assert (targets != -100).sum() == sum(len(rows[i]) - 29 * mask for i in numbers)
@@ -87,7 +87,16 @@ def test_fill_padded_group(benchmark: Any, rows: list[list[int]]) -> None:
     collator = Collator(make_shards(rows, num_shards=3))
     numbers, bounds = np.random.default_rng(5).permutation(NUM_ROWS), np.arange(0, NUM_ROWS + 1, 8)
     out, report = np.empty(2 * NUM_ROWS * 320, np.int64), np.empty((64, kernels.REPORT_COLUMNS), np.int64)
-    filled = benchmark(kernels.fill_padded_group, collator.table.array, collator.settings, numbers, bounds, out, report)
+    filled = benchmark(
+        kernels.fill_padded_group,
+        collator.table.array,
+        collator.settings,
+        numbers,
+        bounds,
+        out,
+        report,
+        *collator._types,
+    )
     assert filled == 64
     assert report[:, kernels.REAL].sum() == sum(map(len, rows))
     assert report[:, kernels.WIDTH].tolist() == [max(len(rows[i]) for i in part) for part in numbers.reshape(64, 8)]
@@ -100,7 +109,18 @@ def test_fill_packed_group(benchmark: Any, rows: list[list[int]]) -> None:
     out = np.empty(collator.packed_cells(num_packs, 1024, NUM_ROWS), np.int64)
     report, batches = np.empty((1, kernels.REPORT_COLUMNS), np.int64), np.array([0, num_packs])
     starts = np.empty(0, np.int64)
-    options = collator.table.array, collator.settings, numbers, starts, packs, batches, 1024, out, report
+    options = (
+        collator.table.array,
+        collator.settings,
+        numbers,
+        starts,
+        packs,
+        batches,
+        1024,
+        out,
+        report,
+        *collator._types,
+    )
     assert benchmark(pack_kernels.fill_packed_group, *options) == 1
     assert report[0, kernels.REAL] == report[0, kernels.TRAINED] == sum(map(len, rows))
 

@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-FILES = ["collate/test_collate.py", "load/test_loader.py", "plan/test_packing.py", "collate/test_vectors.py"]
+FILES = [
+    "collate/test_collate.py",
+    "load/test_loader.py",
+    "plan/test_packing.py",
+    "collate/test_counts.py",
+    "load/test_prefetch.py",
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "file", ["collate/test_collate.py", "load/test_loader.py", "plan/test_packing.py", "collate/test_vectors.py"]
-)
+@pytest.mark.parametrize("file", FILES)
 def test_without_the_compiler(file: str) -> None:
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "HYPOTHESIS_MAX_EXAMPLES": "25"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / file)]

@@ -21,10 +21,13 @@ import numpy as np
 import pytest
 import torch
 
+from fastcollate.collate.collator import Collator
 from fastcollate.collate.reference import custom_collate_fn
 from fastcollate.errors import InputError
 from fastcollate.load import prefetch
+from fastcollate.load.jobs import PaddedJob
 from fastcollate.load.loader import BatchLoader
+from fastcollate.load.transfer import make_transfer
 from fastcollate.store.store import TokenStore
 from tests.helpers import make_store, write_store
 
@@ -96,7 +99,7 @@ def test_one_wide_batch_does_not_widen_all_buffers(monkeypatch: pytest.MonkeyPat
     for batch in loader:
         del batch
     sizes = sorted(len(buffer) for buffer in loader._own_transfer()._pool._buffers)  # type: ignore[attr-defined]
-    assert sizes == [1280, 8192]
+    assert sizes == [1024, 8192]
     wide = BatchLoader(make_store([[1] * 3000] * 60), policy="sequential", batch_size=1, prefetch=0)
     kept = [batch.inputs.data_ptr() for batch in wide]
     assert len(set(kept)) <= 3
@@ -394,3 +397,76 @@ def test_addresses_are_not_pickled() -> None:
         pickle.dumps(loader._collator)
     with pytest.raises(TypeError, match="one process"):
         pickle.dumps(loader._own_transfer()._pool)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_an_error_in_a_filling_thread_reaches_the_consumer_at_its_batch(
+    num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "GROUP_CELLS", 1)  # a group a batch
+    fill, filled_by = prefetch.Task.fill, []
+
+    def fails_at_ten(task: prefetch.Task) -> Any:
+        filled_by.append(threading.current_thread().name)
+        if task.first == 10:
+            raise MemoryError("no memory for the places of rows")
+        return fill(task)
+
+    monkeypatch.setattr(prefetch.Task, "fill", fails_at_ten)
+    loader = BatchLoader(make_store(ROWS), policy="sequential", batch_size=8, num_threads=num_threads)
+    found: list[Any] = []
+    with pytest.raises(MemoryError, match="places"):
+        found.extend((time.sleep(0.002), batch)[1] for batch in loader)  # the threads get ahead
+    assert equal(found, [custom_collate_fn(ROWS[8 * i : 8 * i + 8]) for i in range(10)])
+    assert any(name.startswith(prefetch.THREAD_NAME + "fill") for name in filled_by)
+    assert not threads()
+
+
+def test_what_no_thread_has_begun_with_the_consumer_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "GROUP_CELLS", 1)
+    begin, fill, filled_by = threading.Event(), prefetch.Task.fill, set()
+
+    def waits(task: prefetch.Task) -> Any:
+        filled_by.add(threading.current_thread() is threading.main_thread())
+        if threading.current_thread() is not threading.main_thread():
+            assert begin.wait(20)
+        return fill(task)
+
+    monkeypatch.setattr(prefetch.Task, "fill", waits)
+    batches = iter(BatchLoader(make_store(ROWS), policy="sequential", batch_size=8, prefetch=3))
+    found = [next(batches)]  # the thread has begun with the next, and waits
+    threading.Timer(0.1, begin.set).start()
+    found.extend(batches)
+    assert equal(found, [custom_collate_fn(ROWS[i : i + 8]) for i in range(0, len(ROWS), 8)])
+    assert filled_by == {True, False}
+
+
+def test_iterators_let_go_of_elsewhere_end_their_threads_too() -> None:
+    held = [iter(BatchLoader(make_store(ROWS), num_threads=2, **OPTIONS)) for _ in range(3)]
+    assert len([next(iterator) for iterator in held]) == 3
+    assert threads()
+    other = threading.Thread(target=held.clear)
+    other.start()
+    other.join()
+    end = time.monotonic() + 20
+    while threads() and time.monotonic() < end:
+        time.sleep(0.002)
+    assert not threads()
+
+
+@pytest.mark.parametrize("position", [(0, -1), (0, 10**6), (0, -(10**8)), (3, 10**6)])
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_position_outside_of_the_epoch_is_refused_and_reads_nothing(position: tuple[int, int], ahead: int) -> None:
+    store = make_store(ROWS)
+    collator = Collator(store.shards)
+    bounds = np.arange(0, 401, 8)
+    groups = prefetch.fill_groups(
+        lambda window: PaddedJob(collator, np.arange(400), bounds),
+        4,
+        position,
+        make_transfer(torch.device("cpu"), 4),
+        prefetch=ahead,
+        num_threads=1,
+    )
+    with pytest.raises(InputError, match="batch"):
+        list(groups)

@@ -17,8 +17,7 @@ import torch
 
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn
 from fastcollate.errors import InputError
-from fastcollate.load import prefetch, queue_kernels, transfer
-from fastcollate.load.fill_threads import FillThreads
+from fastcollate.load import prefetch, transfer
 from fastcollate.load.loader import BatchLoader
 from fastcollate.load.transfer import HostPool, ToCuda
 from fastcollate.plan.plan import plan_epoch
@@ -264,16 +263,12 @@ def test_a_refill_without_waiting_would_be_seen(
     by_hand: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The streams above do catch what they are for."""
-    is_next_filled = FillThreads.is_next_filled
 
-    def is_next_filled_now(threads: FillThreads) -> bool:
+    def is_filled_now(future: Any) -> bool:
         """However slow the threads, the next group is there, so that copies wait while other buffers are filled."""
-        if threads._waited < threads._posted:
-            while queue_kernels.serve(threads._queue, threads._waited, *threads._how) == queue_kernels.NOT_DONE:
-                pass
-        return is_next_filled(threads)
+        return future.result() is not None
 
-    monkeypatch.setattr(FillThreads, "is_next_filled", is_next_filled_now)
+    monkeypatch.setattr(prefetch._Ahead, "_is_filled", staticmethod(is_filled_now))
     monkeypatch.setattr(prefetch, "GROUP_CELLS", 500)
     monkeypatch.setattr(FakeEvent, "synchronize", lambda self: None)
     monkeypatch.setattr(FakeEvent, "query", lambda self: True)

@@ -1,0 +1,75 @@
+"""Kernels that ignore the targets of prompts, after a row was filled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastcollate.collate.settings import IGNORE, MASKED, NO_LIMIT, REFERENCE
+from fastcollate.jit import kernel, view
+from fastcollate.store.rows import NUM_SPANS, SPAN_OFFSETS, SPAN_SIZE, SPANS, bounds_of
+
+
+@kernel
+def _ignore_columns(targets: Any, begin: int, end: int, value: int, ignore: int) -> int:
+    """Write `value` over targets `begin..end`, cut to what is there; returns how many of them were trained."""
+    first, stop = max(begin, 0), min(end, len(targets))
+    trained = 0
+    for j in range(first, stop):
+        trained += targets[j] != ignore
+        targets[j] = value
+    return trained
+
+
+@kernel
+def _span_of(address: int, size: int, index: int) -> int:
+    """One of a row's spans: uint32, or int64 where a caller gave prompt lengths."""
+    if size == 4:
+        return np.int64(view(address, index + 1, np.uint32)[index])  # type: ignore[no-any-return]
+    return view(address, index + 1, np.int64)[index]  # type: ignore[no-any-return]
+
+
+@kernel
+def mask_row(
+    table: Any, shard: int, row: int, length: int, start: int, padded: int, settings: Any, targets: Any
+) -> tuple[int, int]:
+    """Ignore the targets of a row's prompts.
+
+    Args:
+        table: see `store/rows.py`.
+        shard: its line that holds the row; and so `row`, its number, and `length`, its tokens.
+        start: the row's column that `targets[0]` is.
+        padded: the row's width before any cut: the reference's slice counts from its end when it is negative.
+        settings: see `settings.py`.
+        targets: int64, the row's.
+
+    Returns:
+        How many of them were trained, or -1 where the spans are broken, and the corners met.
+    """
+    first, count = bounds_of(table, shard, row, SPAN_OFFSETS, NUM_SPANS)
+    if count < 0:
+        return -1, 0
+    size, ignore, reference = table[shard, SPAN_SIZE], settings[IGNORE], settings[REFERENCE] != 0
+    at, value = table[shard, SPANS] + first * size, MASKED if reference else ignore
+    if size == 4:  # those of a store end within the row and its end-of-text
+        total = np.int64(0)
+        for k in range(count):
+            total += _span_of(at, size, k)
+            if total > length + 1:
+                return -1, 0
+    if count <= 2:
+        prompt = _span_of(at, size, 0) if count > 0 else np.int64(0)
+        stop, corner = max(prompt, -NO_LIMIT) - 1, 0  # any integer is legal, also the least
+        if reference and stop < 0 and count > 0:
+            stop = max(padded + stop, 0)
+            corner = np.int64(stop > 0)
+        return _ignore_columns(targets, -start, stop - start, value, ignore), corner
+    masked, position = 0, np.int64(0)
+    for k in range(0, count, 2):
+        end = position + _span_of(at, size, k)
+        if k + 1 == count:
+            end = max(end, length + 1)  # no response follows, so nothing trains the end-of-text
+        masked += _ignore_columns(targets, position - 1 - start, end - 1 - start, value, ignore)
+        position = end + (_span_of(at, size, k + 1) if k + 1 < count else np.int64(0))
+    return masked, 0
