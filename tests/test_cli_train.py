@@ -54,6 +54,28 @@ def test_resuming_with_the_same_data_goes_on(
     assert len(losses(tmp_path / "run")) == 5
 
 
+def test_the_first_command_runs_again_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastcollate.cli._SAMPLE_RECORDS", 60)
+    monkeypatch.setattr("fastcollate.cli._SAMPLE_STEPS", 2)
+    first = ["train", "--out", tmp_path / "R", *QUICK[2:], "--sample-tokens", 0]
+    for more, steps, says in (
+        ([], 2, "steps"),
+        ([], 2, "this run has ended, at step 2"),
+        (["--resume"], 2, "this run has ended, at step 2"),
+        (["--max-steps", 5, "--resume"], 5, "going on after step 2 of 5; the learning rate goes by 5 steps"),
+    ):
+        sample = tmp_path / "R" / "sample.jsonl"
+        before = sample.stat().st_mtime_ns if sample.exists() else None
+        assert run_cli(monkeypatch, *first, *more) == 0
+        assert says in " ".join(capsys.readouterr().err.split())
+        assert before in (None, sample.stat().st_mtime_ns)
+        assert [step["step"] for step in metrics(tmp_path / "R")] == list(range(1, steps + 1))
+    assert run_cli(monkeypatch, *first, "--max-steps", 9, "--resume", "--seed", 1) == 1
+    assert "with --resume may change: --epochs, --max-steps, --device" in capsys.readouterr().err
+
+
 def test_generate_and_evaluate(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

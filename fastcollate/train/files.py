@@ -67,7 +67,7 @@ class TrainReport:
         validation_loss: of the last evaluation, `None` without one.
         seconds: time of this process's steps, without evaluation and checkpoints.
         tokens_per_second: useful tokens a second of that time.
-        wait_share: the part of that time spent waiting for data.
+        wait_share: the part of that time spent waiting for data; the start (kernels, the first batch) is no part of it.
         compilations: graphs that `--compile` compiled.
         ended: `finished`, `early stop` or `interrupted`.
         out: the run's directory.

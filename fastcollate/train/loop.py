@@ -169,9 +169,7 @@ class _Run:
         counters.skipped_steps += loss is None
         counters.tokens_seen += data.num_useful
         self._flush()
-        compiled_s = self.watch.seconds - self.compiled_s
-        self.compiled_s += compiled_s
-        wait_s = max(0.0, data.wait_s - compiled_s)  # kernels are compiled once, which is not waiting for data
+        wait_s = self._waited_for_data(data)
         step_s = time.perf_counter() - start - (data.wait_s - wait_s)
         self.useful_here += data.num_useful
         self.wait_s += wait_s
@@ -187,6 +185,12 @@ class _Run:
         self.pending = _Pending(None if loss is None else Readback(loss), values)
         if counters.skipped_steps == counters.step == _FIRST_SKIPPED:
             self._say(f"note: {self._why_nothing_is_trained()}")
+
+    def _waited_for_data(self, data: StepData) -> float:
+        """Seconds of a step's wait, without the start: kernels are compiled once, and a first batch cannot overlap."""
+        compiled_s = self.watch.seconds - self.compiled_s
+        self.compiled_s += compiled_s
+        return max(0.0, data.wait_s - compiled_s) if self.useful_here else 0.0
 
     def _flush(self) -> None:
         """Read, check and log the loss of the step before."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numba.core import event
 
 from fastcollate.collate.collator import Collator
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn
@@ -28,7 +29,7 @@ from fastcollate.train.loop import train
 from fastcollate.train.model import CONFIGS, GPT2, GPT2Config
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import Ranks
-from fastcollate.train.step import MicroBatch, Stepper, learning_rate_at, make_loader, split_rows
+from fastcollate.train.step import Feed, MicroBatch, Stepper, learning_rate_at, make_loader, split_rows
 from tests.helpers import losses, metrics, sample_store, write_store
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -375,6 +376,29 @@ def test_a_longer_run_says_which_learning_rates_follow(
         learning_rate_at(step, run if step <= 3 else longer, 3 if step <= 3 else 30) for step in range(1, 31)
     ]
     assert rates[3] > rates[2]
+
+
+@pytest.mark.usefixtures("small")
+def test_the_start_is_not_waiting_for_data(
+    tmp_path: Path, random_store: TokenStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here kernels take half a second to compile, before the first batch and, for rows of another kind, the third."""
+    take, calls = Feed._take, [0]
+
+    def slow_take(self: Feed) -> Any:
+        calls[0] += 1
+        if calls[0] in (1, 3):
+            with event.trigger_event("numba:compile", data={}):
+                time.sleep(0.5)
+        return take(self)
+
+    monkeypatch.setattr(Feed, "_take", slow_take)
+    report = train(random_store, options(tmp_path / "run", max_steps=5))
+    assert capsys.readouterr().err.count("compiling kernels (once)") == 1
+    waits = [step["wait_s"] for step in metrics(tmp_path / "run")]
+    assert waits[0] == 0.0
+    assert max(waits) < 0.4
+    assert report.wait_share * report.seconds == pytest.approx(sum(waits), abs=1e-3)
 
 
 @pytest.mark.usefixtures("small")
