@@ -123,7 +123,6 @@ def prepare(
 
 def _under_lock(job: _Job, run: Runner, *, overwrite: bool, wait: bool) -> tuple[dict[str, Any], bool]:
     """The manifest of the store, and whether another job has made it while this one waited."""
-    made = [folder for folder in (job.root, *job.root.parents) if not folder.exists()]
     before = _version(job.root)
     with JobLock(job.root, wait=wait, holder=lambda: holder(job.root)) as lock:
         try:
@@ -139,11 +138,8 @@ def _under_lock(job: _Job, run: Runner, *, overwrite: bool, wait: bool) -> tuple
         except SourceReadError:
             raise
         except InputError:
-            if job.root in made and not job.has_finished:
+            if not job.has_finished:
                 lock.remove_folder()
-                with contextlib.suppress(OSError):  # not empty: somebody else has put something there
-                    for folder in made[1:]:
-                        folder.rmdir()
             raise
         except OSError as error:
             reason = f"{error.strerror or error}; what is finished is kept: mend that and run the same command again"

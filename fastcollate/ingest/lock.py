@@ -34,6 +34,7 @@ class JobLock:
 
     Attributes:
         waited: whether another job held it.
+        made: the folders that were made for it, the store's first.
 
     Raises:
         InputError: another job holds it and `wait` is false; the folder cannot be made or written; it holds files
@@ -46,6 +47,7 @@ class JobLock:
         self._holder = holder
         self._lock = filelock.FileLock(root / LOCK, thread_local=False)
         self.waited = False
+        self.made: list[Path] = []
 
     def __enter__(self) -> JobLock:
         while True:
@@ -71,6 +73,7 @@ class JobLock:
         self._lock.release()
 
     def _make_folder(self) -> None:
+        self.made += [folder for folder in (self._root, *self._root.parents) if not folder.exists()]
         try:
             self._root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -97,14 +100,17 @@ class JobLock:
                 ) from error
 
     def remove_folder(self) -> None:
-        """Remove the folder, with what is a store's in it, while the lock is held; it stays where anything else is."""
+        """Remove the folders that were made for the lock, which is held, with what is a store's; not what is not."""
+        if self._root not in self.made:
+            return
         for path in self._root.iterdir():
             if is_ours(path.name):
                 discard(path)
         if os.name == "posix":  # elsewhere an open file cannot be removed: the lock stays, and the folder with it
             (self._root / LOCK).unlink(missing_ok=True)  # whoever waits for it sees that it is gone, and begins again
-            with contextlib.suppress(OSError):
-                self._root.rmdir()
+            with contextlib.suppress(OSError):  # not empty: somebody else has put something there
+                for folder in self.made:
+                    folder.rmdir()
 
 
 def is_ours(name: str) -> bool:

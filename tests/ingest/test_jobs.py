@@ -63,7 +63,7 @@ def test_bad_sources_together_leave_no_folder(tmp_path: Path) -> None:
     for _ in range(4):
         answers = race(bad, tmp_path / "runs" / "s", 3)
         assert all(answer.rstrip().splitlines()[-1].startswith("fastcollate.errors.InputError") for answer in answers)
-        assert not (tmp_path / "runs").exists()
+        assert not (tmp_path / "runs" / "s").exists()
 
 
 def hold(store: Path) -> JobLock:
@@ -119,6 +119,7 @@ def test_who_waits_says_so_and_for_whom(
 def test_a_folder_that_vanishes_under_who_waits_is_made_again(tmp_path: Path) -> None:
     first = hold(tmp_path / "s")
     with first:
+        assert first.made == [tmp_path / "s"]
         got: list[bool] = []
 
         def second() -> None:
