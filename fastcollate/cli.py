@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect as inspect_module
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -129,16 +128,12 @@ def sample(
 def _write_sample(path: Path, num_records: int) -> None:
     """Write the sample whole or not at all, and not anew where it is there."""
     from fastcollate.sources.sample import sample_records
+    from fastcollate.store.files import write_file
 
     content = "".join(json.dumps(record) + "\n" for record in sample_records(num_records))
     if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == content:
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, content.encode())
 
 
 @app.command()
@@ -218,6 +213,19 @@ def prepare(
         print_summary(title, {name.replace("_", " "): value for name, value in report.summary.items()})
         if report.skipped_report:
             print(f"skipped records are listed in {report.skipped_report}")
+
+
+@app.command()
+def convert(
+    old: Annotated[Path, typer.Argument(help="Directory of a store that an older release wrote.")],
+    new: Annotated[Path, typer.Argument(help="Directory to write, which is not there yet.")],
+    json_output: Json = False,
+) -> None:
+    """Write an old store in today's format, in few shards; the old one is left as it is."""
+    from fastcollate.store.convert import convert as run
+
+    report = run(old, new, progress=not json_output)
+    _print_json(asdict(report)) if json_output else print(report)
 
 
 def _parse_fields(pairs: list[str] | None) -> dict[str, str] | None:

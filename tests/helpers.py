@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from fastcollate.collate.reference import format_input
@@ -73,7 +75,8 @@ def write_store(
 ) -> TokenStore:
     """A store of `(spans, ids)` rows, a few rows a shard; a row's `source_row` is ten times its number."""
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer = {"end_token_id": tokenizer["pad_token_id"], "files": [], **tokenizer}
+    tokenizer = {**tokenizer, "end_token_id": tokenizer.get("end_token_id", tokenizer["pad_token_id"])}
+    tokenizer.setdefault("files", [])
     identity = StoreIdentity(sources_of(["made by a test"], len(rows)), tokenizer, {"name": "alpaca"}, {})
     dtype = token_dtype(tokenizer["vocab_size"])
     infos: list[ShardInfo] = []
@@ -89,6 +92,70 @@ def write_store(
         infos.append(write_shard(path, shard_name(len(infos)), columns))
     write_manifest(path, identity, infos, summary=summary or {})
     return TokenStore(path)
+
+
+def write_format_1(
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    shard_rows: int = 3,
+    tokenizer: Mapping[str, Any] | None = None,
+    template: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """A store as release 0.1 wrote it, byte by byte, and by nothing of this release; rows as `write_store` has them."""
+    path.mkdir(parents=True)
+    tokenizer = tokenizer or {"name": "gpt2", "fingerprint": "00", "vocab_size": 50257, "pad_token_id": 50256}
+    wide = pa.uint16() if tokenizer["vocab_size"] <= 1 << 16 else pa.uint32()
+    types = [pa.large_list(pa.field("item", kind, nullable=False)) for kind in (wide, pa.uint32())]
+    names = ("input_ids", "spans", "source_row")
+    schema = pa.schema([pa.field(n, t, nullable=False) for n, t in zip(names, [*types, pa.uint64()], strict=True)])
+
+    def entry(name: str) -> dict[str, Any]:
+        raw = (path / name).read_bytes()
+        return {"name": name, "num_bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+
+    shards = []
+    for first in range(0, len(rows), shard_rows):
+        part, name = rows[first : first + shard_rows], f"shard-{first // shard_rows:05d}.arrow"
+        source_row = range(10 * first, 10 * (first + len(part)), 10)
+        values = [[list(ids) for _, ids in part], [list(spans) for spans, _ in part], list(source_row)]
+        arrays = [pa.array(value, type_) for value, type_ in zip(values, [*types, pa.uint64()], strict=True)]
+        with pa.ipc.new_file(path / name, schema) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+        lengths = [len(ids) for _, ids in part]
+        counts = {"num_rows": len(part), "num_tokens": sum(lengths), "num_spans": sum(len(s) for s, _ in part)}
+        shards.append({**entry(name), **counts, "max_length": max(lengths)})
+    longest = max(shard["max_length"] for shard in shards)
+    np.save(
+        path / "lengths.npy", np.array([len(ids) for _, ids in rows], np.uint16 if longest < 1 << 16 else np.uint32)
+    )
+    for name, content in (files or {}).items():
+        (path / name).write_bytes(content)
+    identity: dict[str, Any] = {
+        "sources": [{"name": "a.jsonl", "num_bytes": 9, "time": 1, "sha256": "00"}],
+        "tokenizer": tokenizer,
+        "template": template or {"name": "alpaca"},
+        "options": {"boundary": "reference", "on_error": "raise", "block_bytes": 1 << 23},
+    }
+    manifest = {
+        "format": "fastcollate-store",
+        "format_version": 1,
+        "fingerprint": _sha256(identity),
+        **identity,
+        **{name: sum(shard[name] for shard in shards) for name in ("num_rows", "num_tokens")},
+        "max_length": longest,
+        "summary": {"num_skipped": 2},
+        "files": [entry("lengths.npy"), *(entry(name) for name in files or {})],
+        "shards": shards,
+    }
+    manifest["checksum"] = _sha256(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -198,7 +198,7 @@ def inspect_store(
         path=str(store.path),
         num_rows=len(store),
         num_tokens=store.num_tokens,
-        num_shards=len(store.shards),
+        num_shards=len(store.manifest["shards"]),
         num_bytes=sum(entry["num_bytes"] for entry in store.manifest["shards"]),
         tokenizer=store.tokenizer_name,
         template=str(store.manifest["template"].get("name", "unknown")),

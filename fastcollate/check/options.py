@@ -27,9 +27,9 @@ class MaskOptions:
 
     def collator(self, store: TokenStore) -> Collator:
         """The fast path with these options; ignored targets are -100."""
-        from fastcollate.collate.collator import Collator
+        from fastcollate.load.options import collator_of
 
-        return Collator(store.shards, pad_token_id=store.pad_token_id, name=str(store.path), **asdict(self))
+        return collator_of(store, asdict(self))
 
     def with_other_mask(self) -> MaskOptions:
         """The same with the other `mask_prompt`.

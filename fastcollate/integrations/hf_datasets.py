@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.pytorch import StoreDataset
 from fastcollate.store.manifest import sources_of
+from fastcollate.store.shards import record_batch
 from fastcollate.store.store import (
     ShardColumns,
     ShardInfo,
@@ -71,12 +72,9 @@ def open_dataset(store: TokenStore | str | os.PathLike[str]) -> Any:
     """
     datasets = import_extra("datasets", "hf")
     store = store if isinstance(store, TokenStore) else TokenStore(store)
-    tables = []
-    for entry in store.manifest["shards"]:
-        with pa.memory_map(str(store.path / entry["name"])) as source:
-            tables.append(pa.ipc.open_file(source).read_all())
+    table = pa.Table.from_batches([record_batch(columns) for columns in store.shards])
     # given a fingerprint, `datasets` does not read the whole table to compute one
-    return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables)), fingerprint=store.fingerprint[:16])
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=store.fingerprint[:16])
 
 
 def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: Any) -> TokenStore:

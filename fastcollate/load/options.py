@@ -12,7 +12,7 @@ import torch
 from fastcollate.collate import fill as kernels
 from fastcollate.collate.collator import Collator
 from fastcollate.plan.options import OrderKeywords
-from fastcollate.store.store import TokenStore
+from fastcollate.store.store import TokenStore, require_served
 
 _AT_ONCE = 1 << 12  # rows
 
@@ -55,8 +55,9 @@ def collator_of(store: Any, options: dict[str, Any]) -> Collator:
     """A collator of a store's rows, by `CollateKeywords`.
 
     Raises:
-        InputError: an option is wrong.
+        InputError: an option is wrong, or this release makes no batches of such a store.
     """
+    require_served(store)
     options = {**options}
     if options.get("pad_token_id") is None:
         options["pad_token_id"] = getattr(store, "pad_token_id", 50256)

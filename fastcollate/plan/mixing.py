@@ -14,7 +14,7 @@ from fastcollate.errors import InputError
 from fastcollate.plan import kernels as plan_kernels
 from fastcollate.plan.options import LARGEST, PlanOptions, integer, row_numbers
 from fastcollate.plan.plan import EpochPlan, PackWindow, Window, as_lengths, plan_with, too_long
-from fastcollate.store.store import Example, ShardColumns, TokenStore
+from fastcollate.store.store import Example, ShardColumns, TokenStore, require_served
 
 Int64Array = npt.NDArray[np.int64]
 Rows = range | npt.NDArray[np.int64]
@@ -106,6 +106,7 @@ class MixedStore:
     def _check_tokenizers(self) -> None:
         first = self._sources[0].store
         for _, store, _ in self._sources:
+            require_served(store)
             if store.manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
                 raise InputError(
                     f"{store.path} is tokenized by {store.tokenizer_name}, {first.path} by {first.tokenizer_name}: "

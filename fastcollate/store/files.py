@@ -50,7 +50,8 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """A file to write; it takes the place of `path` when the block ends, and is removed where the block fails.
 
     It is written beside `path` under a name of this call's own, synced, renamed, and the rename is synced: a crash
-    leaves the old file or the new one, never a part, and several processes may write one `path`.
+    leaves the old file or the new one, never a part, and several processes may write one `path`. What a link leads to
+    is replaced, not the link; what is there and no file, such as a pipe, is written straight.
 
     Args:
         path: the file; its directory exists.
@@ -61,6 +62,11 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
         ...     file.write(b"1 2 3")
         5
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -33,6 +33,7 @@ _KEYS = {
     1: {**_COMMON, "sources": list},
     2: {**_COMMON, "kind": str, "end": str, "columns": dict},
 }
+_NOT_OF_ROWS = ("on_error", "block_bytes")  # format 1 counted them among the options that change rows
 _SOURCES = {"sha256": str, "num_sources": int, "num_records": int}
 _TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int, "pad_token_id": int}
 _TOKENIZER_2 = {**_TOKENIZER, "end_token_id": int, "files": list}
@@ -81,7 +82,7 @@ def sources_of(digests: Iterable[str], num_records: int) -> dict[str, Any]:
         0
     """
     digests = list(digests)
-    total = hashlib.sha256("".join(digests).encode()).hexdigest()
+    total = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return {"sha256": total, "num_sources": len(digests), "num_records": num_records}
 
 
@@ -199,6 +200,7 @@ def _from_format_1(manifest: Mapping[str, Any]) -> dict[str, Any]:
             "format": 1,
         },
         "tokenizer": {**tokenizer, "end_token_id": tokenizer["pad_token_id"], "files": []},
+        "options": {key: value for key, value in manifest["options"].items() if key not in _NOT_OF_ROWS},
         "kind": "rows",
         "end": "append",
         "columns": {},

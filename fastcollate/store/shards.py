@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import errno
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +22,18 @@ from fastcollate.store.files import HashedFile, write_file
 
 _COLUMNS = ("input_ids", "spans", "source_row")
 EXTRA_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
+MANY_SHARDS = 4096  # more of them are not mapped one by one, where they are small
+SMALL_BYTES = 1 << 18  # a shard that is rather read than mapped
+MAX_READ_BYTES = 1 << 30  # small shards that are read into memory, at most
+MAX_MAPS = 1 << 15  # of one store; Linux gives a process 65,530
 _NONE: Mapping[str, Any] = {}
+
+_REMEDIES = {
+    errno.EMFILE: "raise the limit on open files: ulimit -n 4096",
+    errno.ENFILE: "too many files are open on this machine: close some",
+    errno.EACCES: "ask its owner for the right to read it",
+    errno.ENOMEM: "too little memory, or too many memory maps: open fewer stores at once",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,18 +152,60 @@ def open_shard(root: Path, info: ShardInfo, schema: pa.Schema | None = None) -> 
         InputError: the file is missing, of another size or schema, or damaged; names it.
     """
     path = root / info.name
+    with naming(path), pa.memory_map(str(path)) as source:  # the views keep the map alive, the descriptor is closed
+        return _read_shard(source, source.size(), info, schema, path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the system says of a file, with its own remedy: where there are too few descriptors, the file is whole."""
     try:
-        if path.stat().st_size != info.num_bytes:
-            raise InputError(
-                f"{path}: {path.stat().st_size} bytes, but the manifest says {info.num_bytes}; prepare the store again"
-            )
-        with pa.memory_map(str(path)) as source:  # the views keep the map alive, the descriptor is closed
-            return _read_shard(source, info, schema, path)
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: {error.strerror or 'is missing'}; prepare the store again") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror or error}); prepare the store again") from error
+        remedy = _REMEDIES.get(error.errno or 0, "is the disk in order?")
+        raise InputError(f"{path}: cannot be opened ({error.strerror or error}); {remedy}") from error
 
 
-def _read_shard(source: Any, info: ShardInfo, schema: pa.Schema | None, path: Path) -> ShardColumns:
+def open_shards(root: Path, infos: Sequence[ShardInfo], schema: pa.Schema) -> tuple[ShardColumns, ...]:
+    """Open a store's shards with a bounded number of maps, however many there are.
+
+    Each is mapped by itself; of more than `MANY_SHARDS`, those of at most `SMALL_BYTES` are read into memory where
+    they have `MAX_READ_BYTES` or less together, neighbours as one. No file stays open.
+
+    Raises:
+        InputError: more than `MAX_MAPS` would have to be mapped, or as `open_shard`.
+    """
+    is_small = [len(infos) > MANY_SHARDS and info.num_bytes <= SMALL_BYTES for info in infos]
+    if sum(info.num_bytes for info, small in zip(infos, is_small, strict=True) if small) > MAX_READ_BYTES:
+        is_small = [False] * len(infos)
+    if is_small.count(False) > MAX_MAPS:
+        raise InputError(
+            f"{root}: {len(infos):,} shards, too many to open; merge them into few with: "
+            f"fastcollate convert {root} NEW_DIRECTORY"
+        )
+    opened: list[ShardColumns] = []
+    for small, run in itertools.groupby(zip(infos, is_small, strict=True), lambda pair: pair[1]):
+        part = [info for info, _ in run]
+        if small:
+            opened.append(join_columns(part, (_load_shard(root, info, schema) for info in part)))
+        else:
+            opened += [open_shard(root, info, schema) for info in part]
+    return tuple(opened)
+
+
+def _load_shard(root: Path, info: ShardInfo, schema: pa.Schema) -> ShardColumns:
+    """As `open_shard`, in memory."""
+    path = root / info.name
+    with naming(path):
+        raw = path.read_bytes()
+    return _read_shard(pa.BufferReader(raw), len(raw), info, schema, path)
+
+
+def _read_shard(source: Any, num_bytes: int, info: ShardInfo, schema: pa.Schema | None, path: Path) -> ShardColumns:
+    if num_bytes != info.num_bytes:
+        raise InputError(f"{path}: {num_bytes} bytes, but the manifest says {info.num_bytes}; prepare the store again")
     try:
         reader = pa.ipc.open_file(source)
         wanted = _known_schema(reader.schema) if schema is None else schema
@@ -226,7 +282,7 @@ def join_columns(parts: Sequence[ShardInfo], opened: Iterable[ShardColumns]) -> 
         opened: them; each is taken when the one before it is copied, and let go then.
 
     Raises:
-        InputError: they are not of one schema.
+        InputError: they are not of one schema, or a row's offsets are damaged: they would reach into another shard.
     """
     num_rows, num_tokens, num_spans = (
         sum(counts) for counts in zip(*((p.num_rows, p.num_tokens, p.num_spans) for p in parts), strict=True)
@@ -243,8 +299,11 @@ def join_columns(parts: Sequence[ShardInfo], opened: Iterable[ShardColumns]) -> 
                 np.empty(num_rows, np.uint64),
                 {name: np.empty(num_rows, values.dtype) for name, values in columns.extra.items()},
             )
-        elif _kinds(joined) != _kinds(columns):
-            raise InputError(f"{part.name}: its columns are {_kinds(columns)}, but those before it {_kinds(joined)}")
+        elif _dtypes(joined) != _dtypes(columns):
+            raise InputError(f"{part.name}: its columns are {_dtypes(columns)}, those before it {_dtypes(joined)}")
+        for offsets in (columns.offsets, columns.span_offsets):
+            if (offsets[1:] < offsets[:-1]).any():
+                raise InputError(f"{part.name}: damaged offsets; prepare the store again")
         stop = row + part.num_rows
         joined.input_ids[token : token + part.num_tokens] = columns.input_ids
         joined.spans[span : span + part.num_spans] = columns.spans
@@ -258,5 +317,5 @@ def join_columns(parts: Sequence[ShardInfo], opened: Iterable[ShardColumns]) -> 
     return joined
 
 
-def _kinds(columns: ShardColumns) -> dict[str, str]:
-    return {name: values.dtype.name for name, values in {"input_ids": columns.input_ids, **columns.extra}.items()}
+def _dtypes(columns: ShardColumns) -> dict[str, np.dtype[Any]]:
+    return {"input_ids": columns.input_ids.dtype, **{name: values.dtype for name, values in columns.extra.items()}}

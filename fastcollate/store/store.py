@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +25,13 @@ from fastcollate.store.manifest import make_manifest, pretty
 from fastcollate.store.manifest import read_manifest as read_manifest
 from fastcollate.store.shards import ShardColumns as ShardColumns
 from fastcollate.store.shards import ShardInfo as ShardInfo
-from fastcollate.store.shards import open_shard, shard_schema
+from fastcollate.store.shards import naming, open_shard, open_shards, shard_schema
 from fastcollate.store.shards import shard_name as shard_name
 from fastcollate.store.shards import token_dtype as token_dtype
 from fastcollate.store.shards import write_shard as write_shard
 
 LENGTHS = "lengths.npy"
+_SAMPLED_ROWS = 16  # of a shard, the first and the last among them: each may be a page to read
 
 
 class Example(NamedTuple):
@@ -106,14 +108,21 @@ class TokenStore:
                 f"make one with: fastcollate prepare SOURCE {self.path}"
             )
         self.manifest = manifest
+        if "format" in manifest["sources"] and manifest["template"].get("name") == "tokenized":
+            warnings.warn(
+                f"{self.path}: made from ready ids by an older release: an end-of-text that closed a row is taken off, "
+                "and each row gets one, also those that had none; make the store anew where rows differ in that",
+                stacklevel=2,
+            )
         schema = shard_schema(token_dtype(self.vocab_size), manifest["columns"])
-        self.shards = tuple(open_shard(self.path, ShardInfo(**entry), schema) for entry in manifest["shards"])
+        self.shards = open_shards(self.path, [ShardInfo(**entry) for entry in manifest["shards"]], schema)
         self.lengths = _open_lengths(self.path, manifest)
         self.shard_starts = np.zeros(len(self.shards) + 1, np.int64)
         np.cumsum([len(shard.source_row) for shard in self.shards], out=self.shard_starts[1:])
+        self._check_lengths()
 
     shards: tuple[ShardColumns, ...]
-    """Each shard's columns, zero-copy."""
+    """Each shard's columns, zero-copy; of very many small ones (see `shards.open_shards`), neighbours as one."""
     lengths: npt.NDArray[Any]
     """Each row's length in tokens, uint16 or uint32 `(num_rows,)`, memory-mapped, without the end-of-text."""
     shard_starts: npt.NDArray[np.int64]
@@ -165,6 +174,22 @@ class TokenStore:
         """The end-of-text id, which the collate appends to each row of an `append` store."""
         return int(self.manifest["tokenizer"]["end_token_id"])
 
+    def _check_lengths(self) -> None:
+        """Compare `lengths.npy`, which plans are made of, with the shards: all sums, and some rows of each shard.
+
+        Raises:
+            InputError: they differ.
+        """
+        for first, stop, shard in zip(self.shard_starts[:-1], self.shard_starts[1:], self.shards, strict=True):
+            rows = np.linspace(0, stop - first - 1, min(_SAMPLED_ROWS, stop - first)).astype(np.int64)
+            lengths = self.lengths[first:stop]
+            agrees = np.array_equal(lengths[rows], shard.offsets[rows + 1] - shard.offsets[rows])
+            if not agrees or int(lengths.sum(dtype=np.int64)) != int(shard.offsets[-1]):
+                raise InputError(
+                    f"{self.path / LENGTHS}: damaged, or not of this store (rows {first} to {stop - 1} have other "
+                    "lengths in their shard); prepare the store again"
+                )
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -189,6 +214,25 @@ class TokenStore:
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return TokenStore, (self.path,)  # a worker process opens its own map instead of receiving a copy
+
+
+def require_served(store: Any) -> None:
+    """Refuse a store that batches cannot be made of; its rows can be read all the same.
+
+    Args:
+        store: a `TokenStore`, or whatever has its rows in memory and says nothing of them.
+
+    Raises:
+        InputError: its rows are no instruction rows, hold their own end, or are padded with another id than their end.
+    """
+    kind, end = getattr(store, "kind", "rows"), getattr(store, "end", "append")
+    pad = getattr(store, "pad_token_id", None)
+    last = getattr(store, "end_token_id", pad)
+    if (kind, end) != ("rows", "append") or pad != last:
+        raise InputError(
+            f"{store.path}: a store of {kind} with end {end}, pad id {pad} and end id {last}; this release makes "
+            "batches of rows with end append and one id for both: upgrade with: pip install --upgrade fastcollate"
+        )
 
 
 def verify_checksums(path: str | os.PathLike[str]) -> list[str]:
@@ -247,10 +291,11 @@ def shard_lengths(directory: Path, shard: ShardInfo) -> npt.NDArray[np.int64]:
 
 def _open_lengths(root: Path, manifest: Mapping[str, Any]) -> npt.NDArray[Any]:
     path = root / LENGTHS
-    try:
-        lengths: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be opened ({error}); prepare the store again") from error
+    with naming(path):
+        try:
+            lengths: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path}: cannot be opened ({error}); prepare the store again") from error
     if lengths.shape != (manifest["num_rows"],) or lengths.dtype not in (np.uint16, np.uint32):
         raise InputError(f"{path}: {lengths.dtype} {lengths.shape} does not fit the manifest; prepare the store again")
     return lengths

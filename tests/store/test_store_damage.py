@@ -19,7 +19,15 @@ from fastcollate.errors import InputError
 from fastcollate.store import shards
 from fastcollate.store import store as room
 from fastcollate.store.manifest import canonical, pretty
-from fastcollate.store.store import FileInfo, ShardColumns, ShardInfo, StoreIdentity, TokenStore, write_shard
+from fastcollate.store.store import (
+    FileInfo,
+    ShardColumns,
+    ShardInfo,
+    StoreIdentity,
+    TokenStore,
+    verify_checksums,
+    write_shard,
+)
 from tests.helpers import make_shards, write_store
 
 ROWS = [([1, 2], [1, 2, 3]), ([0, 2], [4, 5]), ([1, 0], [6])]
@@ -93,6 +101,60 @@ def test_lengths_of_another_shape_or_type(store: TokenStore) -> None:
     np.save(store.path / "lengths.npy", np.array([3, 2, 1], np.int64))
     with pytest.raises(InputError, match=r"lengths\.npy: int64 \(3,\) does not fit"):
         TokenStore(store.path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lengths: lengths + 1,
+        lambda lengths: lengths * 0,
+        lambda lengths: lengths[::-1],
+        lambda lengths: np.roll(lengths, 1),
+        lambda lengths: np.where(np.arange(len(lengths)) == 0, 9, lengths),
+        lambda lengths: np.where(np.arange(len(lengths)) == len(lengths) - 1, 9, lengths),
+        lambda lengths: np.where(np.arange(len(lengths)) == 7, 60000, lengths),
+        lambda lengths: np.where(np.arange(len(lengths)) == 27, lengths - 1, lengths),
+    ],
+)
+@pytest.mark.parametrize("shard_rows", [1, 7, 100])
+def test_lengths_of_the_right_size_with_other_numbers(
+    tmp_path: Path, change: Callable[[Any], Any], shard_rows: int
+) -> None:
+    rows = [([0, n % 11 + 1], [n] * (n % 11 + 1)) for n in range(41)]
+    store = write_store(tmp_path / "store", rows, shard_rows=shard_rows)
+    path = store.path / "lengths.npy"
+    size = path.stat().st_size
+    np.save(path, change(store.lengths).astype(store.lengths.dtype))
+    assert path.stat().st_size == size
+    with pytest.raises(InputError, match=r"lengths\.npy: damaged, or not of this store .rows \d+ to \d+ have other"):
+        TokenStore(store.path)
+
+
+def test_lengths_of_another_store(tmp_path: Path) -> None:
+    """The sum of all rows is the same, and that of each shard is not."""
+    first = write_store(tmp_path / "a", [([0, n], [1] * n) for n in (5, 5, 5, 1, 1, 1)])
+    second = write_store(tmp_path / "b", [([0, n], [1] * n) for n in (1, 1, 1, 5, 5, 5)])
+    (first.path / "lengths.npy").write_bytes((second.path / "lengths.npy").read_bytes())
+    with pytest.raises(InputError, match=r"lengths\.npy: damaged, or not of this store .rows 0 to 2"):
+        TokenStore(first.path)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\x93NUMPY", b"\x93NUMPY\x01\x00v\x00{'descr'", b"PK\x03\x04", None])
+def test_lengths_that_are_no_array(store: TokenStore, content: bytes | None) -> None:
+    path = store.path / "lengths.npy"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=r"lengths\.npy: .*prepare the store again"):
+        TokenStore(store.path)
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "Thumbs.db", "desktop.ini", "._shard-00000.arrow", "notes.txt", "sources.json"]
+)
+def test_what_others_leave_in_the_folder_hurts_nobody(store: TokenStore, name: str) -> None:
+    (store.path / name).write_bytes(b"\x00\x01")
+    (store.path / ".Trashes").mkdir()
+    assert [row.input_ids.tolist() for row in TokenStore(store.path)] == [ids for _, ids in ROWS]
+    assert verify_checksums(store.path) == []
 
 
 def test_lengths_are_never_unpickled(store: TokenStore, tmp_path: Path) -> None:
