@@ -17,18 +17,16 @@ from typing import Any
 import fsspec
 
 from fastcollate.errors import InputError, import_extra
+from fastcollate.sources.compression import COMPRESSIONS
+from fastcollate.sources.compression import SourceReadError as SourceReadError
 
 _FORMATS = {
-    ".json": "json", ".jsonl": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "csv",
+    ".json": "json", ".jsonl": "lines", ".jsonlines": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "tsv",
+    ".txt": "text",
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
 }  # fmt: skip
-_COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _SAVED = ("state.json", "dataset_dict.json")  # what tells a directory that a data set was saved to
 _SETTLED_NS = 2_000_000_000  # a file that was changed later than so long ago may change again within one tick
-
-
-class SourceReadError(InputError):
-    """The storage failed, not the data: what a job has finished is worth keeping."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +35,8 @@ class Source:
 
     Attributes:
         name: as the user named it, or the file that a pattern found.
-        format: `json`, `lines`, `csv`, `parquet`, `arrow`, `dataset` or `records`.
-        compression: `gzip`, `zstd` or `None`.
+        format: `json`, `lines`, `text`, `csv`, `tsv`, `parquet`, `arrow`, `dataset` or `records`.
+        compression: `gzip`, `zstd`, `bz2`, `xz` or `None`.
         num_bytes: its size as stored; 0 where unknown.
         stamp: what changes whenever the content does: a file's size, times and inode, an object's size and ETag;
             empty where nothing does.
@@ -79,6 +77,7 @@ def find_sources(sources: Any) -> list[Source]:
     found: list[Source] = []
     for source in [] if first is None else chain([first], given):
         if hasattr(source, "column_names"):
+            _check_dataset(source)
             found.append(Source("datasets.Dataset", "dataset", dataset=source))
         elif isinstance(source, str | os.PathLike):
             found += _find_files(os.fspath(source))
@@ -87,6 +86,14 @@ def find_sources(sources: Any) -> list[Source]:
     if not found:
         raise InputError("no source given; name at least one file of records")
     return found
+
+
+def _check_dataset(dataset: Any) -> None:
+    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+        raise InputError(
+            "datasets.Dataset: has a transform (set_transform or with_transform), which is not stored; apply it once "
+            "with dataset.map, or take it off with dataset.reset_format()"
+        )
 
 
 def stamp_of(source: Source) -> tuple[int | str, ...]:
@@ -134,6 +141,7 @@ def _json_line(record: Any) -> bytes:
 
 def _find_files(name: str) -> list[Source]:
     if "://" not in name and "::" not in name:
+        name = os.path.expanduser(name)
         if os.path.isdir(name) and any((Path(name) / file).is_file() for file in _SAVED):
             return [_saved_dataset(Path(name))]
         if not _is_pattern(name) or os.path.exists(name):
@@ -214,7 +222,7 @@ def _check_kind(name: str, *, is_directory: bool, is_empty: bool) -> None:
 def _format(path: str, name: str) -> tuple[str, str | None]:
     """A file's format and compression, by its ending."""
     stem, suffix = os.path.splitext(path)
-    compression = _COMPRESSIONS.get(suffix.lower())
+    compression = COMPRESSIONS.get(suffix.lower())
     if compression == "zstd":
         import_extra("zstandard", "zstd")
     suffix = (os.path.splitext(stem)[1] if compression else suffix).lower()
@@ -222,6 +230,6 @@ def _format(path: str, name: str) -> tuple[str, str | None]:
     if kind is None:
         raise InputError(
             f"{name}: the ending {suffix or '(none)'} is not known; use one of {', '.join(_FORMATS)}, "
-            "each also with .gz or .zst"
+            f"each also with {', '.join(COMPRESSIONS)}"
         )
     return kind, compression

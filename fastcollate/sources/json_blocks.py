@@ -14,8 +14,12 @@ from fastcollate.sources.scanner import scan_array
 MAX_RECORD_BYTES = 256 << 20
 _PIECE = 1 << 17  # bytes looked at at once
 _BOM = b"\xef\xbb\xbf"
-_ARRAY = re.compile(rb"\s*\[")
-_BLANK = re.compile(rb"\s*")
+NOT_UTF8 = (
+    "a byte that is not UTF-8; if the file is in another encoding, convert it, as by iconv -f WINDOWS-1252 -t UTF-8"
+)
+_ARRAY = re.compile(rb"[ \t\r\n]*\[")
+_PRETTY = re.compile(rb'[ \t\r\n]*\{[ \t\r]*\n[ \t\r\n]*"[^"\n]*"[ \t]*:')
+_BLANK = re.compile(rb"[ \t\r\n]*")
 _BLANK_LINE = re.compile(rb"^[ \t\r]*(?:\n|\Z)", re.M)
 
 
@@ -47,8 +51,20 @@ def json_pieces(
     reader.fill()
     if reader.buffer[: len(_BOM)] == _BOM:
         reader.skip(len(_BOM))
+    check_encoding(bytes(reader.buffer[:4]), name)
+    if _PRETTY.match(reader.buffer) is not None:
+        raise InputError(
+            f"{name}: holds an object that takes several lines; write one record a line, or all in an array [ ... ]"
+        )
     is_array = not only_lines and _ARRAY.match(reader.buffer) is not None
     yield from _array_pieces(reader) if is_array else _line_pieces(reader)
+
+
+def check_encoding(head: bytes, name: str) -> None:
+    """Refuse a file whose first bytes are those of UTF-16 or UTF-32."""
+    zeros = [byte == 0 for byte in head]
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros in ([True, False] * 2, [False, True] * 2) or sum(zeros) == 3:
+        raise InputError(f"{name}: is UTF-16 or UTF-32, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
 
 
 class _Reader:
@@ -214,6 +230,9 @@ def _array_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
                 yield reader.take(scan.end, "array", len(scan.commas) + 1)
             else:
                 reader.skip(scan.end)
+            if reader.buffer[0] != ord("]"):
+                yield reader.take(0, "array", 0, "the JSON array is closed by a curly bracket")
+                return
             reader.skip(1)
             yield from _after_array(reader)
             return

@@ -17,6 +17,7 @@ import msgspec
 import pyarrow as pa
 
 from fastcollate.sources.blocks import Block
+from fastcollate.sources.json_blocks import NOT_UTF8
 from fastcollate.sources.scanner import scan_array
 
 _MOST_DIGITS = 4300  # of a whole number, for Python's `json`
@@ -118,29 +119,70 @@ class JsonRecords:
         return values if {*map(type, values)} <= {str, type(None)} else (None,) * len(names)
 
 
+class Unreadable(NamedTuple):
+    """What stands for a value that Python cannot hold, such as a time that is out of range."""
+
+    reason: str
+
+
 class TableRecords:
-    """Rows of an Arrow table."""
+    """Rows of an Arrow table; a column is touched when it is read."""
 
     def __init__(self, table: pa.Table) -> None:
-        self._table = table
+        self._columns = dict(zip(table.column_names, table.columns, strict=True))
+        self._num_rows = int(table.num_rows)
+        self._features = _json_features(table.schema)
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
+        return self._num_rows
 
     def __getitem__(self, number: int) -> Any:
         """A record."""
-        return self._table.slice(number, 1).to_pylist()[0]
+        return {name: self._values(name, number, number + 1)[0] for name in self._columns}
 
     def columns(self, fields: Sequence[Sequence[str]]) -> list[list[str | None]]:
         """As of JSON records."""
-        have = self._table.column_names
         names = dict.fromkeys(chain.from_iterable(fields))
-        values = {n: self._table.column(n).to_pylist() if n in have else [None] * len(self) for n in names}
+        values = {name: self._values(name, 0, len(self)) for name in names}
         columns = [_first_column(field, values) for field in fields]
         odd = {i for column in columns for i, value in enumerate(column) if not (value is None or type(value) is str)}
         return (
             [[None if i in odd else value for i, value in enumerate(column)] for column in columns] if odd else columns
         )
+
+    def _values(self, name: str, start: int, stop: int) -> list[Any]:
+        if name not in self._columns:
+            return [None] * (stop - start)
+        column = self._columns[name].slice(start, stop - start)
+        try:
+            values = column.to_pylist()
+        except Exception as error:  # whatever the conversion of some type raises
+            if stop - start == 1:
+                return [Unreadable(f"{type(error).__name__}: {error}")]
+            return [self._values(name, i, i + 1)[0] for i in range(start, stop)]
+        feature = self._features.get(name)
+        return values if feature is None else [_from_json(value, feature) for value in values]
+
+
+def _json_features(schema: pa.Schema) -> dict[str, Any]:
+    """The columns in which `datasets` keeps values as JSON, each with its feature."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: feature for name, feature in features.items() if '"Json"' in json.dumps(feature)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}  # not of `datasets`
+
+
+def _from_json(value: Any, feature: Any) -> Any:
+    """A value as it was before `datasets` stored it."""
+    if isinstance(feature, dict) and feature.get("_type") == "Json":
+        return parse_record(value.encode()) if isinstance(value, str) else value
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else feature.get("feature")
+        return [_from_json(item, inner) for item in value]
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {key: _from_json(item, feature.get(key)) for key, item in value.items()}
+    return value
 
 
 def _has_none(column: Sequence[Any]) -> bool:
@@ -243,7 +285,7 @@ def parse_record(piece: bytes) -> Any:
     try:
         return _without_surrogates(json.loads(piece.decode().strip(" \t\r\n")))
     except UnicodeDecodeError as error:
-        raise ValueError(f"a byte that is not UTF-8 (byte {error.start} of the record)") from None
+        raise ValueError(f"{NOT_UTF8} (byte {error.start} of the record)") from None
     except json.JSONDecodeError as error:
         where = f" (column {error.colno})" if error.lineno == 1 else ""
         raise ValueError(f"not valid JSON: {error.msg}{where}") from None

@@ -1,4 +1,4 @@
-"""CSV, Parquet, Arrow and data sets -> pieces cut between rows, and what a table's content is, however it is stored."""
+"""Text, CSV, Parquet, Arrow and data sets -> pieces cut between rows; what a table's content is, however stored."""
 
 from __future__ import annotations
 
@@ -14,16 +14,39 @@ import pyarrow.compute as pc
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.sources.find import Source
-from fastcollate.sources.json_blocks import MAX_RECORD_BYTES
+from fastcollate.sources.json_blocks import MAX_RECORD_BYTES, NOT_UTF8, check_encoding
 
 _ROWS = 256  # rows of a table that are looked at together
+
+
+def text_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[dict[str, Any]]:
+    """Lines as JSON objects with the field `text`."""
+    rows: list[bytes] = []
+    size, target = 0, next(targets)
+    lines = _decoded(source, file, None)
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(msgspec.json.encode({"text": line.removesuffix("\n")}))
+        except UnicodeEncodeError:  # a lone surrogate stands for a byte that is not UTF-8
+            rows.append(msgspec.json.encode(f"line {number}: {NOT_UTF8}"))
+        size += len(rows[-1])
+        if size >= target:
+            yield _piece("rows", len(rows), b"\n".join(rows), number - len(rows) + 1)
+            rows, size, target = [], 0, next(targets)
+    if rows:
+        yield _piece("rows", len(rows), b"\n".join(rows), number - len(rows) + 1)
+
+
+def _decoded(source: Source, file: IO[bytes], newline: str | None) -> io.TextIOWrapper:
+    buffered = io.BufferedReader(file)  # type: ignore[type-var]
+    check_encoding(buffered.peek(4)[:4], source.name)
+    return io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def csv_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[dict[str, Any]]:
     """Rows as JSON objects by the header's names, a line each; cells stay text."""
     csv.field_size_limit(MAX_RECORD_BYTES)
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter="\t" if ".tsv" in source.name else ",", strict=True)
+    reader = csv.reader(_decoded(source, file, ""), delimiter="\t" if source.format == "tsv" else ",", strict=True)
     rows: list[bytes] = []
     size, target = 0, next(targets)
     try:
@@ -44,21 +67,25 @@ def csv_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Itera
 
 def _next_csv_row(reader: Any, header: Sequence[str]) -> bytes | None:
     """The next row that is not blank as a JSON object, `None` at the end; for a bad one, the reason as a JSON text."""
+    cells: list[str] = []
     try:
-        cells = next(reader)
         while not cells:
+            first = reader.line_num + 1
             cells = next(reader)
     except StopIteration:
         return None
     except csv.Error as error:
-        return msgspec.json.encode(f"line {reader.line_num}: not valid CSV ({error})")
+        reason = f"line {first}: not valid CSV ({error})"
+        if swallowed := reader.line_num - first:
+            reason += f"; a quotation mark that opens there takes in the {swallowed} lines that follow"
+        return msgspec.json.encode(reason)
     if len(cells) > len(header):
         reason = f"line {reader.line_num}: {len(cells)} cells, but the header names {len(header)} columns"
         return msgspec.json.encode(reason)
     try:
         return msgspec.json.encode(dict(zip(header, cells, strict=False)))
     except UnicodeEncodeError:  # a lone surrogate stands for a byte that is not UTF-8
-        return msgspec.json.encode(f"line {reader.line_num}: a byte that is not UTF-8")
+        return msgspec.json.encode(f"line {reader.line_num}: {NOT_UTF8}")
 
 
 def arrow_pieces(batches: Iterator[Any], targets: Iterator[int]) -> Iterator[dict[str, Any]]:
@@ -126,8 +153,8 @@ def _arrow_piece(tables: list[pa.Table]) -> dict[str, Any]:
     return _piece("arrow", table.num_rows, sink.getvalue().to_pybytes())
 
 
-def _piece(kind: str, num_rows: int, data: bytes) -> dict[str, Any]:
-    return {"kind": kind, "num_rows": num_rows, "first_line": 0, "num_bytes": len(data), "source_bytes": 0,
+def _piece(kind: str, num_rows: int, data: bytes, first_line: int = 0) -> dict[str, Any]:
+    return {"kind": kind, "num_rows": num_rows, "first_line": first_line, "num_bytes": len(data), "source_bytes": 0,
             "data": data}  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError, import_extra
+from fastcollate.sources.records import Unreadable
 
 Parts = list[str]
 """A record's texts: prompt, response, prompt, ..."""
@@ -35,7 +36,9 @@ _ALPACA_RESPONSE = "\n\n### Response:\n"
 _PHI3_HEAD = "<|user|>\n"
 _PHI3_INPUT = "\n"
 _PHI3_RESPONSE = "\n<|assistant|>:\n"
-_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+_TURN_NAMES = (("role", "from"), ("content", "value"))
+_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
+_ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 _BEGIN, _END = "\x00\ufdd0", "\x00\ufdd1"  # noncharacters: no text that means anything holds them
 
 
@@ -208,6 +211,10 @@ class Jinja(Template):
             raise BadRecordError(f"not an object but {_kind(record)}")
         try:
             text = self._template.render({**record, "record": record})
+        except BadRecordError:
+            raise
+        except RecursionError:
+            raise BadRecordError("the template fails: it calls itself without end") from None
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise BadRecordError(f"the template fails: {error}") from error
         parts = [piece for begin in text.split(_BEGIN) for piece in begin.split(_END)]
@@ -286,25 +293,36 @@ def _turn(turn: Any, number: int) -> tuple[str, str]:
     place = f"turn {number + 1}"
     if not isinstance(turn, dict):
         raise BadRecordError(f"{place} is {_kind(turn)}, not an object")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
+    role, content = (turn[first] if turn.get(first) is not None else turn.get(second) for first, second in _TURN_NAMES)
     if not isinstance(role, str) or not role:
         raise BadRecordError(f"{place} has no role")
+    if role not in _ROLES:
+        raise BadRecordError(f"{place}: the role {role!r} is not known; use one of {', '.join(_ROLES)}")
     if not isinstance(content, str):
         raise BadRecordError(f"{place}: its content is {_kind(content)}, not text")
-    return _ROLES.get(role, role), content
+    return _ROLES[role], content
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN or infinite"
+    if isinstance(value, Unreadable):
+        return f"unreadable ({value.reason})"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
+def _printable(value: Any) -> Any:
+    """What a template prints: text and numbers; of anything else it would print what Python calls it."""
+    if value is None or isinstance(value, bool | list | dict | Unreadable) or _kind(value) == "NaN or infinite":
+        remedy = "give a default, such as {{ x or '' }}" if value is None else "print its parts, or {{ x | tojson }}"
+        raise BadRecordError(f"the template prints {_kind(value)} ({str(value)[:40]}); {remedy}")
+    return value
+
+
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"template {str(path)!r}: cannot be read ({error})") from error
 
@@ -331,9 +349,14 @@ def _compile_jinja(name: str, source: str) -> Any:
         raise jinja2.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, extensions=[Generation]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        extensions=[Generation],
+        finalize=_printable,
     )
     environment.globals["raise_exception"] = refuse
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:

@@ -222,9 +222,9 @@ def test_a_dataset_and_several_files(tmp_path: Path) -> None:
         ("a.json", b'[{"instruction": "a", "output": "b"}] x', r"something follows the end of the JSON array"),
         ("a.jsonl", b'{"instruction": "", "input": "", "output": ""}', r"record 0: no text"),
         ("a.jsonl", b'{"instruction": "<|endoftext|>", "output": "b"}', r"record 0: holds the special token"),
-        ("a.txt", b"x", r"a\.txt: the ending \.txt is not known"),
+        ("a.doc", b"x", r"a\.doc: the ending \.doc is not known; use one of \.json, .*, each also with \.gz"),
         ("a.parquet", b"x" * 20, r"a\.parquet: cannot be read"),
-        ("a.jsonl.gz", b"x" * 20, r"a\.jsonl\.gz: cannot be read to its end"),
+        ("a.jsonl.gz", b"x" * 20, r"a\.jsonl\.gz: its compressed data is damaged before byte 20"),
     ],
 )
 def test_a_fault_is_one_clear_line_and_leaves_no_store(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fastcollate.ingest import encode
 from fastcollate.sources import records as module
 from fastcollate.sources.blocks import Block
+from fastcollate.sources.json_blocks import NOT_UTF8
 from fastcollate.sources.records import BadRecord, lines_of, parse_record, read_records
 from fastcollate.text.templates import load_template
 from tests.fuzz_json import compare_documents, compare_lines
@@ -71,7 +72,7 @@ def test_a_field_that_is_not_read_may_hold_whatever_json_takes(extra: bytes) -> 
         (b"5", "field 'output' is a number, not text"),
         (b"9" * 4301, "not valid JSON: a number of more than 4300 digits"),
         (b"[" * 5000 + b"]" * 5000, "not valid JSON: nested too deeply"),
-        (b'"\xff"', "a byte that is not UTF-8 (byte 34 of the record)"),
+        (b'"\xff"', f"{NOT_UTF8} (byte 34 of the record)"),
         (b'"\x01"', "not valid JSON: Invalid control character at (column 35)"),
         (b'"a" "b"', "not valid JSON: Expecting ',' delimiter (column 38)"),
         (b'"a"}{"output": "b"', "not valid JSON: Extra data (column 38)"),
