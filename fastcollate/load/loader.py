@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import sys
 import time
@@ -233,7 +232,7 @@ class BatchLoader(Epochs):
         """What has been handed over until now; a copy, which does not change."""
         for handed in self._handed:
             self._count(handed)
-        return copy.copy(self._stats)
+        return Stats(*map(self._stats.__getattribute__, Stats.__slots__))  # `copy.copy` takes four times as long
 
     def _count(self, handed: _Handed) -> None:
         """Add the batches that were handed over since the last count."""

@@ -48,18 +48,22 @@ class Epochs:
         self._order = order
         self._plan_options = options.checked()
         order.check(self._plan_options)
-        self._position = Position(0)
+        self._place: tuple[int, int, int] = Position(0)  # the position, as a plain tuple: it is written once a batch
         self._starts_here = False  # the next iteration starts at the position, not at its epoch's first batch
         self._is_told = True  # where to start, since the last iteration began
         self._num_changes = 0  # of the position, from outside
-        self._num_iterations = 0  # the newest one moves the position
+        self._turn = 0  # goes up with each change and each iteration: the newest one moves the position
         self._source_rows = np.zeros(len(order.names), np.int64)  # without those of the position's window
         self._window_sources: Int64Array | None = None
 
     @property
     def epoch(self) -> int:
         """The epoch of the next batch."""
-        return self._position.epoch
+        return self._place[0]
+
+    @property
+    def _position(self) -> Position:
+        return Position._make(self._place)
 
     def __len__(self) -> int:
         """Batches in the current epoch, exactly; with `max_tokens`, and packed, this plans the epoch once."""
@@ -101,8 +105,9 @@ class Epochs:
 
     def _move(self, position: Position, *, starts_here: bool) -> None:
         self._leave_window()
-        self._position, self._starts_here, self._is_told = position, starts_here, True
+        self._place, self._starts_here, self._is_told = position, starts_here, True
         self._num_changes += 1
+        self._turn += 1
 
     def _begin(self) -> Iteration:
         """Begin an iteration: at the position if that was loaded or set, else at the epoch's first batch."""
@@ -114,14 +119,14 @@ class Epochs:
                     stacklevel=3,
                 )
             self._leave_window()
-            self._position = Position(self.epoch)
+            self._place = Position(self.epoch)
         self._starts_here = self._is_told = False
-        self._num_iterations += 1
+        self._turn += 1
         return Iteration(self, self._order.plan(self._plan_options, self.epoch))
 
     def _counted_sources(self) -> Int64Array:
         counts = self._window_sources
-        return self._source_rows if counts is None else self._source_rows + counts[self._position.batch]
+        return self._source_rows if counts is None else self._source_rows + counts[self._place[2]]
 
     def _leave_window(self) -> None:
         self._source_rows, self._window_sources = self._counted_sources(), None
@@ -133,7 +138,7 @@ class Epochs:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is, in plain numbers and strings; exact to the batch, the same on every rank."""
-        epoch, window, batch = self._position
+        epoch, window, batch = self._place
         options = asdict(self._plan_options)
         del options["rank"]
         return {
@@ -172,9 +177,10 @@ class Iteration:
 
     def __init__(self, epochs: Epochs, planned: OrderedPlan) -> None:
         self._epochs = epochs
-        self._number, self._num_changes = epochs._num_iterations, epochs._num_changes
+        self._turn, self._num_changes = epochs._turn, epochs._num_changes
         self.planned = planned
         self.first = epochs._position
+        self._epoch, self._window = self.first.epoch, -1
 
     def hand_over(self, window: int, batch: int) -> None:
         """Move the position behind a batch of a window: `batch` is the number of the next one.
@@ -183,26 +189,31 @@ class Iteration:
             InputError: the position was set or loaded while this iteration ran.
         """
         epochs = self._epochs
-        if epochs._num_changes != self._num_changes:
-            raise InputError(
-                f"set_epoch, set_position or load_state_dict was called while an iteration over the {epochs._kind} "
-                "ran, which ends here; what was set stands, for the next iteration"
-            )
-        if epochs._num_iterations != self._number:
+        if epochs._turn != self._turn:
+            if epochs._num_changes != self._num_changes:
+                raise InputError(
+                    f"set_epoch, set_position or load_state_dict was called while an iteration over the {epochs._kind} "
+                    "ran, which ends here; what was set stands, for the next iteration"
+                )
             return
-        sources = self.planned.take_sources(window)  # once a window
+        if window != self._window:
+            self._enter(window)
+        epochs._place = (self._epoch, window, batch)
+
+    def _enter(self, window: int) -> None:
+        """Count the rows of each source from this window's on."""
+        self._window, sources = window, self.planned.take_sources(window)
         if sources is not None:
-            epochs._leave_window()
-            epochs._window_sources = sources
-            epochs._source_rows -= sources[self.first.batch if window == self.first.window else 0]
-        epochs._position = Position(self.first.epoch, window, batch)
+            self._epochs._leave_window()
+            self._epochs._window_sources = sources
+            self._epochs._source_rows -= sources[self.first.batch if window == self.first.window else 0]
 
     def end(self) -> None:
         """The epoch is over: the next one begins."""
         epochs = self._epochs
-        if (epochs._num_iterations, epochs._num_changes) == (self._number, self._num_changes):
+        if epochs._turn == self._turn:
             epochs._leave_window()
-            epochs._position, epochs._is_told = Position(self.first.epoch + 1), True
+            epochs._place, epochs._is_told = Position(self._epoch + 1), True
 
 
 class SavedState:
