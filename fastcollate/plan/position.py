@@ -52,7 +52,7 @@ class Epochs:
         self._starts_here = False  # the next iteration starts at the position, not at its epoch's first batch
         self._is_told = True  # where to start, since the last iteration began
         self._num_changes = 0  # of the position, from outside
-        self._turn = 0  # goes up with each change and each iteration: the newest one moves the position
+        self._stamp = 0  # goes up with each change and each iteration: the newest one moves the position
         self._source_rows = np.zeros(len(order.names), np.int64)  # without those of the position's window
         self._window_sources: Int64Array | None = None
 
@@ -107,7 +107,7 @@ class Epochs:
         self._leave_window()
         self._place, self._starts_here, self._is_told = position, starts_here, True
         self._num_changes += 1
-        self._turn += 1
+        self._stamp += 1
 
     def _begin(self) -> Iteration:
         """Begin an iteration: at the position if that was loaded or set, else at the epoch's first batch."""
@@ -121,7 +121,7 @@ class Epochs:
             self._leave_window()
             self._place = Position(self.epoch)
         self._starts_here = self._is_told = False
-        self._turn += 1
+        self._stamp += 1
         return Iteration(self, self._order.plan(self._plan_options, self.epoch))
 
     def _counted_sources(self) -> Int64Array:
@@ -177,7 +177,7 @@ class Iteration:
 
     def __init__(self, epochs: Epochs, planned: OrderedPlan) -> None:
         self._epochs = epochs
-        self._turn, self._num_changes = epochs._turn, epochs._num_changes
+        self._stamp, self._num_changes = epochs._stamp, epochs._num_changes
         self.planned = planned
         self.first = epochs._position
         self._epoch, self._window = self.first.epoch, -1
@@ -189,7 +189,7 @@ class Iteration:
             InputError: the position was set or loaded while this iteration ran.
         """
         epochs = self._epochs
-        if epochs._turn != self._turn:
+        if epochs._stamp != self._stamp:
             if epochs._num_changes != self._num_changes:
                 raise InputError(
                     f"set_epoch, set_position or load_state_dict was called while an iteration over the {epochs._kind} "
@@ -211,7 +211,7 @@ class Iteration:
     def end(self) -> None:
         """The epoch is over: the next one begins."""
         epochs = self._epochs
-        if epochs._turn == self._turn:
+        if epochs._stamp == self._stamp:
             epochs._leave_window()
             epochs._place, epochs._is_told = Position(self._epoch + 1), True
 
