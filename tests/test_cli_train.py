@@ -57,8 +57,8 @@ def test_resuming_with_the_same_data_goes_on(
 def test_the_first_command_runs_again_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fastcollate.cli._SAMPLE_RECORDS", 60)
-    monkeypatch.setattr("fastcollate.cli._SAMPLE_STEPS", 2)
+    monkeypatch.setattr("fastcollate.cli.data.SAMPLE_RECORDS", 60)
+    monkeypatch.setattr("fastcollate.cli.model.SAMPLE_STEPS", 2)
     first = ["train", "--out", tmp_path / "R", *QUICK[2:], "--sample-tokens", 0]
     for more, steps, says in (
         ([], 2, "steps"),

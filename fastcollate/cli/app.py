@@ -1,0 +1,112 @@
+"""The application: how a command gets its options, and how it ends."""
+
+from __future__ import annotations
+
+import inspect as inspect_module
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from fastcollate.errors import InputError, MissingExtraError
+
+app = typer.Typer(
+    name="fastcollate",
+    help="Tokenize instruction data once, then train on it without waiting for data.",
+    epilog="Start with: fastcollate train --out runs/first",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+_INTERRUPTED = "interrupted; what was finished is kept"
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object and show no progress.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line on standard error and status 1, never a traceback."""
+    try:
+        app()
+    except (InputError, MissingExtraError) as error:
+        fail(str(error))
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        fail(_INTERRUPTED, status=130)
+    except SystemExit as stop:
+        cause = stop.__context__ and stop.__context__.__cause__
+        if isinstance(cause, KeyboardInterrupt):  # typer has caught Ctrl-C, and says nothing
+            fail(_INTERRUPTED, status=130)
+        raise
+
+
+def fail(message: str, status: int = 1) -> None:
+    """End the command in one line on standard error."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def print_json(result: Any) -> None:
+    """A result as one line of JSON."""
+    print(json.dumps(result, default=str))
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """A command that has an option for each field of the dataclasses among `function`'s parameters.
+
+    Name, type, default and help come from the field; the function receives each dataclass made up.
+    """
+    types = get_type_hints(function, include_extras=True)
+    kinds: list[tuple[str, Any]] = [(name, kind) for name, kind in types.items() if is_dataclass(kind)]
+    own = [p.replace(annotation=types[p.name]) for p in inspect_module.signature(function).parameters.values()]
+    parameters = [part for p in own for part in (_options_of(p.annotation) if is_dataclass(p.annotation) else [p])]
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        made = {name: kind(**{item.name: values.pop(item.name) for item in fields(kind)}) for name, kind in kinds}
+        function(**values, **made)
+
+    parameters.sort(key=lambda p: p.default is not p.empty)  # those without a default come first
+    command.__signature__ = inspect_module.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _options_of(kind: Any) -> list[inspect_module.Parameter]:
+    """A parameter for each field of an option dataclass, as typer reads them."""
+    types = get_type_hints(kind)
+    return [
+        inspect_module.Parameter(
+            item.name,
+            inspect_module.Parameter.POSITIONAL_OR_KEYWORD,
+            default=item.default,
+            annotation=Annotated[types[item.name], typer.Option(*item.metadata["flags"], help=item.metadata["help"])],
+        )
+        for item in fields(kind)
+    ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fastcollate import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """The options before a command."""

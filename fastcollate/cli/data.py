@@ -1,0 +1,249 @@
+"""The commands around a store: sample, prepare, convert, inspect, verify, bench."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fastcollate.check.options import MaskOptions, OrderOptions
+from fastcollate.cli.app import Json, app, print_json, with_options
+from fastcollate.errors import InputError
+
+SAMPLE_RECORDS = 3000
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Argument(help="JSON Lines file to write.")],
+    num_records: Annotated[int, typer.Option(min=1, help="How many records.")] = SAMPLE_RECORDS,
+) -> None:
+    """Write the built-in sample: generated instruction records to try everything with."""
+    write_sample(out, num_records)
+    print(f"wrote {num_records:,} records to {out}")
+
+
+def write_sample(path: Path, num_records: int) -> None:
+    """Write the sample whole or not at all, and not anew where it is there."""
+    from fastcollate.sources.sample import sample_records
+    from fastcollate.store.files import write_file
+
+    content = "".join(json.dumps(record) + "\n" for record in sample_records(num_records))
+    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == content:
+        return
+    write_file(path, content.encode())
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, patterns or URLs of records: JSON, JSON Lines, CSV, Parquet, Arrow; also .gz, .zst."
+        ),
+    ],
+    store: Annotated[Path, typer.Argument(help="Directory of the token store to write (the last argument).")],
+    template: Annotated[
+        str, typer.Option(help="How a record becomes text: alpaca, phi3, completion, chat, or a .jinja file.")
+    ] = "alpaca",
+    tokenizer: Annotated[
+        str, typer.Option(help="gpt2, r50k_base, p50k_base, cl100k_base, o200k_base, or a tokenizer.json.")
+    ] = "gpt2",
+    backend: Annotated[
+        str, typer.Option(help="auto, tiktoken or gigatoken (faster, checked against tiktoken); the ids are the same.")
+    ] = "auto",
+    field: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+        typer.Option(help="Where a template field comes from, as instruction=question; repeatable."),
+    ] = None,
+    boundary: Annotated[
+        str, typer.Option(help="reference: the prompt tokenized by itself; exact: the first token of the response.")
+    ] = "reference",
+    on_error: Annotated[
+        str, typer.Option(help="raise: stop at the first bad record; skip: list it in skipped.txt.")
+    ] = "raise",
+    max_length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Limit in columns for --long-prompt and the counts; rows are stored whole."),
+    ] = None,
+    long_prompt: Annotated[
+        str, typer.Option(help="A prompt that fills the limit: reject (a bad record), keep, or cut from the left.")
+    ] = "reject",
+    special_text: Annotated[
+        str, typer.Option(help="A text like <|endoftext|>: reject (a bad record), or encode as ordinary text.")
+    ] = "reject",
+    engine: Annotated[str, typer.Option(help="local processes, or ray for a cluster.")] = "local",
+    workers: Annotated[Optional[int], typer.Option(help="Worker processes; the usable cores by default.")] = None,  # noqa: UP045
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make the store anew, whatever lies in its directory.")
+    ] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Refuse where another job is writing this store, instead of waiting.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Tokenize records once into a memory-mapped store; a job that was stopped continues."""
+    from fastcollate.ingest.job import prepare as run
+    from fastcollate.progress import print_summary
+
+    report = run(
+        sources,
+        store,
+        template=template,
+        tokenizer=tokenizer,
+        backend=backend,
+        fields=parse_fields(field),
+        boundary=boundary,
+        on_error=on_error,
+        max_length=max_length,
+        long_prompt=long_prompt,
+        special_text=special_text,
+        engine=engine,
+        workers=workers,
+        progress=not json_output,
+        overwrite=overwrite,
+        wait=not no_wait,
+    )
+    if json_output:
+        print_json(asdict(report))
+    else:
+        title = f"{report.store}: " + ("found unchanged" if report.reused else f"finished in {report.seconds:.1f} s")
+        print_summary(title, {name.replace("_", " "): value for name, value in report.summary.items()})
+        if report.skipped_report:
+            print(f"skipped records are listed in {report.skipped_report}")
+
+
+@app.command()
+def convert(
+    old: Annotated[Path, typer.Argument(help="Directory of a store that an older release wrote.")],
+    new: Annotated[Path, typer.Argument(help="Directory to write, which is not there yet.")],
+    json_output: Json = False,
+) -> None:
+    """Write an old store in today's format, in few shards; the old one is left as it is."""
+    from fastcollate.store.convert import convert as run
+
+    report = run(old, new, progress=not json_output)
+    print_json(asdict(report)) if json_output else print(report)
+
+
+def parse_fields(pairs: list[str] | None) -> dict[str, str] | None:
+    """`NAME=SOURCE` pairs as a mapping.
+
+    Example:
+        >>> parse_fields(["instruction=question"])
+        {'instruction': 'question'}
+    """
+    fields = {}
+    for pair in pairs or []:
+        name, found, source = pair.partition("=")
+        if not (name and found and source):
+            raise InputError(f"--field {pair!r}: write it as NAME=SOURCE, such as instruction=question")
+        fields[name] = source
+    return fields or None
+
+
+StoreFolder = Annotated[Path, typer.Argument(help="Directory of the token store.")]
+
+
+@app.command()
+@with_options
+def inspect(
+    store: StoreFolder,
+    masks: MaskOptions,
+    row: Annotated[Optional[int], typer.Option(help="Show this row: text, ids, targets.")] = None,  # noqa: UP045
+    report: Annotated[Optional[Path], typer.Option(help="Write a page for the browser to this file.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(help="Rows in a batch of the page's picture of an epoch.")] = 8,
+    json_output: Json = False,
+) -> None:
+    """Show what is in a store: counts, lengths, and what is trained, also with prompts masked."""
+    from fastcollate.check import counts, terminal
+    from fastcollate.progress import print_summary
+    from fastcollate.store.store import TokenStore
+
+    opened = TokenStore(store)
+    if row is not None:
+        view = terminal.view_row(opened, row, masks)
+        if json_output:
+            arrays = {"inputs": view.inputs.tolist(), "targets": view.targets.tolist()}
+            print_json({**view._asdict(), **arrays})
+        else:
+            tokenizer, problem = counts.tokenizer_of(opened)
+            terminal.print_row(view, tokenizer)
+            if problem:
+                print(f"note: ids only, {problem}", file=sys.stderr)
+        return
+    found = counts.inspect_store(opened, masks, progress=not json_output)
+    if report is not None:
+        from fastcollate.check.page import write_report
+
+        write_report(opened, report, found, batch_size=batch_size)
+    if json_output:
+        print_json(asdict(found))
+        return
+    print_summary(str(store), terminal.summary_of(found))
+    print(f"\nrows by length in tokens\n{terminal.render_histogram(found.lengths)}")
+    if report is not None:
+        print(f"\nwrote {report}")
+
+
+@app.command()
+@with_options
+def verify(
+    store: StoreFolder,
+    order: OrderOptions,
+    masks: MaskOptions,
+    source: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+        typer.Option(help="A file it was prepared from, to be tokenized again with tiktoken; repeatable, in order."),
+    ] = None,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Read every file and check its checksum.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Compare every batch of an epoch with the plain Python reference; status 1 where anything differs."""
+    from fastcollate.check.reference_check import verify as run
+    from fastcollate.progress import print_summary
+    from fastcollate.store.store import TokenStore
+
+    found = run(
+        TokenStore(store), masks, **asdict(order), sources=source or [], checksums=checksums, progress=not json_output
+    )
+    if json_output:
+        print_json({"ok": found.ok, **asdict(found)})
+    else:
+        print_summary("verified, all identical" if found.ok else "NOT identical", found.summary())
+        for problem in found.problems:
+            print(problem, file=sys.stderr)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_options
+def bench(
+    store: StoreFolder,
+    order: OrderOptions,
+    masks: MaskOptions,
+    step_ms: Annotated[Optional[float], typer.Option(help="A training step in milliseconds.")] = None,  # noqa: UP045
+    model: Annotated[
+        Optional[str],  # noqa: UP045 (typer on Python 3.10)
+        typer.Option(help="Measure the step of this bundled GPT-2 on this machine's CPU, such as tiny."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of each contender; the median counts.")] = 5,
+    json_output: Json = False,
+) -> None:
+    """Is the loop data-bound? Batches a second, beside the reference loop and torch's DataLoader."""
+    from fastcollate.check.measure import bench as run
+    from fastcollate.check.measure import print_report
+    from fastcollate.store.store import TokenStore
+
+    report = run(
+        TokenStore(store), masks, **asdict(order), step_ms=step_ms, model=model, rounds=rounds, progress=not json_output
+    )
+    if json_output:
+        print_json(asdict(report))
+    else:
+        print_report(report)

@@ -1,0 +1,133 @@
+"""The commands around a model: train, generate, evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fastcollate.cli import data as data_commands
+from fastcollate.cli.app import Json, app, fail, print_json, with_options
+from fastcollate.errors import InputError
+from fastcollate.train.options import AnswerOptions, TrainOptions
+
+SAMPLE_STEPS = 120  # enough to see the loss fall, in a minute or two on two cores
+
+
+@app.command()
+@with_options
+def train(
+    options: TrainOptions,
+    data: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+        typer.Option(help="Files of records; repeatable. Without --data and --store: 120 steps of a built-in sample."),
+    ] = None,
+    store: Annotated[Optional[Path], typer.Option(help="A prepared token store, in place of --data.")] = None,  # noqa: UP045
+    template: Annotated[str, typer.Option(help="How a record of --data becomes text: alpaca or phi3.")] = "alpaca",
+    field: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Where a template field comes from, as instruction=question; repeatable."),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Train GPT-2 on instruction data; everything is written under OUT. Ctrl-C leaves a checkpoint to resume from."""
+    from fastcollate.progress import print_summary
+    from fastcollate.train.files import find_checkpoint
+    from fastcollate.train.loop import train as run
+    from fastcollate.train.ranks import join_ranks
+
+    if not (data or store or options.epochs or options.max_steps):
+        options = replace(options, max_steps=SAMPLE_STEPS)
+    find_checkpoint(options)  # before anything is written
+    ranks = join_ranks(options.device)
+    try:
+        if store is None:
+            store = options.out / "store"
+            if ranks.is_first:
+                _prepare_for_training(data, store, template, field, options)
+            ranks.barrier()
+        elif data:
+            raise InputError("--data and --store: give one of them")
+        report = run(store, options, ranks=ranks, progress=not json_output)
+    finally:
+        ranks.close()
+    if ranks.is_first:
+        if json_output:
+            print_json(asdict(report))
+        else:
+            print_summary("training", {name: value for name, value in asdict(report).items() if value is not None})
+    if report.ended == "interrupted":
+        fail(f"interrupted after step {report.steps}; continue with the same command and --resume", status=130)
+
+
+def _prepare_for_training(
+    data: list[str] | None, store: Path, template: str, field: list[str] | None, options: TrainOptions
+) -> None:
+    from fastcollate.ingest.job import prepare as run
+
+    if not data:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / "sample.jsonl"
+        data_commands.write_sample(path, data_commands.SAMPLE_RECORDS)
+        data = [str(path)]
+    run(data, store, template=template, fields=data_commands.parse_fields(field))
+
+
+Run = Annotated[Path, typer.Option("--checkpoint", help="A run's directory, or a checkpoint file in it.")]
+
+
+@app.command()
+@with_options
+def generate(
+    checkpoint: Run,
+    prompt: Annotated[str, typer.Option(help="The instruction.")],
+    options: AnswerOptions,
+    text: Annotated[str, typer.Option("--input", help="The instruction's input, if it has one.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the run's template.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Answer one instruction with a trained model."""
+    from fastcollate.train.answers import answer
+
+    found = answer(checkpoint, prompt, text, options, raw=raw)
+    if json_output:
+        print_json(found)
+    else:
+        print(found["model_response"])
+
+
+@app.command()
+@with_options
+def evaluate(
+    checkpoint: Run,
+    options: AnswerOptions,
+    store: Annotated[Optional[Path], typer.Option(help="The token store; by default the run's own.")] = None,  # noqa: UP045
+    split: Annotated[str, typer.Option(help="train, test or validation, as the run split its rows.")] = "test",
+    limit: Annotated[Optional[int], typer.Option(help="Answer only so many rows.")] = None,  # noqa: UP045
+    answers_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", help="The JSON file to write; by default answers-SPLIT.json beside the checkpoint."),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Answer a split's instructions with a trained model and write the answers as JSON."""
+    from fastcollate.progress import progress_bar
+    from fastcollate.train.answers import open_split, write_answers
+    from fastcollate.train.files import load_model
+    from fastcollate.train.ranks import choose_device
+
+    model, saved = load_model(checkpoint, choose_device(options.device))
+    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    opened, rows = open_split(saved, beside, store=store, split=split, limit=limit)
+    path = answers_file or beside / f"answers-{split}.json"
+    with progress_bar(unit="rows", progress=not json_output) as progress:
+        task = progress.add_task("answering", total=len(rows))
+        summary = write_answers(
+            path, model, opened, rows, seed=options.seed, on_row=lambda: progress.advance(task), **options.drawing()
+        )
+    if json_output:
+        print_json(summary)
+    else:
+        print(f"wrote {summary['rows']} answers to {path}; {summary['exact']} equal the record's own")
