@@ -11,9 +11,9 @@ from typing import Any
 
 from fastcollate.errors import InputError
 from fastcollate.progress import progress_bar
-from fastcollate.store.files import FileInfo, describe, write_file
+from fastcollate.store.files import FileInfo, describe, naming, write_file
 from fastcollate.store.manifest import FORMAT_VERSION, StoreIdentity, read_manifest
-from fastcollate.store.shards import ShardColumns, ShardInfo, join_columns, naming, open_shard, shard_name, write_shard
+from fastcollate.store.shards import ShardColumns, ShardInfo, join_columns, open_shard, shard_name, write_shard
 from fastcollate.store.store import LENGTHS, TokenStore, write_manifest
 
 SHARD_BYTES = 64 << 20  # a merged shard's, at most, where one old shard is not larger

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import uuid
@@ -11,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fastcollate.errors import InputError
+
 _HASH_CHUNK = 1 << 20
+_REMEDIES = {
+    errno.EMFILE: "raise the limit on open files: ulimit -n 4096",
+    errno.ENFILE: "too many files are open on this machine: close some",
+    errno.EACCES: "ask its owner for the right to read it",
+    errno.ENOMEM: "too little memory, or too many memory maps: open fewer stores at once",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,23 @@ def write_file(
             for line in content:
                 hashed.write(line.encode() + b"\n")
     return FileInfo(path.name, hashed.num_bytes, hashed.digest.hexdigest())
+
+
+def refused(path: Path, error: OSError) -> InputError:
+    """What the system says of a file, with its own remedy: where there are too few descriptors, the file is whole."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path}: {error.strerror or 'is missing'}; prepare the store again")
+    remedy = _REMEDIES.get(error.errno or 0, "is the disk in order?")
+    return InputError(f"{path}: cannot be opened ({error.strerror or error}); {remedy}")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever the system refuses of a file is an `InputError` that names it; see `refused`."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(path, error) from error
 
 
 def sync_directory(directory: Path) -> None:

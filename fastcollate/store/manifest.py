@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcollate.errors import InputError
-from fastcollate.store.files import FileInfo
+from fastcollate.store.files import FileInfo, refused
 from fastcollate.store.shards import EXTRA_DTYPES, ShardInfo
 
 FORMAT = "fastcollate-store"
@@ -122,7 +122,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise InputError(f"{path / MANIFEST}: cannot be read ({error.strerror or error})") from error
+        raise refused(path / MANIFEST, error) from error
     try:
         manifest = json.loads(raw)
         if manifest["format"] != FORMAT:

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fastcollate.errors import InputError
-from fastcollate.store.files import HashedFile, write_file
+from fastcollate.store.files import HashedFile, naming, write_file
 
 _COLUMNS = ("input_ids", "spans", "source_row")
 EXTRA_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
@@ -27,13 +25,6 @@ SMALL_BYTES = 1 << 18  # a shard that is rather read than mapped
 MAX_READ_BYTES = 1 << 30  # small shards that are read into memory, at most
 MAX_MAPS = 1 << 15  # of one store; Linux gives a process 65,530
 _NONE: Mapping[str, Any] = {}
-
-_REMEDIES = {
-    errno.EMFILE: "raise the limit on open files: ulimit -n 4096",
-    errno.ENFILE: "too many files are open on this machine: close some",
-    errno.EACCES: "ask its owner for the right to read it",
-    errno.ENOMEM: "too little memory, or too many memory maps: open fewer stores at once",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,18 +145,6 @@ def open_shard(root: Path, info: ShardInfo, schema: pa.Schema | None = None) -> 
     path = root / info.name
     with naming(path), pa.memory_map(str(path)) as source:  # the views keep the map alive, the descriptor is closed
         return _read_shard(source, source.size(), info, schema, path)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """What the system says of a file, with its own remedy: where there are too few descriptors, the file is whole."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: {error.strerror or 'is missing'}; prepare the store again") from error
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "is the disk in order?")
-        raise InputError(f"{path}: cannot be opened ({error.strerror or error}); {remedy}") from error
 
 
 def open_shards(root: Path, infos: Sequence[ShardInfo], schema: pa.Schema) -> tuple[ShardColumns, ...]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fastcollate.errors import InputError
 from fastcollate.store.files import FileInfo as FileInfo
-from fastcollate.store.files import HashedFile, describe
+from fastcollate.store.files import HashedFile, describe, naming
 from fastcollate.store.files import write_file as write_file
 from fastcollate.store.manifest import MANIFEST as MANIFEST
 from fastcollate.store.manifest import StoreIdentity as StoreIdentity
@@ -25,7 +25,7 @@ from fastcollate.store.manifest import make_manifest, pretty
 from fastcollate.store.manifest import read_manifest as read_manifest
 from fastcollate.store.shards import ShardColumns as ShardColumns
 from fastcollate.store.shards import ShardInfo as ShardInfo
-from fastcollate.store.shards import naming, open_shard, open_shards, shard_schema
+from fastcollate.store.shards import open_shard, open_shards, shard_schema
 from fastcollate.store.shards import shard_name as shard_name
 from fastcollate.store.shards import token_dtype as token_dtype
 from fastcollate.store.shards import write_shard as write_shard

@@ -181,6 +181,17 @@ def test_what_the_system_refuses_has_its_own_remedy(
     assert ("prepare the store again" in str(caught.value)) == (number == errno.ENOENT)
 
 
+def test_a_manifest_that_cannot_be_opened_has_the_same_remedies(
+    many: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InputError, match=r"manifest\.json: cannot be opened .*raise the limit on open files"):
+        TokenStore(many.path)
+
+
 def test_views_of_many_shards_stay_alive(many: TokenStore) -> None:
     infos = [ShardInfo(**entry) for entry in many.manifest["shards"]]
     opened = open_shards(many.path, infos, shard_schema(np.uint16))
