@@ -101,6 +101,7 @@ class TokenStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._from_anywhere = self.path.absolute()  # also after `chdir`
         manifest = read_manifest(self.path)
         if manifest is None:
             raise InputError(
@@ -213,7 +214,7 @@ class TokenStore:
         return f"TokenStore({str(self.path)!r}): {len(self):,} rows, {self.num_tokens:,} tokens"
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
-        return TokenStore, (self.path,)  # a worker process opens its own map instead of receiving a copy
+        return TokenStore, (self._from_anywhere,)  # a worker process opens its own map instead of receiving a copy
 
 
 def require_served(store: Any) -> None:

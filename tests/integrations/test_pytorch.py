@@ -19,6 +19,7 @@ from fastcollate.collate.reference import custom_collate_with_masking_fn
 from fastcollate.errors import InputError
 from fastcollate.plan.mixing import MixedStore
 from fastcollate.plan.plan import plan_epoch
+from fastcollate.store.store import TokenStore
 from tests.helpers import random_rows, store_of_rows
 
 ROWS, SPANS = random_rows(203)
@@ -197,6 +198,31 @@ def test_single_rows(dataset: StoreDataset) -> None:
         dataset[203]
     copy = pickle.loads(pickle.dumps(dataset))
     assert same(copy.collate([copy[3], copy[5]]), expected([3, 5]))
+
+
+def test_a_store_opened_by_a_relative_path_is_found_after_chdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_of_rows(tmp_path / "here" / "store", ROWS, SPANS)
+    monkeypatch.chdir(tmp_path / "here")
+    data = StoreDataset("store")
+    mix = StoreDataset(MixedStore({"a": TokenStore("store"), "b": TokenStore(Path("./store"))}))
+    loader = fastcollate.BatchLoader("store", batch_size=8, prefetch=0)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+
+    def again(made: StoreDataset) -> Any:
+        copy = pickle.loads(pickle.dumps(made))
+        return copy.collate([copy[3], copy[5]])
+
+    for made in (data, mix):
+        assert same(again(made), made.collate([made[3], made[5]]))
+    assert same(next(iter(pickle.loads(pickle.dumps(loader)))), next(iter(loader)))
+    batches = DataLoader(
+        mix, batch_sampler=BucketBatchSampler(mix, batch_size=8), collate_fn=mix.collate, num_workers=1,
+        multiprocessing_context="spawn",
+    )  # fmt: skip
+    assert sum(len(batch.inputs) for batch in batches) == 2 * len(ROWS)
 
 
 def test_a_shuffle_flag_is_refused(dataset: StoreDataset) -> None:
