@@ -46,6 +46,14 @@ def kernel(function: F) -> F:
     return cast("F", found)
 
 
+def part(function: F) -> F:
+    """A part of kernels, which Python does not call: compiled with each of them, without what a call from Python needs.
+
+    That takes half the time, and what is kept of a kernel holds its parts.
+    """
+    return cast("F", njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function))
+
+
 def _kept(function: Any) -> Any:
     """Compiled, and kept beside its file, or else in the user's cache folder, or else in a temporary one."""
     with contextlib.suppress(RuntimeError):

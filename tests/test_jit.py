@@ -15,7 +15,7 @@ from fastcollate import jit
 PACKAGE = Path(jit.__file__).parent
 KERNEL_FILES = sorted(
     path for path in PACKAGE.rglob("*.py")
-    if path.name != "jit.py" and "@kernel" in path.read_text().splitlines()
+    if path.name != "jit.py" and {"@kernel", "@part"} & set(path.read_text().splitlines())
 )  # fmt: skip
 SCRIPT = """
 from fastcollate.jit import compiling

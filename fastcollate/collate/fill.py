@@ -13,7 +13,7 @@ import numpy as np
 
 from fastcollate.collate.masks import mask_row
 from fastcollate.collate.settings import IGNORE, LEFT, LIMIT, MASK, PAD, REFERENCE
-from fastcollate.jit import address_of, borrow, kernel, prefetch, view
+from fastcollate.jit import address_of, borrow, kernel, part, prefetch, view
 from fastcollate.store.rows import FIRST_ROW, NUM_ROWS, NUM_TOKENS, OFFSETS, TOKEN_SIZE, TOKENS, shard_of
 
 # Columns of a group's report, a batch a line: what `batch.Counts` holds and can be summed, then the batch's width and
@@ -33,7 +33,7 @@ ALIGNMENT = 8  # int64 cells in a cache line: each batch of a group starts on on
 # ------------------------------------------------------------------------------------------------- reading rows
 
 
-@kernel
+@part
 def locate(table: Any, rows: Any, places: Any) -> int:
     """Write where each row lies; its offsets are checked here, once.
 
@@ -64,7 +64,7 @@ def locate(table: Any, rows: Any, places: Any) -> int:
     return longest
 
 
-@kernel
+@part
 def prefetch_places(table: Any, places: Any, first: int, stop: int) -> None:
     """Ask for the tokens of some rows, of a kilobyte a row at most: the processor finds the rest itself.
 
@@ -85,7 +85,7 @@ def widest(table: Any, rows: Any) -> int:
 # ------------------------------------------------------------------------------------------------- filling rows
 
 
-@kernel
+@part
 def fill_row(tokens: Any, start: int, inputs: Any, targets: Any, settings: Any) -> tuple[int, int]:
     """Fill one row's columns from `start` on; prompts are masked afterwards, by `mask_row`.
 
@@ -125,7 +125,7 @@ def fill_row(tokens: Any, start: int, inputs: Any, targets: Any, settings: Any) 
     return trained, corners
 
 
-@kernel
+@part
 def _first_pad(tokens: Any, pad: int) -> int:
     """The place of the first `pad` among a row's tokens but the first one, or the row's length."""
     found = 0
@@ -137,14 +137,14 @@ def _first_pad(tokens: Any, pad: int) -> int:
     return place
 
 
-@kernel
+@part
 def _fill_rows(
     table: Any, settings: Any, rows: Any, places: Any, padded: int, inputs: Any, targets: Any, report: Any, token: Any
 ) -> int:
     """Fill a batch's inputs and targets; returns 0, or `-1 - i` where `rows[i]` is broken."""
     width, left, mask = report[WIDTH], settings[LEFT] != 0, settings[MASK] != 0
     sum_real = sum_trained = sum_corners = sum_untrained = sum_cut_rows = sum_cut = 0
-    prefetch_places(table, places, 0, AHEAD)
+    prefetch_places(table, places, np.int64(0), np.int64(AHEAD))
     for i in range(len(rows)):
         if i % AHEAD == 0:
             prefetch_places(table, places, i + AHEAD, i + 2 * AHEAD)
@@ -180,7 +180,7 @@ def plain_cells_of(num_rows: int, width: int, cell_size: int) -> tuple[int, int]
 cells_of = kernel(plain_cells_of)  # for kernels; a compiled function costs plain Python more than this one
 
 
-@kernel
+@part
 def _fill_next(table: Any, settings: Any, rows: Any, start: int, out: Any, report: Any, token: Any, cell: Any) -> int:
     """Fill one batch at `out[start:]` if it fits; returns where it ends, or `-1 - i` where `rows[i]` is broken."""
     places = np.empty((len(rows), PLACE_COLUMNS), np.int64)

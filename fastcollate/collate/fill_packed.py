@@ -33,7 +33,7 @@ from fastcollate.collate.fill import (
 )
 from fastcollate.collate.masks import mask_row
 from fastcollate.collate.settings import IGNORE, LEFT, LIMIT, MASK, PAD
-from fastcollate.jit import address_of, borrow, kernel, view
+from fastcollate.jit import address_of, borrow, kernel, part, view
 
 
 @kernel
@@ -45,7 +45,7 @@ def packed_cells_of(num_packs: int, capacity: int, num_rows: int, limit: int, ce
     return targets, positions, bounds + (num_bounds + 2 * ALIGNMENT - 1) // (2 * ALIGNMENT) * ALIGNMENT
 
 
-@kernel
+@part
 def _add_segment(column: int, end: int, start: int, positions: Any, segments: Any, report: Any) -> None:
     """Positions 0, 1, 2, ... of a pack's columns from `column` to `end`, and the bound behind them."""
     own = positions[column:end]
@@ -55,7 +55,7 @@ def _add_segment(column: int, end: int, start: int, positions: Any, segments: An
     segments[report[SEGMENTS]] = start + end
 
 
-@kernel
+@part
 def _fill_pack(
     table: Any, settings: Any, rows: Any, starts: Any, places: Any, begin: int, end: int, limit: int, start: int,
     inputs: Any, targets: Any, positions: Any, segments: Any, report: Any, token: Any,
@@ -99,7 +99,7 @@ def _fill_pack(
     return 0
 
 
-@kernel
+@part
 def _fill_packs(
     table: Any, settings: Any, rows: Any, starts: Any, packs: Any, at: int, report: Any, token: Any, cell: Any
 ) -> int:
@@ -117,7 +117,7 @@ def _fill_packs(
     positions = view(at + 8 * positions_at, size, np.int64)
     segments = view(at + 8 * bounds_at, 2 * (report[END] - first - bounds_at), np.int32)
     segments[0] = 0
-    prefetch_places(table, places, 0, AHEAD)
+    prefetch_places(table, places, np.int64(0), np.int64(AHEAD))
     for p in range(num_packs):
         begin, end, start, stop = packs[p] - packs[0], packs[p + 1] - packs[0], p * capacity, (p + 1) * capacity
         status = _fill_pack(

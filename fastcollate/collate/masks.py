@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from fastcollate.collate.settings import IGNORE, MASKED, NO_LIMIT, REFERENCE
-from fastcollate.jit import kernel, view
+from fastcollate.jit import part, view
 from fastcollate.store.rows import NUM_SPANS, SPAN_OFFSETS, SPAN_SIZE, SPANS, bounds_of
 
 
-@kernel
+@part
 def _ignore_columns(targets: Any, begin: int, end: int, value: int, ignore: int) -> int:
     """Write `value` over targets `begin..end`, cut to what is there; returns how many of them were trained."""
     first, stop = max(begin, 0), min(end, len(targets))
@@ -22,7 +22,7 @@ def _ignore_columns(targets: Any, begin: int, end: int, value: int, ignore: int)
     return trained
 
 
-@kernel
+@part
 def _span_of(address: int, size: int, index: int) -> int:
     """One of a row's spans: uint32, or int64 where a caller gave prompt lengths."""
     if size == 4:
@@ -30,7 +30,7 @@ def _span_of(address: int, size: int, index: int) -> int:
     return view(address, index + 1, np.int64)[index]  # type: ignore[no-any-return]
 
 
-@kernel
+@part
 def mask_row(
     table: Any, shard: int, row: int, length: int, start: int, padded: int, settings: Any, targets: Any
 ) -> tuple[int, int]:
@@ -59,7 +59,7 @@ def mask_row(
             if total > length + 1:
                 return -1, 0
     if count <= 2:
-        prompt = _span_of(at, size, 0) if count > 0 else np.int64(0)
+        prompt = _span_of(at, size, np.int64(0)) if count > 0 else np.int64(0)
         stop, corner = max(prompt, -NO_LIMIT) - 1, 0  # any integer is legal, also the least
         if reference and stop < 0 and count > 0:
             stop = max(padded + stop, 0)

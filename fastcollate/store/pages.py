@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.jit import ask_for, kernel
+from fastcollate.jit import ask_for, kernel, part
 from fastcollate.store.rows import (
     FIRST_ROW,
     NUM_SPANS,
@@ -83,7 +83,7 @@ def _ask(ask: Callable[[Rows], int], rows: Rows) -> None:
 _NO_PAGES = np.int64(0), np.int64(-2)  # first and last: nothing joins these
 
 
-@kernel
+@part
 def _ask_for_pages(first: int, last: int, page: int) -> int:
     """Ask for the pages from `first` to `last`, if there are any; how often it asked."""
     if last < first:
@@ -92,7 +92,7 @@ def _ask_for_pages(first: int, last: int, page: int) -> int:
     return 1
 
 
-@kernel
+@part
 def _add_stretch(first: int, last: int, begin: int, end: int, page: int) -> tuple[int, int, int]:
     """Join a stretch of memory, not empty, to the pages `first` to `last`, or ask for these where it lies apart.
 
@@ -127,7 +127,7 @@ def ask_for_item_pages(address: int, size: int, rows: Any, page: int) -> int:
     return int(asked + _ask_for_pages(first, last, page))
 
 
-@kernel
+@part
 def _ask_for_offsets(table: Any, rows: Any, offsets: int, page: int) -> int:
     """Ask for the offsets of rows into a column; how often it asked.
 
@@ -148,7 +148,7 @@ def _ask_for_offsets(table: Any, rows: Any, offsets: int, page: int) -> int:
     return int(asked + _ask_for_pages(first, last, page))
 
 
-@kernel
+@part
 def _ask_for_lists(table: Any, rows: Any, offsets: int, total: int, items: int, item_size: int, page: int) -> int:
     """Ask for what rows have in a column, by their offsets; how often it asked.
 

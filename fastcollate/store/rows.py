@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcollate.jit import kernel, view
+from fastcollate.jit import part, view
 
 _TABLE = range(10)
 FIRST_ROW, NUM_ROWS, TOKENS, NUM_TOKENS, TOKEN_SIZE, OFFSETS, SPANS, NUM_SPANS, SPAN_SIZE, SPAN_OFFSETS = _TABLE
@@ -19,7 +19,7 @@ TABLE_COLUMNS = len(_TABLE)
 READ_BEYOND = 8  # tokens that a fill may read behind a row, where its shard has them
 
 
-@kernel
+@part
 def shard_of(table: Any, row: int, guess: int) -> int:
     """The table's line that holds `row`, or -1; neighbours mostly share a shard, so `guess` is tried first."""
     first = np.int64(table[guess, FIRST_ROW])
@@ -37,7 +37,7 @@ def shard_of(table: Any, row: int, guess: int) -> int:
     return low
 
 
-@kernel
+@part
 def bounds_of(table: Any, shard: int, row: int, offsets: int = OFFSETS, total: int = NUM_TOKENS) -> tuple[int, int]:
     """First token (or span) and number of them in a row; number -1 where the offsets leave what the shard holds."""
     bounds = view(table[shard, offsets] + 8 * (row - table[shard, FIRST_ROW]), 2, np.int64)
