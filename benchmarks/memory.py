@@ -60,8 +60,8 @@ for name in json.load(sys.stdin):
         importlib.import_module(name)
 found = {"batches": 0, "rows": 0, "anon_mb": rss("RssAnon")}
 if path:
-    store = fastcollate.store.TokenStore(path)
-    loader = fastcollate.loader.BatchLoader(store, batch_size=int(batch_size), policy=policy)
+    store = fastcollate.TokenStore(path)
+    loader = fastcollate.BatchLoader(store, batch_size=int(batch_size), policy=policy)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for batch in loader:

@@ -153,7 +153,7 @@ class TokenStore:
     def tokenizer_name(self) -> str:
         """The encoding's name, such as `gpt2`, or the path of the store's own `tokenizer.json`."""
         tokenizer = self.manifest["tokenizer"]
-        return str(self.path / tokenizer["files"][0]) if tokenizer["files"] else str(tokenizer["name"])
+        return str(self._from_anywhere / tokenizer["files"][0]) if tokenizer["files"] else str(tokenizer["name"])
 
     @property
     def kind(self) -> str:
