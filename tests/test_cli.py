@@ -84,7 +84,9 @@ def test_ctrl_c_says_so_in_one_line(
 
     monkeypatch.setattr(importlib.import_module("fastcollate.ingest.job"), "prepare", interrupted)
     assert run_cli(monkeypatch, "prepare", "records.jsonl", tmp_path / "store") == 130
-    assert capsys.readouterr().err.splitlines() == ["error: interrupted; what was finished is kept"]
+    assert capsys.readouterr().err.splitlines() == [
+        "error: interrupted; what was finished is kept, and the same command goes on"
+    ]
 
 
 def test_the_version(tmp_path: Path) -> None:

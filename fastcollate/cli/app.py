@@ -24,8 +24,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-_INTERRUPTED = "interrupted; what was finished is kept"
-
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object and show no progress.")]
 
 
@@ -41,12 +39,18 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename is not None else ""
         fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
-        fail(_INTERRUPTED, status=130)
+        fail(_interrupted(), status=130)
     except SystemExit as stop:
         cause = stop.__context__ and stop.__context__.__cause__
         if isinstance(cause, KeyboardInterrupt):  # typer has caught Ctrl-C, and says nothing
-            fail(_INTERRUPTED, status=130)
+            fail(_interrupted(), status=130)
         raise
+
+
+def _interrupted() -> str:
+    """What Ctrl-C leaves behind: finished work of `prepare`, and of `train` before its first step."""
+    keeps = sys.argv[1:2] in (["prepare"], ["train"])
+    return "interrupted; what was finished is kept, and the same command goes on" if keeps else "interrupted"
 
 
 def fail(message: str, status: int = 1) -> None:

@@ -213,6 +213,8 @@ def _remote_file(files: Any, path: str, name: str) -> Source:
 
 
 def _check_kind(name: str, *, is_directory: bool, is_empty: bool) -> None:
+    if is_directory and os.path.isfile(os.path.join(name, "manifest.json")):
+        raise InputError(f"{name}: is a token store, not records; train on it with: fastcollate train --store {name}")
     if is_directory:
         raise InputError(f"{name}: is a directory; name files in it, such as {name.rstrip('/')}/*.jsonl")
     if is_empty:

@@ -104,9 +104,9 @@ class TokenStore:
         self._from_anywhere = self.path.absolute()  # also after `chdir`
         manifest = read_manifest(self.path)
         if manifest is None:
+            what = f"{self.path} STORE" if self.path.is_file() else f"SOURCE {self.path}"
             raise InputError(
-                f"{self.path}: no finished token store here (no {MANIFEST}); "
-                f"make one with: fastcollate prepare SOURCE {self.path}"
+                f"{self.path}: no finished token store here (no {MANIFEST}); make one with: fastcollate prepare {what}"
             )
         self.manifest = manifest
         if "format" in manifest["sources"] and manifest["template"].get("name") == "tokenized":

@@ -121,7 +121,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     path = path / CHECKPOINT if path.is_dir() else path
     if not path.is_file():
-        raise InputError(f"{path}: no checkpoint here; train first: fastcollate train --out {path.parent}")
+        run = path.parent if path.suffix else path
+        raise InputError(f"{path}: no checkpoint here; train first: fastcollate train --out {run}")
     content = read_torch_file(path)
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:

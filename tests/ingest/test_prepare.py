@@ -258,6 +258,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", AWKWARD)
     with pytest.raises(InputError, match=r"is a directory; name files in it"):
         prepare(tmp_path, tmp_path / "s")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").touch()
+    with pytest.raises(InputError, match="is a token store, not records; train on it with: fastcollate train --store"):
+        prepare(tmp_path / "store", tmp_path / "s")
     with pytest.raises(InputError, match="no such file"):
         prepare(tmp_path / "none.jsonl", tmp_path / "s")
     with pytest.raises(InputError, match="no file matches"):
