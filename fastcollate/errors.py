@@ -23,6 +23,10 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
     Raises:
         MissingExtraError: `module` is not installed.
+
+    Example:
+        >>> import_extra("matplotlib.figure", "plot").Figure.__name__
+        'Figure'
     """
     try:
         return importlib.import_module(module)

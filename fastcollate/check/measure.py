@@ -118,6 +118,11 @@ def bench(
 
     Raises:
         InputError: a value is wrong.
+
+    Example:
+        >>> report = bench(store, step_ms=40.0, rounds=1, seconds=0.05, progress=False)
+        >>> report.contenders[0].name
+        'fastcollate'
     """
     progress = renamed_switch(progress, old="silent", given=silent)
     options = options or MaskOptions()
@@ -221,6 +226,10 @@ def measure_step(model: str, batches: Iterable[Any]) -> float:
 
     Raises:
         InputError: no such model.
+
+    Example:
+        >>> measure_step("tiny", [(torch.zeros(1, 4).long(), torch.zeros(1, 4).long())]) > 0
+        True
     """
     network = GPT2(config_of(model))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)

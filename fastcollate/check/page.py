@@ -84,6 +84,9 @@ def write_report(
         InputError: `batch_size` or `num_rows` is below 1.
         MissingExtraError: plotly is not installed.
         OSError: the file cannot be written.
+
+    Example:
+        >>> write_report(store, Path("report.html"), inspect_store(store, progress=False))  # needs plotly
     """
     for name, value in (("batch_size", batch_size), ("num_rows", num_rows)):
         if value < 1:
@@ -149,13 +152,23 @@ def padding_by_policy(
 
 
 def capacity_of(lengths: npt.NDArray[Any], max_length: int | None) -> int:
-    """Cells of the packs shown: what the longest row takes."""
+    """Cells of the packs shown: what the longest row takes.
+
+    Example:
+        >>> capacity_of(np.array([5, 900]), 512)
+        512
+    """
     longest = max(int(lengths.max(initial=1)), 1)
     return longest if max_length is None else min(longest, max_length)
 
 
 def padding_of(plan: EpochPlan, max_length: int | None) -> Padding:
-    """Count the cells of a plan's batches without filling them."""
+    """Count the cells of a plan's batches without filling them.
+
+    Example:
+        >>> padding_of(plan_epoch([2, 4, 4], batch_size=3, policy="sequential"), None)
+        Padding(num_batches=1, cells=12, padded=2)
+    """
     num_batches = cells = filled = 0
     for index in range(plan.num_windows):
         rows, bounds = plan.window(index)

@@ -113,6 +113,10 @@ def verify(
 
     Raises:
         InputError: an option is wrong, or the sources or the vocabulary cannot be had.
+
+    Example:
+        >>> verify(store, policy="shuffled", batch_size=16, progress=False).ok
+        True
     """
     progress = renamed_switch(progress, old="silent", given=silent)
     options = options or MaskOptions()
@@ -210,6 +214,11 @@ def expected_batch(examples: Sequence[Example], pad: int, options: MaskOptions) 
 
     Returns:
         inputs and targets, int64 `(rows, width)` each.
+
+    Example:
+        >>> inputs, targets = expected_batch([store[0], store[1]], 50256, MaskOptions())
+        >>> inputs.shape == targets.shape
+        True
     """
     rows = [example.input_ids.tolist() for example in examples]
     spans = [example.spans.tolist() for example in examples]

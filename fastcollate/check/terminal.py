@@ -61,12 +61,22 @@ def view_row(store: TokenStore, row: int, options: MaskOptions | None = None) ->
 
     Raises:
         InputError: there is no such row.
+
+    Example:
+        >>> view = view_row(store, 3, MaskOptions(mask_prompt=True))
+        >>> view.kinds.count("trained") > 0
+        True
     """
     return next(view_rows(store, [row], options))
 
 
 def view_rows(store: TokenStore, rows: Iterable[int], options: MaskOptions | None = None) -> Iterator[RowView]:
-    """`view_row` of several rows."""
+    """`view_row` of several rows.
+
+    Example:
+        >>> [view.row for view in view_rows(store, [3, 5])]
+        [3, 5]
+    """
     collator = (options or MaskOptions()).collator(store)
     longest = int(np.argmax(store.lengths))
     for row in rows:
@@ -105,7 +115,12 @@ def _prompt_tokens(spans: Sequence[int], length: int) -> list[bool]:
 
 
 def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
-    """The row's text with a marked margin a kind, then a line a column: input, target, and what becomes of it."""
+    """The row's text with a marked margin a kind, then a line a column: input, target, and what becomes of it.
+
+    Example:
+        >>> print(render_row(view_row(store, 3), None).plain.splitlines()[0])
+        row 3, record 3: ... tokens, shown ... wide
+    """
     from rich.text import Text
 
     out = Text()
@@ -128,7 +143,12 @@ def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
 
 
 def print_row(view: RowView, tokenizer: Tokenizer | None) -> None:
-    """`render_row` on standard output, in colour where it is a terminal; lines are left to the terminal to wrap."""
+    """`render_row` on standard output, in colour where it is a terminal; lines are left to the terminal to wrap.
+
+    Example:
+        >>> print_row(view_row(store, 3), tokenizer_of(store)[0])
+        row 3, record 3: ...
+    """
     from rich.console import Console
 
     Console(highlight=False).print(render_row(view, tokenizer), soft_wrap=True, end="")
@@ -146,7 +166,13 @@ def _printable(text: str) -> str:
 
 
 def render_histogram(histogram: Histogram, *, width: int = 50) -> str:
-    """A line a bar: the range, the bar, the count."""
+    """A line a bar: the range, the bar, the count.
+
+    Example:
+        >>> print(render_histogram(Histogram([0.0, 1.0, 3.0], [1, 4]), width=4))
+                    0 │█    1
+                  1-2 │████ 4
+    """
     tallest = max(histogram.counts)
     lines = []
     for index, count in enumerate(histogram.counts):
@@ -158,7 +184,12 @@ def render_histogram(histogram: Histogram, *, width: int = 50) -> str:
 
 
 def summary_of(found: Inspection) -> dict[str, object]:
-    """What `print_summary` shows of an inspection."""
+    """What `print_summary` shows of an inspection.
+
+    Example:
+        >>> summary_of(inspect_store(store, progress=False))["rows"]
+        600
+    """
     rows: dict[str, object] = {
         "rows": found.num_rows,
         "tokens": found.num_tokens,

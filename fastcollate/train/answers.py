@@ -48,6 +48,10 @@ def generate(
 
     Raises:
         InputError: an option out of range, or an empty prompt.
+
+    Example:
+        >>> generate(model, [1, 2, 3], max_new_tokens=4, stop_at=None)
+        [..., ..., ..., ...]
     """
     _check(model, prompt, max_new_tokens, top_k, temperature)
     context = model.config.context_length
@@ -91,7 +95,13 @@ def _choose(logits: Tensor, top_k: int | None, temperature: float, generator: to
 
 
 def prompt_and_answer(example: Example) -> tuple[list[int], list[int]]:
-    """A row's tokens up to its last response, and that response (the whole row where no token is a prompt's)."""
+    """A row's tokens up to its last response, and that response (the whole row where no token is a prompt's).
+
+    Example:
+        >>> prompt, response = prompt_and_answer(store[0])
+        >>> len(prompt) + len(response) == len(store[0].input_ids)
+        True
+    """
     ids, spans = example.input_ids.tolist(), example.spans.tolist()
     last_response = spans[-1] if len(spans) % 2 == 0 else 0
     cut = len(ids) - last_response
@@ -115,7 +125,12 @@ _HEADINGS = {"alpaca": "### Response:", "phi3": "<|assistant|>:"}
 
 
 def clean_response(text: str, template: str) -> str:
-    """A response without the template's heading, which the store counts to the response, not to the prompt."""
+    """A response without the template's heading, which the store counts to the response, not to the prompt.
+
+    Example:
+        >>> clean_response("\\n\\n### Response:\\nAn apple.", "alpaca")
+        'An apple.'
+    """
     return text.strip().removeprefix(_HEADINGS.get(template, "")).strip()
 
 
@@ -135,8 +150,9 @@ def answer(
         `prompt`, `model_response` and `tokens`.
 
     Example:
-        >>> answer(Path("runs/first"), "Add 1 and 2.")["model_response"]
-        '3'
+        >>> found = answer(Path("runs/first"), "Add 1 and 2.", options=AnswerOptions(max_new_tokens=4))
+        >>> list(found)
+        ['prompt', 'model_response', 'tokens']
     """
     options = options or AnswerOptions()
     device = choose_device(options.device)
@@ -168,6 +184,11 @@ def open_split(
 
     Raises:
         InputError: no such split, an empty one, or another store than the run's.
+
+    Example:
+        >>> opened, rows = open_split(load_checkpoint(Path("runs/first")), Path("runs/first"), split="test", limit=3)
+        >>> rows
+        range(510, 513)
     """
     splits = checkpoint.data["splits"]
     if split not in splits:
@@ -207,6 +228,10 @@ def write_answers(
 
     Returns:
         `rows`, and `exact`: how many answers equal the record's own.
+
+    Example:
+        >>> write_answers(Path("answers.json"), model, store, range(2), max_new_tokens=4)
+        {'rows': 2, 'exact': 0}
     """
     tokenizer = load_tokenizer(store.tokenizer_name)
     template = str(store.manifest["template"].get("name", ""))

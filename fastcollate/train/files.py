@@ -106,7 +106,13 @@ class Counters:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `path` atomically: a crash leaves the old file or the new one, never a part."""
+    """Write `path` atomically: a crash leaves the old file or the new one, never a part.
+
+    Example:
+        >>> save_checkpoint(Path("copy.pt"), load_checkpoint(Path("runs/first")))
+        >>> load_checkpoint(Path("copy.pt")).step
+        2
+    """
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     content |= {"format_version": FORMAT_VERSION, "config": asdict(checkpoint.config)}
     with replacing(path) as file:
@@ -118,6 +124,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         InputError: there is none, it is damaged, or another release wrote it.
+
+    Example:
+        >>> load_checkpoint(Path("runs/first")).step
+        2
     """
     path = path / CHECKPOINT if path.is_dir() else path
     if not path.is_file():
@@ -136,6 +146,11 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT2, Ch
 
     Raises:
         InputError: as `load_checkpoint`.
+
+    Example:
+        >>> model, saved = load_model(Path("runs/first"))
+        >>> saved.data["tokenizer"]
+        'gpt2'
     """
     checkpoint = load_checkpoint(path)
     model = GPT2(checkpoint.config)
@@ -155,7 +170,7 @@ def find_checkpoint(options: TrainOptions) -> Checkpoint | None:
     Example:
         >>> saved = find_checkpoint(TrainOptions(out=Path("runs/first"), resume=True))
         >>> saved.step
-        120
+        2
     """
     saved = load_checkpoint(options.out) if (options.out / CHECKPOINT).exists() else None
     if saved is not None:
@@ -168,7 +183,12 @@ def find_checkpoint(options: TrainOptions) -> Checkpoint | None:
 
 
 def has_ended(saved: Checkpoint, options: TrainOptions) -> bool:
-    """Whether a run with these options has nothing left to train."""
+    """Whether a run with these options has nothing left to train.
+
+    Example:
+        >>> has_ended(load_checkpoint(Path("runs/first")), TrainOptions(max_steps=2))
+        True
+    """
     ending = options.ending(
         step=saved.step,
         epoch=saved.progress.get("epoch", saved.loader["epoch"]),  # releases before 0.2 kept it there only
@@ -178,7 +198,12 @@ def has_ended(saved: Checkpoint, options: TrainOptions) -> bool:
 
 
 def how_it_goes_on(saved: Checkpoint, options: TrainOptions, total_steps: int) -> str:
-    """A line for a run that goes on from a checkpoint."""
+    """A line for a run that goes on from a checkpoint.
+
+    Example:
+        >>> print(how_it_goes_on(load_checkpoint(Path("runs/first")), TrainOptions(max_steps=9), 9))
+        runs/train: going on after step 2 of 9; the learning rate goes by 9 steps from here on, not 2
+    """
     if has_ended(saved, options):
         return f"{options.out}: this run has ended, at step {saved.step}; for more, --resume with more --max-steps"
     line = f"{options.out}: going on after step {saved.step} of {total_steps}"
@@ -189,7 +214,15 @@ def how_it_goes_on(saved: Checkpoint, options: TrainOptions, total_steps: int) -
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of the generators that training may draw from."""
+    """The states of the generators that training may draw from.
+
+    Example:
+        >>> states = random_states(torch.device("cpu"))
+        >>> first = torch.rand(2)
+        >>> set_random_states(states, torch.device("cpu"))
+        >>> torch.equal(torch.rand(2), first)
+        True
+    """
     return {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
@@ -198,7 +231,11 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Continue with states of `random_states`."""
+    """Continue with states of `random_states`.
+
+    Example:
+        >>> set_random_states(random_states(torch.device("cpu")), torch.device("cpu"))
+    """
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(states["torch"])
@@ -214,6 +251,11 @@ class RunLog:
         first_step: lines of later steps, left by a run that died after its last checkpoint, are removed: those
             steps are done again.
         tensorboard: also write TensorBoard events, if the package is installed.
+
+    Example:
+        >>> log = RunLog(Path("."), tensorboard=False)
+        >>> log.step({"step": 1, "loss": 3.2, "learning_rate": 1e-3, "useful_tokens": 400})
+        >>> log.close()
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = True) -> None:
@@ -252,7 +294,12 @@ class RunLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; a last line that a kill cut short is left out."""
+    """The objects of a JSON Lines file; a last line that a kill cut short is left out.
+
+    Example:
+        >>> [line["step"] for line in read_lines(Path("runs/first/metrics.jsonl"))]
+        [1, 2]
+    """
     objects = []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -277,6 +324,10 @@ def plot_losses(directory: Path) -> Path | None:
 
     Returns:
         The picture's path, or `None` where matplotlib (the extra `plot`) is not installed.
+
+    Example:
+        >>> plot_losses(Path("runs/first"))  # needs matplotlib
+        PosixPath('runs/first/loss.png')
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None

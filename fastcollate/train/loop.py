@@ -351,9 +351,9 @@ def train(
             loss is not finite.
 
     Example:
-        >>> report = train("store", TrainOptions(out=Path("runs/first"), max_steps=100), progress=False)
+        >>> report = train("store", TrainOptions(out=Path("runs/second"), max_steps=2), progress=False)
         >>> report.steps, report.ended
-        (100, 'finished')
+        (2, 'finished')
     """
     progress = renamed_switch(progress, old="show", given=show)
     store = store if isinstance(store, TokenStore) else TokenStore(store)

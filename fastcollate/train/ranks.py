@@ -40,6 +40,11 @@ class Ranks:
         device: where this rank computes.
         counters: the group over which counts are summed on the CPU (no wait for the GPU), apart from the gradients' so
             that `close` can end its threads; `None` if alone.
+
+    Example:
+        >>> ranks = Ranks(0, 1, torch.device("cpu"), None)  # alone
+        >>> ranks.sum([3, 4])
+        [3, 4]
     """
 
     rank: int
@@ -103,7 +108,13 @@ class Ranks:
 
 
 class Interrupts:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish, so that a step is never cut in half; the second one stops."""
+    """Turns the first Ctrl-C (or SIGTERM) into a wish, so that a step is never cut in half; the second one stops.
+
+    Example:
+        >>> with Interrupts() as interrupts:
+        ...     interrupts.asked
+        False
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -133,6 +144,10 @@ def join_ranks(device: str = "auto") -> Ranks:
 
     Raises:
         InputError: the device is not there.
+
+    Example:
+        >>> join_ranks("cpu").world_size  # 1 without torchrun
+        1
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -183,6 +198,10 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
     Raises:
         InputError: it is not there.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,6 +228,9 @@ def recycle_freed_memory() -> None:
     """Let the C library keep large blocks that a step frees for the next one (glibc; elsewhere nothing happens).
 
     Otherwise each logit chunk and each gradient comes as fresh pages, which cost a sixth of a small model's step.
+
+    Example:
+        >>> recycle_freed_memory()
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -316,7 +316,7 @@ def as_micro_batch(batch: Batch | PackedBatch) -> MicroBatch:
 
     Example:
         >>> as_micro_batch(next(iter(loader))).num_trained
-        312
+        222
     """
     counts = batch.counts
     assert counts is not None  # it is a loader's
