@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError
-from fastcollate.plan.packing import LONG_ROWS, check_capacity
 
 Int64Array = npt.NDArray[np.int64]
 
 POLICIES = ("sequential", "shuffled", "bucketed", "packed")
 TAILS = ("repeat", "uneven")
+LONG_ROWS = ("truncate", "split", "drop")
+LARGEST_CAPACITY = 1 << 24  # the packer keeps a list for each room from 0 to the capacity
 LARGEST, MOST_RANKS = (1 << 40) - 1, 1 << 20  # of any size, and of ranks: products of two fit 64 bits
 
 
@@ -146,8 +147,7 @@ class PlanOptions:
             capacity = self.max_tokens if self.max_length is None else self.max_length
         if capacity is None:
             raise InputError("policy='packed': give capacity (cells a pack), or a max_length to take for it")
-        capacity = integer("capacity", capacity)
-        check_capacity(capacity)
+        capacity = check_capacity(capacity)
         if self.max_tokens is None:
             return replace(self, capacity=capacity)
         if self.max_tokens < capacity:
@@ -172,6 +172,18 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
         raise InputError(f"{name}={value!r} is a {type(value).__name__}: give an integer") from error
     if (low is not None and number < low) or (high is not None and number > high):
         raise InputError(f"{name}={number}: give {f'at least {low}' if high is None else f'{low} to {high:,}'}")
+    return number
+
+
+def check_capacity(capacity: Any) -> int:
+    """A capacity as a plain integer.
+
+    Raises:
+        InputError: it says what a capacity may be.
+    """
+    number = integer("capacity", capacity)
+    if not 1 <= number <= LARGEST_CAPACITY:
+        raise InputError(f"capacity={number}: give 1 to {LARGEST_CAPACITY:,} cells a pack")
     return number
 
 

@@ -9,11 +9,10 @@ import numpy.typing as npt
 
 from fastcollate.errors import InputError
 from fastcollate.plan import kernels as plan_kernels
+from fastcollate.plan.options import check_capacity as check_capacity
 
 Int64Array = npt.NDArray[np.int64]
 
-LONG_ROWS = ("truncate", "split", "drop")
-LARGEST_CAPACITY = 1 << 24  # the packer keeps a list for each room from 0 to the capacity
 MOST_PARTS = 1 << 26  # what packs them takes some three gigabytes
 
 
@@ -89,12 +88,6 @@ class Packs(NamedTuple):
         return Packs(rows, starts, np.append(self.bounds, self.bounds[-1] + np.arange(1, missing + 1)))
 
 
-def check_capacity(capacity: int) -> None:
-    """Raise an `InputError` that says what a capacity may be."""
-    if not 1 <= capacity <= LARGEST_CAPACITY:
-        raise InputError(f"capacity={capacity}: give 1 to {LARGEST_CAPACITY:,} cells a pack")
-
-
 def pack_rows(rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit: int, long_rows: str) -> Packs:
     """Pack rows into as few packs as best fit decreasing needs.
 
@@ -157,7 +150,7 @@ def pack_lengths(lengths: npt.ArrayLike, capacity: int) -> Packing:
         >>> packing.bin_of_row, packing.num_bins
         (array([0, 1, 0, 1, 1]), 2)
     """
-    check_capacity(capacity)
+    capacity = check_capacity(capacity)
     array = np.asarray(lengths)
     if array.ndim != 1 or (array.size and (array.dtype.kind not in "iu" or array.min() < 0)):
         raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer of at least 0 a row")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError
+from fastcollate.plan.options import integer
 
 Int64Array = npt.NDArray[np.int64]
 _HASH_BYTES = 8
@@ -65,7 +66,7 @@ def split_rows(
         >>> {name: len(part) for name, part in rows.items()}
         {'train': 552, 'val': 48}
     """
-    edges = _edges(proportions)
+    edges, seed = _edges(proportions), integer("seed", seed)
     num_rows = len(store)
     hashes = np.fromiter((_hash(data, seed) for data in _key_bytes(store, key)), np.uint64, num_rows)
     chosen = np.searchsorted(edges, hashes, side="right")

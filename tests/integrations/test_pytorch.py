@@ -160,6 +160,26 @@ def test_stateful_data_loader_resumes_mid_epoch(dataset: StoreDataset, workers: 
     assert all(same(a, b) for a, b in zip(rest, batches[7:], strict=True))
 
 
+def test_accelerate_goes_on_with_a_later_epoch_or_says_how(dataset: StoreDataset) -> None:
+    accelerate = pytest.importorskip("accelerate")
+
+    def prepared() -> tuple[Any, BucketBatchSampler]:
+        sampler = BucketBatchSampler(dataset, batch_size=8, seed=3)
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)
+        return accelerate.Accelerator(cpu=True).prepare(loader), sampler
+
+    order = BucketBatchSampler(dataset, batch_size=8, seed=3)
+    order.set_position(2, 20)
+    loader, sampler = prepared()
+    sampler.load_state_dict(order.state_dict())
+    with pytest.raises(InputError, match=r"Begin with set_epoch\(2\) \(under accelerate"):
+        next(iter(loader))  # which counts epochs from 0
+    loader.set_epoch(2)
+    for _ in range(2):
+        wanted = [expected(rows) for rows in order]
+        assert all(same(batch, one) for batch, one in zip(loader, wanted, strict=True))
+
+
 def test_rows_of_a_split_and_subsets(dataset: StoreDataset) -> None:
     rows = np.arange(10, 60, 2)
     batches = list(BucketBatchSampler(dataset, batch_size=8, rows=rows, tail="uneven"))

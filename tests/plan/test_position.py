@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastcollate import BatchLoader, BucketBatchSampler, MixedStore, StoreDataset, split_rows
+from fastcollate import BatchLoader, BucketBatchSampler, MixedStore, StoreDataset, pack_lengths, split_rows
 from fastcollate.errors import InputError
 from fastcollate.plan.mixing import Order
 from fastcollate.plan.options import OrderKeywords, PlanKeywords, PlanOptions
@@ -186,6 +186,28 @@ def test_numpy_numbers_are_numbers() -> None:
 def test_bools_and_fractions_are_refused_by_name(make: Any, name: str, value: Any) -> None:
     with pytest.raises(InputError, match=name):
         make(**{name: value})
+
+
+def test_numbers_of_packs_splits_and_mixes(stores: dict[str, Any]) -> None:
+    shares = {"a": 0.5, "b": 0.5}
+    for kind in (np.int64, np.uint8):
+        assert pack_lengths([3, 4], kind(8)).num_bins == 1
+        assert (
+            split_rows(stores["a"], shares, seed=kind(5))["a"].tolist()
+            == split_rows(stores["a"], shares, seed=5)["a"].tolist()
+        )
+        mix = MixedStore(stores, num_rows=kind(30), seed=kind(3))
+        assert mix.rows_of_epoch(2).tolist() == MixedStore(stores, num_rows=30, seed=3).rows_of_epoch(2).tolist()
+    for wrong in (True, 8.0, np.float32(8), "8", None):
+        with pytest.raises(InputError, match="capacity"):
+            pack_lengths([3, 4], wrong)
+        with pytest.raises(InputError, match="seed"):
+            split_rows(stores["a"], shares, seed=wrong)
+        with pytest.raises(InputError, match="seed"):
+            MixedStore(stores, seed=wrong)
+    for wrong in (True, 8.0, "8", 0, -1):
+        with pytest.raises(InputError, match="num_rows"):
+            MixedStore(stores, num_rows=wrong)
 
 
 @pytest.mark.parametrize("make", MAKERS)
