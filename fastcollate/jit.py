@@ -47,9 +47,9 @@ def kernel(function: F) -> F:
 
 
 def part(function: F) -> F:
-    """A part of kernels, which Python does not call: compiled with each of them, without what a call from Python needs.
+    """A part of kernels: compiled with each of them, without what a call from Python needs, which is half of the work.
 
-    That takes half the time, and what is kept of a kernel holds its parts.
+    Called from Python it would crash: only kernels and parts may name it (a test looks).
     """
     return cast("F", njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -56,6 +57,28 @@ def test_a_kernel_is_made_of_all_that_its_file_imports(path: Path) -> None:
     assert {path.name, "jit.py"} <= files
     if path.parent.name == "collate":
         assert {"rows.py", "settings.py"} <= files
+
+
+def decorated(tree: ast.Module, *names: str) -> list[ast.FunctionDef]:
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [one for one in functions if any(isinstance(d, ast.Name) and d.id in names for d in one.decorator_list)]
+
+
+def test_only_kernels_name_a_part_of_kernels() -> None:
+    """A part has no entry for Python: a call from there ends the process."""
+    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    parts = {function.name for tree in trees.values() for function in decorated(tree, "part")}
+    assert {"shard_of", "locate", "fill_row", "mask_row"} <= parts
+    for path, tree in trees.items():
+        inside = {id(node) for function in decorated(tree, "kernel", "part") for node in ast.walk(function)}
+        outside = [node for node in ast.walk(tree) if id(node) not in inside]
+        named = {node.id for node in outside if isinstance(node, ast.Name)}
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        own = {function.name for function in decorated(tree, "part")}
+        own |= parts & {alias.name for node in imports for alias in node.names}
+        assert not named & own, f"{path.name} names {sorted(named & own)} outside of a kernel"
+        of_modules = {n.attr for n in outside if isinstance(n, ast.Attribute) and "kernels" in ast.unparse(n.value)}
+        assert not of_modules & parts, f"{path.name} names {sorted(of_modules & parts)} outside of a kernel"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from fastcollate import BatchLoader
 from fastcollate.load import loader as loader_room
 from fastcollate.plan import plan
 from fastcollate.store import pages as read_ahead
+from fastcollate.store import rows as rows_room
 from fastcollate.store.rows import READ_BEYOND
 from fastcollate.store.table import Table
 from tests.helpers import make_shards
@@ -43,8 +44,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         assert size % PAGE == 0
         asks.append(list(range(address // PAGE, (address + size) // PAGE)))
 
+    def view(address: int, count: int, dtype: Any) -> Any:
+        return np.ctypeslib.as_array((ctypes.c_int64 * count).from_address(int(address)))
+
     monkeypatch.setattr(read_ahead, "ask_for", record)
-    for name in ("_ask_for_pages", "_add_stretch", "_ask_for_offsets", "_ask_for_lists"):
+    monkeypatch.setattr(rows_room, "view", view)
+    for name in ("_ask_for_pages", "_add_stretch", "_ask_for_offsets", "_ask_for_lists", "shard_of", "bounds_of"):
         monkeypatch.setattr(read_ahead, name, plain(getattr(read_ahead, name)))
     return asks
 
