@@ -18,7 +18,7 @@ from fastcollate.ingest.summary import Counts
 from fastcollate.sources.blocks import Block, Unit
 from fastcollate.sources.records import BadRecord, Records, lines_of, read_records
 from fastcollate.store.shards import ShardColumns, token_dtype, write_shard
-from fastcollate.text.backends import Texts
+from fastcollate.text.backends import Texts, UnencodableError
 from fastcollate.text.templates import BadRecordError, Template, load_template
 from fastcollate.text.tokenizer import load_tokenizer
 
@@ -62,12 +62,17 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
     tokenizer = load_tokenizer(spec.tokenizer, spec.backend)
     lost = _Lost(unit)
     parts, digests = _read(unit, spec, lost)
-    counts = Counts()
-    started = time.thread_time()
-    encoded = tokenizer.encode_batch(parts.texts)
-    seconds = time.thread_time() - started
+    while True:
+        counts, started = Counts(), time.thread_time()
+        try:
+            encoded = tokenizer.encode_batch(parts.texts)
+            seconds = time.thread_time() - started
+            template = load_template(spec.template, spec.fields)
+            rows = mark(parts, encoded.ids, encoded.offsets, tokenizer, template, spec, counts)
+            break
+        except UnencodableError as error:
+            parts = _without(parts, error, lost)
     tokenizer.check(parts.texts, encoded, seed=unit.index)
-    rows = mark(parts, encoded.ids, encoded.offsets, tokenizer, load_template(spec.template, spec.fields), spec, counts)
     too_long: list[BadRecord] = []
     rows = limit_prompts(rows, spec, counts, too_long)
     lost.add_rows(too_long)
@@ -78,6 +83,16 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
         name = f".part-{token}-{unit.index:05d}-{secrets.token_hex(3)}.arrow"
         part = write_shard(Path(directory), name, columns, sync=False)
     return Encoded(UnitResult(unit.index, unit_digest(unit, digests), part, counts, lost.sorted(), seconds), digests)
+
+
+def _without(parts: Parts, error: UnencodableError, lost: _Lost) -> Parts:
+    """The texts of the rows that the tokenizer does not fail on; those that it does are lost."""
+    failed = {int(np.searchsorted(parts.starts, text, side="right")) - 1: r for text, r in error.reasons.items()}
+    lost.add_rows([BadRecord(int(parts.rows[row]), 0, reason) for row, reason in sorted(failed.items())])
+    kept = [row for row in range(len(parts.rows)) if row not in failed]
+    pieces = [parts.texts[int(parts.starts[row]) : int(parts.starts[row + 1])] for row in kept]
+    texts = Texts([text for piece in pieces for text in piece])
+    return Parts(texts, starts_of(np.array([len(piece) for piece in pieces], np.int64)), parts.rows[kept])
 
 
 def _read(unit: Unit, spec: JobSpec, lost: _Lost) -> tuple[Parts, list[bytes]]:

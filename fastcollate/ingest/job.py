@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
@@ -305,6 +306,7 @@ class _Job:
         self._close_shard()
         if not self._shards:
             raise InputError(f"{self.sources[0].name}: no usable record ({self._num_skipped} skipped)")
+        self._check_trained()
         seen = self._tally.close(self.sources)
         self._journal.remove_all_but(self._shards)
         if self._num_skipped:
@@ -319,6 +321,20 @@ class _Job:
         manifest = read_manifest(self.root)
         assert manifest is not None
         return manifest
+
+    def _check_trained(self) -> None:
+        """Rows that train nothing are mostly a template without marks, or a limit that cuts the responses away."""
+        untrained, num_rows = self._counts.untrained_rows, self._counts.num_rows
+        if 2 * untrained <= num_rows:
+            return
+        limit = f" within max_length={self.spec.max_length}" if self.spec.max_length is not None else ""
+        message = (
+            f"{untrained} of {num_rows} rows train nothing{limit}: raise the limit, give each record a response, or in "
+            "a .jinja template put responses between {% generation %} and {% endgeneration %}"
+        )
+        if untrained == num_rows:
+            raise InputError(f"{self.sources[0].name}: {message}")
+        warnings.warn(message, stacklevel=5)
 
     def report(self, manifest: Mapping[str, Any], reused: bool, seconds: float) -> PrepareReport:
         """What the finished job did."""

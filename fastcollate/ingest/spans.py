@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fastcollate.ingest.spec import JobSpec
 from fastcollate.ingest.summary import Counts
 from fastcollate.sources.records import BadRecord
-from fastcollate.text.backends import Texts
+from fastcollate.text.backends import Texts, UnencodableError
 from fastcollate.text.templates import Template
 from fastcollate.text.tokenizer import Tokenizer
 
@@ -46,17 +46,22 @@ def mark(
     spec: JobSpec,
     counts: Counts,
 ) -> Rows:
-    """Rows and spans: the parts' own tokens where the parts provably part, else those of the whole text."""
+    """Rows and spans: the parts' own tokens where the parts provably part, else those of the whole text.
+
+    Raises:
+        UnencodableError: the tokenizer fails on a row's whole text; names the row's first text.
+    """
     texts, starts = parts.texts, parts.starts
     spans = np.diff(offsets).astype(np.uint32)
     row_offsets = offsets[starts]
     replaced: dict[int, tuple[npt.NDArray[Any], list[int]]] = {}
     for row in _rows_that_join(texts, starts, tokenizer):
         pieces = texts[int(starts[row]) : int(starts[row + 1])]
-        if template.single_turn and spec.boundary == "reference":
-            replaced[row] = _reference_row(pieces, tokenizer, counts)
-        else:
-            replaced[row] = _exact_row(pieces, tokenizer, counts)
+        make_row = _reference_row if template.single_turn and spec.boundary == "reference" else _exact_row
+        try:
+            replaced[row] = make_row(pieces, tokenizer, counts)
+        except UnencodableError as error:
+            raise UnencodableError({int(starts[row]): str(error)}) from error
     num_parts = np.diff(starts)
     for row in np.flatnonzero(num_parts % 2).tolist():
         spans[starts[row + 1] - 1] += 1  # a last prompt also covers the end-of-text
