@@ -19,8 +19,7 @@ from fastcollate.sources.blocks import Block, Unit
 from fastcollate.sources.records import BadRecord, Records, lines_of, read_records
 from fastcollate.store.shards import ShardColumns, token_dtype, write_shard
 from fastcollate.text.backends import Texts, UnencodableError
-from fastcollate.text.templates import BadRecordError, Template, load_template
-from fastcollate.text.tokenizer import load_tokenizer
+from fastcollate.text.templates import BadRecordError, Template
 
 
 class Encoded(NamedTuple):
@@ -48,18 +47,17 @@ def encode_unit(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encode
     finally:
         if collects:
             gc.enable()
-    load_tokenizer(spec.tokenizer, spec.backend).trim()  # now that the unit's own memory is free
+    spec.tools()[0].trim()  # now that the unit's own memory is free
     return encoded
 
 
 def warm_up(spec: JobSpec) -> None:
     """Load what units need, so that forked workers share it."""
-    load_tokenizer(spec.tokenizer, spec.backend)
-    load_template(spec.template, spec.fields)
+    spec.tools()
 
 
 def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
-    tokenizer = load_tokenizer(spec.tokenizer, spec.backend)
+    tokenizer, template = spec.tools()
     lost = _Lost(unit)
     parts, digests = _read(unit, spec, lost)
     while True:
@@ -67,7 +65,6 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
         try:
             encoded = tokenizer.encode_batch(parts.texts)
             seconds = time.thread_time() - started
-            template = load_template(spec.template, spec.fields)
             rows = mark(parts, encoded.ids, encoded.offsets, tokenizer, template, spec, counts)
             break
         except UnencodableError as error:
@@ -97,8 +94,7 @@ def _without(parts: Parts, error: UnencodableError, lost: _Lost) -> Parts:
 
 def _read(unit: Unit, spec: JobSpec, lost: _Lost) -> tuple[Parts, list[bytes]]:
     """The texts of a unit's records; each block's digest."""
-    template = load_template(spec.template, spec.fields)
-    tokenizer = load_tokenizer(spec.tokenizer, spec.backend)
+    tokenizer, template = spec.tools()
     special_texts = tokenizer.special_texts if spec.special_text == "reject" else ()
     found, digests = [], []
     for block in unit.blocks:

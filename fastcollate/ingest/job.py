@@ -43,7 +43,6 @@ from fastcollate.store.files import write_file
 from fastcollate.store.manifest import MANIFEST, StoreIdentity, read_manifest, sources_of
 from fastcollate.store.shards import ShardInfo, merge_shards, shard_name
 from fastcollate.store.store import write_manifest
-from fastcollate.text.tokenizer import load_tokenizer
 
 SKIPPED = "skipped.txt"
 
@@ -111,6 +110,7 @@ def prepare(
     if workers is not None and workers < 1:
         raise InputError(f"workers={workers}: at least 1")
     spec = JobSpec(template, tokenizer, backend, dict(fields or {}), boundary, max_length, long_prompt, special_text)
+    spec = spec.sealed()
     with spooled(find_sources(sources), is_shared=engine == "ray") as found:
         job = _Job(found, Path(store), spec, on_error, progress)
         manifest = None if overwrite else job.find_finished()
@@ -166,7 +166,7 @@ class _Job:
         self.has_finished = True
         self._on_error = on_error
         self._progress = progress
-        self._tokenizer = load_tokenizer(spec.tokenizer, spec.backend)
+        self._tokenizer, _ = spec.tools()
         self._tokenizer.check_before_start()
         self._identity = spec.identity()
         self._starts = [0, *itertools.accumulate(source.num_bytes for source in sources)]
@@ -390,5 +390,5 @@ def _report_lines(records: Iterable[LostRecord], sources: Sequence[Source]) -> I
     yield "file\tline\trecord\treason"
     for bad in records:
         reason = bad.reason.replace("\t", " ").replace("\n", " ")
-        name = sources[bad.source].name
-        yield f"{name}\t{bad.line or '-'}\t{bad.row}\t{reason.encode('utf-8', 'replace').decode()}"
+        line = f"{sources[bad.source].name}\t{bad.line or '-'}\t{bad.row}\t{reason}"
+        yield line.encode("utf-8", "replace").decode()

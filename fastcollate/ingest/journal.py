@@ -116,7 +116,7 @@ class Journal:
     def add_unit(self, result: UnitResult) -> None:
         """Note a finished unit."""
         self._units[result.index] = result
-        self._write("unit", {**asdict(result), "bad": [list(record) for record in result.bad]})
+        self._write("unit", {**asdict(result), "tokenize_seconds": 0.0, "bad": [list(record) for record in result.bad]})
 
     def add_shard(self, number: int, units: Sequence[UnitResult], info: ShardInfo | None) -> MergedShard:
         """Note a finished shard; the parts it was made of are no longer needed."""

@@ -21,10 +21,10 @@ from fastcollate.progress import progress_bar
 from fastcollate.sources.blocks import Block, Unit, read_blocks
 from fastcollate.sources.find import Source, SourceReadError, stamp_of
 from fastcollate.store.files import write_file
-from fastcollate.store.manifest import read_manifest, sources_of
+from fastcollate.store.manifest import canonical, read_manifest, sources_of
 from fastcollate.store.shards import ShardInfo
-from fastcollate.text.templates import load_template
-from fastcollate.text.tokenizer import load_tokenizer
+from fastcollate.text.templates import Template, load_template
+from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -55,7 +55,10 @@ def check_choices(**values: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What decides the rows of a job, besides its sources; picklable. `backend` decides only how fast they come."""
+    """What decides the rows of a job, besides its sources; picklable. `backend` decides only how fast they come.
+
+    `seal` tells a worker what the leader has found in the tokenizer's and the template's files; see `sealed`.
+    """
 
     template: str
     tokenizer: str
@@ -65,11 +68,38 @@ class JobSpec:
     max_length: int | None = None
     long_prompt: str = "reject"
     special_text: str = "reject"
+    seal: str = ""
+
+    def tools(self) -> tuple[Tokenizer, Template]:
+        """The tokenizer and the template, loaded once in a process for a sealed job.
+
+        Raises:
+            SourceReadError: a file of theirs is no longer what it was when the job was sealed.
+        """
+        if not self.seal or self.seal not in _LOADED:
+            tokenizer, template = (
+                load_tokenizer(self.tokenizer, self.backend),
+                load_template(self.template, self.fields),
+            )
+            if self.seal and self._digest(tokenizer, template) != self.seal:
+                raise SourceReadError(
+                    f"the file of tokenizer {self.tokenizer!r} or template {self.template!r} was changed while the job "
+                    "was running; run it again when they are at rest"
+                )
+            _LOADED.clear()
+            _LOADED[self.seal] = tokenizer, template
+        return _LOADED[self.seal]
+
+    def sealed(self) -> JobSpec:
+        """The same job; all who work at it take the tokenizer and the template that are there now, or fail."""
+        return replace(self, seal=replace(self, seal="")._digest(*replace(self, seal="").tools()))
+
+    def _digest(self, tokenizer: Tokenizer, template: Template) -> str:
+        return hashlib.sha256(canonical([self.backend, tokenizer.identity(), template.identity()])).hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """What a store records of a job besides its sources: nothing that changes no row, and no path."""
-        tokenizer = load_tokenizer(self.tokenizer, self.backend).identity()
-        template = load_template(self.template, self.fields).identity()
+        tokenizer, template = (tool.identity() for tool in self.tools())
         return {
             "kind": "rows",
             "end": "append",
@@ -97,6 +127,9 @@ class JobSpec:
             for name, place in zip(_TOKENIZER_FILES, (path, path.parent / _TOKENIZER_FILES[1]), strict=True)
             if place.is_file()
         ]
+
+
+_LOADED: dict[str, tuple[Tokenizer, Template]] = {}
 
 
 class LostRecord(NamedTuple):

@@ -226,7 +226,6 @@ def _guarded(name: str, encode: Callable[[], _T]) -> _T:
         raise UnencodableError({0: f"{name} fails on the text ({reason})"}) from error
 
 
-@lru_cache(maxsize=8)
 def load_tokenizer(name: str = "gpt2", backend: str = "auto") -> Tokenizer:
     """The tokenizer of an encoding of tiktoken, or of a Hugging Face `tokenizer.json`.
 
@@ -241,6 +240,22 @@ def load_tokenizer(name: str = "gpt2", backend: str = "auto") -> Tokenizer:
     if backend not in BACKENDS:
         raise InputError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if name.endswith(".json") or os.sep in name:
+        return _cached(name, backend, _content(Path(name)), _content(Path(name).parent / "tokenizer_config.json"))
+    return _cached(name, backend)
+
+
+def _content(path: Path) -> bytes:
+    """A file's hash; empty where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError:
+        return b""
+
+
+@lru_cache(maxsize=8)
+def _cached(name: str, backend: str = "auto", *content: bytes) -> Tokenizer:
+    """The tokenizer of a name; one of files is another when `content`, their hashes, is."""
+    if content:
         return _from_tokenizer_json(Path(name), backend)
     encoding = load_encoding(name)
     ranks = encoding._mergeable_ranks

@@ -263,9 +263,34 @@ def test_a_tokenizers_content_counts_and_not_its_place(tmp_path: Path) -> None:
     prepare(source, tmp_path / "t", tokenizer=same)
     assert store_hash(tmp_path / "t") == expected
     assert (tmp_path / "t" / "tokenizer.json").read_bytes() == Path(same).read_bytes()
-    other = write_tokenizer(tmp_path / "z" / "tokenizer.json", added="<extra>")
+    write_tokenizer(tmp_path / "y" / "tokenizer.json", added="<extra>")  # under the name that was loaded before
     with pytest.raises(InputError, match="differs in tokenizer fingerprint"):
-        prepare(source, tmp_path / "s", tokenizer=other)
+        prepare(source, tmp_path / "s", tokenizer=same)
+
+
+def test_a_template_that_changes_while_the_job_runs_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jinja2")
+    template = tmp_path / "t.jinja"
+    template.write_text("Q: {{ q }}\nA:{% generation %} {{ a }}{% endgeneration %}")
+    source = write_lines(tmp_path / "a.jsonl", [{"q": f"one {i}", "a": "two"} for i in range(3000)])
+    read = blocks.Block.read
+
+    def changes(self: Any) -> bytes:
+        template.write_text("{{ q }}{% generation %}{{ a }}{% endgeneration %}")
+        return read(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks.Block, "read", changes)
+        prepare(source, tmp_path / "s", template=str(template), workers=1)  # with what was there when it began
+    assert not prepare(source, tmp_path / "t", template=str(template)).reused
+    assert TokenStore(tmp_path / "s")[0].input_ids.tolist() != TokenStore(tmp_path / "t")[0].input_ids.tolist()
+    sealed = spec_module.JobSpec(str(template), "gpt2", "auto").sealed()
+    template.write_text("{{ q }}!{% generation %}{{ a }}{% endgeneration %}")
+    monkeypatch.setattr(spec_module, "_LOADED", {})  # as in a worker that begins late
+    with pytest.raises(find_module.SourceReadError, match=r"t\.jinja' was changed while the job was running"):
+        sealed.tools()
 
 
 def test_files_that_systems_put_everywhere_hurt_nobody(tmp_path: Path) -> None:

@@ -58,6 +58,18 @@ def test_jobs_that_overwrite_together_make_it_once(tmp_path: Path, source: Path)
         assert store_hash(tmp_path / "s") == store_hash(tmp_path / "plain")
 
 
+def test_jobs_that_ask_for_different_stores_do_not_take_each_others(tmp_path: Path, source: Path) -> None:
+    other = write_lines(tmp_path / "b.jsonl", many(300, seed=3))
+    first = subprocess.Popen(command(source, tmp_path / "s"), stderr=subprocess.PIPE, text=True)
+    second = subprocess.Popen(command(other, tmp_path / "s"), stderr=subprocess.PIPE, text=True)
+    errors = [job.communicate()[1].strip().splitlines() for job in (first, second)]
+    assert sorted((first.returncode, second.returncode)) == [0, 1]
+    lost = errors[first.returncode == 0][-1]
+    assert lost.startswith(f"error: {tmp_path / 's'}: holds a store that differs in the content of ")
+    prepare(other if second.returncode == 0 else source, tmp_path / "plain")
+    assert store_hash(tmp_path / "s") == store_hash(tmp_path / "plain")
+
+
 def test_bad_sources_together_leave_no_folder(tmp_path: Path) -> None:
     bad = write_lines(tmp_path / "bad.jsonl", [{"instruction": 5}])
     for _ in range(4):

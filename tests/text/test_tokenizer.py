@@ -143,7 +143,7 @@ def test_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     load_encoding("gpt2")
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(MissingExtraError, match=r"fastcollate\[fast\]"):
-        load_tokenizer.__wrapped__("gpt2", "gigatoken")
+        module._cached.__wrapped__("gpt2", "gigatoken")
 
 
 class Wrong:
@@ -164,7 +164,7 @@ class Wrong:
 
 def broken(monkeypatch: pytest.MonkeyPatch, at: str) -> Tokenizer:
     monkeypatch.setattr(module, "_choose_backend", lambda *_: Wrong(at))
-    return load_tokenizer.__wrapped__("gpt2")
+    return module._cached.__wrapped__("gpt2")
 
 
 def test_one_wrong_id_stops_the_job_naming_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_one_wrong_id_stops_the_job_naming_the_text(monkeypatch: pytest.MonkeyPa
 
 @NEEDS_GIGATOKEN
 def test_caches_are_thrown_away_and_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = load_tokenizer.__wrapped__("gpt2", "gigatoken")
+    tokenizer = module._cached.__wrapped__("gpt2", "gigatoken")
     strings = [f"{number} words about the number {number * number}, é {'x' * number}\n" for number in range(300)]
     expected = [tokenizer.encode(text) for text in strings]
     encoded = [text.encode() for text in strings]
@@ -203,7 +203,7 @@ def test_caches_are_thrown_away_and_ids_stay(monkeypatch: pytest.MonkeyPatch) ->
 
 @NEEDS_GIGATOKEN
 def test_threads_may_share_caches_that_are_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = load_tokenizer.__wrapped__("gpt2", "gigatoken")
+    tokenizer = module._cached.__wrapped__("gpt2", "gigatoken")
     monkeypatch.setattr(gigatoken, "_PIECE_BYTES", 20_000)
     monkeypatch.setattr(gigatoken, "_MOST_GROWTH_AT_WORK", -(1 << 60))
     texts = [f"{number} words {number * number} é" * 9 for number in range(100)]
@@ -225,11 +225,11 @@ def with_a_gap() -> tiktoken.Encoding:
 @NEEDS_GIGATOKEN
 def test_a_vocabulary_that_gigatoken_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_encoding", lambda _: with_a_gap())
-    tokenizer = load_tokenizer.__wrapped__("gpt2")
+    tokenizer = module._cached.__wrapped__("gpt2")
     assert tokenizer.backend == "tiktoken"
     assert rows(tokenizer.encode_batch(["x" + " " * 13 + "y"])) == [with_a_gap().encode_ordinary("x" + " " * 13 + "y")]
     with pytest.raises(InputError, match=r"tokenizer 'gpt2': gigatoken does not take it .*dense.*; use tiktoken"):
-        load_tokenizer.__wrapped__("gpt2", "gigatoken")
+        module._cached.__wrapped__("gpt2", "gigatoken")
 
 
 @pytest.mark.parametrize("text", [" " * 1_000_000, "\n" * 1_000_000, "x" + " \n" * 500_000 + "y"])
@@ -257,7 +257,7 @@ class Raises:
 
 def test_what_a_backend_raises_names_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_choose_backend", lambda *_: Raises())
-    tokenizer = load_tokenizer.__wrapped__("gpt2")
+    tokenizer = module._cached.__wrapped__("gpt2")
     with pytest.raises(UnencodableError) as caught:
         tokenizer.encode_batch(["a", "bad", "b", "bad too"])
     assert caught.value.reasons == dict.fromkeys([1, 3], "tokenizers fails on the text (no)")
@@ -304,11 +304,11 @@ def test_malformed_tokenizer_json(tokenizer_json: Path) -> None:
     with pytest.raises(InputError, match="no end-of-text token found"):
         load_tokenizer(str(nameless))
     (tokenizer_json.parent / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<nothing>"}}))
-    assert load_tokenizer.__wrapped__(str(nameless)).pad_token_id == 0
+    assert load_tokenizer(str(nameless)).pad_token_id == 0
     for broken in ("{", "[]", '{"eos_token": {}}'):
         (tokenizer_json.parent / "tokenizer_config.json").write_text(broken)
         with pytest.raises(InputError, match=r"tokenizer_config\.json: cannot be read .*; mend or remove it"):
-            load_tokenizer.__wrapped__(str(nameless))
+            load_tokenizer(str(nameless))
     nameless.write_text("{")
     with pytest.raises(InputError, match=r"not a tokenizer\.json"):
-        load_tokenizer.__wrapped__(str(nameless))
+        load_tokenizer(str(nameless))
