@@ -195,6 +195,8 @@ _NONE = np.zeros(0, np.int64)
 
 def _joined(found: Sequence[Parts]) -> Parts:
     """The texts of some records and of those that follow them."""
+    if len(found) == 1:
+        return found[0]
     texts = Texts(
         data=b"".join([parts.texts.data for parts in found]),
         offsets=starts_of(np.concatenate([_NONE, *(np.diff(parts.texts.offsets) for parts in found)])),

@@ -231,7 +231,9 @@ def _line_chunks(data: bytes, num_rows: int) -> Iterator[tuple[bytes, list[bytes
         stop = 0 if middle < len(data) else len(data)
         stop = stop or data.rfind(b"\n", start, middle) + 1 or data.find(b"\n", middle) + 1 or len(data)
         chunk = data[start:stop]
-        lines = chunk.removesuffix(b"\n").split(b"\n")
+        lines = chunk.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
         start = stop
         if lines := [line for line in lines if line.strip(_BLANK)] if has_blanks else lines:
             yield chunk, lines
