@@ -56,7 +56,8 @@ def padded(mask: bool) -> tuple[Turn, int]:
     collator, lengths = collator_of(mask=mask)
     rows = np.random.default_rng(1).permutation(NUM_ROWS)[:BATCH]
     out = np.empty(4 * BATCH * 1024, np.int64)
-    return lambda: kernels.fill_padded(collator.table.array, collator.settings, rows, out), int(lengths[rows].sum())
+    options = collator.table.array, collator.settings, rows, out, *collator._types
+    return lambda: kernels.fill_padded(*options), int(lengths[rows].sum())
 
 
 def packed() -> tuple[Turn, int]:

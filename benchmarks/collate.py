@@ -4,11 +4,12 @@ The reference gets ready-made Python lists. The NumPy loops read the same memory
 plain loop does, the other writes into recycled buffers. The fill writes the same number of output bytes into a
 recycled buffer with `ndarray.fill`, reads nothing and makes no tensors: a floor. Drop-in is `collate_fn` on lists.
 
-    python -m benchmarks.collate
+    python -m benchmarks.collate [--baseline CHECKOUT]    # an older checkout's code as one more contender
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.baseline import Baseline, write_rows
 from benchmarks.harness import interleave, medians, save
 from benchmarks.synthetic import IGNORE, LENGTHS, NUM_ROWS, PAD, make_store
 from fastcollate import TokenStore, collate_fn, plan_epoch
@@ -88,7 +90,7 @@ def check(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> No
         assert torch.equal(a, b)
 
 
-def compare(store: TokenStore, batch_size: int, order: str) -> dict[str, Any]:
+def compare(store: TokenStore, batch_size: int, order: str, baseline: Baseline | None) -> dict[str, Any]:
     """One batch size in one order of rows: microseconds a batch and ratios."""
     plan = plan_epoch(store.lengths, batch_size=batch_size, policy=POLICIES[order], drop_last=True)
     batches = [np.ascontiguousarray(rows) for rows in plan]
@@ -109,12 +111,21 @@ def compare(store: TokenStore, batch_size: int, order: str) -> dict[str, Any]:
         "reference": (over(custom_collate_fn, lists), lists),
         "drop-in collate_fn": (over(collate_fn, lists), lists),
     }
+    if baseline is not None:
+        own = {"batch_size": batch_size}
+        contenders["baseline"] = (lambda: baseline.ask("collate", order=order, **own)), batches
+        contenders["baseline, drop-in"] = (lambda: baseline.ask("drop_in", count=len(lists), **own)), lists
     seconds = medians(interleave({name: run for name, (run, _) in contenders.items()}, repeats=REPEATS))
     micros = {name: 1e6 * seconds[name] / len(done) for name, (_, done) in contenders.items()}
     ours = micros["fastcollate"]
+    old = {}
+    if baseline is not None:
+        old["times_the_baseline_takes"] = round(ours / micros["baseline"], 3)
+        old["drop_in_times_the_baseline_takes"] = round(micros["drop-in collate_fn"] / micros["baseline, drop-in"], 3)
     return {
         "batch_size": batch_size,
         "order": order,
+        **old,
         "mean_width": round(float(np.mean(widths)), 1),
         "mean_width_of_sample": round(float(np.mean([len(max(rows, key=len)) for rows in lists])), 1),
         "microseconds_per_batch": {name: round(value, 2) for name, value in micros.items()},
@@ -126,16 +137,22 @@ def compare(store: TokenStore, batch_size: int, order: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(checkout: Path | None) -> None:
     with tempfile.TemporaryDirectory() as path:
         store = make_store(Path(path) / "store")
+        write_rows(store, Path(path))
+        baseline = Baseline(checkout, Path(path)) if checkout else None
         results = []
         for batch_size in SAMPLES:
             for order in POLICIES:
-                results.append(compare(store, batch_size, order))
+                results.append(compare(store, batch_size, order, baseline))
                 print(results[-1], flush=True)
+        if baseline is not None:
+            baseline.close()
     save("collate", {"num_rows": NUM_ROWS, "lengths": LENGTHS, "ids": "uint16", "repeats": REPEATS, "cases": results})
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--baseline", type=Path, help="a checkout whose code is measured too")
+    main(parser.parse_args().baseline)

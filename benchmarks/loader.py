@@ -12,7 +12,7 @@ twice in its turn, of which the second counts: what the one before it left in th
 are still ending, would be paid for by the next. A peer is timed from its first batch on, over as many batches as take
 it about a second; ours over a whole epoch, thread start and planning included. The consumer does nothing.
 
-    python -m benchmarks.loader
+    python -m benchmarks.loader [--baseline CHECKOUT]    # an older checkout's code as one more contender
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import transformers
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import peer_loaders
+from benchmarks.baseline import Baseline, write_rows
 from benchmarks.collate import NumpyLoop, check
 from benchmarks.harness import RESULTS, save
 from benchmarks.integrations_trainer import PadOnly
@@ -152,12 +153,17 @@ def epoch_seconds_per_batch(loader: BatchLoader) -> float:
     return (time.perf_counter() - start) / count
 
 
-def timers(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size: int) -> dict[str, Any]:
+def timers(
+    store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size: int, baseline: Baseline | None
+) -> dict[str, Any]:
     """By contender and workers: a function of a number of batches that gives seconds a batch."""
     found: dict[str, Any] = {}
     for policy in ("shuffled", "bucketed"):
         ours = BatchLoader(store, policy=policy, batch_size=batch_size, drop_last=True)
         found[f"fastcollate, {policy}"] = {0: lambda _, ours=ours: epoch_seconds_per_batch(ours)}
+        if baseline is not None:
+            options = {"batch_size": batch_size, "policy": policy}
+            found[f"baseline, {policy}"] = {0: lambda _, options=options: baseline.ask("loader", **options)}
     for name, start in starts.items():
         found[name] = {
             workers: lambda count, start=start, workers=workers: seconds_per_batch(start(batch_size, workers), count)
@@ -173,10 +179,12 @@ def timers(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size
     return found
 
 
-def compare(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size: int) -> dict[str, Any]:
+def compare(
+    store: TokenStore, peers: Peers, starts: dict[str, Start], batch_size: int, baseline: Baseline | None
+) -> dict[str, Any]:
     """Every contender's microseconds a batch at its best number of workers, and how many times ours that is."""
     most = NUM_ROWS // batch_size - 2 - 2 * max(WORKERS)
-    trials, table, runs = timers(store, peers, starts, batch_size), {}, {}
+    trials, table, runs = timers(store, peers, starts, batch_size, baseline), {}, {}
     for name, by_workers in trials.items():
         trial = {workers: min(run(min(most, 40)) for _ in range(2)) for workers, run in by_workers.items()}
         best = min(trial, key=lambda workers: trial[workers])
@@ -200,12 +208,6 @@ def compare(store: TokenStore, peers: Peers, starts: dict[str, Start], batch_siz
     return {"batch_size": batch_size, "loaders": table}
 
 
-def write_rows(store: TokenStore, folder: Path) -> None:
-    (shard,) = store.shards
-    np.save(folder / "ids.npy", shard.input_ids)
-    np.save(folder / "offsets.npy", shard.offsets)
-
-
 def prepare_data(folder: Path) -> TokenStore:
     """The store, and the peers' copies of its rows, made where they are not there yet."""
     store = TokenStore(folder / "store") if (folder / "store").exists() else make_store(folder / "store")
@@ -218,7 +220,7 @@ def prepare_data(folder: Path) -> TokenStore:
     return store
 
 
-def main(folder: Path, batch_sizes: Iterable[int]) -> None:
+def main(folder: Path, batch_sizes: Iterable[int], checkout: Path | None) -> None:
     """Measures these batch sizes; the saved results of others are kept."""
     datasets.disable_progress_bars()
     path = RESULTS / "loader.json"
@@ -227,8 +229,9 @@ def main(folder: Path, batch_sizes: Iterable[int]) -> None:
     assert store.pad_token_id == PAD
     peers, starts = Peers(folder), make_starts(store)
     check_all(store, peers, starts)
+    baseline = Baseline(checkout, folder) if checkout else None
     for batch_size in batch_sizes:
-        kept[batch_size] = compare(store, peers, starts, batch_size)
+        kept[batch_size] = compare(store, peers, starts, batch_size, baseline)
         print(json.dumps(kept[batch_size], indent=1), flush=True)
     missing = "missing: litdata and MosaicML Streaming left out"
     result = {
@@ -239,6 +242,8 @@ def main(folder: Path, batch_sizes: Iterable[int]) -> None:
         "cases": [kept[size] for size in sorted(kept)],
     }
     peers.close()
+    if baseline is not None:
+        baseline.close()
     save("loader", result)
 
 
@@ -246,6 +251,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("batch_sizes", nargs="*", type=int, default=list(BATCH_SIZES))
     parser.add_argument("--data", type=Path, help="keep the peers' data sets here for the next run")
+    parser.add_argument("--baseline", type=Path, help="a checkout whose code is measured too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        main(options.data or Path(name), options.batch_sizes)
+        main(options.data or Path(name), options.batch_sizes, options.baseline)

@@ -4,14 +4,14 @@ The consumer spins without the GIL for 200 microseconds / 500 microseconds / 2 m
 512, as a kernel of a training step on the processor would. What it waits is the time that asking for a batch takes.
 Shuffled rows, the widest batches. The first batch of an epoch, for which threads or workers start, is told apart.
 
-    python -m benchmarks.waiting
+    python -m benchmarks.waiting [--baseline CHECKOUT]    # an older checkout's code as one more contender
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain, islice
@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch.utils.data import DataLoader
 
+from benchmarks.baseline import Baseline, write_rows
 from benchmarks.harness import save
+from benchmarks.spin import stalls, turns_per_us
 from benchmarks.synthetic import LENGTHS, NUM_ROWS, make_store
 from fastcollate import BatchLoader, TokenStore, plan_epoch
 from fastcollate.collate.reference import custom_collate_fn
@@ -32,43 +33,6 @@ STEP_US = {8: 200, 64: 500, 512: 2000}
 SECONDS = 1.0  # that the measured steps take, without waiting
 REPEATS = 5
 LIMIT = 0.05
-
-
-@njit(nogil=True)
-def spin(turns: int) -> float:
-    """Busy without the GIL."""
-    value = 1.0
-    for turn in range(turns):
-        value = value * 1.0000001 + 1e-9 * (turn & 3)
-    return value
-
-
-def turns_per_us() -> float:
-    """How far the spin counts in a microsecond; the median of several, on a machine that is otherwise idle."""
-    spin(10)
-    rates = []
-    for _ in range(9):
-        start = time.perf_counter()
-        spin(2_000_000)
-        rates.append(2.0 / (time.perf_counter() - start))
-    return statistics.median(rates)
-
-
-def stalls(source: Iterable[Any], steps: int, turns: int) -> tuple[float, list[float], float]:
-    """Seconds for the first batch, for each later one, and for a step's computing on average."""
-    batches = iter(source)
-    start = time.perf_counter()
-    batch = next(batches)
-    first = time.perf_counter() - start
-    waits, computed = [], 0.0
-    for _ in range(steps):
-        start = time.perf_counter()
-        spin(turns)
-        computed += time.perf_counter() - start
-        start = time.perf_counter()
-        batch = next(batches)  # noqa: F841  # the last batch is kept meanwhile, as a loop's variable does
-        waits.append(time.perf_counter() - start)
-    return first, waits, computed / steps
 
 
 def make_sources(store: TokenStore, batch_size: int, steps: int) -> dict[str, Callable[[], Iterable[Any]]]:
@@ -103,13 +67,18 @@ def check(store: TokenStore, batch_size: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
 
 
-def measure(store: TokenStore, batch_size: int, rate: float) -> dict[str, Any]:
+def measure(store: TokenStore, batch_size: int, rate: float, baseline: Baseline | None) -> dict[str, Any]:
     check(store, batch_size)
     step_us = STEP_US[batch_size]
     steps = int(SECONDS / step_us * 1e6)
     sources = make_sources(store, batch_size, steps)
     runs: dict[str, list[tuple[float, list[float], float]]] = {name: [] for name in sources}
+    if baseline is not None:
+        runs["baseline"] = []
     for _ in range(REPEATS):
+        if baseline is not None:
+            turns = int(step_us * rate)
+            runs["baseline"].append(baseline.ask("waiting", batch_size=batch_size, steps=steps, turns=turns))
         for name, source in sources.items():
             # Workers in Python stall for milliseconds: a tenth of the steps tells as much.
             count = steps // 10 if name.startswith("DataLoader") else steps
@@ -131,11 +100,15 @@ def measure(store: TokenStore, batch_size: int, rate: float) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
+def main(checkout: Path | None) -> None:
     rate = turns_per_us()
     with tempfile.TemporaryDirectory() as folder:
-        store = make_store(Path(folder))
-        results = {f"batch {batch_size}": measure(store, batch_size, rate) for batch_size in STEP_US}
+        store = make_store(Path(folder) / "store")
+        write_rows(store, Path(folder))
+        baseline = Baseline(checkout, Path(folder)) if checkout else None
+        results = {f"batch {batch_size}": measure(store, batch_size, rate, baseline) for batch_size in STEP_US}
+        if baseline is not None:
+            baseline.close()
     for name, result in results.items():
         for contender, figures in result["contenders"].items():
             print(f"{name:9} {contender:22} stall {figures['mean_stall_us']:9.1f} us, {figures['stall_share']:.1%}")
@@ -156,4 +129,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--baseline", type=Path, help="a checkout whose code is measured too")
+    main(parser.parse_args().baseline)
