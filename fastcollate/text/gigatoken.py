@@ -78,8 +78,9 @@ class GigatokenBackend:
 
     def trim(self) -> None:
         """Give back what a block has left behind, and renew grown caches; call it between blocks."""
-        return_free_memory()
-        self._renew_beyond(_MOST_GROWTH)
+        if resident_bytes() - self._floor > _MOST_GROWTH:
+            return_free_memory()
+            self._renew_beyond(_MOST_GROWTH)
 
 
 def _pieces(texts: Texts) -> Iterator[Any]:

@@ -35,6 +35,7 @@ from fastcollate.text.vocabulary import SCHEMES, fingerprint, load_encoding
 BACKENDS = ("auto", "tiktoken", "gigatoken")
 _T = TypeVar("_T")
 _GUARD_CHARACTERS = 16_384  # text re-encoded by tiktoken per block: about 1% of what the block costs
+_GUARDED_SHARE = 512  # of a small block, one in so many
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -167,7 +168,8 @@ class Tokenizer:
         if self.backend == "tiktoken" or not texts:
             return
         chance = random.Random(seed)
-        budget = _GUARD_CHARACTERS
+        texts = texts if isinstance(texts, Texts) else Texts(texts)
+        budget = min(_GUARD_CHARACTERS, 1 + len(texts.data) // _GUARDED_SHARE)
         while budget > 0:
             index = chance.randrange(len(texts))
             text = texts[index]
