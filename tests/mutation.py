@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "collate/batch": ["collate/test_counts.py", "load/test_transfer.py"],
+    "collate/batch": ["collate/test_batch_counts.py", "load/test_transfer.py"],
     "collate/fill": ["collate", "load/test_loader.py", "load/test_prefetch.py", "check/test_reference_check.py"],
     "collate/fill_packed": ["collate", "plan/test_packs.py", "plan/test_packing.py", "load/test_packed_loader.py"],
     "collate/masks": ["collate", "plan/test_packing.py", "check/test_reference_check.py"],

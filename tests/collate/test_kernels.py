@@ -14,7 +14,7 @@ FILES = [
     "collate/test_collate.py",
     "load/test_loader.py",
     "plan/test_packing.py",
-    "collate/test_counts.py",
+    "collate/test_batch_counts.py",
     "load/test_prefetch.py",
 ]
 
