@@ -70,7 +70,7 @@ def make_turns(folder: Path) -> dict[str, Callable[..., Any]]:
 
     try:
         from fastcollate.collate.collator import Collator
-        from fastcollate.load.transfer import HostPool
+        from fastcollate.load.buffers import HostPool
     except ImportError:
         from fastcollate.transfer import HostPool  # type: ignore[import-not-found, no-redef]
 

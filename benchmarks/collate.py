@@ -25,7 +25,7 @@ from benchmarks.synthetic import IGNORE, LENGTHS, NUM_ROWS, PAD, make_store
 from fastcollate import TokenStore, collate_fn, plan_epoch
 from fastcollate.collate.collator import Collator
 from fastcollate.collate.reference import custom_collate_fn
-from fastcollate.load.transfer import HostPool
+from fastcollate.load.buffers import HostPool
 
 SAMPLES = {8: 500, 64: 60, 512: 8}  # batches that the reference is timed on, evenly spread over the epoch
 POLICIES = {"random": "shuffled", "bucketed": "bucketed"}

@@ -41,6 +41,8 @@ TESTS = {
     "load/jobs": ["load"],
     "load/prefetch": ["load"],
     "load/transfer": ["load"],
+    "load/buffers": ["load"],
+    "load/cuda": ["load"],
 }
 MAX_EXAMPLES = "100"  # what the test run has
 SECONDS = 120  # a mutant that loops for ever is caught

@@ -17,9 +17,11 @@ import torch
 
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn
 from fastcollate.errors import InputError
-from fastcollate.load import prefetch, transfer
+from fastcollate.load import cuda as cuda_room
+from fastcollate.load import prefetch
+from fastcollate.load.buffers import HostPool
+from fastcollate.load.cuda import ToCuda
 from fastcollate.load.loader import BatchLoader
-from fastcollate.load.transfer import HostPool, ToCuda
 from fastcollate.plan.plan import plan_epoch
 from tests.helpers import make_store
 
@@ -204,7 +206,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         current_stream=lambda device: FakeStream(),
     )  # fmt: skip
     names = {name: getattr(torch, name) for name in ("int64", "Tensor", "device")}
-    monkeypatch.setattr(transfer, "torch", types.SimpleNamespace(cuda=cuda, empty=empty, **names))
+    monkeypatch.setattr(cuda_room, "torch", types.SimpleNamespace(cuda=cuda, empty=empty, **names))
     return log
 
 
@@ -282,13 +284,13 @@ def test_a_refill_without_waiting_would_be_seen(
 def test_so_many_buffers_are_pinned_and_no_more(
     by_hand: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    empty, pinned = transfer.torch.empty, []
+    empty, pinned = cuda_room.torch.empty, []
 
     def count(*sizes: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         pinned.extend([sizes[0]] * pin_memory)
         return empty(*sizes, pin_memory=pin_memory, **options)
 
-    monkeypatch.setattr(transfer.torch, "empty", count)
+    monkeypatch.setattr(cuda_room.torch, "empty", count)
     to_cuda = ToCuda(torch.device("cuda"), 3)
     for _ in range(9):
         to_cuda.send(to_cuda.take(10), 10)
@@ -303,14 +305,14 @@ def test_so_many_buffers_are_pinned_and_no_more(
 def test_memory_that_cannot_be_pinned_is_told_with_the_remedy(
     by_hand: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    empty = transfer.torch.empty
+    empty = cuda_room.torch.empty
 
     def full(*sizes: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         if pin_memory:
             raise RuntimeError("CUDA error: out of memory")
         return empty(*sizes, **options)
 
-    monkeypatch.setattr(transfer.torch, "empty", full)
+    monkeypatch.setattr(cuda_room.torch, "empty", full)
     loader = BatchLoader(make_store(ROWS), device="cuda", prefetch=2, **OPTIONS)
     with pytest.warns(UserWarning, match=r"could not be pinned \(CUDA error: out of memory\).*ulimit -l") as told:
         found = [[torch.Tensor(t).to(t.dtype).clone() for t in batch] for batch in loader]
