@@ -8,10 +8,8 @@ without an error in any job that was not killed.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -74,7 +72,7 @@ def kill_and_start(source: Path, store: Path, delay_s: float, *, waits: bool, **
     second = start(source, store, answers, **options) if waits else None
     time.sleep(delay_s / 2)
     units = _units(store)
-    os.kill(leader.pid or 0, signal.SIGKILL)
+    leader.kill()  # SIGKILL, unless it has come to its end
     second = second or start(source, store, answers, **options)
     leader.join()
     second.join()
