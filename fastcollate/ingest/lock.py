@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,10 +107,15 @@ class JobLock:
         for path in self._root.iterdir():
             if is_ours(path.name):
                 discard(path)
-        if os.name == "posix":  # elsewhere an open file cannot be removed: the lock stays, and the folder with it
-            (self._root / LOCK).unlink(missing_ok=True)  # whoever waits for it sees that it is gone, and begins again
-            with contextlib.suppress(OSError):  # not empty: somebody else has put something there
-                for folder in self.made:
+        if os.name != "posix" or any(path.name != LOCK for path in self._root.iterdir()):
+            return  # elsewhere an open file cannot be moved; or somebody else has put something there
+        gone = self._root.with_name(f".{self._root.name}.{uuid.uuid4().hex[:12]}.tmp")
+        with contextlib.suppress(OSError):
+            self._root.rename(gone)  # with the lock in it: whoever waits for it sees that, and makes the folder again
+            (gone / LOCK).unlink()
+            gone.rmdir()
+            for folder in self.made:
+                if folder != self._root:
                     folder.rmdir()
 
 
