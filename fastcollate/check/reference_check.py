@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,6 +264,11 @@ def _compare_ids(store: TokenStore, sources: Sequence[str], found: Verification,
     if tokenizer is None:
         raise InputError(f"{store.path}: its ids cannot be checked, {problem}")
     saved = store.manifest["template"]
+    if saved["name"].endswith(".jinja") and not Path(saved["name"]).is_file():
+        raise InputError(
+            f"template {saved['name']!r}, by which {store.path} was prepared, is not in this folder (a store keeps a "
+            "template's name and content's hash, not its path): run verify where the template lies"
+        )
     template = load_template(saved["name"], saved.get("fields"))
     if template.identity() != saved:
         raise InputError(f"template {saved['name']!r} is not the one that {store.path} was prepared with")

@@ -259,3 +259,13 @@ def test_random_batches_of_the_long_check(monkeypatch: pytest.MonkeyPatch) -> No
     comparisons, cells = run_round(5, 0, 300)
     assert 300 < comparisons < 600
     assert cells > 10_000
+
+
+def test_a_template_that_lies_elsewhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "own.jinja").write_text("{{ q }}{% generation %}{{ a }}{% endgeneration %}")
+    (tmp_path / "r.jsonl").write_text('{"q": "one two\\n", "a": "three"}\n')
+    monkeypatch.chdir(tmp_path)
+    prepare("r.jsonl", "s", template="t/own.jinja")
+    with pytest.raises(InputError, match=r"own\.jinja.*not in this folder.*run verify where the template lies"):
+        verify(TokenStore("s"), batch_size=1, sources=["r.jsonl"], progress=False)
