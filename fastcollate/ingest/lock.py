@@ -73,12 +73,21 @@ class JobLock:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def _make_folder(self) -> None:
-        self.made += [folder for folder in (self._root, *self._root.parents) if not folder.exists()]
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise InputError(f"{self._root}: is not a directory; choose another place for the store") from error
+    def _make_folder(self, folder: Path | None = None) -> None:
+        """Make the store's folder and what is missing above it; a job that has just failed may remove them meanwhile."""
+        folder = folder or self._root
+        while True:
+            try:
+                folder.mkdir()
+                self.made.insert(0, folder)
+                return
+            except FileNotFoundError:
+                self._make_folder(folder.parent)
+            except (FileExistsError, NotADirectoryError) as error:
+                if folder.is_dir():
+                    return
+                if os.path.lexists(folder) or not isinstance(error, FileExistsError):
+                    raise InputError(f"{folder}: is not a directory; choose another place for the store") from error
 
     def _acquire(self) -> None:
         while True:
