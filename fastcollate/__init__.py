@@ -5,8 +5,9 @@ The public names are imported on first use, so that `import fastcollate` and `fa
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from fastcollate.lazy import face
 
 if TYPE_CHECKING:
     from fastcollate.collate.batch import Batch as Batch
@@ -52,16 +53,4 @@ __all__ = [
     "split_rows",
 ]
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name from the module it lives in, once."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'fastcollate' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fastcollate.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+__getattr__, __dir__ = face(__name__, _MODULE_OF)

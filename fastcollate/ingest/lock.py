@@ -74,7 +74,7 @@ class JobLock:
         self._lock.release()
 
     def _make_folder(self, folder: Path | None = None) -> None:
-        """Make the store's folder and what is missing above it; a job that has just failed may remove them meanwhile."""
+        """Make the store's folder and what is missing above it; a job that has just failed may remove them."""
         folder = folder or self._root
         while True:
             try:
