@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -52,11 +52,14 @@ class JobLock:
 
     def __enter__(self) -> JobLock:
         while True:
-            self._make_folder()
+            self._make_folder(self._root)
             try:
-                self._acquire()
+                with _changed(self._root) as changed:
+                    self._acquire()
+                    if changed():  # the lock's library makes a folder that has just been removed
+                        self.made.insert(0, self._root)
                 break
-            except FileNotFoundError:  # a job that failed before anything was finished has just removed the folder
+            except (FileNotFoundError, FileExistsError):  # a job that failed at once is just removing the folder
                 continue
         try:
             foreign = sorted(path.name for path in self._root.iterdir() if not _is_known(path.name))
@@ -73,9 +76,8 @@ class JobLock:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def _make_folder(self, folder: Path | None = None) -> None:
+    def _make_folder(self, folder: Path) -> None:
         """Make the store's folder and what is missing above it; a job that has just failed may remove them."""
-        folder = folder or self._root
         while True:
             try:
                 folder.mkdir()
@@ -100,7 +102,7 @@ class JobLock:
                     raise InputError(f"{says}; wait for it, or stop it first") from error
                 print(f"{says}; waiting for it", file=sys.stderr, flush=True)
                 self.waited = True
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):
                 raise
             except (OSError, NotImplementedError) as error:
                 reason = getattr(error, "strerror", None) or error
@@ -126,6 +128,20 @@ class JobLock:
             for folder in self.made:
                 if folder != self._root:
                     folder.rmdir()
+
+
+@contextlib.contextmanager
+def _changed(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Tells whether a folder was removed and made again."""
+    if os.name != "posix":  # no folder in use is removed there
+        yield lambda: False
+        return
+    handle = os.open(folder, os.O_RDONLY)  # while it is open, its number is not given to another folder
+    try:
+        number = os.fstat(handle).st_ino
+        yield lambda: folder.stat().st_ino != number
+    finally:
+        os.close(handle)
 
 
 def is_ours(name: str) -> bool:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def test_bad_sources_together_leave_no_folder(tmp_path: Path) -> None:
 
 def hold(store: Path) -> JobLock:
     return JobLock(store, wait=False, holder=str)
+
+
+def test_jobs_that_fail_in_turn_leave_no_folder(tmp_path: Path) -> None:
+    """One makes the folder that another has just removed, however their steps fall between each other."""
+    store = tmp_path / "runs" / "s"
+
+    def fail(_: int) -> None:
+        with JobLock(store, wait=True, holder=str) as lock:
+            lock.remove_folder()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fail, range(600)))
+    assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize("kind", ["file", "link to nothing", "below a file"])
