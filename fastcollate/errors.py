@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class SourceReadError(InputError):
+    """The storage failed, not the data: what a job has finished is worth keeping."""
+
+
 class MissingExtraError(ImportError):
     """An optional package is needed and not installed; the message holds the command that installs it."""
 

@@ -17,7 +17,7 @@ from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store.store import TokenStore
-from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
+from fastcollate.text import Tokenizer, load_tokenizer
 
 Int64Array = npt.NDArray[np.int64]
 

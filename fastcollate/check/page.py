@@ -29,7 +29,7 @@ from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.plan.plan import EpochPlan, plan_epoch
 from fastcollate.store.store import TokenStore
-from fastcollate.text.tokenizer import Tokenizer
+from fastcollate.text import Tokenizer
 
 POLICIES = ("sequential", "shuffled", "bucketed", "packed")
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -19,11 +19,9 @@ from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import EpochPlan, plan_epoch
 from fastcollate.progress import progress_bar, renamed_switch
-from fastcollate.sources.blocks import find_sources, read_blocks
-from fastcollate.sources.records import read_records
+from fastcollate.sources import find_sources, read_blocks, records
 from fastcollate.store.store import Example, TokenStore, verify_checksums
-from fastcollate.text.templates import BadRecordError, load_template
-from fastcollate.text.tokenizer import Tokenizer
+from fastcollate.text import BadRecordError, Tokenizer, load_template
 
 _MOST_PROBLEMS = 20
 
@@ -276,12 +274,12 @@ def _compare_ids(store: TokenStore, sources: Sequence[str], found: Verification,
     with progress_bar(unit="rows", progress=progress) as bar:
         task = bar.add_task("tokenize", total=len(store))
         for block in read_blocks(find_sources(list(sources))):
-            parsed = ((records, i) for records in read_records(block, block.read()) for i in range(len(records)))
-            for position, (records, number) in enumerate(parsed, block.first_row):
+            parsed = ((chunk, i) for chunk in records.read_records(block, block.read()) for i in range(len(chunk)))
+            for position, (chunk, number) in enumerate(parsed, block.first_row):
                 if row == len(store) or int(store[row].source_row) != position:
                     continue  # skipped when the store was prepared
                 try:
-                    _compare_row(store, row, template.parts(records[number]), tokenizer, found)
+                    _compare_row(store, row, template.parts(chunk[number]), tokenizer, found)
                 except (BadRecordError, ValueError) as error:
                     found.note(f"row {row}: record {position} of the sources gives no text ({error})")
                 row += 1

@@ -12,7 +12,7 @@ from fastcollate.check.counts import Histogram, Inspection, MaskOptions
 from fastcollate.collate.batch import Batch
 from fastcollate.errors import InputError
 from fastcollate.store.store import TokenStore
-from fastcollate.text.tokenizer import Tokenizer
+from fastcollate.text import Tokenizer
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -29,7 +29,7 @@ def sample(
 
 def write_sample(path: Path, num_records: int) -> None:
     """Write the sample whole or not at all, and not anew where it is there."""
-    from fastcollate.sources.sample import sample_records
+    from fastcollate.sources import sample_records
     from fastcollate.store.files import write_file
 
     content = "".join(json.dumps(record) + "\n" for record in sample_records(num_records))

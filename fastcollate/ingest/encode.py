@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastcollate.ingest.spans import Parts, count, limit_prompts, mark, starts_of
+from fastcollate.ingest.spans import BadRecord, Parts, count, limit_prompts, mark, starts_of
 from fastcollate.ingest.spec import JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.ingest.summary import Counts
-from fastcollate.sources.blocks import Block, Unit
-from fastcollate.sources.records import BadRecord, Records, lines_of, read_records
+from fastcollate.sources import Block, Unit, records
 from fastcollate.store.shards import ShardColumns, token_dtype, write_shard
-from fastcollate.text.backends import Texts, UnencodableError
-from fastcollate.text.templates import BadRecordError, Template
+from fastcollate.text import BadRecordError, Template, Texts, UnencodableError
 
 
 class Encoded(NamedTuple):
@@ -117,7 +115,7 @@ class _Lost:
     def add_all(self, block: Block, data: bytes, bad: Sequence[BadRecord]) -> None:
         """Records of a block, with the lines that they stand on."""
         unplaced = {record.row for record in bad if not record.line}
-        lines = lines_of(block, data, unplaced) if unplaced else {}
+        lines = records.lines_of(block, data, unplaced) if unplaced else {}
         self._found += [LostRecord(block.source, r.row, lines.get(r.row, r.line), r.reason) for r in bad]
 
     def add_rows(self, bad: Sequence[BadRecord]) -> None:
@@ -136,17 +134,17 @@ def _texts(block: Block, data: bytes, template: Template, special_texts: Sequenc
     """The rows' texts; records that give none go to `bad`."""
     special, names, row = _SpecialTexts(special_texts), template.names(), block.first_row
     found: list[Parts] = []
-    for records in read_records(block, data):
-        parts_of = _PartsOf(records, row, template, special, bad)
+    for chunk in records.read_records(block, data):
+        parts_of = _PartsOf(chunk, row, template, special, bad)
         found.append(_single_texts(parts_of) if names is None else _column_texts(parts_of, names))
-        row += len(records)
+        row += len(chunk)
     return _joined(found)
 
 
 class _PartsOf(NamedTuple):
     """The texts of records one by one."""
 
-    records: Records
+    chunk: records.Records
     first_row: int
     template: Template
     special: _SpecialTexts
@@ -155,7 +153,7 @@ class _PartsOf(NamedTuple):
     def __call__(self, number: int) -> list[str] | None:
         """A record's texts, or `None` where it has none, which is noted in `bad`."""
         try:
-            parts = self.template.parts(self.records[number])
+            parts = self.template.parts(self.chunk[number])
             if (found := self.special.find(parts)) is not None:
                 raise BadRecordError(
                     f"holds the special token {found!r} as text; store it as ordinary text with --special-text encode"
@@ -168,7 +166,7 @@ class _PartsOf(NamedTuple):
 
 def _single_texts(parts_of: _PartsOf) -> Parts:
     """Texts record by record."""
-    found = [(number, parts) for number in range(len(parts_of.records)) if (parts := parts_of(number)) is not None]
+    found = [(number, parts) for number in range(len(parts_of.chunk)) if (parts := parts_of(number)) is not None]
     starts = starts_of(np.array([len(parts) for _, parts in found], np.int64))
     rows = np.array([number + parts_of.first_row for number, _ in found], np.uint64)
     return Parts(Texts([text for _, parts in found for text in parts]), starts, rows)
@@ -176,8 +174,8 @@ def _single_texts(parts_of: _PartsOf) -> Parts:
 
 def _column_texts(parts_of: _PartsOf, names: Sequence[Sequence[str]]) -> Parts:
     """Texts made of whole columns, two a record; those of irregular records one by one."""
-    count = len(parts_of.records)
-    text, sizes, irregular = parts_of.template.columns(parts_of.records.columns(names))
+    count = len(parts_of.chunk)
+    text, sizes, irregular = parts_of.template.columns(parts_of.chunk.columns(names))
     texts = Texts(data=text.encode(), offsets=starts_of(sizes.reshape(-1)))
     special = np.searchsorted(texts.offsets[::2], parts_of.special.places(texts.data), side="right") - 1
     rows = np.arange(count)

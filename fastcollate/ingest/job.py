@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.encode import Encoded
 from fastcollate.ingest.journal import Journal, begin_anew, holder, tidy
 from fastcollate.ingest.lock import JobLock
@@ -37,8 +37,7 @@ from fastcollate.ingest.spec import (
 from fastcollate.ingest.summary import Counts, PrepareReport, length_summary
 from fastcollate.ingest.workers import Results, Runner, runner
 from fastcollate.progress import progress_bar
-from fastcollate.sources.blocks import Unit, read_units
-from fastcollate.sources.find import Source, SourceReadError, find_sources, spooled
+from fastcollate.sources import Source, Unit, find_sources, read_units, spooled
 from fastcollate.store.files import write_file
 from fastcollate.store.manifest import MANIFEST, StoreIdentity, read_manifest, sources_of
 from fastcollate.store.shards import ShardInfo, merge_shards, shard_name

@@ -13,10 +13,15 @@ import numpy.typing as npt
 
 from fastcollate.ingest.spec import JobSpec
 from fastcollate.ingest.summary import Counts
-from fastcollate.sources.records import BadRecord
-from fastcollate.text.backends import Texts, UnencodableError
-from fastcollate.text.templates import Template
-from fastcollate.text.tokenizer import Tokenizer
+from fastcollate.text import Template, Texts, Tokenizer, UnencodableError
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be used: its position in all sources, its line (0 where unknown), the reason."""
+
+    row: int
+    line: int
+    reason: str
 
 
 class Rows(NamedTuple):

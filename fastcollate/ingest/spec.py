@@ -15,16 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.summary import Counts
 from fastcollate.progress import progress_bar
-from fastcollate.sources.blocks import Block, Unit, read_blocks
-from fastcollate.sources.find import Source, SourceReadError, stamp_of
+from fastcollate.sources import Block, Source, Unit, read_blocks
 from fastcollate.store.files import write_file
 from fastcollate.store.manifest import canonical, read_manifest, sources_of
 from fastcollate.store.shards import ShardInfo
-from fastcollate.text.templates import Template, load_template
-from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
+from fastcollate.text import Template, Tokenizer, load_template, load_tokenizer
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -295,7 +293,7 @@ def seen_of(source: Source, sha256: str, num_records: int) -> Seen:
     Raises:
         SourceReadError: it was changed while it was read.
     """
-    now = stamp_of(source)
+    now = source.stamp_now()
     if now != source.stamp:  # perhaps it was only touched
         found = _read(source)
         if found != (sha256, num_records):

@@ -14,11 +14,10 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from typing import Any
 
-from fastcollate.errors import import_extra
+from fastcollate.errors import SourceReadError, import_extra
 from fastcollate.ingest.encode import Encoded, encode_unit, warm_up
 from fastcollate.ingest.spec import JobSpec
-from fastcollate.sources.blocks import Unit
-from fastcollate.sources.find import SourceReadError
+from fastcollate.sources import Unit
 
 Results = Generator[tuple[Unit, Encoded], None, None]
 Runner = Callable[[Iterator[Unit], JobSpec, str, str], Results]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastcollate.errors import InputError
-from fastcollate.text.tokenizer import load_tokenizer
+from fastcollate.text import load_tokenizer
 
 _PROBE = "Below is an instruction: add 12,345 and 67; spell 'naïve café'.\n\n### Response:\n"
 

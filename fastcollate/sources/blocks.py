@@ -17,11 +17,9 @@ from typing import IO, Any
 import fsspec
 import pyarrow as pa
 
-from fastcollate.errors import InputError
-from fastcollate.sources.compression import SourceReadError as SourceReadError
+from fastcollate.errors import InputError, SourceReadError
 from fastcollate.sources.compression import open_compressed
-from fastcollate.sources.find import Source as Source
-from fastcollate.sources.find import find_sources as find_sources
+from fastcollate.sources.find import Source
 from fastcollate.sources.json_blocks import json_pieces
 from fastcollate.sources.tables import arrow_pieces, csv_pieces, feed_content, open_columns, text_pieces
 

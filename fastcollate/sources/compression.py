@@ -13,17 +13,13 @@ import zlib
 from collections.abc import Callable
 from typing import IO, Any
 
-from fastcollate.errors import InputError, import_extra
+from fastcollate.errors import SourceReadError, import_extra
 
 COMPRESSIONS = {
     ".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz",
 }  # fmt: skip
 _FEED = 1 << 12  # compressed bytes at once: even what is made to grow takes some megabytes
 _ZERO_PADDED = ("gzip", "xz")  # behind a frame
-
-
-class SourceReadError(InputError):
-    """The storage failed, not the data: what a job has finished is worth keeping."""
 
 
 def open_compressed(file: IO[bytes], compression: str, name: str) -> IO[bytes]:

@@ -18,7 +18,6 @@ import fsspec
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.sources.compression import COMPRESSIONS
-from fastcollate.sources.compression import SourceReadError as SourceReadError
 
 _FORMATS = {
     ".json": "json", ".jsonl": "lines", ".jsonlines": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "tsv",
@@ -54,6 +53,14 @@ class Source:
     is_settled: bool = True
     local: str | None = None
     dataset: Any = field(default=None, compare=False)
+
+    def stamp_now(self) -> tuple[int | str, ...]:
+        """The stamp as it is now; empty where there is none, or it can no longer be had."""
+        try:
+            found = _find_files(self.local or self.name) if self.stamp else []
+        except InputError:
+            return ()
+        return found[0].stamp if len(found) == 1 else ()
 
 
 def find_sources(sources: Any) -> list[Source]:
@@ -94,17 +101,6 @@ def _check_dataset(dataset: Any) -> None:
             "datasets.Dataset: has a transform (set_transform or with_transform), which is not stored; apply it once "
             "with dataset.map, or take it off with dataset.reset_format()"
         )
-
-
-def stamp_of(source: Source) -> tuple[int | str, ...]:
-    """A source's stamp as it is now; empty where it has none, or can no longer be had."""
-    if not source.stamp:
-        return ()
-    try:
-        found = _find_files(source.local or source.name)
-    except InputError:
-        return ()
-    return found[0].stamp if len(found) == 1 else ()
 
 
 @contextlib.contextmanager

@@ -25,14 +25,6 @@ _BLANK = b" \t\r\n"
 _CHUNK_BYTES = 1 << 19  # read at once
 
 
-class BadRecord(NamedTuple):
-    """A record that cannot be used: its position in all sources, its line (0 where unknown), the reason."""
-
-    row: int
-    line: int
-    reason: str
-
-
 class JsonRecords:
     """Records as JSON, cut apart and parsed when asked for.
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError, import_extra
-from fastcollate.sources.records import Unreadable
+from fastcollate.sources import records
 
 Parts = list[str]
 """A record's texts: prompt, response, prompt, ..."""
@@ -306,7 +306,7 @@ def _turn(turn: Any, number: int) -> tuple[str, str]:
 def _kind(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN or infinite"
-    if isinstance(value, Unreadable):
+    if isinstance(value, records.Unreadable):
         return f"unreadable ({value.reason})"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
@@ -314,7 +314,7 @@ def _kind(value: Any) -> str:
 
 def _printable(value: Any) -> Any:
     """What a template prints: text and numbers; of anything else it would print what Python calls it."""
-    if value is None or isinstance(value, bool | list | dict | Unreadable) or _kind(value) == "NaN or infinite":
+    if value is None or isinstance(value, bool | list | dict | records.Unreadable) or _kind(value) == "NaN or infinite":
         remedy = "give a default, such as {{ x or '' }}" if value is None else "print its parts, or {{ x | tojson }}"
         raise BadRecordError(f"the template prints {_kind(value)} ({str(value)[:40]}); {remedy}")
     return value

@@ -13,8 +13,7 @@ from torch import Tensor
 from fastcollate.errors import InputError
 from fastcollate.store.files import write_file
 from fastcollate.store.store import Example, TokenStore
-from fastcollate.text.templates import load_template
-from fastcollate.text.tokenizer import load_tokenizer
+from fastcollate.text import load_template, load_tokenizer
 from fastcollate.train.files import Checkpoint, load_model
 from fastcollate.train.model import GPT2, KeyValueCache
 from fastcollate.train.options import AnswerOptions

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_prepare import many, store_hash, write_lines
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest import spec as spec_module
 from fastcollate.ingest.job import prepare
 from fastcollate.load.loader import BatchLoader
@@ -206,7 +206,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_and_touching_it_is_non
     prepare(source, tmp_path / "s", workers=1)
     assert not todo
     todo = [change]
-    with pytest.raises(find_module.SourceReadError, match=r"a\.jsonl: was changed while it was read"):
+    with pytest.raises(SourceReadError, match=r"a\.jsonl: was changed while it was read"):
         prepare(source, tmp_path / "t", workers=1)
 
 
@@ -289,7 +289,7 @@ def test_a_template_that_changes_while_the_job_runs_is_an_error(
     sealed = spec_module.JobSpec(str(template), "gpt2", "auto").sealed()
     template.write_text("{{ q }}!{% generation %}{{ a }}{% endgeneration %}")
     monkeypatch.setattr(spec_module, "_LOADED", {})  # as in a worker that begins late
-    with pytest.raises(find_module.SourceReadError, match=r"t\.jinja' was changed while the job was running"):
+    with pytest.raises(SourceReadError, match=r"t\.jinja' was changed while the job was running"):
         sealed.tools()
 
 

@@ -31,7 +31,7 @@ from fastcollate.collate.reference import (
     format_input_phi,
     format_response_phi,
 )
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.job import _Job, prepare
 from fastcollate.sources import blocks as sources_module
 from fastcollate.store.store import TokenStore, verify_checksums
@@ -235,7 +235,7 @@ def test_a_fault_is_one_clear_line_and_leaves_no_store(tmp_path: Path, name: str
     assert not (tmp_path / "s" / "manifest.json").exists()
     with pytest.raises(InputError, match=message):
         prepare(tmp_path / name, tmp_path / "runs" / "first" / "store")
-    kept = isinstance(caught.value, sources_module.SourceReadError)  # the storage's fault: what is finished stays
+    kept = isinstance(caught.value, SourceReadError)  # the storage's fault: what is finished stays
     assert (tmp_path / "runs").exists() == kept
 
 

@@ -14,10 +14,10 @@ import fsspec
 import pytest
 from test_prepare import SMALL, check_against_reference, many, store_hash, write_lines
 
+from fastcollate.errors import SourceReadError
 from fastcollate.ingest.job import prepare
 from fastcollate.sources import blocks as sources_module
 from fastcollate.sources import json_blocks as json_pieces
-from fastcollate.sources.blocks import SourceReadError
 from fastcollate.store.store import TokenStore, verify_checksums
 
 START = (

@@ -18,7 +18,7 @@ from fastcollate.errors import InputError
 from fastcollate.ingest import job as job_module
 from fastcollate.ingest import workers as workers_module
 from fastcollate.ingest.job import prepare
-from fastcollate.sources import blocks
+from fastcollate.sources import blocks, find_sources
 from fastcollate.store import shards as shards_module
 from fastcollate.store.store import TokenStore
 
@@ -66,7 +66,7 @@ def stopped_after(count: int, error: BaseException) -> Iterator[None]:
 
 
 def num_units(source: Path) -> int:
-    return len(list(blocks.read_units(blocks.find_sources(source))))
+    return len(list(blocks.read_units(find_sources(source))))
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_a_finished_shard_that_is_gone_or_short_is_made_again_and_no_other(
     for spoil in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])):
         unfinished(source, tmp_path / "s", 24)
         spoil(tmp_path / "s" / "shard-00001.arrow")
-        units = [u.index for u in blocks.read_units(blocks.find_sources(source)) if u.shard == 1]
+        units = [u.index for u in blocks.read_units(find_sources(source)) if u.shard == 1]
         done.clear()
         prepare(source, tmp_path / "s", workers=1)
         assert done == [*units, *range(24, num_units(source))]
@@ -279,13 +279,13 @@ def test_a_change_inside_a_finished_shard_is_noticed(
 ) -> None:
     unfinished(source, tmp_path / "s", 24)
     records = many(900, seed=1)
-    changed = next(u for u in blocks.read_units(blocks.find_sources(source)) if u.index == 10)
+    changed = next(u for u in blocks.read_units(find_sources(source)) if u.index == 10)
     assert (tmp_path / "s" / f"shard-{changed.shard:05d}.arrow").exists()
     row = changed.blocks[0].first_row
     text = records[row]["output"]
     records[row] = {**records[row], "output": text[::-1] if text != text[::-1] else "x" * len(text)}
     write_lines(source, records)
-    units = [u for u in blocks.read_units(blocks.find_sources(source)) if u.shard == changed.shard]
+    units = [u for u in blocks.read_units(find_sources(source)) if u.shard == changed.shard]
     done.clear()
     with stopped_after(2, StopHere()):  # a kill while the shard is made again must not pass the old one off for it
         prepare(source, tmp_path / "s", workers=1)

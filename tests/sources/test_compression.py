@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fastcollate.sources.compression import COMPRESSIONS, SourceReadError, open_compressed
+from fastcollate.errors import SourceReadError
+from fastcollate.sources.compression import COMPRESSIONS, open_compressed
 
 zstandard = pytest.importorskip("zstandard")
 DICE = random.Random(3)

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.job import prepare
 from fastcollate.sources.blocks import read_blocks
-from fastcollate.sources.find import SourceReadError, find_sources
+from fastcollate.sources.find import find_sources
 from fastcollate.sources.records import Unreadable, lines_of, read_records
 from fastcollate.store.store import TokenStore
 from fastcollate.text.vocabulary import load_encoding

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 
 from fastcollate.ingest import encode
+from fastcollate.ingest.spans import BadRecord
 from fastcollate.sources import records as module
 from fastcollate.sources.blocks import Block
 from fastcollate.sources.json_blocks import NOT_UTF8
-from fastcollate.sources.records import BadRecord, lines_of, parse_record, read_records
+from fastcollate.sources.records import lines_of, parse_record, read_records
 from fastcollate.text.templates import load_template
 from tests.fuzz_json import compare_documents, compare_lines
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcollate.sources.blocks import Block, Sizes, Unit, find_sources, read_blocks, read_units
-from fastcollate.sources.find import spooled
+from fastcollate.sources.blocks import Block, Sizes, Unit, read_blocks, read_units
+from fastcollate.sources.find import find_sources, spooled
 from fastcollate.sources.tables import table_size
 
 SMALL = Sizes(block=1600, shard=8000)
