@@ -38,7 +38,7 @@ Turn = Callable[[], object]
 def collator_of(*, mask: bool) -> tuple[Any, Any]:
     """A collator over a shard in memory, and the rows' lengths."""
     from fastcollate.collate.collator import Collator
-    from fastcollate.store.store import ShardColumns
+    from fastcollate.store.shards import ShardColumns
 
     lengths = make_lengths(NUM_ROWS)
     offsets = np.concatenate([[0], np.cumsum(lengths)])

@@ -24,8 +24,8 @@ from typing import Any
 from benchmarks.harness import save
 from benchmarks.memory import make_shard
 from benchmarks.synthetic import GPT2, LENGTHS
-from fastcollate.store.manifest import sources_of
-from fastcollate.store.store import StoreIdentity, shard_name, write_manifest
+from fastcollate.store.manifest import StoreIdentity, sources_of, write_manifest
+from fastcollate.store.shards import shard_name
 
 NUM_SHARDS = 4
 BATCHES = {8: 16_000, 64: 4_000, 512: 1_000}

@@ -27,16 +27,9 @@ import numpy as np
 
 from benchmarks.harness import save
 from benchmarks.synthetic import GPT2, LENGTHS, PAD, make_lengths
-from fastcollate.store.manifest import sources_of
-from fastcollate.store.store import (
-    ShardColumns,
-    ShardInfo,
-    StoreIdentity,
-    TokenStore,
-    shard_name,
-    write_manifest,
-    write_shard,
-)
+from fastcollate.store.manifest import StoreIdentity, sources_of, write_manifest
+from fastcollate.store.shards import ShardColumns, ShardInfo, shard_name, write_shard
+from fastcollate.store.store import TokenStore
 
 SHARD_BYTES = 500_000_000
 SHARDS = (1, 4, 20)

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import save
 from fastcollate.ingest.job import prepare
-from fastcollate.store.store import TokenStore, verify_checksums
+from fastcollate.store.manifest import verify_checksums
+from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_encoding
 
 SEED = 11

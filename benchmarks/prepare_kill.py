@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.harness import save
 from benchmarks.kill import kill_many_times, store_hash
 from benchmarks.prepare_data import write_short
-from fastcollate.store.store import verify_checksums
+from fastcollate.store.manifest import verify_checksums
 
 SEED = 4
 MEGABYTES = 64

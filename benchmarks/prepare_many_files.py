@@ -17,7 +17,8 @@ from benchmarks.harness import save
 from benchmarks.prepare_memory import peak
 from fastcollate.ingest.job import prepare
 from fastcollate.sources.sample import sample_records
-from fastcollate.store.store import TokenStore, verify_checksums
+from fastcollate.store.manifest import verify_checksums
+from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_encoding
 
 MOST_SECONDS, MOST_SHARDS = 40, 16

@@ -24,7 +24,7 @@ from benchmarks.kill import store_hash
 from benchmarks.prepare_data import write_short
 from fastcollate.ingest.job import prepare
 from fastcollate.sources import blocks
-from fastcollate.store.store import verify_checksums
+from fastcollate.store.manifest import verify_checksums
 
 SEED = 6
 MEGABYTES = 3

@@ -7,16 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.store.manifest import sources_of
-from fastcollate.store.store import (
-    ShardColumns,
-    StoreIdentity,
-    TokenStore,
-    shard_name,
-    token_dtype,
-    write_manifest,
-    write_shard,
-)
+from fastcollate.store.manifest import StoreIdentity, sources_of, write_manifest
+from fastcollate.store.shards import ShardColumns, shard_name, token_dtype, write_shard
+from fastcollate.store.store import TokenStore
 
 NUM_ROWS = 200_000
 PAD, IGNORE = 50256, -100

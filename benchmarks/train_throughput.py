@@ -30,8 +30,9 @@ from fastcollate.collate.reference import custom_collate_fn, custom_collate_with
 from fastcollate.ingest.job import prepare
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import plan_epoch
-from fastcollate.store.manifest import sources_of
-from fastcollate.store.store import ShardColumns, StoreIdentity, TokenStore, shard_name, write_manifest, write_shard
+from fastcollate.store.manifest import StoreIdentity, sources_of, write_manifest
+from fastcollate.store.shards import ShardColumns, shard_name, write_shard
+from fastcollate.store.store import TokenStore
 from fastcollate.train.model import GPT2, GPT2Config
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import Ranks, recycle_freed_memory

@@ -16,17 +16,9 @@ import pytest
 
 from fastcollate.collate.reference import format_input
 from fastcollate.sources.sample import sample_records
-from fastcollate.store.manifest import sources_of
-from fastcollate.store.store import (
-    ShardColumns,
-    ShardInfo,
-    StoreIdentity,
-    TokenStore,
-    shard_name,
-    token_dtype,
-    write_manifest,
-    write_shard,
-)
+from fastcollate.store.manifest import StoreIdentity, sources_of, write_manifest
+from fastcollate.store.shards import ShardColumns, ShardInfo, shard_name, token_dtype, write_shard
+from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_tokenizer
 
 GPT2 = {

@@ -23,7 +23,7 @@ from fastcollate.collate.collator import Collator
 from fastcollate.collate.drop_in import collate_fn
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn
 from fastcollate.progress import progress_bar
-from fastcollate.store.store import ShardColumns
+from fastcollate.store.shards import ShardColumns
 
 PAD = 50256
 ROWS_PER_ROUND = 600

@@ -16,7 +16,7 @@ from fastcollate.check.options import MaskOptions as MaskOptions
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
 from fastcollate.progress import progress_bar, renamed_switch
-from fastcollate.store.store import TokenStore
+from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer, load_tokenizer
 
 Int64Array = npt.NDArray[np.int64]

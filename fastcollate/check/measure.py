@@ -19,7 +19,7 @@ from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import EpochPlan, plan_epoch
 from fastcollate.progress import progress_bar, renamed_switch
-from fastcollate.store.store import TokenStore
+from fastcollate.store import TokenStore
 from fastcollate.train.model import GPT2, config_of
 
 PIPELINE = "fastcollate"

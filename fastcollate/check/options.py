@@ -9,7 +9,7 @@ from fastcollate.train.options import option
 
 if TYPE_CHECKING:
     from fastcollate.collate.collator import Collator
-    from fastcollate.store.store import TokenStore
+    from fastcollate.store import TokenStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from fastcollate.check.terminal import (
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.plan.plan import EpochPlan, plan_epoch
-from fastcollate.store.store import TokenStore
+from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer
 
 POLICIES = ("sequential", "shuffled", "bucketed", "packed")

@@ -20,7 +20,8 @@ from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import EpochPlan, plan_epoch
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.sources import find_sources, read_blocks, records
-from fastcollate.store.store import Example, TokenStore, verify_checksums
+from fastcollate.store import Example, TokenStore
+from fastcollate.store import manifest as manifests
 from fastcollate.text import BadRecordError, Tokenizer, load_template
 
 _MOST_PROBLEMS = 20
@@ -122,7 +123,7 @@ def verify(
     found = Verification(masks=trained_by_mask(store, options))
     if checksums:
         found.files = len(store.manifest["files"]) + len(store.manifest["shards"])
-        for problem in verify_checksums(store.path):
+        for problem in manifests.verify_checksums(store.path):
             found.note(problem)
     order = {**order_of(store, policy, batch_size, options, capacity), "seed": seed}
     _compare_batches(store, options, order, epoch, found, progress=progress)

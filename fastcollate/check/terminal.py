@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fastcollate.check.counts import Histogram, Inspection, MaskOptions
 from fastcollate.collate.batch import Batch
 from fastcollate.errors import InputError
-from fastcollate.store.store import TokenStore
+from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer
 
 if TYPE_CHECKING:

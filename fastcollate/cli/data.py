@@ -30,12 +30,12 @@ def sample(
 def write_sample(path: Path, num_records: int) -> None:
     """Write the sample whole or not at all, and not anew where it is there."""
     from fastcollate.sources import sample_records
-    from fastcollate.store.files import write_file
+    from fastcollate.store import files
 
     content = "".join(json.dumps(record) + "\n" for record in sample_records(num_records))
     if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == content:
         return
-    write_file(path, content.encode())
+    files.write_file(path, content.encode())
 
 
 @app.command()
@@ -124,7 +124,7 @@ def convert(
     json_output: Json = False,
 ) -> None:
     """Write an old store in today's format, in few shards; the old one is left as it is."""
-    from fastcollate.store.convert import convert as run
+    from fastcollate.store import convert as run
 
     report = run(old, new, progress=not json_output)
     print_json(asdict(report)) if json_output else print(report)
@@ -162,7 +162,7 @@ def inspect(
     """Show what is in a store: counts, lengths, and what is trained, also with prompts masked."""
     from fastcollate.check import counts, terminal
     from fastcollate.progress import print_summary
-    from fastcollate.store.store import TokenStore
+    from fastcollate.store import TokenStore
 
     opened = TokenStore(store)
     if row is not None:
@@ -206,7 +206,7 @@ def verify(
     """Compare every batch of an epoch with the plain Python reference; status 1 where anything differs."""
     from fastcollate.check.reference_check import verify as run
     from fastcollate.progress import print_summary
-    from fastcollate.store.store import TokenStore
+    from fastcollate.store import TokenStore
 
     found = run(
         TokenStore(store), masks, **asdict(order), sources=source or [], checksums=checksums, progress=not json_output
@@ -238,7 +238,7 @@ def bench(
     """Is the loop data-bound? Batches a second, beside the reference loop and torch's DataLoader."""
     from fastcollate.check.measure import bench as run
     from fastcollate.check.measure import print_report
-    from fastcollate.store.store import TokenStore
+    from fastcollate.store import TokenStore
 
     report = run(
         TokenStore(store), masks, **asdict(order), step_ms=step_ms, model=model, rounds=rounds, progress=not json_output

@@ -18,7 +18,7 @@ from fastcollate.collate import settings as options
 from fastcollate.collate.batch import Batch, PackedBatch, note_counts
 from fastcollate.errors import InputError
 from fastcollate.plan.packing import check_capacity
-from fastcollate.store.table import Columns, Table
+from fastcollate.store import layout
 
 Int64Array = npt.NDArray[np.int64]
 Take = Callable[[int], Int64Array]
@@ -48,7 +48,7 @@ class Collator:
 
     def __init__(
         self,
-        shards: Sequence[Columns],
+        shards: Sequence[layout.Columns],
         *,
         pad_token_id: int = 50256,
         ignore_index: int = -100,
@@ -63,7 +63,7 @@ class Collator:
             raise InputError(f"max_length={max_length}: give at least 1, or None to keep whole rows")
         if inputs_dtype not in (torch.int64, torch.int32):
             raise InputError(f"inputs_dtype={inputs_dtype}: choose torch.int64 or torch.int32")
-        self.table = Table(shards, name=name)
+        self.table = layout.Table(shards, name=name)
         self._addresses = self.table.array
         self._inputs_dtype = _INT32 if inputs_dtype == torch.int32 else _INT64
         self._types = self.table.token, self._inputs_dtype.type(0)  # the kernels are compiled for these

@@ -14,7 +14,7 @@ import numpy as np
 from fastcollate.collate.masks import mask_row
 from fastcollate.collate.settings import IGNORE, LEFT, LIMIT, MASK, PAD, REFERENCE
 from fastcollate.jit import address_of, borrow, kernel, part, prefetch, view
-from fastcollate.store.rows import FIRST_ROW, NUM_ROWS, NUM_TOKENS, OFFSETS, TOKEN_SIZE, TOKENS, shard_of
+from fastcollate.store import layout
 
 # Columns of a group's report, a batch a line: what `batch.Counts` holds and can be summed, then the batch's width and
 # its place in the buffer, in int64 cells.
@@ -45,20 +45,20 @@ def locate(table: Any, rows: Any, places: Any) -> int:
     for i in range(len(rows)):
         local = rows[i] - first_row
         if local < 0 or local >= num_rows:
-            shard = shard_of(table, rows[i], shard)
+            shard = layout.shard_of(table, rows[i], shard)
             if shard < 0:
                 return -1 - i
-            first_row, num_rows = table[shard, FIRST_ROW], table[shard, NUM_ROWS]
+            first_row, num_rows = table[shard, layout.FIRST_ROW], table[shard, layout.NUM_ROWS]
             local = rows[i] - first_row
         if i + FAR_AHEAD < len(rows):
             ahead = rows[i + FAR_AHEAD] - first_row
             if 0 <= ahead < num_rows:
-                prefetch(table[shard, OFFSETS] + 8 * ahead)
-        offsets = view(table[shard, OFFSETS] + 8 * local, 2, np.int64)
+                prefetch(table[shard, layout.OFFSETS] + 8 * ahead)
+        offsets = view(table[shard, layout.OFFSETS] + 8 * local, 2, np.int64)
         begin, end = offsets[0], offsets[1]
-        if begin < 0 or end < begin or end > table[shard, NUM_TOKENS]:
+        if begin < 0 or end < begin or end > table[shard, layout.NUM_TOKENS]:
             return -1 - i
-        places[i, AT] = table[shard, TOKENS] + begin * table[shard, TOKEN_SIZE]
+        places[i, AT] = table[shard, layout.TOKENS] + begin * table[shard, layout.TOKEN_SIZE]
         places[i, LENGTH], places[i, SHARD] = end - begin, shard
         longest = max(longest, end - begin)
     return longest
@@ -72,7 +72,7 @@ def prefetch_places(table: Any, places: Any, first: int, stop: int) -> None:
     """
     for i in range(first, min(stop, len(places))):
         at = places[i, AT]
-        for line in range(at & -64, at + min(places[i, LENGTH] * table[0, TOKEN_SIZE], 1024), 64):
+        for line in range(at & -64, at + min(places[i, LENGTH] * table[0, layout.TOKEN_SIZE], 1024), 64):
             prefetch(line)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastcollate.collate.settings import IGNORE, MASKED, NO_LIMIT, REFERENCE
 from fastcollate.jit import part, view
-from fastcollate.store.rows import NUM_SPANS, SPAN_OFFSETS, SPAN_SIZE, SPANS, bounds_of
+from fastcollate.store import layout
 
 
 @part
@@ -47,11 +47,11 @@ def mask_row(
     Returns:
         How many of them were trained, or -1 where the spans are broken, and the corners met.
     """
-    first, count = bounds_of(table, shard, row, SPAN_OFFSETS, NUM_SPANS)
+    first, count = layout.bounds_of(table, shard, row, layout.SPAN_OFFSETS, layout.NUM_SPANS)
     if count < 0:
         return -1, 0
-    size, ignore, reference = table[shard, SPAN_SIZE], settings[IGNORE], settings[REFERENCE] != 0
-    at, value = table[shard, SPANS] + first * size, MASKED if reference else ignore
+    size, ignore, reference = table[shard, layout.SPAN_SIZE], settings[IGNORE], settings[REFERENCE] != 0
+    at, value = table[shard, layout.SPANS] + first * size, MASKED if reference else ignore
     if size == 4:  # those of a store end within the row and its end-of-text
         total = np.int64(0)
         for k in range(count):

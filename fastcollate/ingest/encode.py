@@ -16,7 +16,7 @@ from fastcollate.ingest.spans import BadRecord, Parts, count, limit_prompts, mar
 from fastcollate.ingest.spec import JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.ingest.summary import Counts
 from fastcollate.sources import Block, Unit, records
-from fastcollate.store.shards import ShardColumns, token_dtype, write_shard
+from fastcollate.store import shards
 from fastcollate.text import BadRecordError, Template, Texts, UnencodableError
 
 
@@ -74,9 +74,9 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
     count(rows, tokenizer, spec, counts)
     part = None
     if len(rows.source_row):
-        columns = ShardColumns(rows.ids.astype(token_dtype(tokenizer.vocab_size), copy=False), *rows[1:])
+        columns = shards.ShardColumns(rows.ids.astype(shards.token_dtype(tokenizer.vocab_size), copy=False), *rows[1:])
         name = f".part-{token}-{unit.index:05d}-{secrets.token_hex(3)}.arrow"
-        part = write_shard(Path(directory), name, columns, sync=False)
+        part = shards.write_shard(Path(directory), name, columns, sync=False)
     return Encoded(UnitResult(unit.index, unit_digest(unit, digests), part, counts, lost.sorted(), seconds), digests)
 
 

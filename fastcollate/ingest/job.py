@@ -38,10 +38,8 @@ from fastcollate.ingest.summary import Counts, PrepareReport, length_summary
 from fastcollate.ingest.workers import Results, Runner, runner
 from fastcollate.progress import progress_bar
 from fastcollate.sources import Source, Unit, find_sources, read_units, spooled
-from fastcollate.store.files import write_file
-from fastcollate.store.manifest import MANIFEST, StoreIdentity, read_manifest, sources_of
-from fastcollate.store.shards import ShardInfo, merge_shards, shard_name
-from fastcollate.store.store import write_manifest
+from fastcollate.store import ShardInfo, files, shards
+from fastcollate.store import manifest as manifests
 
 SKIPPED = "skipped.txt"
 
@@ -149,7 +147,7 @@ def _under_lock(job: _Job, run: Runner, *, overwrite: bool, wait: bool) -> tuple
 def _version(root: Path) -> tuple[int, ...]:
     """What tells one manifest file from another."""
     try:
-        stat = (root / MANIFEST).stat()
+        stat = (root / manifests.MANIFEST).stat()
     except OSError:
         return ()
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
@@ -293,8 +291,8 @@ class _Job:
         shard = self._journal.shard(self._open_number)
         if shard is None:
             parts = [result.part for result in self._open if result.part is not None]
-            name = shard_name(self._open_number)
-            info = merge_shards(self.root, parts, self.root, name) if parts else None
+            name = shards.shard_name(self._open_number)
+            info = shards.merge_shards(self.root, parts, self.root, name) if parts else None
             shard = self._journal.add_shard(self._open_number, self._open, info)
         if shard.info is not None:
             self._shards.append(shard.info)
@@ -309,15 +307,16 @@ class _Job:
         seen = self._tally.close(self.sources)
         self._journal.remove_all_but(self._shards)
         if self._num_skipped:
-            write_file(self.root / SKIPPED, _report_lines(self._journal.skipped(self._next), self.sources))
-        files = [write_file(self.root / name, path.read_bytes()) for name, path in self.spec.tokenizer_files()]
+            files.write_file(self.root / SKIPPED, _report_lines(self._journal.skipped(self._next), self.sources))
+        kept = [files.write_file(self.root / name, path.read_bytes()) for name, path in self.spec.tokenizer_files()]
         write_side_file(self.root, seen)
-        content = sources_of([entry.sha256 for entry in seen], sum(entry.num_records for entry in seen))
+        content = manifests.sources_of([entry.sha256 for entry in seen], sum(entry.num_records for entry in seen))
         summary = {**asdict(self._counts), "num_skipped": self._num_skipped}
         summary |= length_summary(self.root, self._shards)
-        write_manifest(self.root, StoreIdentity(content, **self._identity), self._shards, files=files, summary=summary)
+        identity = manifests.StoreIdentity(content, **self._identity)
+        manifests.write_manifest(self.root, identity, self._shards, files=kept, summary=summary)
         self._journal.finish()
-        manifest = read_manifest(self.root)
+        manifest = manifests.read_manifest(self.root)
         assert manifest is not None
         return manifest
 

@@ -24,9 +24,8 @@ from fastcollate.errors import InputError
 from fastcollate.ingest.lock import JobLock, discard, is_ours
 from fastcollate.ingest.spec import LostRecord, UnitResult, differences
 from fastcollate.ingest.summary import Counts
-from fastcollate.store.files import describe
-from fastcollate.store.manifest import MANIFEST
-from fastcollate.store.shards import ShardInfo
+from fastcollate.store import ShardInfo, files
+from fastcollate.store import manifest as manifests
 
 _JOURNAL = ".journal"
 _OLD_JOURNAL = ".journal.jsonl"  # of releases that wrote format 1
@@ -67,7 +66,7 @@ class Journal:
     """
 
     def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
-        if MANIFEST in os.listdir(root):  # as a network's cache might not have told a moment ago
+        if manifests.MANIFEST in os.listdir(root):  # as a network's cache might not have told a moment ago
             raise InputError(f"{root}: holds a finished store by now; run the same command again")
         self._root = root
         self._path = root / _JOURNAL
@@ -190,7 +189,7 @@ class Journal:
         if part is None:
             return True
         with contextlib.suppress(OSError):
-            return self._has_size(part) and describe(self._root / part.name).sha256 == part.sha256
+            return self._has_size(part) and files.describe(self._root / part.name).sha256 == part.sha256
         return False
 
     def remove_all_but(self, shards: Iterable[ShardInfo]) -> None:
@@ -239,7 +238,7 @@ def tidy(root: Path) -> None:
     if not (root / _JOURNAL).exists():
         return
     with contextlib.suppress(InputError, OSError), JobLock(root, wait=False, holder=str):
-        if (root / MANIFEST).exists():
+        if (root / manifests.MANIFEST).exists():
             for path in root.iterdir():
                 if path.name.startswith((_JOURNAL, ".part-")) or (is_ours(path.name) and path.suffix == ".tmp"):
                     discard(path)
@@ -252,7 +251,8 @@ def begin_anew(root: Path) -> None:
         InputError: a file of it is in use, and the system does not let it go.
     """
     names = sorted(path.name for path in root.iterdir() if is_ours(path.name))
-    for name in sorted(names, key=lambda name: name != MANIFEST):  # without its manifest it is no store any more
+    names.sort(key=lambda name: name != manifests.MANIFEST)  # without its manifest it is no store any more
+    for name in names:
         try:
             (root / name).unlink(missing_ok=True)
         except PermissionError as error:

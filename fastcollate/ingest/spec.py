@@ -19,9 +19,8 @@ from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.summary import Counts
 from fastcollate.progress import progress_bar
 from fastcollate.sources import Block, Source, Unit, read_blocks
-from fastcollate.store.files import write_file
-from fastcollate.store.manifest import canonical, read_manifest, sources_of
-from fastcollate.store.shards import ShardInfo
+from fastcollate.store import ShardInfo, files
+from fastcollate.store import manifest as manifests
 from fastcollate.text import Template, Tokenizer, load_template, load_tokenizer
 
 if TYPE_CHECKING:
@@ -93,7 +92,9 @@ class JobSpec:
         return replace(self, seal=replace(self, seal="")._digest(*replace(self, seal="").tools()))
 
     def _digest(self, tokenizer: Tokenizer, template: Template) -> str:
-        return hashlib.sha256(canonical([self.backend, tokenizer.identity(), template.identity()])).hexdigest()
+        return hashlib.sha256(
+            manifests.canonical([self.backend, tokenizer.identity(), template.identity()])
+        ).hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """What a store records of a job besides its sources: nothing that changes no row, and no path."""
@@ -215,7 +216,7 @@ def find_finished(
     Raises:
         InputError: the store is of another identity or content, or a file of it is missing; says what differs.
     """
-    manifest = read_manifest(root)
+    manifest = manifests.read_manifest(root)
     if manifest is None:
         return None
     if manifest["format_version"] == 1 or "format" in manifest["sources"]:
@@ -240,7 +241,7 @@ def _source_differences(
         return []
     known = {old.stamp: old for old in seen or () if old.stamp}
     found = read_sources(sources, known, progress=progress)
-    if sources_of([new.sha256 for new in found], 0)["sha256"] == stored["sha256"]:
+    if manifests.sources_of([new.sha256 for new in found], 0)["sha256"] == stored["sha256"]:
         with contextlib.suppress(OSError):  # only the shortcut is lost: the folder may be read-only
             write_side_file(root, found)
         return []
@@ -314,7 +315,9 @@ def _read(source: Source, on_block: Callable[[Block], object] = lambda block: No
 def write_side_file(root: Path, seen: Sequence[Seen]) -> None:
     """Write what was seen of the sources beside the store."""
     content = {"format": _SIDE_VERSION, "sources": [asdict(entry) for entry in seen]}
-    write_file(root / SIDE_FILE, json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"), sync=False)
+    files.write_file(
+        root / SIDE_FILE, json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"), sync=False
+    )
 
 
 def read_side_file(root: Path, stored: Mapping[str, Any]) -> list[Seen] | None:
@@ -324,7 +327,7 @@ def read_side_file(root: Path, stored: Mapping[str, Any]) -> list[Seen] | None:
         if content["format"] != _SIDE_VERSION:
             return None
         seen = [Seen(**{**entry, "stamp": tuple(entry["stamp"])}) for entry in content["sources"]]
-        is_of_store = sources_of([entry.sha256 for entry in seen], 0)["sha256"] == stored["sha256"]
+        is_of_store = manifests.sources_of([entry.sha256 for entry in seen], 0)["sha256"] == stored["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return seen if is_of_store else None

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.store.shards import ShardInfo
-from fastcollate.store.store import shard_lengths
+from fastcollate.store import ShardInfo, shards
 
 _SAMPLE_ROWS = 1 << 20
 _WINDOW_BATCHES = 64
@@ -78,14 +77,14 @@ class Counts:
             setattr(self, name, getattr(self, name) + value)
 
 
-def length_summary(root: Path, shards: Sequence[ShardInfo]) -> dict[str, Any]:
+def length_summary(root: Path, infos: Sequence[ShardInfo]) -> dict[str, Any]:
     """Percentiles of row lengths, and the padded share of batches of 8 and 64 rows, random and bucketed.
 
     Of more than about a million rows, evenly spaced ones are taken. The end-of-text is not counted.
     """
-    num_rows = sum(shard.num_rows for shard in shards)
+    num_rows = sum(info.num_rows for info in infos)
     step = -(-num_rows // _SAMPLE_ROWS)
-    lengths = np.concatenate([shard_lengths(root, shard)[::step] for shard in shards])
+    lengths = np.concatenate([shards.shard_lengths(root, info)[::step] for info in infos])
     order = np.random.default_rng(0).permutation(lengths)
     quantiles = (0, 5, 50, 95, 99, 100)
     found = np.percentile(lengths, quantiles, method="nearest").tolist()

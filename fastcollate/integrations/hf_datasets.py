@@ -16,19 +16,8 @@ import pyarrow.compute as pc
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.pytorch import StoreDataset
-from fastcollate.store.manifest import sources_of
-from fastcollate.store.shards import record_batch
-from fastcollate.store.store import (
-    ShardColumns,
-    ShardInfo,
-    StoreIdentity,
-    TokenStore,
-    read_manifest,
-    shard_name,
-    token_dtype,
-    write_manifest,
-    write_shard,
-)
+from fastcollate.store import ShardInfo, TokenStore, shards
+from fastcollate.store import manifest as manifests
 
 IGNORE = -100
 SHARD_ROWS = 1 << 16
@@ -72,7 +61,7 @@ def open_dataset(store: TokenStore | str | os.PathLike[str]) -> Any:
     """
     datasets = import_extra("datasets", "hf")
     store = store if isinstance(store, TokenStore) else TokenStore(store)
-    table = pa.Table.from_batches([record_batch(columns) for columns in store.shards])
+    table = pa.Table.from_batches([shards.record_batch(columns) for columns in store.shards])
     # given a fingerprint, `datasets` does not read the whole table to compute one
     return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=store.fingerprint[:16])
 
@@ -104,7 +93,7 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
     root, end = Path(path), tokenizer.eos_token_id
     if end is None:
         raise InputError(f"{type(tokenizer).__name__} has no eos_token: set it, for every row ends with it")
-    if read_manifest(root) is not None:
+    if manifests.read_manifest(root) is not None:
         raise InputError(f"{root}: there is a store already; open it with TokenStore, or choose another directory")
     lengths_of(dataset)
     root.mkdir(parents=True, exist_ok=True)
@@ -114,7 +103,7 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
     first = 0
     for part in dataset.select_columns(columns).with_format("numpy").iter(batch_size=SHARD_ROWS):
         shard = _shard(part, first, end, vocab_size)
-        infos.append(write_shard(root, shard_name(len(infos)), shard))
+        infos.append(shards.write_shard(root, shards.shard_name(len(infos)), shard))
         first += len(shard.source_row)
     identity = {
         "name": str(tokenizer.name_or_path or type(tokenizer).__name__),
@@ -124,12 +113,13 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
         "end_token_id": int(end),
         "files": [],
     }
-    sources = sources_of([str(dataset._fingerprint)], len(dataset))
-    write_manifest(root, StoreIdentity(sources, identity, {"name": "tokenized"}, {"columns": columns}), infos)
+    sources = manifests.sources_of([str(dataset._fingerprint)], len(dataset))
+    made_from = manifests.StoreIdentity(sources, identity, {"name": "tokenized"}, {"columns": columns})
+    manifests.write_manifest(root, made_from, infos)
     return TokenStore(root)
 
 
-def _shard(part: Mapping[str, Any], first: int, end: int, vocab_size: int) -> ShardColumns:
+def _shard(part: Mapping[str, Any], first: int, end: int, vocab_size: int) -> shards.ShardColumns:
     rows, spans = [], []
     for number, ids in enumerate(part["input_ids"]):
         ids = np.asarray(ids, np.int64)
@@ -146,8 +136,8 @@ def _shard(part: Mapping[str, Any], first: int, end: int, vocab_size: int) -> Sh
         rows.append(ids[:-1] if closed else ids)
         # the end-of-text is trained like the row's last token, unless the row says it itself
         spans.append(_spans(trained if closed else np.append(trained, trained[-1:])))
-    return ShardColumns(
-        np.concatenate(rows).astype(token_dtype(vocab_size)),
+    return shards.ShardColumns(
+        np.concatenate(rows).astype(shards.token_dtype(vocab_size)),
         np.cumsum([0, *map(len, rows)], dtype=np.int64),
         np.concatenate(spans).astype(np.uint32),
         np.cumsum([0, *map(len, spans)], dtype=np.int64),

@@ -17,7 +17,7 @@ from fastcollate.load.options import LoaderKeywords, collate_keywords, order_key
 from fastcollate.plan.mixing import MixedStore
 from fastcollate.plan.options import OrderKeywords
 from fastcollate.plan.splits import split_rows
-from fastcollate.store.store import TokenStore
+from fastcollate.store import TokenStore
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule

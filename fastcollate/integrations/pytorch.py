@@ -19,7 +19,7 @@ from fastcollate.load.options import CollateKeywords, collator_of, open_store, t
 from fastcollate.plan.mixing import MixedStore, Order, OrderedPlan
 from fastcollate.plan.options import OrderKeywords, PlanOptions
 from fastcollate.plan.position import Epochs
-from fastcollate.store.store import Example, TokenStore
+from fastcollate.store import Example, TokenStore
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -34,15 +34,14 @@ from fastcollate.load.transfer import Transfer, make_transfer
 from fastcollate.plan.mixing import Order, OrderedPlan
 from fastcollate.plan.options import PlanOptions, integer
 from fastcollate.plan.position import Epochs
-from fastcollate.store.pages import ask_for_rows
-from fastcollate.store.table import Columns
+from fastcollate.store import layout, pages
 
 
 class Store(Protocol):
     """What a loader needs of a store; `TokenStore` is one."""
 
     @property
-    def shards(self) -> Sequence[Columns]:
+    def shards(self) -> Sequence[layout.Columns]:
         """The shards' columns, in row order."""
 
     @property
@@ -254,7 +253,7 @@ class BatchLoader(Epochs):
     def _ask_for(self, rows: npt.NDArray[np.int64]) -> None:
         """Ask the system for a window's rows."""
         if self._plan_options.policy != "sequential":  # there the system reads ahead by itself
-            ask_for_rows(self._collator.table.array, rows, with_spans=bool(self._collator.settings[MASK]))
+            pages.ask_for_rows(self._collator.table.array, rows, with_spans=bool(self._collator.settings[MASK]))
 
     def _own_transfer(self) -> Transfer:
         """This process's buffers: a fork's copies of them may be in the midst of a change."""

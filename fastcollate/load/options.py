@@ -12,7 +12,7 @@ import torch
 from fastcollate.collate import fill as kernels
 from fastcollate.collate.collator import Collator
 from fastcollate.plan.options import OrderKeywords
-from fastcollate.store.store import TokenStore, require_served
+from fastcollate.store import TokenStore, require_served
 
 _AT_ONCE = 1 << 12  # rows
 

@@ -14,7 +14,7 @@ from fastcollate.errors import InputError
 from fastcollate.plan import kernels as plan_kernels
 from fastcollate.plan.options import LARGEST, PlanOptions, integer, row_numbers
 from fastcollate.plan.plan import EpochPlan, PackWindow, Window, as_lengths, plan_with, too_long
-from fastcollate.store.store import Example, ShardColumns, TokenStore, require_served
+from fastcollate.store import Example, TokenStore, require_served, shards
 
 Int64Array = npt.NDArray[np.int64]
 Rows = range | npt.NDArray[np.int64]
@@ -100,7 +100,7 @@ class MixedStore:
 
     def _join(self) -> None:
         stores = [source.store for source in self._sources]
-        self.shards: tuple[ShardColumns, ...] = sum((store.shards for store in stores), ())
+        self.shards: tuple[shards.ShardColumns, ...] = sum((store.shards for store in stores), ())
         self.lengths: npt.NDArray[Any] = np.concatenate([store.lengths for store in stores])
 
     def _check_tokenizers(self) -> None:

@@ -27,7 +27,7 @@ from fastcollate.errors import InputError
 from fastcollate.plan import kernels as plan_kernels
 from fastcollate.plan.options import LARGEST, PlanKeywords, PlanOptions, integer
 from fastcollate.plan.packing import Packs, pack_rows
-from fastcollate.store.pages import ask_for_items, expect_single_pages
+from fastcollate.store import pages
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -243,7 +243,7 @@ class EpochPlan:
         """The rows' lengths, and the longest of them."""
         lengths = np.empty(len(rows), np.int32)
         if self.block > 1:
-            ask_for_items(self.lengths, rows)
+            pages.ask_for_items(self.lengths, rows)
         limit = 2**31 - 1 if limit is None else min(limit, 2**31 - 1)
         plan_kernels.gather_lengths(self.lengths, rows, limit, lengths)
         longest = int(lengths.view(np.uint32).max(initial=0))
@@ -338,7 +338,7 @@ def plan_with(lengths: npt.NDArray[Any], options: PlanOptions, epoch: int) -> Ep
     if block is None:
         block = BLOCK if len(lengths) >= BLOCK_FROM else 1
     if block > 1:
-        expect_single_pages(lengths)
+        pages.expect_single_pages(lengths)
     return EpochPlan(lengths, options, integer("epoch", epoch, 0, LARGEST), math.ceil(window / group) * group, block)
 
 

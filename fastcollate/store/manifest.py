@@ -13,13 +13,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastcollate.errors import InputError
-from fastcollate.store.files import FileInfo, refused
-from fastcollate.store.shards import EXTRA_DTYPES, ShardInfo
+from fastcollate.store.files import FileInfo, HashedFile, describe, refused, write_file
+from fastcollate.store.shards import EXTRA_DTYPES, ShardInfo, shard_lengths
 
 FORMAT = "fastcollate-store"
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+LENGTHS = "lengths.npy"
 KINDS = ("rows", "pairs", "documents")
 ENDS = ("append", "in_row")
 _REMEDY = "prepare the store again"
@@ -86,15 +89,32 @@ def sources_of(digests: Iterable[str], num_records: int) -> dict[str, Any]:
     return {"sha256": total, "num_sources": len(digests), "num_records": num_records}
 
 
-def make_manifest(
+def write_manifest(
+    directory: Path,
     identity: StoreIdentity,
     shards: Sequence[ShardInfo],
-    files: Sequence[FileInfo],
-    summary: Mapping[str, Any],
     *,
+    files: Sequence[FileInfo] = (),
+    summary: Mapping[str, Any] | None = None,
     fingerprint: str | None = None,
-) -> dict[str, Any]:
-    """The manifest of a store with these shards and files; see `store.write_manifest`."""
+) -> None:
+    """Commit a store: write `lengths.npy` from the shards, then the manifest.
+
+    Args:
+        directory: where the shards lie.
+        identity: what the store was made from.
+        shards: the finished shards in row order; those without rows are left out.
+        files: other files to put under checksums, such as the report of skipped records.
+        summary: counts to keep; nothing in it may depend on time, machine or the number of workers.
+        fingerprint: another than the identity's, for a converted store.
+
+    Raises:
+        InputError: there is no row.
+    """
+    shards = [shard for shard in shards if shard.num_rows]
+    if not shards:
+        raise InputError(f"{directory}: no row to store; the sources hold no usable record")
+    lengths = _write_lengths(directory, shards)
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -103,12 +123,25 @@ def make_manifest(
         "num_rows": sum(shard.num_rows for shard in shards),
         "num_tokens": sum(shard.num_tokens for shard in shards),
         "max_length": max(shard.max_length for shard in shards),
-        "summary": dict(summary),
-        "files": [asdict(file) for file in files],
+        "summary": dict(summary or {}),
+        "files": [asdict(file) for file in (lengths, *files)],
         "shards": [asdict(shard) for shard in shards],
     }
     manifest["checksum"] = hashlib.sha256(canonical(manifest)).hexdigest()
-    return manifest
+    write_file(directory / MANIFEST, pretty(manifest))
+
+
+def _write_lengths(directory: Path, shards: Sequence[ShardInfo]) -> FileInfo:
+    num_rows = sum(shard.num_rows for shard in shards)
+    dtype = np.dtype("<u2" if max(shard.max_length for shard in shards) < 1 << 16 else "<u4")
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (num_rows,)}
+
+    def fill(file: HashedFile) -> None:
+        np.lib.format.write_array_header_1_0(file, header)
+        for shard in shards:
+            file.write(shard_lengths(directory, shard).astype(dtype).tobytes())
+
+    return write_file(directory / LENGTHS, fill)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -232,3 +265,31 @@ def canonical(value: object) -> bytes:
 def pretty(value: object) -> bytes:
     """What is written of a value."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def verify_checksums(path: str | Path) -> list[str]:
+    """Read every file of a store and compare it with the manifest's checksums.
+
+    Returns:
+        One line per damaged or missing file, each naming the file; empty when the store is whole.
+
+    Raises:
+        InputError: there is no finished store, or the manifest itself is damaged.
+    """
+    root = Path(path)
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise InputError(f"{root}: no finished token store here (no {MANIFEST})")
+    problems = []
+    for entry in [*manifest["files"], *manifest["shards"]]:
+        file = root / entry["name"]
+        try:
+            found = describe(file)
+        except OSError as error:
+            problems.append(f"{file}: {error.strerror or error}")
+            continue
+        if found.num_bytes != entry["num_bytes"]:
+            problems.append(f"{file}: {found.num_bytes} bytes, but {entry['num_bytes']} were written")
+        elif found.sha256 != entry["sha256"]:
+            problems.append(f"{file}: damaged, its SHA-256 is {found.sha256}, but {entry['sha256']} was written")
+    return problems

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.jit import ask_for, kernel, part
-from fastcollate.store.rows import (
+from fastcollate.store.layout import (
     FIRST_ROW,
     NUM_SPANS,
     NUM_TOKENS,
@@ -180,7 +180,7 @@ def ask_for_row_pages(table: Any, rows: Any, with_spans: bool, page: int) -> int
     Rows that do not exist, or whose offsets are broken, are passed over: whoever reads them says so.
 
     Args:
-        table: see `rows.py`.
+        table: see `layout.py`.
         rows: row numbers, in order.
         with_spans: whether the spans will be read as well.
         page: bytes a page.

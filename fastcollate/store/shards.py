@@ -237,6 +237,12 @@ def _view(buffer: pa.Buffer | None, dtype: Any, count: int, path: Path) -> npt.N
     return view
 
 
+def shard_lengths(directory: Path, shard: ShardInfo) -> npt.NDArray[np.int64]:
+    """Each row's length in tokens in a finished shard, int64 `(num_rows,)`."""
+    lengths: npt.NDArray[np.int64] = np.diff(open_shard(directory, shard).offsets)
+    return lengths
+
+
 def merge_shards(directory: Path, parts: Sequence[ShardInfo], target: Path, name: str) -> ShardInfo:
     """Put shards end to end in one; one of them is open at a time, and in memory is what the new one holds.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,21 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError
-from fastcollate.store.files import FileInfo as FileInfo
-from fastcollate.store.files import HashedFile, describe, naming
-from fastcollate.store.files import write_file as write_file
-from fastcollate.store.manifest import MANIFEST as MANIFEST
-from fastcollate.store.manifest import StoreIdentity as StoreIdentity
-from fastcollate.store.manifest import make_manifest, pretty
-from fastcollate.store.manifest import read_manifest as read_manifest
-from fastcollate.store.shards import ShardColumns as ShardColumns
-from fastcollate.store.shards import ShardInfo as ShardInfo
-from fastcollate.store.shards import open_shard, open_shards, shard_schema
-from fastcollate.store.shards import shard_name as shard_name
-from fastcollate.store.shards import token_dtype as token_dtype
-from fastcollate.store.shards import write_shard as write_shard
+from fastcollate.store.files import naming
+from fastcollate.store.manifest import LENGTHS, MANIFEST, read_manifest
+from fastcollate.store.shards import ShardColumns, ShardInfo, open_shards, shard_schema, token_dtype
 
-LENGTHS = "lengths.npy"
 _SAMPLED_ROWS = 16  # of a shard, the first and the last among them: each may be a page to read
 
 
@@ -47,36 +36,6 @@ class Example(NamedTuple):
     input_ids: npt.NDArray[Any]
     spans: npt.NDArray[np.uint32]
     source_row: int
-
-
-def write_manifest(
-    directory: Path,
-    identity: StoreIdentity,
-    shards: Sequence[ShardInfo],
-    *,
-    files: Sequence[FileInfo] = (),
-    summary: Mapping[str, Any] | None = None,
-    fingerprint: str | None = None,
-) -> None:
-    """Commit a store: write `lengths.npy` from the shards, then the manifest.
-
-    Args:
-        directory: where the shards lie.
-        identity: what the store was made from.
-        shards: the finished shards in row order; those without rows are left out.
-        files: other files to put under checksums, such as the report of skipped records.
-        summary: counts to keep; nothing in it may depend on time, machine or the number of workers.
-        fingerprint: another than the identity's, for a converted store.
-
-    Raises:
-        InputError: there is no row.
-    """
-    shards = [shard for shard in shards if shard.num_rows]
-    if not shards:
-        raise InputError(f"{directory}: no row to store; the sources hold no usable record")
-    lengths = _write_lengths(directory, shards)
-    manifest = make_manifest(identity, shards, (lengths, *files), summary or {}, fingerprint=fingerprint)
-    write_file(directory / MANIFEST, pretty(manifest))
 
 
 class TokenStore:
@@ -236,58 +195,11 @@ def require_served(store: Any) -> None:
         )
 
 
-def verify_checksums(path: str | os.PathLike[str]) -> list[str]:
-    """Read every file of a store and compare it with the manifest's checksums.
-
-    Returns:
-        One line per damaged or missing file, each naming the file; empty when the store is whole.
-
-    Raises:
-        InputError: there is no finished store, or the manifest itself is damaged.
-    """
-    root = Path(path)
-    manifest = read_manifest(root)
-    if manifest is None:
-        raise InputError(f"{root}: no finished token store here (no {MANIFEST})")
-    problems = []
-    for entry in [*manifest["files"], *manifest["shards"]]:
-        file = root / entry["name"]
-        try:
-            found = describe(file)
-        except OSError as error:
-            problems.append(f"{file}: {error.strerror or error}")
-            continue
-        if found.num_bytes != entry["num_bytes"]:
-            problems.append(f"{file}: {found.num_bytes} bytes, but {entry['num_bytes']} were written")
-        elif found.sha256 != entry["sha256"]:
-            problems.append(f"{file}: damaged, its SHA-256 is {found.sha256}, but {entry['sha256']} was written")
-    return problems
-
-
 def _cell(values: npt.NDArray[Any], offsets: npt.NDArray[np.int64], row: int, path: Path) -> npt.NDArray[Any]:
     start, stop = int(offsets[row]), int(offsets[row + 1])
     if not 0 <= start <= stop <= len(values):
         raise InputError(f"{path}: damaged offsets at row {row} of a shard; run: fastcollate verify --checksums {path}")
     return values[start:stop]
-
-
-def _write_lengths(directory: Path, shards: Sequence[ShardInfo]) -> FileInfo:
-    num_rows = sum(shard.num_rows for shard in shards)
-    dtype = np.dtype("<u2" if max(shard.max_length for shard in shards) < 1 << 16 else "<u4")
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (num_rows,)}
-
-    def fill(file: HashedFile) -> None:
-        np.lib.format.write_array_header_1_0(file, header)
-        for shard in shards:
-            file.write(shard_lengths(directory, shard).astype(dtype).tobytes())
-
-    return write_file(directory / LENGTHS, fill)
-
-
-def shard_lengths(directory: Path, shard: ShardInfo) -> npt.NDArray[np.int64]:
-    """Each row's length in tokens in a finished shard, int64 `(num_rows,)`."""
-    lengths: npt.NDArray[np.int64] = np.diff(open_shard(directory, shard).offsets)
-    return lengths
 
 
 def _open_lengths(root: Path, manifest: Mapping[str, Any]) -> npt.NDArray[Any]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcollate.errors import InputError
-from fastcollate.store.files import write_file
-from fastcollate.store.store import Example, TokenStore
+from fastcollate.store import Example, TokenStore, files
 from fastcollate.text import load_template, load_tokenizer
 from fastcollate.train.files import Checkpoint, load_model
 from fastcollate.train.model import GPT2, KeyValueCache
@@ -251,5 +250,5 @@ def write_answers(
             }
         )
         on_row()
-    write_file(path, [json.dumps(answers, indent=2, ensure_ascii=False)])
+    files.write_file(path, [json.dumps(answers, indent=2, ensure_ascii=False)])
     return {"rows": len(answers), "exact": sum(a["output"] == a["model_response"] for a in answers)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcollate.errors import InputError
-from fastcollate.store.files import replacing, write_file
+from fastcollate.store import files
 from fastcollate.train.model import GPT2, GPT2Config, read_torch_file
 from fastcollate.train.options import TrainOptions
 
@@ -115,7 +115,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     content |= {"format_version": FORMAT_VERSION, "config": asdict(checkpoint.config)}
-    with replacing(path) as file:
+    with files.replacing(path) as file:
         torch.save(content, file)
 
 
@@ -316,7 +316,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
-    write_file(path, [json.dumps(line) for line in read_lines(path) if line["step"] <= step])
+    files.write_file(path, [json.dumps(line) for line in read_lines(path) if line["step"] <= step])
 
 
 def plot_losses(directory: Path) -> Path | None:
@@ -348,6 +348,6 @@ def plot_losses(directory: Path) -> Path | None:
         )
     axes.legend()
     axes.grid(alpha=0.3)
-    with replacing(directory / PLOT) as file:
+    with files.replacing(directory / PLOT) as file:
         figure.savefig(file, format="png")
     return directory / PLOT

@@ -16,7 +16,7 @@ import torch
 from fastcollate.errors import InputError
 from fastcollate.jit import compiling
 from fastcollate.progress import progress_bar, renamed_switch
-from fastcollate.store.store import TokenStore
+from fastcollate.store import TokenStore
 from fastcollate.train.answers import continue_prompt
 from fastcollate.train.files import (
     BEST,

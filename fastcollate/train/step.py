@@ -15,7 +15,7 @@ from torch.nn import functional
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
-from fastcollate.store.store import TokenStore
+from fastcollate.store import TokenStore
 from fastcollate.train.loss import IGNORE_INDEX, cell_losses, scaled_loss, trained_cells
 from fastcollate.train.model import GPT2
 from fastcollate.train.options import TrainOptions

@@ -20,8 +20,7 @@ from fastcollate.collate.collator import Collator
 from fastcollate.collate.drop_in import collate_fn
 from fastcollate.collate.reference import InstructionDataset, custom_collate_fn, custom_collate_with_masking_fn
 from fastcollate.errors import InputError
-from fastcollate.store.rows import TABLE_COLUMNS
-from fastcollate.store.table import Table
+from fastcollate.store.layout import TABLE_COLUMNS, Table
 from tests.helpers import make_shards
 
 PAD = 50256

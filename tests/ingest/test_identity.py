@@ -21,6 +21,7 @@ from fastcollate.ingest.job import prepare
 from fastcollate.load.loader import BatchLoader
 from fastcollate.sources import blocks
 from fastcollate.sources import find as find_module
+from fastcollate.store import files
 from fastcollate.store.store import TokenStore
 
 
@@ -320,7 +321,7 @@ def test_a_finished_store_on_a_read_only_disk_is_reused(
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", read_only)
-    monkeypatch.setattr(spec_module, "write_file", read_only)
+    monkeypatch.setattr(files, "write_file", read_only)
     before = store_hash(tmp_path / "s")
     assert prepare(source, tmp_path / "s").reused  # read again: it was changed just before
     os.utime(source, (1, 1))

@@ -34,7 +34,8 @@ from fastcollate.collate.reference import (
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.job import _Job, prepare
 from fastcollate.sources import blocks as sources_module
-from fastcollate.store.store import TokenStore, verify_checksums
+from fastcollate.store.manifest import verify_checksums
+from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_encoding
 
 SMALL = sources_module.Sizes(20_000, 60_000)

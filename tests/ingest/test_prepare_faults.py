@@ -18,7 +18,8 @@ from fastcollate.errors import SourceReadError
 from fastcollate.ingest.job import prepare
 from fastcollate.sources import blocks as sources_module
 from fastcollate.sources import json_blocks as json_pieces
-from fastcollate.store.store import TokenStore, verify_checksums
+from fastcollate.store.manifest import verify_checksums
+from fastcollate.store.store import TokenStore
 
 START = (
     "import sys; from fastcollate.sources import blocks as sources; "

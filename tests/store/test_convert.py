@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
-from fastcollate.store import convert as room
-from fastcollate.store.convert import convert
-from fastcollate.store.store import TokenStore, verify_checksums
+from fastcollate.store import older as room
+from fastcollate.store.manifest import verify_checksums
+from fastcollate.store.older import convert
+from fastcollate.store.store import TokenStore
 from tests.helpers import Row, run_cli, write_format_1
 
 ROWS: list[Row] = [

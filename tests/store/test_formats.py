@@ -19,9 +19,9 @@ from fastcollate.errors import InputError
 from fastcollate.integrations.pytorch import StoreDataset
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.mixing import MixedStore
-from fastcollate.store.manifest import StoreIdentity, read_manifest, sources_of
+from fastcollate.store.manifest import StoreIdentity, read_manifest, sources_of, verify_checksums, write_manifest
 from fastcollate.store.shards import ShardColumns, shard_name, write_shard
-from fastcollate.store.store import TokenStore, require_served, verify_checksums, write_manifest
+from fastcollate.store.store import TokenStore, require_served
 from tests.helpers import GPT2, write_format_1, write_store
 from tests.store.test_manifest import forge
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fastcollate.errors import InputError
-from fastcollate.store.manifest import canonical, pretty, read_manifest
-from fastcollate.store.store import TokenStore, verify_checksums
+from fastcollate.store.manifest import canonical, pretty, read_manifest, verify_checksums
+from fastcollate.store.store import TokenStore
 from tests.helpers import write_store
 
 ROWS = [([1, 2], [1, 2, 3]), ([0, 2], [4, 5])]

@@ -16,12 +16,10 @@ import numpy.typing as npt
 import pytest
 
 from fastcollate import BatchLoader
-from fastcollate.load import loader as loader_room
 from fastcollate.plan import plan
+from fastcollate.store import layout as rows_room
 from fastcollate.store import pages as read_ahead
-from fastcollate.store import rows as rows_room
-from fastcollate.store.rows import READ_BEYOND
-from fastcollate.store.table import Table
+from fastcollate.store.layout import READ_BEYOND, Table
 from tests.helpers import make_shards
 
 PAGE = 64  # bytes, so that small shards have many
@@ -176,7 +174,7 @@ def test_a_loader_asks_for_the_rows_of_each_window(monkeypatch: pytest.MonkeyPat
     shards = make_shards(rows, num_shards=2)
     store = SimpleNamespace(shards=shards, lengths=np.array([len(row) for row in rows], np.uint16))
     asked: list[Any] = []
-    monkeypatch.setattr(loader_room, "ask_for_rows", lambda table, some, with_spans: asked.append((some, with_spans)))
+    monkeypatch.setattr(read_ahead, "ask_for_rows", lambda table, some, with_spans: asked.append((some, with_spans)))
     options = {"window": 64, "rows": range(100, 400), "prefetch": 0, "mode": "positional", **options}
     for policy, mask, blocks_from in (("bucketed", True, 100), ("shuffled", False, 1000)):
         monkeypatch.setattr(plan, "BLOCK_FROM", blocks_from)

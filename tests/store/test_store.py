@@ -15,19 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcollate.errors import InputError
-from fastcollate.store.manifest import sources_of
-from fastcollate.store.store import (
-    ShardColumns,
-    ShardInfo,
-    StoreIdentity,
-    TokenStore,
-    shard_name,
-    token_dtype,
-    verify_checksums,
-    write_file,
-    write_manifest,
-    write_shard,
-)
+from fastcollate.store.files import write_file
+from fastcollate.store.manifest import StoreIdentity, sources_of, verify_checksums, write_manifest
+from fastcollate.store.shards import ShardColumns, ShardInfo, shard_name, token_dtype, write_shard
+from fastcollate.store.store import TokenStore
 from tests.helpers import GPT2
 
 IDENTITY = StoreIdentity(

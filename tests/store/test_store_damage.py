@@ -16,18 +16,13 @@ import pyarrow as pa
 import pytest
 
 from fastcollate.errors import InputError
-from fastcollate.store import shards
+from fastcollate.store import files, shards
+from fastcollate.store import manifest as manifest_room
 from fastcollate.store import store as room
-from fastcollate.store.manifest import canonical, pretty
-from fastcollate.store.store import (
-    FileInfo,
-    ShardColumns,
-    ShardInfo,
-    StoreIdentity,
-    TokenStore,
-    verify_checksums,
-    write_shard,
-)
+from fastcollate.store.files import FileInfo
+from fastcollate.store.manifest import StoreIdentity, canonical, pretty, verify_checksums
+from fastcollate.store.shards import ShardColumns, ShardInfo, write_shard
+from fastcollate.store.store import TokenStore
 from tests.helpers import make_shards, write_store
 
 ROWS = [([1, 2], [1, 2, 3]), ([0, 2], [4, 5]), ([1, 0], [6])]
@@ -44,7 +39,7 @@ def rewrite_manifest(store: TokenStore, change: Callable[[dict[str, Any]], objec
     manifest = {key: value for key, value in store.manifest.items() if key != "checksum"}
     change(manifest)
     manifest["checksum"] = hashlib.sha256(canonical(manifest)).hexdigest()
-    (store.path / room.MANIFEST).write_bytes(pretty(manifest))
+    (store.path / manifest_room.MANIFEST).write_bytes(pretty(manifest))
 
 
 def with_shard(entry: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +194,7 @@ def test_a_cell_lies_within_its_column(bounds: tuple[int, int], is_whole: bool) 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1, "u2"), (1 << 16, "u2"), ((1 << 16) + 1, "u4")])
 def test_ids_take_the_narrowest_type_for_the_vocabulary(vocab_size: int, dtype: str) -> None:
-    assert np.dtype(room.token_dtype(vocab_size)) == np.dtype(dtype)
+    assert np.dtype(shards.token_dtype(vocab_size)) == np.dtype(dtype)
 
 
 def test_contracts_are_frozen_and_slotted() -> None:
@@ -229,7 +224,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_temporary_file_is_synced_before_it_is_renamed(tmp_path: Path, events: list[str]) -> None:
-    room.write_file(tmp_path / "report", ["line"])
+    files.write_file(tmp_path / "report", ["line"])
     assert events == ["file synced", "report renamed", "directory synced"][: 3 if os.name == "posix" else 2]
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
@@ -238,10 +233,10 @@ def test_a_temporary_file_is_synced_before_it_is_renamed(tmp_path: Path, events:
 def test_the_manifest_comes_last_and_after_every_name_is_on_disk(store: TokenStore, events: list[str]) -> None:
     infos = [ShardInfo(**entry) for entry in store.manifest["shards"]]
     identity = StoreIdentity({}, store.manifest["tokenizer"], {}, {})
-    room.write_manifest(store.path, identity, infos)
+    manifest_room.write_manifest(store.path, identity, infos)
     assert events == [
         *("file synced", "lengths.npy renamed", "directory synced"),
-        *("file synced", f"{room.MANIFEST} renamed", "directory synced"),
+        *("file synced", f"{manifest_room.MANIFEST} renamed", "directory synced"),
     ]
 
 

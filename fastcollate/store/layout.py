@@ -1,4 +1,9 @@
-"""What the kernels are told of a store: where its rows lie in memory; see `rows.py`."""
+"""Where a store's rows lie in memory: the table that kernels read them by, and the loops that find a row in it.
+
+A **table** describes the memory that rows are read from: int64 `(num_shards, TABLE_COLUMNS)`, a shard a line, its
+columns named below. It holds addresses, so that one call reads from any number of shards; whoever builds it keeps
+the arrays alive. Shards may come from files, so every row's offsets are checked before they are followed.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,42 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError
-from fastcollate.store import rows
+from fastcollate.jit import part, view
 
 Int64Array = npt.NDArray[np.int64]
+
+_TABLE = range(10)
+FIRST_ROW, NUM_ROWS, TOKENS, NUM_TOKENS, TOKEN_SIZE, OFFSETS, SPANS, NUM_SPANS, SPAN_SIZE, SPAN_OFFSETS = _TABLE
+TABLE_COLUMNS = len(_TABLE)
+READ_BEYOND = 8  # tokens that a fill may read behind a row, where its shard has them
+
+
+@part
+def shard_of(table: Any, row: int, guess: int) -> int:
+    """The table's line that holds `row`, or -1; neighbours mostly share a shard, so `guess` is tried first."""
+    first = np.int64(table[guess, FIRST_ROW])
+    if first <= row < first + table[guess, NUM_ROWS]:
+        return guess
+    low, high = 0, len(table)
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if table[middle, FIRST_ROW] <= row:
+            low = middle
+        else:
+            high = middle
+    if row < table[low, FIRST_ROW] or row >= table[low, FIRST_ROW] + table[low, NUM_ROWS]:
+        return -1
+    return low
+
+
+@part
+def bounds_of(table: Any, shard: int, row: int, offsets: int = OFFSETS, total: int = NUM_TOKENS) -> tuple[int, int]:
+    """First token (or span) and number of them in a row; number -1 where the offsets leave what the shard holds."""
+    bounds = view(table[shard, offsets] + 8 * (row - table[shard, FIRST_ROW]), 2, np.int64)
+    begin, end = bounds[0], bounds[1]
+    if begin < 0 or end < begin or end > table[shard, total]:
+        return 0, -1
+    return begin, end - begin
 
 
 class Columns(Protocol):
@@ -42,7 +80,7 @@ class Table:
         name: what to call them in messages, such as the store's path.
 
     Attributes:
-        array: int64 `(num_shards, rows.TABLE_COLUMNS)`.
+        array: int64 `(num_shards, TABLE_COLUMNS)`.
         num_rows: rows in all shards.
         token: 0 as a number of the tokens' dtype, which is the same in all shards.
 
@@ -53,21 +91,21 @@ class Table:
     def __init__(self, shards: Sequence[Columns], *, name: str = "the store") -> None:
         self.name = name
         self._shards = tuple(shards)
-        self.array = np.zeros((max(len(self._shards), 1), rows.TABLE_COLUMNS), np.int64)
+        self.array = np.zeros((max(len(self._shards), 1), TABLE_COLUMNS), np.int64)
         self.num_rows = 0
         for index, shard in enumerate(self._shards):
             self._check(index, shard)
             line = self.array[index]
-            line[rows.FIRST_ROW] = self.num_rows
-            line[rows.NUM_ROWS] = len(shard.offsets) - 1
-            line[rows.TOKENS] = shard.input_ids.ctypes.data
-            line[rows.NUM_TOKENS] = len(shard.input_ids)
-            line[rows.TOKEN_SIZE] = shard.input_ids.itemsize
-            line[rows.OFFSETS] = shard.offsets.ctypes.data
-            line[rows.SPANS] = shard.spans.ctypes.data
-            line[rows.NUM_SPANS] = len(shard.spans)
-            line[rows.SPAN_SIZE] = shard.spans.itemsize
-            line[rows.SPAN_OFFSETS] = shard.span_offsets.ctypes.data
+            line[FIRST_ROW] = self.num_rows
+            line[NUM_ROWS] = len(shard.offsets) - 1
+            line[TOKENS] = shard.input_ids.ctypes.data
+            line[NUM_TOKENS] = len(shard.input_ids)
+            line[TOKEN_SIZE] = shard.input_ids.itemsize
+            line[OFFSETS] = shard.offsets.ctypes.data
+            line[SPANS] = shard.spans.ctypes.data
+            line[NUM_SPANS] = len(shard.spans)
+            line[SPAN_SIZE] = shard.spans.itemsize
+            line[SPAN_OFFSETS] = shard.span_offsets.ctypes.data
             self.num_rows += len(shard.offsets) - 1
         dtypes = {shard.input_ids.dtype for shard in self._shards}
         if len(dtypes) > 1:
@@ -100,8 +138,8 @@ class Table:
         """What is wrong with a row that a kernel has refused."""
         if not 0 <= row < self.num_rows:
             return InputError(f"row {row} of {self.name}, which has {self.num_rows:,} rows")
-        index = int(np.searchsorted(self.array[:, rows.FIRST_ROW], row, side="right")) - 1
-        local = row - int(self.array[index, rows.FIRST_ROW])
+        index = int(np.searchsorted(self.array[:, FIRST_ROW], row, side="right")) - 1
+        local = row - int(self.array[index, FIRST_ROW])
         shard = self._shards[index]
         return InputError(
             f"{self.name}, shard {index}, row {local} (row {row} of the store) is damaged: tokens "

@@ -12,9 +12,9 @@ from typing import Any
 from fastcollate.errors import InputError
 from fastcollate.progress import progress_bar
 from fastcollate.store.files import FileInfo, describe, naming, write_file
-from fastcollate.store.manifest import FORMAT_VERSION, StoreIdentity, read_manifest
+from fastcollate.store.manifest import FORMAT_VERSION, LENGTHS, StoreIdentity, read_manifest, write_manifest
 from fastcollate.store.shards import ShardColumns, ShardInfo, join_columns, open_shard, shard_name, write_shard
-from fastcollate.store.store import LENGTHS, TokenStore, write_manifest
+from fastcollate.store.store import TokenStore
 
 SHARD_BYTES = 64 << 20  # a merged shard's, at most, where one old shard is not larger
 _TOKENIZER, _CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -70,7 +70,7 @@ def convert(old: str | Path, new: str | Path, *, progress: bool = False) -> Conv
         OSError: `new` cannot be written.
 
     Example:
-        >>> from fastcollate.store.convert import convert
+        >>> from fastcollate.store import convert
         >>> convert("store", "new")  # made by this release
         Traceback (most recent call last):
             ...
