@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import typer
 
-from fastcollate.check.options import MaskOptions, OrderOptions
 from fastcollate.cli import app
-from fastcollate.train.options import AnswerOptions, TrainOptions, flag_of
+from fastcollate.train.options import AnswerOptions, MaskOptions, OrderOptions, TrainOptions, flag_of
 from tests.helpers import run_cli
 
 

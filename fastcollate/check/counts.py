@@ -5,25 +5,27 @@ Whatever is said about masks is read off batches that the fast path has filled, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.check.options import MaskOptions as MaskOptions
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
+from fastcollate.load.options import row_reports
+from fastcollate.plan.packing import Packs
+from fastcollate.plan.plan import EpochPlan
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer, load_tokenizer
+from fastcollate.train import MaskOptions, OrderOptions
 
 Int64Array = npt.NDArray[np.int64]
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 NUM_SHARES = 20  # bars of the histogram of rows by their share of trained tokens
-_CHUNK = 1 << 14
 _MOST_NAMED = 10
 
 
@@ -60,35 +62,29 @@ class TrainedByMask:
     def in_words(self) -> str:
         """Both shares."""
         flag = "--train-prompt" if self.mask_prompt else "--mask-prompt"
-        line = f"{self.share}; {self._share(self.other_trained_tokens)} with {flag}"
+        line = f"{self._share(self.trained_tokens)}; {self._share(self.other_trained_tokens)} with {flag}"
         empty = self.other_rows_without_trained
         if empty > self.rows_without_trained:
             line += f" ({empty:,} row{'s' if empty > 1 else ''} without a trained token)"
         return line
 
-    @property
-    def share(self) -> str:
-        """Trained targets among the cells that hold a token, as asked."""
-        return self._share(self.trained_tokens)
-
     def _share(self, trained: int) -> str:
-        share = trained / max(self.kept_tokens, 1)
-        return "100%" if trained == self.kept_tokens else f"{share:.1%}"
+        return "100%" if trained == self.kept_tokens else f"{trained / max(self.kept_tokens, 1):.1%}"
 
 
-def order_of(
-    store: TokenStore, policy: str, batch_size: int, options: MaskOptions, capacity: int | None = None
-) -> dict[str, Any]:
-    """The order's options; by default a pack holds what a row may take, at most the longest row of the store.
+def order_of(store: TokenStore, options: MaskOptions, order: OrderOptions | None) -> dict[str, Any]:
+    """The order's options; by default a pack holds what a row may take, at most the longest row of the store."""
+    chosen = asdict(order or OrderOptions())
+    if chosen["policy"] == "packed" and chosen["capacity"] is None:
+        chosen["capacity"] = options.max_length or max(store.max_length, 1)
+    return chosen
 
-    Example:
-        >>> order_of(store, "packed", 2, MaskOptions(max_length=256))
-        {'policy': 'packed', 'batch_size': 2, 'capacity': 256}
-    """
-    order: dict[str, Any] = {"policy": policy, "batch_size": batch_size}
-    if policy == "packed" and capacity is None:
-        capacity = options.max_length or max(store.max_length, 1)
-    return order if capacity is None else order | {"capacity": capacity}
+
+def packed_batches(plan: EpochPlan) -> Iterator[Packs]:
+    """The batches of a packed epoch, whose packs lie in them one after the other."""
+    for index in range(plan.num_windows):
+        window = plan.packs(index)
+        yield from map(window.batch, range(window.num_batches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,22 +156,6 @@ class Inspection:
     skipped_records: int | None
 
 
-class RowCounts(NamedTuple):
-    """Counts of neighbouring rows, each collated as a batch of its own.
-
-    Attributes:
-        first: the first row's number.
-        kept: int64, input cells that hold a token.
-        trained: int64, trained targets.
-        corners: int64, 1 where `mode="reference"` does not do what the user means.
-    """
-
-    first: int
-    kept: Int64Array
-    trained: Int64Array
-    corners: Int64Array
-
-
 def inspect_store(
     store: TokenStore, options: MaskOptions | None = None, *, progress: bool = True, silent: bool | None = None
 ) -> Inspection:
@@ -195,8 +175,7 @@ def inspect_store(
     progress = renamed_switch(progress, old="silent", given=silent)
     options = options or MaskOptions()
     by_length = count_lengths(store.lengths)
-    totals = _add_up(store, options, progress=progress)
-    other = _add_up(store, options.with_other_mask(), progress=progress)
+    totals, other, masks = _both_masks(store, options, progress=progress)
     summary = store.manifest["summary"]
     limit = store.max_length if options.max_length is None else options.max_length
     return Inspection(
@@ -215,92 +194,53 @@ def inspect_store(
         rows_cut=int(by_length[limit + 1 :].sum()),
         boundary_mismatches=summary.get("boundary_mismatches"),
         skipped_records=summary.get("num_skipped"),
-        masks=_by_mask(options, totals, other),
+        masks=masks,
         other_shares=other["shares"],
         **totals,
     )
 
 
-def _add_up(store: TokenStore, options: MaskOptions, *, progress: bool) -> dict[str, Any]:
+def trained_by_mask(store: TokenStore, options: MaskOptions | None = None) -> TrainedByMask:
+    """Count what is trained, with both values of `mask_prompt`."""
+    return _both_masks(store, options or MaskOptions(), progress=False)[2]
 
-    kept = trained = without = corners = 0
+
+def _both_masks(
+    store: TokenStore, options: MaskOptions, *, progress: bool
+) -> tuple[dict[str, Any], dict[str, Any], TrainedByMask]:
+    """The counts as asked, those with the other `mask_prompt`, and what they say together."""
+    asked, other = (_add_up(store, one, progress=progress) for one in (options, options.with_other_mask()))
+    names = ("kept_tokens", "trained_tokens", "rows_without_trained")
+    masks = TrainedByMask(options.mask_prompt, *(asked[name] for name in names), *(other[name] for name in names[1:]))
+    return asked, other, masks
+
+
+def _add_up(store: TokenStore, options: MaskOptions, *, progress: bool) -> dict[str, Any]:
+    """Each row is collated as a batch of its own, and the kernel counts."""
+    totals = np.zeros(kernels.REPORT_COLUMNS, np.int64)
     examples: list[int] = []
     shares = np.zeros(NUM_SHARES, np.int64)
     with progress_bar(unit="rows", progress=progress) as bar:
         task = bar.add_task("inspect", total=len(store))
-        for counts in count_rows(store, options):
-            kept += int(counts.kept.sum())
-            trained += int(counts.trained.sum())
-            corners += int(counts.corners.sum())
-            empty = np.flatnonzero(counts.trained == 0)
-            without += len(empty)
-            examples += (counts.first + empty[: _MOST_NAMED - len(examples)]).tolist()
-            share = counts.trained * NUM_SHARES // np.maximum(counts.kept, 1)
+        for rows, report in row_reports(options.collator(store), range(len(store))):
+            totals += report.sum(0)
+            trained = report[:, kernels.TRAINED]
+            examples += rows[trained == 0][: _MOST_NAMED - len(examples)].tolist()
+            share = trained * NUM_SHARES // np.maximum(report[:, kernels.REAL], 1)
             shares += np.bincount(np.minimum(share, NUM_SHARES - 1), minlength=NUM_SHARES)
-            bar.update(task, advance=len(counts.kept))
+            bar.update(task, advance=len(rows))
     return {
-        "kept_tokens": kept,
-        "trained_tokens": trained,
-        "rows_without_trained": without,
+        "kept_tokens": int(totals[kernels.REAL]),
+        "trained_tokens": int(totals[kernels.TRAINED]),
+        "rows_without_trained": int(totals[kernels.UNTRAINED]),
         "examples_without_trained": examples,
-        "corner_rows": corners,
+        "corner_rows": int(totals[kernels.CORNERS]),
         "shares": Histogram([i / NUM_SHARES for i in range(NUM_SHARES + 1)], shares.tolist()),
     }
 
 
-def trained_by_mask(store: TokenStore, options: MaskOptions | None = None) -> TrainedByMask:
-    """Count what is trained, with both values of `mask_prompt`.
-
-    Example:
-        >>> trained_by_mask(TokenStore("store")).share
-        '100%'
-    """
-    options = options or MaskOptions()
-    counts = [_add_up(store, asked, progress=False) for asked in (options, options.with_other_mask())]
-    return _by_mask(options, *counts)
-
-
-def _by_mask(options: MaskOptions, asked: Mapping[str, Any], other: Mapping[str, Any]) -> TrainedByMask:
-    return TrainedByMask(
-        options.mask_prompt,
-        asked["kept_tokens"],
-        asked["trained_tokens"],
-        asked["rows_without_trained"],
-        other["trained_tokens"],
-        other["rows_without_trained"],
-    )
-
-
-def count_rows(store: TokenStore, options: MaskOptions) -> Iterator[RowCounts]:
-    """Collate every row as a batch of its own, in order, and hand over what the kernel counted.
-
-    Example:
-        >>> counts = next(count_rows(store, MaskOptions()))
-        >>> int(counts.trained[0]) == len(store[0].input_ids)
-        True
-    """
-    collator = options.collator(store)
-    out = np.empty(1 << 16, np.int64)
-    first = 0
-    while first < len(store):
-        rows = np.arange(first, min(first + _CHUNK, len(store)))
-        report = np.empty((len(rows), kernels.REPORT_COLUMNS), np.int64)
-        filled = collator.fill_group(rows, np.arange(len(rows) + 1), out, report)
-        if not filled:
-            out = np.empty(kernels.plain_cells_of(1, int(report[0, kernels.WIDTH]), 8)[1], np.int64)
-            continue
-        done = report[:filled]
-        yield RowCounts(first, done[:, kernels.REAL], done[:, kernels.TRAINED], done[:, kernels.CORNERS])
-        first += filled
-
-
 def count_lengths(lengths: npt.NDArray[Any]) -> Int64Array:
-    """Rows by length: int64 `(longest + 1,)`; reads a memory map a piece at a time.
-
-    Example:
-        >>> count_lengths(np.array([3, 1, 3]))
-        array([0, 1, 0, 2])
-    """
+    """Rows by length: int64 `(longest + 1,)`; reads a memory map a piece at a time."""
     counts = np.zeros(1, np.int64)
     for start in range(0, len(lengths), 1 << 20):
         piece = np.bincount(lengths[start : start + (1 << 20)], minlength=len(counts))
@@ -310,23 +250,13 @@ def count_lengths(lengths: npt.NDArray[Any]) -> Int64Array:
 
 
 def percentile(by_length: Int64Array, percent: float) -> int:
-    """The smallest length that at least `percent` of all rows do not exceed.
-
-    Example:
-        >>> percentile(count_lengths(np.array([3, 1, 3])), 50)
-        3
-    """
+    """The smallest length that at least `percent` of all rows do not exceed."""
     rank = max(1, int(np.ceil(by_length.sum() * percent / 100)))
     return int(np.searchsorted(np.cumsum(by_length), rank))
 
 
 def length_histogram(by_length: Int64Array, *, num_bars: int = 24) -> Histogram:
-    """At most `num_bars` bars over the lengths that occur, their width a round number of tokens.
-
-    Example:
-        >>> length_histogram(count_lengths(np.array([3, 1, 3])))
-        Histogram(edges=[1.0, 2.0, 3.0, 4.0], counts=[1, 0, 2])
-    """
+    """At most `num_bars` bars over the lengths that occur, their width a round number of tokens."""
     shortest, longest = percentile(by_length, 0), len(by_length) - 1
     steps = (step * 10**power for power in range(10) for step in (1, 2, 5))
     width = next(step for step in steps if longest // step - shortest // step < num_bars)
@@ -337,13 +267,7 @@ def length_histogram(by_length: Int64Array, *, num_bars: int = 24) -> Histogram:
 
 
 def tokenizer_of(store: TokenStore) -> tuple[Tokenizer | None, str]:
-    """The tokenizer that the store was made with, or `None` and the reason why there is none.
-
-    Example:
-        >>> tokenizer, problem = tokenizer_of(store)
-        >>> tokenizer.decode(store[0].input_ids[:3].tolist()), problem
-        ('Below is an', '')
-    """
+    """The tokenizer that the store was made with, or `None` and the reason why there is none."""
     try:
         tokenizer = load_tokenizer(store.tokenizer_name, "tiktoken")
     except InputError as error:

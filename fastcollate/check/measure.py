@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastcollate.check.counts import MaskOptions, TrainedByMask, order_of, trained_by_mask
+from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, trained_by_mask
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
-from fastcollate.plan.plan import EpochPlan, plan_epoch
+from fastcollate.plan.plan import plan_epoch
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
-from fastcollate.train.model import GPT2, config_of
+from fastcollate.train import GPT2, MaskOptions, OrderOptions
 
 PIPELINE = "fastcollate"
 REFERENCE = "reference loop"
@@ -88,11 +88,8 @@ class _Rows(Dataset[Any]):
 def bench(
     store: TokenStore,
     options: MaskOptions | None = None,
+    order: OrderOptions | None = None,
     *,
-    policy: str = "bucketed",
-    batch_size: int = 8,
-    capacity: int | None = None,
-    seed: int = 0,
     step_ms: float | None = None,
     model: str | None = None,
     rounds: int = 5,
@@ -105,10 +102,7 @@ def bench(
     Args:
         store: the store.
         options: how rows become targets.
-        policy: see `plan_epoch`.
-        batch_size: see `plan_epoch`.
-        capacity: see `plan_epoch`; by default `max_length`, else the store's longest row.
-        seed: see `plan_epoch`.
+        order: which rows make a batch; packs by default hold `max_length`, else the store's longest row.
         step_ms: a training step's time in milliseconds, for the verdict; or
         model: the bundled GPT-2 (`tiny`, ...) whose training step is measured on this store's batches.
         rounds: turns of each contender; the median counts.
@@ -132,7 +126,8 @@ def bench(
         raise InputError(f"rounds={rounds}, seconds={seconds}: give at least one round of more than 0 seconds")
     if options.mode != "reference":
         raise InputError(f"mode={options.mode!r}: the other contenders are the reference; bench compares equal work")
-    sources = _contenders(store, options, order_of(store, policy, batch_size, options, capacity) | {"seed": seed})
+    chosen = order_of(store, options, order)
+    sources = _contenders(store, options, chosen)
     _check_equal(sources)
     if step_ms is None and model is not None:
         step_ms = measure_step(model, islice(sources[PIPELINE](), 8))
@@ -144,8 +139,9 @@ def bench(
                 speeds[name].append(_batches_per_second(source, seconds))
                 bar.update(task, advance=1)
     contenders = [_judge(name, statistics.median(found), step_ms) for name, found in speeds.items()]
-    advice = _advice(contenders, step_ms, policy)
-    return BenchReport(policy, batch_size, step_ms, contenders, advice, trained_by_mask(store, options))
+    advice = _advice(contenders, step_ms, chosen["policy"])
+    masks = trained_by_mask(store, options)
+    return BenchReport(chosen["policy"], chosen["batch_size"], step_ms, contenders, advice, masks)
 
 
 def _contenders(
@@ -158,7 +154,14 @@ def _contenders(
         pad_token_id=store.pad_token_id,
         allowed_max_length=options.max_length,
     )
-    batches: list[list[Any]] = [batch.tolist() for batch in plan] if plan.capacity is None else _packs(plan)
+    batches: list[list[Any]]
+    if plan.capacity is None:
+        batches = [batch.tolist() for batch in plan]
+    else:  # each batch's packs, each pack's rows
+        batches = [
+            [packs.rows[start:stop].tolist() for start, stop in pairwise(packs.bounds.tolist())]
+            for packs in packed_batches(plan)
+        ]
 
     def reference(batch: list[Any]) -> Any:
         if plan.capacity is None:
@@ -179,13 +182,6 @@ def _contenders(
             DataLoader, rows, batch_sampler=batches, collate_fn=reference, num_workers=workers
         )
     return sources
-
-
-def _packs(plan: EpochPlan) -> list[list[Any]]:
-    """Each batch's packs, each pack's rows."""
-    windows = [plan.packs(index) for index in range(plan.num_windows)]
-    batches = [window.batch(number) for window in windows for number in range(window.num_batches)]
-    return [[packs.rows[start:stop].tolist() for start, stop in pairwise(packs.bounds.tolist())] for packs in batches]
 
 
 def _check_equal(sources: dict[str, Callable[[], Iterable[Any]]]) -> None:
@@ -209,29 +205,16 @@ def _batches_per_second(source: Callable[[], Iterable[Any]], seconds: float) -> 
             if count % 16 == 0 and spent + time.perf_counter() - start > seconds:
                 break
         spent += time.perf_counter() - start
-        if count == 0:
-            return 1 / max(_time_of_one(source), 1e-9)
+        if count == 0:  # an epoch of a single batch: the batch with everything around it
+            start = time.perf_counter()
+            next(iter(source()))
+            return 1 / max(time.perf_counter() - start, 1e-9)
     return count / spent
 
 
-def _time_of_one(source: Callable[[], Iterable[Any]]) -> float:
-    """An epoch of a single batch: the batch with everything around it."""
-    start = time.perf_counter()
-    next(iter(source()))
-    return time.perf_counter() - start
-
-
 def measure_step(model: str, batches: Iterable[Any]) -> float:
-    """The median time of a training step of a bundled model on this machine's CPU, in milliseconds.
-
-    Raises:
-        InputError: no such model.
-
-    Example:
-        >>> measure_step("tiny", [(torch.zeros(1, 4).long(), torch.zeros(1, 4).long())]) > 0
-        True
-    """
-    network = GPT2(config_of(model))
+    """The median time of a training step of a bundled model on this machine's CPU, in milliseconds."""
+    network = GPT2.of(model)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
     times = []
     for inputs, targets, *segments in batches:
@@ -256,7 +239,6 @@ def _advice(contenders: list[Verdict], step_ms: float | None, policy: str) -> li
         return ["give --step-ms, or --model to measure the bundled GPT-2, for a verdict"]
     own = contenders[0]
     assert own.wait_share is not None
-    others = [found for found in contenders[1:] if (found.wait_share or 0) > DATA_BOUND]
     advice = []
     if own.data_bound:
         advice.append(
@@ -271,7 +253,7 @@ def _advice(contenders: list[Verdict], step_ms: float | None, policy: str) -> li
         )
     else:
         advice.append(f"not data-bound: making a batch takes {own.wait_share:.1%} of the loop; look elsewhere")
-    for found in others:
+    for found in (found for found in contenders[1:] if (found.wait_share or 0) > DATA_BOUND):
         faster = (found.ms_per_batch + step_ms) / (own.ms_per_batch + step_ms)
         state = "data-bound" if found.data_bound else f"waiting {found.wait_share:.0%} of the loop"
         advice.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from html import escape
 from importlib.resources import files
 from itertools import pairwise
@@ -14,22 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.check.counts import Histogram, Inspection, MaskOptions, tokenizer_of
-from fastcollate.check.terminal import (
-    KINDS,
-    MARKS,
-    PADDING,
-    PROMPT,
-    TRAINED,
-    RowView,
-    summary_of,
-    view_rows,
-)
+from fastcollate.check.counts import Histogram, Inspection, packed_batches, tokenizer_of
+from fastcollate.check.terminal import KINDS, MARKS, PADDING, PROMPT, TRAINED, RowView, summary_of, view_rows
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.plan.plan import EpochPlan, plan_epoch
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer
+from fastcollate.train import MaskOptions
 
 POLICIES = ("sequential", "shuffled", "bucketed", "packed")
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -92,14 +85,8 @@ def write_report(
         if value < 1:
             raise InputError(f"{name}={value}: give at least 1")
     offline = import_extra("plotly.offline", "report")
-    tokenizer, problem = tokenizer_of(store)
-    padding = padding_by_policy(store.lengths[:_PLANNED_ROWS], found.options.max_length, seed=seed)
-    figures = {
-        "lengths": _lengths_figure(found),
-        "padding": _padding_figure(padding),
-        "shares": _shares_figure(found),
-    }
     other = found.options.with_other_mask()
+    tokenizer, problem = tokenizer_of(store)
     data = {
         "kinds": KINDS,
         "marks": [MARKS[kind] for kind in KINDS],
@@ -109,6 +96,7 @@ def write_report(
     }
     page = Template(files("fastcollate").joinpath("report_page.html").read_text(encoding="utf-8"))
     text = page.substitute(
+        **_figures(found, padding_by_policy(store.lengths[:_PLANNED_ROWS], found.options.max_length, seed=seed)),
         name=escape(store.path.resolve().name),
         summary=_table(summary_of(found)),
         plotly=offline.get_plotlyjs(),
@@ -119,7 +107,6 @@ def write_report(
         batch_size=batch_size,
         masks=escape(found.masks.sentence),
         other_mask=escape(_mask_name(other)),
-        **{f"figure_{key}": _html_of(figure, key) for key, figure in figures.items()},
     )
     path.write_text(text, encoding="utf-8")
 
@@ -133,50 +120,32 @@ def padding_by_policy(
     """Padding of an epoch by policy and batch size."""
     sizes = [size for size in BATCH_SIZES if size <= len(lengths)]
     return {
-        policy: {
-            size: padding_of(
-                plan_epoch(
-                    lengths,
-                    batch_size=size,
-                    policy=policy,
-                    seed=seed,
-                    max_length=max_length,
-                    capacity=capacity_of(lengths, max_length) if policy == "packed" else None,
-                ),
-                max_length,
-            )
-            for size in sizes
-        }
+        policy: {size: _padding_of(_plan(lengths, policy, size, seed, max_length)) for size in sizes}
         for policy in POLICIES
     }
 
 
-def capacity_of(lengths: npt.NDArray[Any], max_length: int | None) -> int:
-    """Cells of the packs shown: what the longest row takes.
+def _plan(lengths: npt.NDArray[Any], policy: str, batch_size: int, seed: int, max_length: int | None) -> EpochPlan:
+    """An epoch; packs hold what the longest row takes."""
+    capacity = None
+    if policy == "packed":
+        longest = max(int(lengths.max(initial=1)), 1)
+        capacity = min(longest, max_length or longest)
+    return plan_epoch(
+        lengths, batch_size=batch_size, policy=policy, seed=seed, max_length=max_length, capacity=capacity
+    )
 
-    Example:
-        >>> capacity_of(np.array([5, 900]), 512)
-        512
-    """
-    longest = max(int(lengths.max(initial=1)), 1)
-    return longest if max_length is None else min(longest, max_length)
 
-
-def padding_of(plan: EpochPlan, max_length: int | None) -> Padding:
-    """Count the cells of a plan's batches without filling them.
-
-    Example:
-        >>> padding_of(plan_epoch([2, 4, 4], batch_size=3, policy="sequential"), None)
-        Padding(num_batches=1, cells=12, padded=2)
-    """
+def _padding_of(plan: EpochPlan) -> Padding:
+    """Count the cells of a plan's batches without filling them."""
     num_batches = cells = filled = 0
     for index in range(plan.num_windows):
         rows, bounds = plan.window(index)
         if len(bounds) < 2:
             continue
         lengths = plan.lengths[rows].astype(np.int64)
-        if max_length is not None:
-            lengths = np.minimum(lengths, max_length)
+        if plan.max_length is not None:
+            lengths = np.minimum(lengths, plan.max_length)
         num_batches += len(bounds) - 1
         if plan.capacity is None:
             cells += int((np.maximum.reduceat(lengths, bounds[:-1]) * np.diff(bounds)).sum())
@@ -191,42 +160,27 @@ def padding_of(plan: EpochPlan, max_length: int | None) -> Padding:
 
 def picture(store: TokenStore, options: MaskOptions, policy: str, batch_size: int, seed: int) -> dict[str, Any]:
     """Some batches of an epoch, evenly spaced, each row (each pack) as stretches of cells of one kind."""
-    if policy == "packed":
-        return _picture_of_packs(store, options, batch_size, seed)
-    plan = plan_epoch(store.lengths, batch_size=batch_size, policy=policy, seed=seed, max_length=options.max_length)
-    total = len(plan)
+    lengths = store.lengths[:_PLANNED_ROWS] if policy == "packed" else store.lengths
+    plan = _plan(lengths, policy, batch_size, seed, options.max_length)
+    packed = None if plan.capacity is None else list(packed_batches(plan))
+    total = len(plan) if packed is None else len(packed)
     every = -(-total // _PICTURED_BATCHES)
-    collator = options.collator(store)
+    collator, window_of = options.collator(store), lru_cache(1)(plan.window)
     batches = []
-    planned, window = -1, plan.window(0)
     for step in range(0, total, every):
-        index, place = plan.locate(step)
-        if index != planned:
-            planned, window = index, plan.window(index)
-        rows = window.rows[window.bounds[place] : window.bounds[place + 1]]
-        batch = collator(rows)
-        lengths = store.lengths[rows].astype(np.int64)
-        batches.append({"width": batch.inputs.shape[1], "rows": stretches(batch, lengths)})
+        batch: Batch | PackedBatch
+        if packed is None:
+            index, place = plan.locate(step)
+            rows, bounds = window_of(index)
+            rows = rows[bounds[place] : bounds[place + 1]]
+            batch, used = collator(rows), lengths[rows].astype(np.int64)
+        else:
+            rows, _, bounds = packed[step]
+            batch = collator.pack(rows, bounds, capacity=plan.capacity)
+            ends = np.cumsum(np.minimum(lengths[rows].astype(np.int64), plan.capacity))
+            used = np.diff(np.append(0, ends)[bounds])
+        batches.append({"width": batch.inputs.shape[1], "rows": stretches(batch, used)})
     return {"total": total, "every": every, "batches": batches}
-
-
-def _picture_of_packs(store: TokenStore, options: MaskOptions, batch_size: int, seed: int) -> dict[str, Any]:
-    lengths = store.lengths[:_PLANNED_ROWS]
-    capacity = capacity_of(lengths, options.max_length)
-    sizes: dict[str, Any] = {"batch_size": batch_size, "capacity": capacity, "max_length": options.max_length}
-    plan = plan_epoch(lengths, policy="packed", seed=seed, **sizes)
-    windows = [plan.packs(index) for index in range(plan.num_windows)]
-    places = [(window, number) for window in windows for number in range(window.num_batches)]
-    every = -(-len(places) // _PICTURED_BATCHES)
-    collator = options.collator(store)
-    batches = []
-    for window, number in places[::every]:
-        packs = window.batch(number)
-        batch = collator.pack(packs.rows, packs.bounds, capacity=capacity)
-        ends = np.concatenate([[0], np.cumsum(np.minimum(lengths[packs.rows].astype(np.int64), capacity))])
-        used = np.diff(ends[packs.bounds])
-        batches.append({"width": capacity, "rows": stretches(batch, used)})
-    return {"total": len(places), "every": every, "batches": batches}
 
 
 def stretches(batch: Batch | PackedBatch, lengths: npt.NDArray[np.int64]) -> list[list[list[int]]]:
@@ -283,85 +237,69 @@ def _entry(view: RowView, other: RowView, tokenizer: Tokenizer | None) -> dict[s
 # -------------------------------------------------------------------------------------------------------- the page
 
 
-def _bars(histogram: Histogram, name: str, *, unit: int, color: str = _SHADES["bucketed"]) -> Any:
-    go = import_extra("plotly.graph_objects", "report")
+def _figures(found: Inspection, padding: Mapping[str, Mapping[int, Padding]]) -> dict[str, str]:
+    """The page's pictures, by their names in it."""
+    asked, other = _mask_name(found.options), _mask_name(found.options.with_other_mask())
+    shares = [  # as asked, and beside it with the other `mask_prompt`
+        _bars(found.shares, asked, unit=100),
+        _bars(found.other_shares, other, unit=100, color=_SHADES["shuffled"]),
+    ]
+    lines = [
+        {
+            "type": "scatter",
+            "x": [str(size) for size in by_size],
+            "y": [100 * cells.share for cells in by_size.values()],
+            "name": policy,
+            "mode": "lines+markers",
+            "line": {"color": _SHADES[policy], "dash": _DASHES[policy], "width": 2.5},
+            "marker": {"symbol": _SYMBOLS[policy], "size": 9},
+            "hovertemplate": f"{policy}, %{{x}} {'packs' if policy == 'packed' else 'rows'}: "
+            "%{y:.1f}% padding<extra></extra>",
+        }
+        for policy, by_size in padding.items()
+    ]
+    return {
+        "figure_lengths": _html_of("lengths", [_bars(found.lengths, "rows", unit=1)], "length in tokens", "rows"),
+        "figure_padding": _html_of("padding", lines, "rows (packed: packs) in a batch", "padded cells, %"),
+        "figure_shares": _html_of("shares", shares, "trained columns of a row, %", "rows"),
+    }
+
+
+def _bars(histogram: Histogram, name: str, *, unit: int, color: str = _SHADES["bucketed"]) -> dict[str, Any]:
     edges = histogram.edges
     last = 1 if unit == 1 else 0  # lengths are whole numbers, a bar's last is one below the next edge
-    return go.Bar(
-        x=[(low + high) / 2 * unit for low, high in pairwise(edges)],
-        y=histogram.counts,
-        name=name,
-        customdata=[f"{low * unit:g} to {high * unit - last:g}" for low, high in pairwise(edges)],
-        width=(edges[1] - edges[0]) * unit * 0.92,
-        marker={"color": color},
-        hovertemplate="%{customdata}: %{y} rows<extra></extra>",
-    )
-
-
-def _lengths_figure(found: Inspection) -> Any:
-    go = import_extra("plotly.graph_objects", "report")
-    return _styled(go.Figure(_bars(found.lengths, "rows", unit=1)), "length in tokens", "rows")
-
-
-def _shares_figure(found: Inspection) -> Any:
-    """As asked, and beside it with the other `mask_prompt`."""
-    go = import_extra("plotly.graph_objects", "report")
-    other = found.options.with_other_mask()
-    figure = go.Figure(
-        [
-            _bars(found.shares, _mask_name(found.options), unit=100),
-            _bars(found.other_shares, _mask_name(other), unit=100, color=_SHADES["shuffled"]),
-        ]
-    )
-    figure.update_layout(barmode="overlay")
-    return _styled(figure, "trained columns of a row, %", "rows")
+    return {
+        "type": "bar",
+        "x": [(low + high) / 2 * unit for low, high in pairwise(edges)],
+        "y": histogram.counts,
+        "name": name,
+        "customdata": [f"{low * unit:g} to {high * unit - last:g}" for low, high in pairwise(edges)],
+        "width": (edges[1] - edges[0]) * unit * 0.92,
+        "marker": {"color": color},
+        "hovertemplate": "%{customdata}: %{y} rows<extra></extra>",
+    }
 
 
 def _mask_name(options: MaskOptions) -> str:
     return "with --mask-prompt" if options.mask_prompt else "with --train-prompt (the default)"
 
 
-def _padding_figure(padding: Mapping[str, Mapping[int, Padding]]) -> Any:
-    go = import_extra("plotly.graph_objects", "report")
-    figure = go.Figure()
-    for policy, by_size in padding.items():
-        unit = "packs" if policy == "packed" else "rows"
-        figure.add_scatter(
-            x=[str(size) for size in by_size],
-            y=[100 * found.share for found in by_size.values()],
-            name=policy,
-            mode="lines+markers",
-            line={"color": _SHADES[policy], "dash": _DASHES[policy], "width": 2.5},
-            marker={"symbol": _SYMBOLS[policy], "size": 9},
-            hovertemplate=f"{policy}, %{{x}} {unit}: %{{y:.1f}}% padding<extra></extra>",
-        )
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(rangemode="tozero")
-    return _styled(figure, "rows (packed: packs) in a batch", "padded cells, %")
-
-
-def _styled(figure: Any, x_title: str, y_title: str) -> Any:
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif", "size": 14, "color": _INK},
-        margin={"l": 8, "r": 8, "t": 8, "b": 8},
-        height=320,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-    )
-    figure.update_xaxes(title=x_title, automargin=True)
-    figure.update_yaxes(title=y_title, automargin=True)
-    return figure
-
-
-def _html_of(figure: Any, name: str) -> str:
-    return str(
-        figure.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=f"figure-{name}",
-            config={"responsive": True, "displaylogo": False, "displayModeBar": False},
-        )
-    )
+def _html_of(name: str, traces: list[dict[str, Any]], x_title: str, y_title: str) -> str:
+    is_line = traces[0]["type"] == "scatter"
+    layout = {
+        "template": "plotly_white",
+        "barmode": "overlay",
+        "font": {"family": "system-ui, sans-serif", "size": 14, "color": _INK},
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+        "height": 320,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "xaxis": {"title": {"text": x_title}, "automargin": True, "type": "category" if is_line else "-"},
+        "yaxis": {"title": {"text": y_title}, "automargin": True, "rangemode": "tozero"},
+    }
+    to_html = import_extra("plotly.io", "report").to_html
+    config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+    figure = {"data": traces, "layout": layout}
+    return str(to_html(figure, full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config=config))
 
 
 def _table(rows: Mapping[str, object]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastcollate.check.counts import MaskOptions, TrainedByMask, order_of, tokenizer_of, trained_by_mask
+from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, tokenizer_of, trained_by_mask
 from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
@@ -22,7 +22,8 @@ from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.sources import find_sources, read_blocks, records
 from fastcollate.store import Example, TokenStore
 from fastcollate.store import manifest as manifests
-from fastcollate.text import BadRecordError, Tokenizer, load_template
+from fastcollate.text import BadRecordError, Template, Tokenizer, load_template
+from fastcollate.train import MaskOptions, OrderOptions
 
 _MOST_PROBLEMS = 20
 
@@ -59,12 +60,7 @@ class Verification:
         return self.num_problems == 0
 
     def summary(self) -> dict[str, object]:
-        """What `print_summary` shows of it.
-
-        Example:
-            >>> Verification(batches=3, rows=23, cells=4040, digest="ab").summary()
-            {'batches': 3, 'rows': 23, 'cells': 4040, 'digest': 'ab', 'differences': 0}
-        """
+        """What `print_summary` shows of it."""
         shown: dict[str, object] = {"batches": self.batches, "rows": self.rows, "cells": self.cells}
         if self.masks is not None:
             shown["trained"] = self.masks.in_words
@@ -85,11 +81,8 @@ class Verification:
 def verify(
     store: TokenStore,
     options: MaskOptions | None = None,
+    order: OrderOptions | None = None,
     *,
-    policy: str = "bucketed",
-    batch_size: int = 8,
-    capacity: int | None = None,
-    seed: int = 0,
     epoch: int = 0,
     sources: Sequence[str] = (),
     checksums: bool = False,
@@ -101,11 +94,8 @@ def verify(
     Args:
         store: the store.
         options: how rows become targets.
-        policy: see `plan_epoch`.
-        batch_size: see `plan_epoch`.
-        capacity: see `plan_epoch`; by default `max_length`, else the store's longest row.
-        seed: see `plan_epoch`.
-        epoch: see `plan_epoch`.
+        order: which rows make a batch; packs by default hold `max_length`, else the store's longest row.
+        epoch: which epoch's batches.
         sources: what the store was prepared from; every record is tokenized again with tiktoken.
         checksums: read every file of the store and compare its checksum.
         progress: show progress.
@@ -115,20 +105,20 @@ def verify(
         InputError: an option is wrong, or the sources or the vocabulary cannot be had.
 
     Example:
-        >>> verify(store, policy="shuffled", batch_size=16, progress=False).ok
+        >>> verify(store, order=OrderOptions(policy="shuffled", batch_size=16), progress=False).ok
         True
     """
     progress = renamed_switch(progress, old="silent", given=silent)
     options = options or MaskOptions()
+    records = _Records(store, sources) if sources else None
     found = Verification(masks=trained_by_mask(store, options))
     if checksums:
         found.files = len(store.manifest["files"]) + len(store.manifest["shards"])
         for problem in manifests.verify_checksums(store.path):
             found.note(problem)
-    order = {**order_of(store, policy, batch_size, options, capacity), "seed": seed}
-    _compare_batches(store, options, order, epoch, found, progress=progress)
-    if sources:
-        _compare_ids(store, sources, found, progress=progress)
+    _compare_batches(store, options, order_of(store, options, order), epoch, found, progress=progress)
+    if records is not None:
+        records.compare(found, progress=progress)
     return found
 
 
@@ -185,14 +175,11 @@ def _expected_packs(store: TokenStore, plan: EpochPlan, options: MaskOptions) ->
     assert plan.capacity is not None
     limit = min(options.max_length or plan.capacity, plan.capacity)
     alone = replace(options, max_length=limit)
-    for index in range(plan.num_windows):
-        window = plan.packs(index)
-        for number in range(window.num_batches):
-            rows, _, bounds = window.batch(number)
-            cells = [expected_batch([store[int(row)]], store.pad_token_id, alone) for row in rows]
-            packs = [cells[start:stop] for start, stop in pairwise(bounds.tolist())]
-            end_to_end = put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
-            yield _Expected(rows, [f"pack {pack}" for pack in range(len(packs))], end_to_end)
+    for rows, _, bounds in packed_batches(plan):
+        cells = [expected_batch([store[int(row)]], store.pad_token_id, alone) for row in rows]
+        packs = [cells[start:stop] for start, stop in pairwise(bounds.tolist())]
+        end_to_end = put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
+        yield _Expected(rows, [f"pack {pack}" for pack in range(len(packs))], end_to_end)
 
 
 def _compare_cells(
@@ -214,11 +201,6 @@ def expected_batch(examples: Sequence[Example], pad: int, options: MaskOptions) 
 
     Returns:
         inputs and targets, int64 `(rows, width)` each.
-
-    Example:
-        >>> inputs, targets = expected_batch([store[0], store[1]], 50256, MaskOptions())
-        >>> inputs.shape == targets.shape
-        True
     """
     rows = [example.input_ids.tolist() for example in examples]
     spans = [example.spans.tolist() for example in examples]
@@ -257,38 +239,53 @@ def _prompt_tokens(spans: Sequence[int], length: int) -> Iterator[int]:
 # ----------------------------------------------------------------------------------------------------------- ids
 
 
-def _compare_ids(store: TokenStore, sources: Sequence[str], found: Verification, *, progress: bool) -> None:
-    """Render and tokenize every record again, whole, with tiktoken; compare ids and, for one prompt, its length."""
-    tokenizer, problem = tokenizer_of(store)
-    if tokenizer is None:
-        raise InputError(f"{store.path}: its ids cannot be checked, {problem}")
-    saved = store.manifest["template"]
-    if saved["name"].endswith(".jinja") and not Path(saved["name"]).is_file():
-        raise InputError(
-            f"template {saved['name']!r}, by which {store.path} was prepared, is not in this folder (a store keeps a "
-            "template's name and content's hash, not its path): run verify where the template lies"
-        )
-    template = load_template(saved["name"], saved.get("fields"))
-    if template.identity() != saved:
-        raise InputError(f"template {saved['name']!r} is not the one that {store.path} was prepared with")
-    row = found.records = 0
-    with progress_bar(unit="rows", progress=progress) as bar:
-        task = bar.add_task("tokenize", total=len(store))
-        for block in read_blocks(find_sources(list(sources))):
-            parsed = ((chunk, i) for chunk in records.read_records(block, block.read()) for i in range(len(chunk)))
-            for position, (chunk, number) in enumerate(parsed, block.first_row):
-                if row == len(store) or int(store[row].source_row) != position:
-                    continue  # skipped when the store was prepared
-                try:
-                    _compare_row(store, row, template.parts(chunk[number]), tokenizer, found)
-                except (BadRecordError, ValueError) as error:
-                    found.note(f"row {row}: record {position} of the sources gives no text ({error})")
-                row += 1
-                found.records += 1
-            bar.update(task, completed=row)
-    if row < len(store):
-        where = int(store[row].source_row)
-        found.note(f"row {row}: there is no record {where} in the sources; name them in the order they were prepared")
+class _Records:
+    """The sources' records, to be rendered and tokenized again, whole, with tiktoken.
+
+    Raises:
+        InputError: sources, vocabulary or template cannot be had; said before anything is compared.
+    """
+
+    def __init__(self, store: TokenStore, sources: Sequence[str]) -> None:
+        self.store = store
+        self.sources = find_sources(list(sources))
+        tokenizer, problem = tokenizer_of(store)
+        if tokenizer is None:
+            raise InputError(f"{store.path}: its ids cannot be checked, {problem}")
+        self.tokenizer: Tokenizer = tokenizer
+        saved = store.manifest["template"]
+        if saved["name"].endswith(".jinja") and not Path(saved["name"]).is_file():
+            raise InputError(
+                f"template {saved['name']!r}, by which {store.path} was prepared, is not in this folder (a store keeps "
+                "a template's name and content's hash, not its path): run verify where the template lies"
+            )
+        self.template: Template = load_template(saved["name"], saved.get("fields"))
+        if self.template.identity() != saved:
+            raise InputError(f"template {saved['name']!r} is not the one that {store.path} was prepared with")
+
+    def compare(self, found: Verification, *, progress: bool) -> None:
+        """Compare ids and, for one prompt, its length."""
+        store = self.store
+        row = found.records = 0
+        with progress_bar(unit="rows", progress=progress) as bar:
+            task = bar.add_task("tokenize", total=len(store))
+            for block in read_blocks(self.sources):
+                parsed = ((chunk, i) for chunk in records.read_records(block, block.read()) for i in range(len(chunk)))
+                for position, (chunk, number) in enumerate(parsed, block.first_row):
+                    if row == len(store) or int(store[row].source_row) != position:
+                        continue  # skipped when the store was prepared
+                    try:
+                        _compare_row(store, row, self.template.parts(chunk[number]), self.tokenizer, found)
+                    except (BadRecordError, ValueError) as error:
+                        found.note(f"row {row}: record {position} of the sources gives no text ({error})")
+                    row += 1
+                    found.records += 1
+                bar.update(task, completed=row)
+        if row < len(store):
+            where = int(store[row].source_row)
+            found.note(
+                f"row {row}: there is no record {where} in the sources; name them in the order they were prepared"
+            )
 
 
 def _compare_row(store: TokenStore, row: int, parts: Sequence[str], tokenizer: Tokenizer, found: Verification) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.check.counts import Histogram, Inspection, MaskOptions
+from fastcollate.check.counts import Histogram, Inspection, tokenizer_of
 from fastcollate.collate.batch import Batch
 from fastcollate.errors import InputError
+from fastcollate.progress import print_summary
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer
+from fastcollate.train import MaskOptions
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -49,11 +52,10 @@ class RowView(NamedTuple):
 
     def runs(self) -> Iterator[tuple[str, int, int]]:
         """(kind, first token, end) of each stretch of one kind."""
-        start = 0
-        for index in range(1, len(self.kinds) + 1):
-            if index == len(self.kinds) or self.kinds[index] != self.kinds[start]:
-                yield self.kinds[start], start, index
-                start = index
+        end = 0
+        for kind, run in groupby(self.kinds):
+            start, end = end, end + sum(1 for _ in run)
+            yield kind, start, end
 
 
 def view_row(store: TokenStore, row: int, options: MaskOptions | None = None) -> RowView:
@@ -71,12 +73,7 @@ def view_row(store: TokenStore, row: int, options: MaskOptions | None = None) ->
 
 
 def view_rows(store: TokenStore, rows: Iterable[int], options: MaskOptions | None = None) -> Iterator[RowView]:
-    """`view_row` of several rows.
-
-    Example:
-        >>> [view.row for view in view_rows(store, [3, 5])]
-        [3, 5]
-    """
+    """`view_row` of several rows."""
     collator = (options or MaskOptions()).collator(store)
     longest = int(np.argmax(store.lengths))
     for row in rows:
@@ -91,36 +88,21 @@ def _view(store: TokenStore, row: int, batch: Batch) -> RowView:
     ids = example.input_ids.tolist()
     width = len(inputs)
     tokens = (ids + [store.pad_token_id] * (width + 1))[: width + 1] if width else []
-    in_prompt = _prompt_tokens(example.spans.tolist(), len(ids))
-    kinds = []
-    for index in range(len(tokens)):
-        if index and targets[index - 1] != -100:
-            kinds.append(TRAINED)
-        elif index > len(ids):
-            kinds.append(PADDING)
-        else:
-            kinds.append(PROMPT if in_prompt[index] else IGNORED)
+    spans = example.spans.tolist()
+    untrained = np.full(len(tokens), PADDING, dtype=object)
+    untrained[: len(ids) + 1] = IGNORED
+    for start, count in zip(np.cumsum([0, *spans])[:-1:2], spans[::2], strict=True):
+        untrained[start : min(start + count, len(ids) + 1)] = PROMPT
+    is_trained = np.append(False, targets != -100)[: len(tokens)]
+    kinds = np.where(is_trained, TRAINED, untrained).tolist()
     return RowView(row, example.source_row, len(ids), inputs, targets, tokens, kinds)
-
-
-def _prompt_tokens(spans: Sequence[int], length: int) -> list[bool]:
-    """Whether each token, the end-of-text included, belongs to a prompt."""
-    flags: list[bool] = []
-    for index, count in enumerate(spans):
-        flags += [index % 2 == 0] * count
-    return (flags + [False] * (length + 1))[: length + 1]
 
 
 # ------------------------------------------------------------------------------------------------- for the terminal
 
 
 def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
-    """The row's text with a marked margin a kind, then a line a column: input, target, and what becomes of it.
-
-    Example:
-        >>> print(render_row(view_row(store, 3), None).plain.splitlines()[0])
-        row 3, record 3: ... tokens, shown ... wide
-    """
+    """The row's text with a marked margin a kind, then a line a column: input, target, and what becomes of it."""
     from rich.text import Text
 
     out = Text()
@@ -135,23 +117,34 @@ def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
         for index, line in enumerate(body.split("\n")):
             out.append(f"{kind if index == 0 else '':>8} {MARKS[kind]} │ {_printable(line)}\n", STYLES[kind])
     out.append(f"\n{'column':>6} {'input':>6} {'':18}    {'target':>6} {'':18} kind\n", "bold")
-    for column, (token, target) in enumerate(zip(view.inputs.tolist(), view.targets.tolist(), strict=True)):
-        kind = view.kinds[column + 1]
-        out.append(f"{column:>6} {token:>6} {_piece(token, tokenizer)} -> ")
-        out.append(f"{target:>6} {_piece(target, tokenizer)} {MARKS[kind]} {kind}\n", STYLES[kind])
+    columns = list(zip(view.inputs.tolist(), view.targets.tolist(), strict=True))
+    for kind, first, end in view.runs():
+        shown = range(max(first - 1, 0), end - 1)
+        for column in shown[:1] if kind == PADDING else shown:
+            token, target = columns[column]
+            out.append(f"{column:>6} {token:>6} {_piece(token, tokenizer)} -> ")
+            out.append(f"{target:>6} {_piece(target, tokenizer)} {MARKS[kind]} {kind}\n", STYLES[kind])
+        if kind == PADDING and len(shown) > 1:
+            out.append(f"{'...':>6} the same to column {shown[-1]}\n", STYLES[kind])
     return out
 
 
-def print_row(view: RowView, tokenizer: Tokenizer | None) -> None:
+def print_row(store: TokenStore, view: RowView) -> str:
     """`render_row` on standard output, in colour where it is a terminal; lines are left to the terminal to wrap.
 
+    Returns:
+        why there is no text, or nothing.
+
     Example:
-        >>> print_row(view_row(store, 3), tokenizer_of(store)[0])
+        >>> print_row(store, view_row(store, 3))
         row 3, record 3: ...
+        ''
     """
     from rich.console import Console
 
+    tokenizer, problem = tokenizer_of(store)
     Console(highlight=False).print(render_row(view, tokenizer), soft_wrap=True, end="")
+    return problem
 
 
 def _piece(token: int, tokenizer: Tokenizer | None) -> str:
@@ -166,30 +159,31 @@ def _printable(text: str) -> str:
 
 
 def render_histogram(histogram: Histogram, *, width: int = 50) -> str:
-    """A line a bar: the range, the bar, the count.
-
-    Example:
-        >>> print(render_histogram(Histogram([0.0, 1.0, 3.0], [1, 4]), width=4))
-                    0 │█    1
-                  1-2 │████ 4
-    """
+    """A line a bar: the range, the bar, the count."""
     tallest = max(histogram.counts)
     lines = []
-    for index, count in enumerate(histogram.counts):
+    for count, (start, end) in zip(histogram.counts, pairwise(histogram.edges), strict=True):
         bar = "█" * max(round(count / tallest * width), 1 if count else 0)
-        low, high = int(histogram.edges[index]), int(histogram.edges[index + 1]) - 1
+        low, high = int(start), int(end) - 1
         name = f"{low}" if low == high else f"{low}-{high}"
         lines.append(f"{name:>13} │{bar:<{width}} {count:,}")
     return "\n".join(lines)
 
 
-def summary_of(found: Inspection) -> dict[str, object]:
-    """What `print_summary` shows of an inspection.
+def print_inspection(found: Inspection) -> None:
+    """The table of counts and the bars of lengths on standard output.
 
     Example:
-        >>> summary_of(inspect_store(store, progress=False))["rows"]
-        600
+        >>> print_inspection(inspect_store(store, progress=False))
+        store
+        ...
     """
+    print_summary(found.path, summary_of(found))
+    print(f"\nrows by length in tokens\n{render_histogram(found.lengths)}")
+
+
+def summary_of(found: Inspection) -> dict[str, object]:
+    """What `print_summary` shows of an inspection."""
     rows: dict[str, object] = {
         "rows": found.num_rows,
         "tokens": found.num_tokens,

@@ -10,9 +10,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from fastcollate.check.options import MaskOptions, OrderOptions
 from fastcollate.cli.app import Json, app, print_json, with_options
 from fastcollate.errors import InputError
+from fastcollate.train import MaskOptions, OrderOptions
 
 SAMPLE_RECORDS = 3000
 
@@ -160,32 +160,24 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Show what is in a store: counts, lengths, and what is trained, also with prompts masked."""
-    from fastcollate.check import counts, terminal
-    from fastcollate.progress import print_summary
+    from fastcollate.check import inspect_store, print_inspection, print_row, view_row, write_report
     from fastcollate.store import TokenStore
 
     opened = TokenStore(store)
     if row is not None:
-        view = terminal.view_row(opened, row, masks)
+        view = view_row(opened, row, masks)
         if json_output:
-            arrays = {"inputs": view.inputs.tolist(), "targets": view.targets.tolist()}
-            print_json({**view._asdict(), **arrays})
-        else:
-            tokenizer, problem = counts.tokenizer_of(opened)
-            terminal.print_row(view, tokenizer)
-            if problem:
-                print(f"note: ids only, {problem}", file=sys.stderr)
+            print_json({**view._asdict(), "inputs": view.inputs.tolist(), "targets": view.targets.tolist()})
+        elif problem := print_row(opened, view):
+            print(f"note: ids only, {problem}", file=sys.stderr)
         return
-    found = counts.inspect_store(opened, masks, progress=not json_output)
+    found = inspect_store(opened, masks, progress=not json_output)
     if report is not None:
-        from fastcollate.check.page import write_report
-
         write_report(opened, report, found, batch_size=batch_size)
     if json_output:
         print_json(asdict(found))
         return
-    print_summary(str(store), terminal.summary_of(found))
-    print(f"\nrows by length in tokens\n{terminal.render_histogram(found.lengths)}")
+    print_inspection(found)
     if report is not None:
         print(f"\nwrote {report}")
 
@@ -204,13 +196,11 @@ def verify(
     json_output: Json = False,
 ) -> None:
     """Compare every batch of an epoch with the plain Python reference; status 1 where anything differs."""
-    from fastcollate.check.reference_check import verify as run
+    from fastcollate.check import verify as run
     from fastcollate.progress import print_summary
     from fastcollate.store import TokenStore
 
-    found = run(
-        TokenStore(store), masks, **asdict(order), sources=source or [], checksums=checksums, progress=not json_output
-    )
+    found = run(TokenStore(store), masks, order, sources=source or [], checksums=checksums, progress=not json_output)
     if json_output:
         print_json({"ok": found.ok, **asdict(found)})
     else:
@@ -236,13 +226,11 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Is the loop data-bound? Batches a second, beside the reference loop and torch's DataLoader."""
-    from fastcollate.check.measure import bench as run
-    from fastcollate.check.measure import print_report
+    from fastcollate.check import bench as run
+    from fastcollate.check import print_report
     from fastcollate.store import TokenStore
 
-    report = run(
-        TokenStore(store), masks, **asdict(order), step_ms=step_ms, model=model, rounds=rounds, progress=not json_output
-    )
+    report = run(TokenStore(store), masks, order, step_ms=step_ms, model=model, rounds=rounds, progress=not json_output)
     if json_output:
         print_json(asdict(report))
     else:

@@ -11,7 +11,7 @@ import typer
 from fastcollate.cli import data as data_commands
 from fastcollate.cli.app import Json, app, fail, print_json, with_options
 from fastcollate.errors import InputError
-from fastcollate.train.options import AnswerOptions, TrainOptions
+from fastcollate.train import AnswerOptions, TrainOptions
 
 SAMPLE_STEPS = 120  # enough to see the loss fall, in a minute or two on two cores
 
@@ -19,7 +19,6 @@ SAMPLE_STEPS = 120  # enough to see the loss fall, in a minute or two on two cor
 @app.command()
 @with_options
 def train(
-    options: TrainOptions,
     data: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
         typer.Option(help="Files of records; repeatable. Without --data and --store: 120 steps of a built-in sample."),
@@ -30,13 +29,14 @@ def train(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Where a template field comes from, as instruction=question; repeatable."),
     ] = None,
+    *,
+    options: TrainOptions,
     json_output: Json = False,
 ) -> None:
     """Train GPT-2 on instruction data; everything is written under OUT. Ctrl-C leaves a checkpoint to resume from."""
     from fastcollate.progress import print_summary
-    from fastcollate.train.files import find_checkpoint
-    from fastcollate.train.loop import train as run
-    from fastcollate.train.ranks import join_ranks
+    from fastcollate.train import find_checkpoint, join_ranks
+    from fastcollate.train import train as run
 
     if not (data or store or options.epochs or options.max_steps):
         options = replace(options, max_steps=SAMPLE_STEPS)
@@ -89,7 +89,7 @@ def generate(
     json_output: Json = False,
 ) -> None:
     """Answer one instruction with a trained model."""
-    from fastcollate.train.answers import answer
+    from fastcollate.train import answer
 
     found = answer(checkpoint, prompt, text, options, raw=raw)
     if json_output:
@@ -113,21 +113,12 @@ def evaluate(
     json_output: Json = False,
 ) -> None:
     """Answer a split's instructions with a trained model and write the answers as JSON."""
-    from fastcollate.progress import progress_bar
-    from fastcollate.train.answers import open_split, write_answers
-    from fastcollate.train.files import load_model
-    from fastcollate.train.ranks import choose_device
+    from fastcollate.train import answer_split
 
-    model, saved = load_model(checkpoint, choose_device(options.device))
-    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    opened, rows = open_split(saved, beside, store=store, split=split, limit=limit)
-    path = answers_file or beside / f"answers-{split}.json"
-    with progress_bar(unit="rows", progress=not json_output) as progress:
-        task = progress.add_task("answering", total=len(rows))
-        summary = write_answers(
-            path, model, opened, rows, seed=options.seed, on_row=lambda: progress.advance(task), **options.drawing()
-        )
+    found = answer_split(
+        checkpoint, options, store=store, split=split, limit=limit, out=answers_file, progress=not json_output
+    )
     if json_output:
-        print_json(summary)
+        print_json(found)
     else:
-        print(f"wrote {summary['rows']} answers to {path}; {summary['exact']} equal the record's own")
+        print(f"wrote {found['rows']} answers to {found['out']}; {found['exact']} equal the record's own")

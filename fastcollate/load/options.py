@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any, TypedDict
 
 import numpy as np
@@ -14,6 +15,7 @@ from fastcollate.collate.collator import Collator
 from fastcollate.plan.options import OrderKeywords
 from fastcollate.store import TokenStore, require_served
 
+Int64Array = npt.NDArray[np.int64]
 _AT_ONCE = 1 << 12  # rows
 
 
@@ -64,22 +66,29 @@ def collator_of(store: Any, options: dict[str, Any]) -> Collator:
     return Collator(store.shards, name=str(getattr(store, "path", "the store")), **options)
 
 
-def trained_rows(collator: Collator, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Those of a store's rows that have a trained target, each collated by itself; reads all of them once.
-
-    In `mode="reference"` a row whose prompt length is 0 may train something alone and nothing in a wider batch.
+def row_reports(collator: Collator, rows: Int64Array | range) -> Iterator[tuple[Int64Array, Int64Array]]:
+    """What the kernel says of rows that are each collated by itself: some row numbers, and a line of its report each.
 
     Raises:
         InputError: a row does not exist, or its shard is damaged.
     """
-    kept, out = [rows[:0]], np.empty(1 << 18, np.int64)
+    out = np.empty(1 << 18, np.int64)
     report = np.empty((_AT_ONCE + 1, kernels.REPORT_COLUMNS), np.int64)
     first = 0
     while first < len(rows):
         part = np.ascontiguousarray(rows[first : first + _AT_ONCE])
         filled = collator.fill_group(part, np.arange(len(part) + 1), out, report)
-        kept.append(part[:filled][report[:filled, kernels.UNTRAINED] == 0])
         first += filled
-        if not filled:
+        if filled:
+            yield part[:filled], report[:filled]
+        else:
             out = np.empty(report[0, kernels.END], np.int64)
-    return np.concatenate(kept)
+
+
+def trained_rows(collator: Collator, rows: Int64Array) -> Int64Array:
+    """Those of a store's rows that have a trained target, each collated by itself; reads all of them once.
+
+    In `mode="reference"` a row whose prompt length is 0 may train something alone and nothing in a wider batch.
+    """
+    reports = row_reports(collator, rows)
+    return np.concatenate([rows[:0], *(part[report[:, kernels.UNTRAINED] == 0] for part, report in reports)])

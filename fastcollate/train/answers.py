@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastcollate.errors import InputError
+from fastcollate.progress import progress_bar
 from fastcollate.store import Example, TokenStore, files
-from fastcollate.text import load_template, load_tokenizer
-from fastcollate.train.files import Checkpoint, load_model
+from fastcollate.text import Tokenizer, load_template, load_tokenizer
+from fastcollate.train.files import load_model
 from fastcollate.train.model import GPT2, KeyValueCache
 from fastcollate.train.options import AnswerOptions
 from fastcollate.train.ranks import choose_device
@@ -92,28 +93,16 @@ def _choose(logits: Tensor, top_k: int | None, temperature: float, generator: to
     return int(drawn if candidates is None else candidates[drawn])
 
 
-def prompt_and_answer(example: Example) -> tuple[list[int], list[int]]:
-    """A row's tokens up to its last response, and that response (the whole row where no token is a prompt's).
-
-    Example:
-        >>> prompt, response = prompt_and_answer(store[0])
-        >>> len(prompt) + len(response) == len(store[0].input_ids)
-        True
-    """
+def _prompt_and_answer(example: Example) -> tuple[list[int], list[int]]:
+    """A row's tokens up to its last response, and that response (the whole row where no token is a prompt's)."""
     ids, spans = example.input_ids.tolist(), example.spans.tolist()
-    last_response = spans[-1] if len(spans) % 2 == 0 else 0
-    cut = len(ids) - last_response
+    cut = len(ids) - (spans[-1] if len(spans) % 2 == 0 else 0)
     return ids[:cut], ids[cut:]
 
 
 def continue_prompt(model: GPT2, store: TokenStore, row: int, max_new_tokens: int) -> str:
-    """A row's prompt as text, and how the model continues it.
-
-    Example:
-        >>> print(continue_prompt(model, store, 0, max_new_tokens=40))
-        Below is an instruction that describes a task. ...
-    """
-    prompt, _ = prompt_and_answer(store[row])
+    """A row's prompt as text, and how the model continues it."""
+    prompt, _ = _prompt_and_answer(store[row])
     stop_at = store.pad_token_id
     answer = generate(model, prompt or [stop_at], max_new_tokens=max_new_tokens, stop_at=stop_at)
     return load_tokenizer(store.tokenizer_name).decode([*prompt, *answer])
@@ -122,13 +111,8 @@ def continue_prompt(model: GPT2, store: TokenStore, row: int, max_new_tokens: in
 _HEADINGS = {"alpaca": "### Response:", "phi3": "<|assistant|>:"}
 
 
-def clean_response(text: str, template: str) -> str:
-    """A response without the template's heading, which the store counts to the response, not to the prompt.
-
-    Example:
-        >>> clean_response("\\n\\n### Response:\\nAn apple.", "alpaca")
-        'An apple.'
-    """
+def _without_heading(text: str, template: str) -> str:
+    """A response without the template's heading, which the store counts to the response, not to the prompt."""
     return text.strip().removeprefix(_HEADINGS.get(template, "")).strip()
 
 
@@ -164,91 +148,81 @@ def answer(
         model, tokenizer.encode(prompt), stop_at=tokenizer.pad_token_id, generator=generator, **options.drawing()
     )
     response = tokenizer.decode(ids)
-    response = response if raw else clean_response(response, template)
+    response = response if raw else _without_heading(response, template)
     return {"prompt": prompt, "model_response": response, "tokens": len(ids)}
 
 
-def open_split(
-    checkpoint: Checkpoint, directory: Path, *, store: Path | None = None, split: str = "test", limit: int | None = None
-) -> tuple[TokenStore, range]:
-    """The store of a run and the rows of one of its splits.
-
-    Args:
-        checkpoint: of the run.
-        directory: where the checkpoint lies.
-        store: the store, if it is no longer where it was.
-        split: `train`, `test` or `validation`.
-        limit: at most so many rows.
-
-    Raises:
-        InputError: no such split, an empty one, or another store than the run's.
-
-    Example:
-        >>> opened, rows = open_split(load_checkpoint(Path("runs/first")), Path("runs/first"), split="test", limit=3)
-        >>> rows
-        range(510, 513)
-    """
-    splits = checkpoint.data["splits"]
-    if split not in splits:
-        raise InputError(f"--split {split}: choose one of {', '.join(splits)}")
-    opened = TokenStore(store or directory / checkpoint.data["store"])
-    if opened.fingerprint != checkpoint.data["fingerprint"]:
-        raise InputError(f"{opened.path}: not the store that the run was trained on; give that with --store")
-    rows = range(*splits[split])[:limit]
-    if not rows:
-        raise InputError(f"--split {split}: the run left no row for it; choose another split, or train with more rows")
-    return opened, rows
-
-
-def write_answers(
-    path: Path,
-    model: GPT2,
-    store: TokenStore,
-    rows: range,
+def answer_split(
+    checkpoint: Path,
+    options: AnswerOptions | None = None,
     *,
-    seed: int = 0,
-    on_row: Callable[[], None] = lambda: None,
-    **options: Any,
-) -> dict[str, int]:
-    """Answer rows one after the other and write a JSON array.
+    store: Path | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    out: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Answer the rows of one of a run's splits, one after the other, and write a JSON array.
 
     Each object has `row` (the record's position in the sources), `prompt`, `output` (the record's own response) and
     `model_response`, the last two without the heading of the response.
 
     Args:
-        path: the file to write, atomically.
-        model: in evaluation mode.
-        store: where the rows are.
-        rows: which of them.
-        seed: for each row's draws, together with the row's number.
-        on_row: called after each row.
-        options: as `generate` takes them.
+        checkpoint: the run's directory, or a checkpoint file in it.
+        options: length, randomness, device.
+        store: the store, if it is no longer where it was.
+        split: `train`, `test` or `validation`.
+        limit: at most so many rows.
+        out: the file to write; by default `answers-SPLIT.json` beside the checkpoint.
+        progress: show progress.
 
     Returns:
-        `rows`, and `exact`: how many answers equal the record's own.
+        `rows`, `exact` (how many answers equal the record's own) and `out`.
+
+    Raises:
+        InputError: no such split, an empty one, or another store than the run's.
 
     Example:
-        >>> write_answers(Path("answers.json"), model, store, range(2), max_new_tokens=4)
-        {'rows': 2, 'exact': 0}
+        >>> answer_split(Path("runs/first"), AnswerOptions(max_new_tokens=4), limit=2, progress=False)["rows"]
+        2
     """
-    tokenizer = load_tokenizer(store.tokenizer_name)
-    template = str(store.manifest["template"].get("name", ""))
-    answers = []
-    for row in rows:
-        example = store[row]
-        prompt, output = prompt_and_answer(example)
-        generator = torch.Generator(model.wte.weight.device).manual_seed(seed * 1_000_003 + row)
-        response = generate(
-            model, prompt or [store.pad_token_id], stop_at=store.pad_token_id, generator=generator, **options
-        )
-        answers.append(
-            {
-                "row": example.source_row,
-                "prompt": tokenizer.decode(prompt),
-                "output": clean_response(tokenizer.decode(output), template),
-                "model_response": clean_response(tokenizer.decode(response), template),
-            }
-        )
-        on_row()
+    options = options or AnswerOptions()
+    model, saved = load_model(checkpoint, choose_device(options.device))
+    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    opened = TokenStore(store or beside / saved.data["store"])
+    rows = _rows_of(split, saved.data, opened)[:limit]
+    path = out or beside / f"answers-{split}.json"
+    tokenizer = load_tokenizer(opened.tokenizer_name)
+    with progress_bar(unit="rows", progress=progress) as bar:
+        tracked = bar.track(rows, description="answering")
+        answers = [_answer_row(model, opened, tokenizer, row, options) for row in tracked]
     files.write_file(path, [json.dumps(answers, indent=2, ensure_ascii=False)])
-    return {"rows": len(answers), "exact": sum(a["output"] == a["model_response"] for a in answers)}
+    return {"rows": len(rows), "exact": sum(a["output"] == a["model_response"] for a in answers), "out": str(path)}
+
+
+def _rows_of(split: str, data: Mapping[str, Any], store: TokenStore) -> range:
+    splits = data["splits"]
+    if split not in splits:
+        raise InputError(f"--split {split}: choose one of {', '.join(splits)}")
+    if store.fingerprint != data["fingerprint"]:
+        raise InputError(f"{store.path}: not the store that the run was trained on; give that with --store")
+    rows = range(*splits[split])
+    if not rows:
+        raise InputError(f"--split {split}: the run left no row for it; choose another split, or train with more rows")
+    return rows
+
+
+def _answer_row(
+    model: GPT2, store: TokenStore, tokenizer: Tokenizer, row: int, options: AnswerOptions
+) -> dict[str, Any]:
+    template = str(store.manifest["template"].get("name", ""))
+    example, end = store[row], store.pad_token_id
+    prompt, output = _prompt_and_answer(example)
+    generator = torch.Generator(model.wte.weight.device).manual_seed(options.seed * 1_000_003 + row)
+    response = generate(model, prompt or [end], stop_at=end, generator=generator, **options.drawing())
+    return {
+        "row": example.source_row,
+        "prompt": tokenizer.decode(prompt),
+        "output": _without_heading(tokenizer.decode(output), template),
+        "model_response": _without_heading(tokenizer.decode(response), template),
+    }

@@ -70,29 +70,24 @@ class Segments:
 
     Args:
         cu_seqlens: int32, cumulative lengths over the flattened batch, starting at 0.
-        max_length: no segment is longer; may be generous (the pack's capacity), which spares a wait for the device.
+        longest: no segment is longer; may be generous (the pack's capacity), which spares a wait for the device.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_length: int) -> None:
+    def __init__(self, cu_seqlens: Tensor, longest: int) -> None:
         self.cu_seqlens = cu_seqlens
-        self.max_length = max_length
-        self._lengths: list[int] | None = None
+        self.longest = longest
 
-    @property
+    @functools.cached_property
     def lengths(self) -> list[int]:
         """Tokens of each segment; reading it waits for the device once."""
-        if self._lengths is None:
-            self._lengths = self.cu_seqlens.diff().tolist()
-        return self._lengths
+        found: list[int] = self.cu_seqlens.diff().tolist()
+        return found
 
 
 class KeyValueCache:
-    """The keys and values of the tokens so far, so that generation computes each token once.
+    """The keys and values of up to `capacity` tokens, so that generation computes each token once.
 
-    Args:
-        config: the model's shape.
-        capacity: tokens it can hold.
-        like: a tensor on the model's device with the type of its activations.
+    `like` is a tensor on the model's device with the type of its activations.
     """
 
     def __init__(self, config: GPT2Config, capacity: int, *, like: Tensor) -> None:
@@ -108,23 +103,14 @@ class KeyValueCache:
         return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
 
 
-def packed_attention(qkv: Tensor, segments: Segments, dropout: float = 0.0) -> Tensor:
-    """Causal attention within each segment.
-
-    Args:
-        qkv: `(tokens, 3, heads, head size)`.
-        segments: which tokens belong together.
-        dropout: share of attention weights to drop.
-
-    Returns:
-        `(tokens, heads, head size)`.
-    """
+def _packed_attention(qkv: Tensor, segments: Segments, dropout: float) -> Tensor:
+    """Causal attention within each segment, of `(tokens, 3, heads, head size)`: `(tokens, heads, head size)`."""
     if qkv.is_cuda:
         why = why_segments_one_by_one(qkv.dtype, dropout)
         if why is None:
             assert VARLEN_ATTENTION is not None
             query, key, value = qkv.unbind(1)
-            cu, longest = segments.cu_seqlens, segments.max_length
+            cu, longest = segments.cu_seqlens, segments.longest
             mixed: Tensor = VARLEN_ATTENTION(query, key, value, cu, cu, longest, longest)
             return mixed
         _warn_once(f"packed attention runs segment by segment, which is slow on a GPU: {why}")
@@ -139,12 +125,7 @@ def packed_attention(qkv: Tensor, segments: Segments, dropout: float = 0.0) -> T
 
 
 def causal_varlen(attention: Callable[..., Any]) -> Callable[..., Any] | None:
-    """A variable-length attention of PyTorch made causal, `None` where it offers no way.
-
-    Example:
-        >>> from torch.nn.attention.varlen import varlen_attn  # PyTorch 2.10 and later
-        >>> attend = causal_varlen(varlen_attn)
-    """
+    """A variable-length attention of PyTorch made causal, `None` where it offers no way."""
     parameters = inspect.signature(attention).parameters
     if "window_size" in parameters:
         return functools.partial(attention, window_size=(-1, 0))
@@ -166,12 +147,7 @@ _warn_once = functools.cache(warnings.warn)
 
 
 def why_segments_one_by_one(dtype: torch.dtype, dropout: float) -> str | None:
-    """Why packed attention on a GPU cannot be one call, with the remedy; `None` where it can.
-
-    Example:
-        >>> why_segments_one_by_one(torch.float32, 0.0)
-        'it is computed in float32; use --precision bfloat16'
-    """
+    """Why packed attention on a GPU cannot be one call, with the remedy; `None` where it can."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it is computed in {str(dtype).removeprefix('torch.')}; use --precision bfloat16"
     if dropout:
@@ -193,12 +169,12 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, segments: Segments | None, cache: KeyValueCache | None) -> Tensor:
-        """Mix each cell of `x` `(batch, length, width)` with the cells before it."""
+        """Mix each cell of `x` `(batch, length, width)` with those before it."""
         batch, length, width = x.shape
         qkv = self.c_attn(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
         dropout = self.dropout if self.training else 0.0
         if segments is not None:
-            mixed = packed_attention(qkv.flatten(0, 1), segments, dropout)
+            mixed = _packed_attention(qkv.flatten(0, 1), segments, dropout)
         else:
             query, key, value = qkv.permute(2, 0, 3, 1, 4)
             is_causal = True
@@ -267,6 +243,11 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.width)
         self.lm_head = None if config.tie_weights else nn.Linear(config.width, config.vocab_size, bias=False)
         self._initialize()
+
+    @classmethod
+    def of(cls, model: str) -> GPT2:
+        """The model called `model`, as it is before training; see `config_of`."""
+        return cls(config_of(model))
 
     def _initialize(self) -> None:
         residual = 0.02 / math.sqrt(2 * self.config.num_layers)

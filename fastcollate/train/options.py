@@ -1,15 +1,26 @@
-"""What a training run can be asked for; the command line and `torchrun` read the same fields."""
+"""What the command line can be asked for, an option a field; each is declared and explained here and nowhere else."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcollate.errors import InputError
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+if TYPE_CHECKING:
+    from fastcollate.collate.collator import Collator
+    from fastcollate.store import TokenStore
+
+_AT_LEAST = {
+    0: ("warmup", "weight_decay", "clip", "eval_every", "eval_batches", "checkpoint_every", "sample_tokens"),
+    1: (
+        "epochs", "max_steps", "batch_size", "max_tokens", "max_length", "capacity", "accumulate", "patience",
+        "width_multiple",
+    ),
+}  # fmt: skip
+_CHOICES = {"schedule": ("cosine", "constant"), "precision": ("auto", "float32", "bfloat16")}
 
 
 def option(default: Any, help_text: str, *flags: str, fixed: bool = False) -> Any:
@@ -31,8 +42,61 @@ def option(default: Any, help_text: str, *flags: str, fixed: bool = False) -> An
     return field(default=default, metadata={"help": help_text, "flags": flags, "fixed": fixed})
 
 
+@dataclass(frozen=True, slots=True)
+class MaskOptions:
+    """How rows become targets; each field's meaning is its `help`. Prompts are trained unless masked, as everywhere.
+
+    Example:
+        >>> MaskOptions(max_length=512).mask_prompt
+        False
+    """
+
+    max_length: int | None = option(
+        None, "Columns kept of a row; all by default (train: the model's context, where rows are longer).", fixed=True
+    )
+    mask_prompt: bool = option(
+        False, "Train the responses only, or all (the default).", "--mask-prompt/--train-prompt", " /--no-mask-prompt",
+        fixed=True,
+    )  # fmt: skip
+    mode: str = option(
+        "reference", "reference: the chapter's masks, corners included; positional: what you mean.", fixed=True
+    )
+
+    def collator(self, store: TokenStore) -> Collator:
+        """The fast path with these options; ignored targets are -100."""
+        from fastcollate.load.options import collator_of
+
+        return collator_of(store, {name: getattr(self, name) for name in ("max_length", "mask_prompt", "mode")})
+
+    def with_other_mask(self) -> MaskOptions:
+        """The same with the other `mask_prompt`.
+
+        Example:
+            >>> MaskOptions(max_length=512).with_other_mask().mask_prompt
+            True
+        """
+        return replace(self, mask_prompt=not self.mask_prompt)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions:
+class OrderOptions:
+    """Which rows make a batch of one process; each field's meaning is its `help`.
+
+    Example:
+        >>> OrderOptions(policy="packed", capacity=1024).batch_size
+        8
+    """
+
+    policy: str = option("bucketed", "Order: sequential, shuffled, bucketed, packed.")
+    batch_size: int = option(8, "Rows (packs) in a batch of one process, as a loader counts (train: of all ranks).")
+    capacity: int | None = option(
+        None, "With --policy packed, cells a pack; --max-length or the longest row if not given."
+    )
+    seed: int = option(0, "Seed of the epoch's order.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions(MaskOptions):
     """The options of a training run; each field's meaning is its `help`, which `fastcollate train --help` prints.
 
     Example:
@@ -61,16 +125,11 @@ class TrainOptions:
         fixed=True,
     )
     max_tokens: int | None = option(None, "Cells a batch, of all ranks together, in place of rows.", fixed=True)
-    max_length: int | None = option(None, "Tokens kept of a row; the model's context if rows are longer.", fixed=True)
     capacity: int | None = option(
         None, "With --policy packed, cells a pack; --max-length or the model's context if not given.", fixed=True
     )
     long_rows: str = option(
         "truncate", "With --policy packed, what becomes of rows beyond --max-length: truncate, split, drop.", fixed=True
-    )
-    mask_prompt: bool = option(False, "Train the responses only.", fixed=True)
-    mode: str = option(
-        "reference", "reference: the chapter's masks, corners included; positional: by position.", fixed=True
     )
     accumulate: int = option(1, "Batches an optimizer step.", fixed=True)
     learning_rate: float | None = option(None, "Peak learning rate; 3e-3 for tiny, 5e-5 for the others.", fixed=True)
@@ -97,31 +156,23 @@ class TrainOptions:
     tensorboard: bool = option(True, "Write TensorBoard events, if the package is installed.")
 
     def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "max_steps",
-            "batch_size",
-            "max_tokens",
-            "max_length",
-            "capacity",
-            "accumulate",
-            "patience",
-        ):
-            _require(name, getattr(self, name), lambda value: value is None or value >= 1, "1 or more")
-        for name in ("warmup", "eval_every", "eval_batches", "checkpoint_every", "sample_tokens"):
-            _require(name, getattr(self, name), lambda value: value >= 0, "0 or more")
-        for name in ("weight_decay", "clip"):
-            _require(name, getattr(self, name), lambda value: value >= 0, "0 or more")
-        _require("width_multiple", self.width_multiple, lambda value: value >= 1, "1 or more")
-        _require("dropout", self.dropout, lambda value: 0 <= value < 1, "0 or more, below 1")
-        _require("learning_rate", self.learning_rate, lambda value: value is None or value > 0, "more than 0")
-        _require("train_share", self.train_share, lambda value: 0 < value <= 1, "more than 0, at most 1")
+        for least, names in _AT_LEAST.items():
+            for name in names:
+                value = getattr(self, name)
+                self._require(name, value is None or value >= least, f"{least} or more")
+        for name, choices in _CHOICES.items():
+            self._require(name, getattr(self, name) in choices, " or ".join(choices))
+        self._require("dropout", 0 <= self.dropout < 1, "0 or more, below 1")
+        self._require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "more than 0")
+        self._require("train_share", 0 < self.train_share <= 1, "more than 0, at most 1")
         left = round(1 - self.train_share, 9)  # 1 - 0.9 is a little less than 0.1
-        if self.test_share is None:
-            object.__setattr__(self, "test_share", min(0.10, left))
-        _require("test_share", self.test_share, lambda value: 0 <= value <= left, f"0 to {left}, which is left")
-        _require("schedule", self.schedule, lambda value: value in ("cosine", "constant"), "cosine or constant")
-        _require("precision", self.precision, lambda value: value in PRECISIONS, "auto, float32 or bfloat16")
+        share = min(0.10, left) if self.test_share is None else self.test_share
+        object.__setattr__(self, "test_share", share)
+        self._require("test_share", 0 <= share <= left, f"0 to {left}, which is left")
+
+    def _require(self, name: str, is_right: bool, wanted: str) -> None:
+        if not is_right:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {wanted}")
 
     @property
     def peak_learning_rate(self) -> float:
@@ -129,12 +180,7 @@ class TrainOptions:
         return self.learning_rate or (3e-3 if self.model == "tiny" else 5e-5)
 
     def with_precision(self, device_type: str, saved: Mapping[str, Any] | None = None) -> TrainOptions:
-        """The options with a precision in place of `auto`: the one that the run was started with, else the device's.
-
-        Example:
-            >>> TrainOptions().with_precision("cpu").precision
-            'float32'
-        """
+        """The options with a precision in place of `auto`: the one that the run was started with, else the device's."""
         if self.precision != "auto":
             return self
         by_device = "bfloat16" if device_type == "cuda" else "float32"
@@ -172,13 +218,14 @@ class TrainOptions:
         Raises:
             InputError: a fixed option differs.
         """
-        own = self.plain()
-        for item in fields(self):
+        own, options = self.plain(), fields(self)
+        for item in options:
             if item.metadata["fixed"] and own[item.name] != saved.get(item.name):
+                free = (o for o in options if not o.metadata["fixed"] and o.name not in ("out", "resume"))
                 raise InputError(
                     f"{self.out}: the run was started with {flag_of(item)} {saved.get(item.name)}, not "
                     f"{own[item.name]}; resume it with that, or choose another --out; with --resume may change: "
-                    f"{', '.join(changeable_flags())}"
+                    f"{', '.join(map(flag_of, free))}"
                 )
 
 
@@ -198,39 +245,10 @@ class AnswerOptions:
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
 
     def drawing(self) -> dict[str, Any]:
-        """What `generate` takes of them, besides a generator.
-
-        Example:
-            >>> AnswerOptions(top_k=40).drawing()
-            {'max_new_tokens': 256, 'top_k': 40, 'temperature': 0.0}
-        """
+        """What `generate` takes of them, besides a generator."""
         return {"max_new_tokens": self.max_new_tokens, "top_k": self.top_k, "temperature": self.temperature}
 
 
 def flag_of(item: Field[Any]) -> str:
-    """What the command line calls an option.
-
-    Example:
-        >>> [flag_of(item) for item in fields(TrainOptions)][:2]
-        ['--out', '--resume']
-    """
-    return str(next(iter(item.metadata["flags"]), f"--{item.name.replace('_', '-')}"))
-
-
-def changeable_flags() -> list[str]:
-    """The options that may change when a run is resumed.
-
-    Example:
-        >>> changeable_flags()[:2]
-        ['--epochs', '--max-steps']
-    """
-    return [
-        flag_of(item)
-        for item in fields(TrainOptions)
-        if not item.metadata["fixed"] and item.name not in ("out", "resume")
-    ]
-
-
-def _require(name: str, value: Any, is_right: Any, wanted: str) -> None:
-    if not is_right(value):
-        raise InputError(f"--{name.replace('_', '-')} {value}: give {wanted}")
+    """What the command line calls an option."""
+    return str(next(iter(item.metadata["flags"]), f"--{item.name.replace('_', '-')}")).split("/")[0]

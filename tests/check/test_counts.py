@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from fastcollate.check import counts as room
 from fastcollate.check import terminal
-from fastcollate.check.counts import Histogram, MaskOptions, inspect_store
+from fastcollate.check.counts import Histogram, inspect_store
 from fastcollate.check.terminal import view_row
 from fastcollate.collate.reference import custom_collate_with_masking_fn
 from fastcollate.errors import InputError
 from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_tokenizer
+from fastcollate.train import MaskOptions
 from tests.helpers import GPT2, Row, run_cli, write_store
 
 PAD = 50256
@@ -183,12 +184,13 @@ def test_a_histogram_for_the_terminal() -> None:
 
 def test_the_printed_row_reads_without_colour(store: TokenStore) -> None:
     lines = terminal.render_row(view_row(store, 2, MASKED), None).plain.splitlines()
+    assert lines.pop().split() == ["...", "the", "same", "to", "column", "5"]
     assert "? prompt: 1  + trained: 3  x ignored: 1  . padding: 2" in lines[1]
     assert [line[:12].strip() for line in lines[3:7]] == ["prompt ? │", "trained + │", "ignored x │", "padding . │"]
-    assert [line.split()[-2:] for line in lines[-6:]] == [
-        ["+", "trained"], ["+", "trained"], ["+", "trained"], ["x", "ignored"], [".", "padding"], [".", "padding"],
+    assert [line.split()[-2:] for line in lines[-5:]] == [
+        ["+", "trained"], ["+", "trained"], ["+", "trained"], ["x", "ignored"], [".", "padding"],
     ]  # fmt: skip
-    columns = [line.replace("->", "").split()[:3] for line in lines[-6:]]
+    columns = [line.replace("->", "").split()[:3] for line in lines[-5:]]
     assert columns[2:4] == [["2", "50256", "12"], ["3", "12", "-100"]]
 
 

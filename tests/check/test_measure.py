@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from fastcollate.check import measure as room
-from fastcollate.check.counts import MaskOptions, order_of
+from fastcollate.check.counts import order_of
 from fastcollate.check.measure import Verdict, bench
 from fastcollate.errors import InputError
 from fastcollate.store.store import TokenStore
+from fastcollate.train import MaskOptions, OrderOptions
 from tests.helpers import run_cli, write_store
 
 
@@ -39,7 +40,7 @@ def test_the_pipeline_is_measured_beside_the_others(store: TokenStore) -> None:
 
 @pytest.mark.usefixtures("few_workers")
 def test_without_a_step_there_is_no_verdict(store: TokenStore) -> None:
-    report = bench(store, MaskOptions(mask_prompt=False), rounds=1, seconds=0.02, progress=False, policy="shuffled")
+    report = bench(store, order=OrderOptions(policy="shuffled"), rounds=1, seconds=0.02, progress=False)
     assert report.contenders[0].data_bound is None
     assert "--step-ms" in report.advice[0]
 
@@ -49,9 +50,10 @@ SHUFFLED = {"policy": "shuffled", "batch_size": 8}
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_packs_are_measured_beside_equal_ones(store: TokenStore, masked: bool) -> None:
-    order = order_of(store, "packed", 2, MaskOptions(), capacity=30)
+    order = order_of(store, MaskOptions(), OrderOptions(policy="packed", batch_size=2, capacity=30))
     room._check_equal(room._contenders(store, MaskOptions(mask_prompt=masked, max_length=25), order))
-    report = bench(store, policy="packed", batch_size=2, model="tiny", rounds=1, seconds=0.02, progress=False)
+    packs = OrderOptions(policy="packed", batch_size=2)
+    report = bench(store, order=packs, model="tiny", rounds=1, seconds=0.02, progress=False)
     assert report.step_ms is not None
     assert not any("inspect --report" in sentence for sentence in report.advice)
 

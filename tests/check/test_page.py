@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from fastcollate.check import page as room
-from fastcollate.check.counts import MaskOptions, inspect_store
+from fastcollate.check.counts import inspect_store
 from fastcollate.check.terminal import KINDS
 from fastcollate.errors import InputError
 from fastcollate.load.loader import BatchLoader
 from fastcollate.plan.plan import plan_epoch
 from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_tokenizer
+from fastcollate.train import MaskOptions
 from tests.helpers import Row, run_cli, write_store
 
 pytest.importorskip("plotly", reason="needs the extra 'report'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcollate.check import reference_check as room
-from fastcollate.check.counts import MaskOptions
 from fastcollate.check.reference_check import expected_batch, verify
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.collate.collator import Collator
@@ -23,6 +23,7 @@ from fastcollate.errors import InputError
 from fastcollate.ingest.job import prepare
 from fastcollate.load.loader import BatchLoader
 from fastcollate.store.store import TokenStore
+from fastcollate.train import MaskOptions, OrderOptions
 from tests.helpers import Row, run_cli, write_store
 
 PAD = 50256
@@ -45,7 +46,7 @@ def prepared(source: Path) -> TokenStore:
 @pytest.mark.parametrize("policy", ["sequential", "shuffled", "bucketed"])
 def test_a_whole_store_agrees(prepared: TokenStore, source: Path, policy: str) -> None:
     masks = MaskOptions(mask_prompt=policy != "sequential")
-    found = verify(prepared, masks, policy=policy, sources=[str(source)], checksums=True, progress=False)
+    found = verify(prepared, masks, OrderOptions(policy=policy), sources=[str(source)], checksums=True, progress=False)
     assert found.ok, found.problems
     assert (found.batches, found.rows, found.records, found.files) == (3, 23, 23, found.files)
     assert found.files is not None
@@ -57,9 +58,11 @@ def test_a_whole_store_agrees(prepared: TokenStore, source: Path, policy: str) -
 def test_packs_agree(prepared: TokenStore, masked: bool, mode: str) -> None:
     for options, capacity in (({}, 120), ({"max_length": 40}, 100), ({}, None)):
         found = verify(
-            prepared, MaskOptions(mask_prompt=masked, mode=mode, **options), policy="packed", batch_size=2,
-            capacity=capacity, progress=False,
-        )  # fmt: skip
+            prepared,
+            MaskOptions(mask_prompt=masked, mode=mode, **options),
+            OrderOptions(policy="packed", batch_size=2, capacity=capacity),
+            progress=False,
+        )
         assert found.ok, found.problems
         assert found.rows >= 23
 
@@ -82,16 +85,16 @@ def test_one_wrong_cell_of_a_pack_is_found(prepared: TokenStore, monkeypatch: py
         return batches
 
     monkeypatch.setattr(Collator, "packed_batches", broken)
-    found = verify(prepared, policy="packed", batch_size=2, progress=False)
+    found = verify(prepared, order=OrderOptions(policy="packed", batch_size=2), progress=False)
     assert found.num_problems == 2
     assert found.problems[0].startswith("batch 1, position_ids: pack 0 column 3 is ")
     assert found.problems[1].startswith("batch 1, cu_seqlens: column 1 is ")
 
 
 def test_the_digest_depends_on_the_batches_only(prepared: TokenStore) -> None:
-    digests = [verify(prepared, seed=seed, progress=False).digest for seed in (1, 1, 2)]
+    digests = [verify(prepared, order=OrderOptions(seed=seed), progress=False).digest for seed in (1, 1, 2)]
     assert digests[0] == digests[1] != digests[2]
-    other = verify(prepared, MaskOptions(mask_prompt=True), seed=1, progress=False).digest
+    other = verify(prepared, MaskOptions(mask_prompt=True), OrderOptions(seed=1), progress=False).digest
     assert other != digests[0]
 
 
@@ -108,7 +111,7 @@ def test_one_wrong_cell_is_found(prepared: TokenStore, monkeypatch: pytest.Monke
         return batches
 
     monkeypatch.setattr(Collator, "batches", broken)
-    found = verify(prepared, policy="sequential", progress=False)
+    found = verify(prepared, order=OrderOptions(policy="sequential"), progress=False)
     assert found.num_problems == 1
     assert found.problems[0].startswith(f"batch 1, {('inputs', 'targets')[tensor]}: row 10 column 3 is ")
 
@@ -181,6 +184,16 @@ def test_sources_need_the_vocabulary_of_the_store(tmp_path: Path, source: Path) 
         verify(write_store(tmp_path / "s", [([1, 1], [1, 2])]), sources=[str(source)], progress=False)
 
 
+@pytest.mark.parametrize("missing", ["no-such.json", "no-such-*.jsonl", "nowhere/records.json"])
+def test_missing_sources_are_said_before_anything_is_compared(
+    prepared: TokenStore, source: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_compare_batches", lambda *_, **__: pytest.fail("an epoch was compared first"))
+    for sources in ([missing], [str(source), missing]):
+        with pytest.raises(InputError, match=re.escape(missing)):
+            verify(prepared, sources=sources, progress=False)
+
+
 def test_only_the_first_problems_are_kept() -> None:
     found = room.Verification()
     for number in range(50):
@@ -207,7 +220,7 @@ def turns(draw: st.DrawFn) -> Row:
 def test_random_stores_agree(rows: list[Row], limit: int | None, mask: bool, mode: str) -> None:
     with TemporaryDirectory() as folder:
         store = write_store(Path(folder) / "s", rows)
-        found = verify(store, MaskOptions(limit, mask, mode), batch_size=2, progress=False)
+        found = verify(store, MaskOptions(limit, mask, mode), OrderOptions(batch_size=2), progress=False)
         assert found.ok, found.problems
 
 
@@ -268,4 +281,4 @@ def test_a_template_that_lies_elsewhere_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     prepare("r.jsonl", "s", template="t/own.jinja")
     with pytest.raises(InputError, match=r"own\.jinja.*not in this folder.*run verify where the template lies"):
-        verify(TokenStore("s"), batch_size=1, sources=["r.jsonl"], progress=False)
+        verify(TokenStore("s"), sources=["r.jsonl"], progress=False)

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcollate.check.counts import MaskOptions
 from fastcollate.check.reference_check import expected_batch
 from fastcollate.collate.batch import PackedBatch
 from fastcollate.collate.collator import Collator
@@ -19,6 +18,7 @@ from fastcollate.errors import InputError
 from fastcollate.plan.packing import Packs, pack_lengths
 from fastcollate.plan.plan import EpochPlan, plan_epoch
 from fastcollate.store.store import Example
+from fastcollate.train import MaskOptions
 from tests.helpers import make_shards
 
 PAD = 50256

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastcollate
-from fastcollate.check.counts import inspect_store, tokenizer_of
+from fastcollate.check.counts import inspect_store
 from fastcollate.sources.sample import sample_records
 from fastcollate.train.files import load_checkpoint
 from fastcollate.train.loop import train
@@ -29,7 +29,7 @@ from fastcollate.train.step import Stepper, as_micro_batch
 CHECKS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 MODULES = [
     *(f"train.{name}" for name in ("answers", "files", "loop", "loss", "model", "options", "ranks", "step")),
-    *(f"check.{name}" for name in ("counts", "measure", "options", "page", "reference_check", "terminal")),
+    *(f"check.{name}" for name in ("counts", "measure", "page", "reference_check", "terminal")),
     "progress", "errors",
 ]  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_the_examples_run(name: str, folder: Path, tmp_path: Path, monkeypatch: 
     context: dict[str, Any] = {
         "store": store, "loader": loader, "ranks": ranks, "model": model, "batches": batches, "Path": Path,
         "num_trained": batches[0].num_trained, "stepper": Stepper(model, TrainOptions(), ranks), "torch": torch,
-        "inspect_store": inspect_store, "tokenizer_of": tokenizer_of, "load_checkpoint": load_checkpoint,
+        "inspect_store": inspect_store, "load_checkpoint": load_checkpoint,
         "TokenStore": fastcollate.TokenStore,
     }  # fmt: skip
     module = importlib.import_module(f"fastcollate.{name}")
