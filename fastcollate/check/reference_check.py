@@ -110,15 +110,15 @@ def verify(
     """
     progress = renamed_switch(progress, old="silent", given=silent)
     options = options or MaskOptions()
-    records = _Records(store, sources) if sources else None
+    again = _Records(store, sources) if sources else None
     found = Verification(masks=trained_by_mask(store, options))
     if checksums:
         found.files = len(store.manifest["files"]) + len(store.manifest["shards"])
         for problem in manifests.verify_checksums(store.path):
             found.note(problem)
     _compare_batches(store, options, order_of(store, options, order), epoch, found, progress=progress)
-    if records is not None:
-        records.compare(found, progress=progress)
+    if again is not None:
+        again.compare(found, progress=progress)
     return found
 
 
