@@ -25,7 +25,8 @@ import tqdm
 
 from benchmarks.harness import RESULTS, interleave, medians, save
 from benchmarks.prepare_data import WRITERS
-from fastcollate.ingest.job import PrepareReport, prepare
+from fastcollate.ingest.job import prepare
+from fastcollate.ingest.options import PrepareReport
 from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_encoding
 

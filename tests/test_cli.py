@@ -15,7 +15,9 @@ import pytest
 import typer
 
 from fastcollate.cli import app
-from fastcollate.train.options import AnswerOptions, MaskOptions, OrderOptions, TrainOptions, flag_of
+from fastcollate.ingest.options import PrepareOptions
+from fastcollate.options import flag_of
+from fastcollate.train.options import AnswerOptions, MaskOptions, OrderOptions, TrainOptions
 from tests.helpers import run_cli
 
 
@@ -100,6 +102,7 @@ def test_the_version(tmp_path: Path) -> None:
     [
         ("train", [TrainOptions]), ("generate", [AnswerOptions]), ("evaluate", [AnswerOptions]),
         ("inspect", [MaskOptions]), ("verify", [OrderOptions, MaskOptions]), ("bench", [OrderOptions, MaskOptions]),
+        ("prepare", [PrepareOptions]),
     ],
 )  # fmt: skip
 def test_each_option_is_declared_in_its_dataclass(command: str, kinds: list[Any]) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from fastcollate.cli.app import Json, app, print_json, with_options
 from fastcollate.errors import InputError
+from fastcollate.ingest import PrepareOptions
 from fastcollate.train import MaskOptions, OrderOptions
 
 SAMPLE_RECORDS = 3000
@@ -39,6 +40,7 @@ def write_sample(path: Path, num_records: int) -> None:
 
 
 @app.command()
+@with_options
 def prepare(
     sources: Annotated[
         list[str],
@@ -47,72 +49,23 @@ def prepare(
         ),
     ],
     store: Annotated[Path, typer.Argument(help="Directory of the token store to write (the last argument).")],
-    template: Annotated[
-        str, typer.Option(help="How a record becomes text: alpaca, phi3, completion, chat, or a .jinja file.")
-    ] = "alpaca",
-    tokenizer: Annotated[
-        str, typer.Option(help="gpt2, r50k_base, p50k_base, cl100k_base, o200k_base, or a tokenizer.json.")
-    ] = "gpt2",
-    backend: Annotated[
-        str, typer.Option(help="auto, tiktoken or gigatoken (faster, checked against tiktoken); the ids are the same.")
-    ] = "auto",
+    options: PrepareOptions,
     field: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
         typer.Option(help="Where a template field comes from, as instruction=question; repeatable."),
     ] = None,
-    boundary: Annotated[
-        str, typer.Option(help="reference: the prompt tokenized by itself; exact: the first token of the response.")
-    ] = "reference",
-    on_error: Annotated[
-        str, typer.Option(help="raise: stop at the first bad record; skip: list it in skipped.txt.")
-    ] = "raise",
-    max_length: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Limit in columns for --long-prompt and the counts; rows are stored whole."),
-    ] = None,
-    long_prompt: Annotated[
-        str, typer.Option(help="A prompt that fills the limit: reject (a bad record), keep, or cut from the left.")
-    ] = "reject",
-    special_text: Annotated[
-        str, typer.Option(help="A text like <|endoftext|>: reject (a bad record), or encode as ordinary text.")
-    ] = "reject",
-    engine: Annotated[str, typer.Option(help="local processes, or ray for a cluster.")] = "local",
-    workers: Annotated[Optional[int], typer.Option(help="Worker processes; the usable cores by default.")] = None,  # noqa: UP045
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Make the store anew, whatever lies in its directory.")
-    ] = False,
-    no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Refuse where another job is writing this store, instead of waiting.")
-    ] = False,
     json_output: Json = False,
 ) -> None:
     """Tokenize records once into a memory-mapped store; a job that was stopped continues."""
-    from fastcollate.ingest.job import prepare as run
+    from fastcollate.ingest import prepare as run
     from fastcollate.progress import print_summary
 
-    report = run(
-        sources,
-        store,
-        template=template,
-        tokenizer=tokenizer,
-        backend=backend,
-        fields=parse_fields(field),
-        boundary=boundary,
-        on_error=on_error,
-        max_length=max_length,
-        long_prompt=long_prompt,
-        special_text=special_text,
-        engine=engine,
-        workers=workers,
-        progress=not json_output,
-        overwrite=overwrite,
-        wait=not no_wait,
-    )
+    # the options' own keywords, which a type checker cannot know of a dataclass
+    report = run(sources, store, fields=parse_fields(field), progress=not json_output, **asdict(options))
     if json_output:
         print_json(asdict(report))
     else:
-        title = f"{report.store}: " + ("found unchanged" if report.reused else f"finished in {report.seconds:.1f} s")
-        print_summary(title, {name.replace("_", " "): value for name, value in report.summary.items()})
+        print_summary(report.title, {name.replace("_", " "): value for name, value in report.summary.items()})
         if report.skipped_report:
             print(f"skipped records are listed in {report.skipped_report}")
 

@@ -65,7 +65,7 @@ def train(
 def _prepare_for_training(
     data: list[str] | None, store: Path, template: str, field: list[str] | None, options: TrainOptions
 ) -> None:
-    from fastcollate.ingest.job import prepare as run
+    from fastcollate.ingest import prepare as run
 
     if not data:
         options.out.mkdir(parents=True, exist_ok=True)

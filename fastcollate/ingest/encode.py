@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastcollate.ingest.spans import BadRecord, Parts, count, limit_prompts, mark, starts_of
-from fastcollate.ingest.spec import JobSpec, LostRecord, UnitResult, unit_digest
-from fastcollate.ingest.summary import Counts
+from fastcollate.ingest.spec import Counts, JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.sources import Block, Unit, records
 from fastcollate.store import shards
 from fastcollate.text import BadRecordError, Template, Texts, UnencodableError
@@ -63,15 +62,15 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
         try:
             encoded = tokenizer.encode_batch(parts.texts)
             seconds = time.thread_time() - started
-            rows = mark(parts, encoded.ids, encoded.offsets, tokenizer, template, spec, counts)
+            rows = mark(parts, encoded.ids, encoded.offsets, tokenizer, template, spec.options, counts)
             break
         except UnencodableError as error:
             parts = _without(parts, error, lost)
     tokenizer.check(parts.texts, encoded, seed=unit.index)
     too_long: list[BadRecord] = []
-    rows = limit_prompts(rows, spec, counts, too_long)
+    rows = limit_prompts(rows, spec.options, counts, too_long)
     lost.add_rows(too_long)
-    count(rows, tokenizer, spec, counts)
+    count(rows, tokenizer, spec.options, counts)
     part = None
     if len(rows.source_row):
         columns = shards.ShardColumns(rows.ids.astype(shards.token_dtype(tokenizer.vocab_size), copy=False), *rows[1:])
@@ -93,7 +92,7 @@ def _without(parts: Parts, error: UnencodableError, lost: _Lost) -> Parts:
 def _read(unit: Unit, spec: JobSpec, lost: _Lost) -> tuple[Parts, list[bytes]]:
     """The texts of a unit's records; each block's digest."""
     tokenizer, template = spec.tools()
-    special_texts = tokenizer.special_texts if spec.special_text == "reject" else ()
+    special_texts = tokenizer.special_texts if spec.options.special_text == "reject" else ()
     found, digests = [], []
     for block in unit.blocks:
         data = block.read()

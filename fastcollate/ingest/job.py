@@ -19,22 +19,25 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Unpack
+
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.encode import Encoded
 from fastcollate.ingest.journal import Journal, begin_anew, holder, tidy
 from fastcollate.ingest.lock import JobLock
+from fastcollate.ingest.options import PrepareKeywords, PrepareOptions, PrepareReport
 from fastcollate.ingest.spec import (
+    Counts,
     JobSpec,
     LostRecord,
-    Seen,
     UnitResult,
-    check_choices,
     find_finished,
     seen_of,
     unit_digest,
     write_side_file,
 )
-from fastcollate.ingest.summary import Counts, PrepareReport, length_summary
 from fastcollate.ingest.workers import Results, Runner, runner
 from fastcollate.progress import progress_bar
 from fastcollate.sources import Source, Unit, find_sources, read_units, spooled
@@ -42,26 +45,17 @@ from fastcollate.store import ShardInfo, files, shards
 from fastcollate.store import manifest as manifests
 
 SKIPPED = "skipped.txt"
+_SAMPLE_ROWS = 1 << 20
+_WINDOW_BATCHES = 64
 
 
 def prepare(
     sources: Any,
     store: str | os.PathLike[str],
     *,
-    template: str = "alpaca",
-    tokenizer: str = "gpt2",
-    backend: str = "auto",
     fields: Mapping[str, str] | None = None,
-    boundary: str = "reference",
-    on_error: str = "raise",
-    max_length: int | None = None,
-    long_prompt: str = "reject",
-    special_text: str = "reject",
-    engine: str = "local",
-    workers: int | None = None,
     progress: bool = False,
-    overwrite: bool = False,
-    wait: bool = True,
+    **options: Unpack[PrepareKeywords],
 ) -> PrepareReport:
     """Tokenize records once into a store.
 
@@ -70,23 +64,9 @@ def prepare(
     Args:
         sources: a path, URL or pattern, a `datasets.Dataset`, a sequence of these, or an iterable of records.
         store: the store's directory; a finished store of the same content is reused, an unfinished one continued.
-        template: `alpaca`, `phi3`, `completion`, `chat`, or a `.jinja` file.
-        tokenizer: an encoding of tiktoken, or a `tokenizer.json`.
-        backend: `auto`, `tiktoken` or `gigatoken`; the ids are the same.
         fields: where template fields come from, such as `{"instruction": "question"}`.
-        boundary: `reference` takes the length of the prompt tokenized by itself; `exact` begins the response at the
-            first token that holds a response character.
-        on_error: `raise` stops at the first bad record; `skip` lists it in `skipped.txt` and goes on. What is finished
-            before a bad record is kept for the next call, also for one that skips.
-        max_length: the limit in columns that the counts and `long_prompt` refer to; rows are stored whole.
-        long_prompt: a prompt that leaves no column within the limit makes a bad record (`reject`), is kept as it is
-            (`keep`), or is cut from the left (`cut`).
-        special_text: a text like `<|endoftext|>` makes a bad record (`reject`) or is ordinary text (`encode`).
-        engine: `local` processes, or `ray` for a cluster.
-        workers: worker processes; the usable cores by default.
         progress: show a progress bar.
-        overwrite: make the store anew, whatever lies in its directory.
-        wait: wait for another job that is writing this store; `False` refuses.
+        options: see `fastcollate.ingest.PrepareOptions`.
 
     Raises:
         InputError: something given is wrong; names value, place and remedy.
@@ -101,36 +81,33 @@ def prepare(
         True
     """
     started = time.perf_counter()
-    check_choices(
-        boundary=boundary, on_error=on_error, long_prompt=long_prompt, special_text=special_text, engine=engine
-    )
-    if workers is not None and workers < 1:
-        raise InputError(f"workers={workers}: at least 1")
-    spec = JobSpec(template, tokenizer, backend, dict(fields or {}), boundary, max_length, long_prompt, special_text)
-    spec = spec.sealed()
-    with spooled(find_sources(sources), is_shared=engine == "ray") as found:
-        job = _Job(found, Path(store), spec, on_error, progress)
-        manifest = None if overwrite else job.find_finished()
+    asked = PrepareOptions(**options)
+    spec = JobSpec(asked, dict(fields or {})).sealed()
+    with spooled(find_sources(sources), is_shared=asked.engine == "ray") as found:
+        job = _Job(found, Path(store), spec, progress)
+        manifest = None if asked.overwrite else job.find_finished()
         reused = manifest is not None
         if manifest is None:
-            manifest, reused = _under_lock(job, runner(engine, workers), overwrite=overwrite, wait=wait)
+            manifest, reused = _under_lock(job, runner(asked.engine, asked.workers), asked)
         else:
             tidy(job.root)
     return job.report(manifest, reused, time.perf_counter() - started)
 
 
-def _under_lock(job: _Job, run: Runner, *, overwrite: bool, wait: bool) -> tuple[dict[str, Any], bool]:
+def _under_lock(job: _Job, run: Runner, asked: PrepareOptions) -> tuple[dict[str, Any], bool]:
     """The manifest of the store, and whether another job has made it while this one waited."""
     before = _version(job.root)
-    with JobLock(job.root, wait=wait, holder=lambda: holder(job.root)) as lock:
+    with JobLock(job.root, wait=asked.wait, holder=lambda: holder(job.root)) as lock:
         try:
-            if not overwrite:
+            manifest = None
+            if not asked.overwrite:
                 manifest = job.find_finished()
-            else:
-                manifest = job.find_same() if lock.waited and _version(job.root) != before else None
+            elif lock.waited and _version(job.root) != before:
+                with contextlib.suppress(InputError):  # another store lies here
+                    manifest = job.find_finished()
             if manifest is not None:
                 return manifest, True
-            if overwrite:
+            if asked.overwrite:
                 begin_anew(job.root)
             return job.run(run), False
         except SourceReadError:
@@ -156,12 +133,11 @@ def _version(root: Path) -> tuple[int, ...]:
 class _Job:
     """One job's state in the leading process."""
 
-    def __init__(self, sources: list[Source], root: Path, spec: JobSpec, on_error: str, progress: bool) -> None:
+    def __init__(self, sources: list[Source], root: Path, spec: JobSpec, progress: bool) -> None:
         self.sources = sources
         self.root = root
         self.spec = spec
         self.has_finished = True
-        self._on_error = on_error
         self._progress = progress
         self._tokenizer, _ = spec.tools()
         self._tokenizer.check_before_start()
@@ -172,7 +148,8 @@ class _Job:
         self._open: list[UnitResult] = []
         self._open_number = 0
         self._shards: list[ShardInfo] = []
-        self._tally = _Tally()
+        self._digests = [hashlib.sha256() for _ in sources]
+        self._num_records = [0] * len(sources)
         self._counts = Counts()
         self._num_skipped = 0
         self._tokenize_seconds = 0.0
@@ -185,18 +162,12 @@ class _Job:
         """
         manifest = find_finished(self.root, self.sources, self._identity, progress=self._progress)
         num_skipped = manifest["summary"].get("num_skipped", 0) if manifest is not None else 0
-        if num_skipped and self._on_error == "raise":
+        if num_skipped and self.spec.options.on_error == "raise":
             raise InputError(
                 f"{self.root}: {num_skipped} bad records were left out of this store (see {self.root / SKIPPED}); "
                 "take it as it is with --on-error skip, or mend the sources"
             )
         return manifest
-
-    def find_same(self) -> dict[str, Any] | None:
-        """Like `find_finished`, but `None` where another store lies here."""
-        with contextlib.suppress(InputError):
-            return self.find_finished()
-        return None
 
     def run(self, run: Runner) -> dict[str, Any]:
         """Encode all units that the journal does not hold, then commit; returns the manifest."""
@@ -273,13 +244,15 @@ class _Job:
     def _accept(self, unit: Unit, encoded: Encoded) -> None:
         """Take the next unit."""
         result = encoded.result
-        if result.bad and self._on_error == "raise":
+        if result.bad and self.spec.options.on_error == "raise":
             raise InputError(f"{_place(self.sources, result.bad[0])}: {result.bad[0].reason}")
         if unit.shard != self._open_number:
             self._close_shard()
             self._open_number = unit.shard
         self._open.append(result)
-        self._tally.add(unit, encoded.digests)
+        for block, digest in zip(unit.blocks, encoded.digests, strict=True):
+            self._digests[block.source].update(digest)
+            self._num_records[block.source] += block.num_rows
         self._counts.add(result.counts)
         self._num_skipped += len(result.bad)
         self._tokenize_seconds += result.tokenize_seconds
@@ -304,13 +277,14 @@ class _Job:
         if not self._shards:
             raise InputError(f"{self.sources[0].name}: no usable record ({self._num_skipped} skipped)")
         self._check_trained()
-        seen = self._tally.close(self.sources)
+        contents = zip(self.sources, self._digests, self._num_records, strict=True)
+        seen = [seen_of(source, digest.hexdigest(), num_records) for source, digest, num_records in contents]
         self._journal.remove_all_but(self._shards)
         if self._num_skipped:
             files.write_file(self.root / SKIPPED, _report_lines(self._journal.skipped(self._next), self.sources))
         kept = [files.write_file(self.root / name, path.read_bytes()) for name, path in self.spec.tokenizer_files()]
         write_side_file(self.root, seen)
-        content = manifests.sources_of([entry.sha256 for entry in seen], sum(entry.num_records for entry in seen))
+        content = manifests.sources_of([entry.sha256 for entry in seen], sum(self._num_records))
         summary = {**asdict(self._counts), "num_skipped": self._num_skipped}
         summary |= length_summary(self.root, self._shards)
         identity = manifests.StoreIdentity(content, **self._identity)
@@ -325,7 +299,7 @@ class _Job:
         untrained, num_rows = self._counts.untrained_rows, self._counts.num_rows
         if 2 * untrained <= num_rows:
             return
-        limit = f" within max_length={self.spec.max_length}" if self.spec.max_length is not None else ""
+        limit = f" within max_length={self.spec.options.max_length}" if self.spec.options.max_length is not None else ""
         message = (
             f"{untrained} of {num_rows} rows train nothing{limit}: raise the limit, give each record a response, or in "
             "a .jinja template put responses between {% generation %} and {% endgeneration %}"
@@ -348,36 +322,6 @@ class _Job:
         )
 
 
-class _Tally:
-    """The sources' content, as their blocks come."""
-
-    def __init__(self) -> None:
-        self._found: list[tuple[str, int]] = []
-        self._digest = hashlib.sha256()
-        self._num_records = 0
-
-    def add(self, unit: Unit, digests: Sequence[bytes]) -> None:
-        """The next unit's blocks."""
-        for block, digest in zip(unit.blocks, digests, strict=True):
-            self._close_before(block.source)
-            self._digest.update(digest)
-            self._num_records += block.num_rows
-
-    def _close_before(self, source: int) -> None:
-        while len(self._found) < source:
-            self._found.append((self._digest.hexdigest(), self._num_records))
-            self._digest, self._num_records = hashlib.sha256(), 0
-
-    def close(self, sources: Sequence[Source]) -> list[Seen]:
-        """What was read of all sources.
-
-        Raises:
-            SourceReadError: one was changed while it was read.
-        """
-        self._close_before(len(sources))
-        return [seen_of(source, *content) for source, content in zip(sources, self._found, strict=True)]
-
-
 def _place(sources: Sequence[Source], bad: LostRecord) -> str:
     name = sources[bad.source].name
     return f"{name}, line {bad.line}, record {bad.row}" if bad.line else f"{name}, record {bad.row}"
@@ -390,3 +334,31 @@ def _report_lines(records: Iterable[LostRecord], sources: Sequence[Source]) -> I
         reason = bad.reason.replace("\t", " ").replace("\n", " ")
         line = f"{sources[bad.source].name}\t{bad.line or '-'}\t{bad.row}\t{reason}"
         yield line.encode("utf-8", "replace").decode()
+
+
+def length_summary(root: Path, infos: Sequence[ShardInfo]) -> dict[str, Any]:
+    """Percentiles of row lengths, and the padded share of batches of 8 and 64 rows, random and bucketed.
+
+    Of more than about a million rows, evenly spaced ones are taken. The end-of-text is not counted.
+    """
+    step = -(-sum(info.num_rows for info in infos) // _SAMPLE_ROWS)
+    lengths = np.concatenate([shards.shard_lengths(root, info)[::step] for info in infos])
+    order = np.random.default_rng(0).permutation(lengths)
+    quantiles = (0, 5, 50, 95, 99, 100)
+    found = np.percentile(lengths, quantiles, method="nearest").tolist()
+    summary: dict[str, Any] = {f"length_p{q}": int(length) for q, length in zip(quantiles, found, strict=True)}
+    summary["length_mean"] = round(float(lengths.mean()), 2)
+    for batch_size in (8, 64):
+        window = batch_size * _WINDOW_BATCHES
+        bucketed = np.concatenate([np.sort(order[i : i + window]) for i in range(0, len(order), window)])
+        summary[f"padding_{batch_size}_random"] = _padding(order, batch_size)
+        summary[f"padding_{batch_size}_bucketed"] = _padding(bucketed, batch_size)
+    return summary
+
+
+def _padding(lengths: npt.NDArray[np.int64], batch_size: int) -> float:
+    """The share of cells that are padding."""
+    starts = np.arange(0, len(lengths), batch_size)
+    widest = np.maximum.reduceat(lengths, starts)
+    cells = int((widest * np.diff(starts, append=len(lengths))).sum())
+    return round(1 - int(lengths.sum()) / cells, 4) if cells else 0.0

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 from fastcollate.errors import InputError
 from fastcollate.ingest.lock import JobLock, discard, is_ours
-from fastcollate.ingest.spec import LostRecord, UnitResult, differences
-from fastcollate.ingest.summary import Counts
+from fastcollate.ingest.spec import Counts, LostRecord, UnitResult, differences
 from fastcollate.store import ShardInfo, files
 from fastcollate.store import manifest as manifests
 

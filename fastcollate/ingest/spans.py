@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.ingest.spec import JobSpec
-from fastcollate.ingest.summary import Counts
+from fastcollate.ingest.options import PrepareOptions
+from fastcollate.ingest.spec import Counts
 from fastcollate.text import Template, Texts, Tokenizer, UnencodableError
 
 
@@ -48,7 +48,7 @@ def mark(
     offsets: npt.NDArray[np.int64],
     tokenizer: Tokenizer,
     template: Template,
-    spec: JobSpec,
+    options: PrepareOptions,
     counts: Counts,
 ) -> Rows:
     """Rows and spans: the parts' own tokens where the parts provably part, else those of the whole text.
@@ -62,7 +62,7 @@ def mark(
     replaced: dict[int, tuple[npt.NDArray[Any], list[int]]] = {}
     for row in _rows_that_join(texts, starts, tokenizer):
         pieces = texts[int(starts[row]) : int(starts[row + 1])]
-        make_row = _reference_row if template.single_turn and spec.boundary == "reference" else _exact_row
+        make_row = _reference_row if template.single_turn and options.boundary == "reference" else _exact_row
         try:
             replaced[row] = make_row(pieces, tokenizer, counts)
         except UnencodableError as error:
@@ -132,18 +132,18 @@ def starts_of(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return starts
 
 
-def limit_prompts(rows: Rows, spec: JobSpec, counts: Counts, bad: list[BadRecord]) -> Rows:
+def limit_prompts(rows: Rows, options: PrepareOptions, counts: Counts, bad: list[BadRecord]) -> Rows:
     """Apply the policy for rows whose first prompt leaves no column within the limit; lost ones go to `bad`."""
-    if spec.max_length is None or not len(rows.source_row):
+    if options.max_length is None or not len(rows.source_row):
         return rows
     prompts = _first_spans(rows)
-    long = np.flatnonzero(prompts - 1 >= spec.max_length)
+    long = np.flatnonzero(prompts - 1 >= options.max_length)
     if not len(long):
         return rows
-    if spec.long_prompt == "reject":
+    if options.long_prompt == "reject":
         for row in long.tolist():
             reason = (
-                f"its prompt of {prompts[row]} tokens leaves none to train within {spec.max_length}; "
+                f"its prompt of {prompts[row]} tokens leaves none to train within {options.max_length}; "
                 "raise the limit, or use --long-prompt keep or cut"
             )
             bad.append(BadRecord(int(rows.source_row[row]), 0, reason))
@@ -151,7 +151,7 @@ def limit_prompts(rows: Rows, spec: JobSpec, counts: Counts, bad: list[BadRecord
         keep[long] = False
         return _select(rows, keep)
     counts.long_prompts += len(long)
-    return _cut_left(rows, long.tolist(), spec.max_length) if spec.long_prompt == "cut" else rows
+    return _cut_left(rows, long.tolist(), options.max_length) if options.long_prompt == "cut" else rows
 
 
 def _first_spans(rows: Rows) -> npt.NDArray[np.int64]:
@@ -184,14 +184,14 @@ def _cut_left(rows: Rows, long: list[int], limit: int) -> Rows:
     return _with_replaced(rows, replaced)
 
 
-def count(rows: Rows, tokenizer: Tokenizer, spec: JobSpec, counts: Counts) -> None:
+def count(rows: Rows, tokenizer: Tokenizer, options: PrepareOptions, counts: Counts) -> None:
     """Note rows, tokens, and the rows that need a second look."""
     lengths = np.diff(rows.offsets)
     counts.num_rows, counts.num_tokens = len(lengths), int(lengths.sum())
     if not len(lengths):
         return
     prompts = _first_spans(rows)
-    limit = lengths if spec.max_length is None else np.minimum(lengths, spec.max_length)
+    limit = lengths if options.max_length is None else np.minimum(lengths, options.max_length)
     counts.untrained_rows = int(np.count_nonzero(prompts - 1 >= limit))
     corner = prompts == 0
     for place in np.flatnonzero(rows.ids == tokenizer.pad_token_id).tolist():

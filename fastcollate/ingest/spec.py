@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastcollate.errors import InputError, SourceReadError
-from fastcollate.ingest.summary import Counts
+from fastcollate.ingest.options import PrepareOptions
 from fastcollate.progress import progress_bar
 from fastcollate.sources import Block, Source, Unit, read_blocks
 from fastcollate.store import ShardInfo, files
@@ -26,45 +26,22 @@ from fastcollate.text import Template, Tokenizer, load_template, load_tokenizer
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-CHOICES = {
-    "boundary": ("reference", "exact"),
-    "on_error": ("raise", "skip"),
-    "long_prompt": ("reject", "keep", "cut"),
-    "special_text": ("reject", "encode"),
-    "engine": ("local", "ray"),
-}
 SIDE_FILE = "sources.json"
 _SIDE_VERSION = 1
 _REMEDY = "choose another directory, or make this one anew with --overwrite (overwrite=True)"
+_RECORDED = ("boundary", "max_length", "long_prompt", "special_text")  # of the options: those that change rows
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
-
-def check_choices(**values: str) -> None:
-    """Whether each value is one of those it may be.
-
-    Raises:
-        InputError: it is not.
-    """
-    for name, value in values.items():
-        if value not in CHOICES[name]:
-            raise InputError(f"{name}={value!r}: choose one of {', '.join(CHOICES[name])}")
 
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What decides the rows of a job, besides its sources; picklable. `backend` decides only how fast they come.
+    """What decides the rows of a job, besides its sources; picklable.
 
     `seal` tells a worker what the leader has found in the tokenizer's and the template's files; see `sealed`.
     """
 
-    template: str
-    tokenizer: str
-    backend: str
+    options: PrepareOptions
     fields: Mapping[str, str] = field(default_factory=dict)
-    boundary: str = "reference"
-    max_length: int | None = None
-    long_prompt: str = "reject"
-    special_text: str = "reject"
     seal: str = ""
 
     def tools(self) -> tuple[Tokenizer, Template]:
@@ -74,58 +51,42 @@ class JobSpec:
             SourceReadError: a file of theirs is no longer what it was when the job was sealed.
         """
         if not self.seal or self.seal not in _LOADED:
-            tokenizer, template = (
-                load_tokenizer(self.tokenizer, self.backend),
-                load_template(self.template, self.fields),
-            )
-            if self.seal and self._digest(tokenizer, template) != self.seal:
+            asked = self.options
+            tools = load_tokenizer(asked.tokenizer, asked.backend), load_template(asked.template, self.fields)
+            if self.seal and self._digest(*tools) != self.seal:
                 raise SourceReadError(
-                    f"the file of tokenizer {self.tokenizer!r} or template {self.template!r} was changed while the job "
-                    "was running; run it again when they are at rest"
+                    f"the file of tokenizer {asked.tokenizer!r} or template {asked.template!r} was changed while the "
+                    "job was running; run it again when they are at rest"
                 )
             _LOADED.clear()
-            _LOADED[self.seal] = tokenizer, template
+            _LOADED[self.seal] = tools
         return _LOADED[self.seal]
 
     def sealed(self) -> JobSpec:
         """The same job; all who work at it take the tokenizer and the template that are there now, or fail."""
-        return replace(self, seal=replace(self, seal="")._digest(*replace(self, seal="").tools()))
+        return replace(self, seal=self._digest(*self.tools()))
 
     def _digest(self, tokenizer: Tokenizer, template: Template) -> str:
-        return hashlib.sha256(
-            manifests.canonical([self.backend, tokenizer.identity(), template.identity()])
-        ).hexdigest()
+        what = [self.options.backend, tokenizer.identity(), template.identity()]
+        return hashlib.sha256(manifests.canonical(what)).hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """What a store records of a job besides its sources: nothing that changes no row, and no path."""
-        tokenizer, template = (tool.identity() for tool in self.tools())
+        found = [tool.identity() for tool in self.tools()]
+        tokenizer, template = ({**identity, "name": Path(identity["name"]).name} for identity in found)
         return {
             "kind": "rows",
             "end": "append",
-            "tokenizer": {
-                **tokenizer,
-                "name": Path(tokenizer["name"]).name,
-                "files": [name for name, _ in self.tokenizer_files()],
-            },
-            "template": {**template, "name": Path(template["name"]).name},
-            "options": {
-                "boundary": self.boundary,
-                "max_length": self.max_length,
-                "long_prompt": self.long_prompt,
-                "special_text": self.special_text,
-            },
+            "tokenizer": {**tokenizer, "files": [name for name, _ in self.tokenizer_files()]},
+            "template": template,
+            "options": {name: getattr(self.options, name) for name in _RECORDED},
         }
 
     def tokenizer_files(self) -> list[tuple[str, Path]]:
         """The files that a store keeps of its tokenizer, under the names that they have there."""
-        path = Path(self.tokenizer)
-        if path.suffix != ".json":
-            return []
-        return [
-            (name, place)
-            for name, place in zip(_TOKENIZER_FILES, (path, path.parent / _TOKENIZER_FILES[1]), strict=True)
-            if place.is_file()
-        ]
+        path = Path(self.options.tokenizer)
+        places = (path, path.with_name(_TOKENIZER_FILES[1])) if path.suffix == ".json" else ()
+        return [(name, place) for name, place in zip(_TOKENIZER_FILES, places, strict=False) if place.is_file()]
 
 
 _LOADED: dict[str, tuple[Tokenizer, Template]] = {}
@@ -138,6 +99,32 @@ class LostRecord(NamedTuple):
     row: int
     line: int
     reason: str
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums over rows, for the report; the same whatever the number of workers.
+
+    Attributes:
+        num_rows: rows stored.
+        num_tokens: tokens in them.
+        boundary_mismatches: rows whose prompt's tokens are not a prefix of the row's.
+        untrained_rows: rows without a trained token within the limit.
+        corner_rows: rows on which reference and positional mode differ.
+        long_prompts: rows whose prompt fills the limit, kept or cut.
+    """
+
+    num_rows: int = 0
+    num_tokens: int = 0
+    boundary_mismatches: int = 0
+    untrained_rows: int = 0
+    corner_rows: int = 0
+    long_prompts: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add another unit's counts."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass(frozen=True, slots=True)

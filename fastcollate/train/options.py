@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcollate.errors import InputError
+from fastcollate.options import flag_of, option
 
 if TYPE_CHECKING:
     from fastcollate.collate.collator import Collator
@@ -21,25 +22,6 @@ _AT_LEAST = {
     ),
 }  # fmt: skip
 _CHOICES = {"schedule": ("cosine", "constant"), "precision": ("auto", "float32", "bfloat16")}
-
-
-def option(default: Any, help_text: str, *flags: str, fixed: bool = False) -> Any:
-    """A field of an option dataclass, declared and explained once: the command line takes it from there.
-
-    Args:
-        default: its value where none is given.
-        help_text: what it means.
-        flags: what the command line calls it, the plainest first; `--its-name` without.
-        fixed: of a run: it decides what is trained on what, and cannot change when the run is resumed.
-
-    Example:
-        >>> @dataclass(frozen=True)
-        ... class Options:
-        ...     limit: int = option(5, "At most so many rows.")
-        >>> Options().limit
-        5
-    """
-    return field(default=default, metadata={"help": help_text, "flags": flags, "fixed": fixed})
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +229,3 @@ class AnswerOptions:
     def drawing(self) -> dict[str, Any]:
         """What `generate` takes of them, besides a generator."""
         return {"max_new_tokens": self.max_new_tokens, "top_k": self.top_k, "temperature": self.temperature}
-
-
-def flag_of(item: Field[Any]) -> str:
-    """What the command line calls an option."""
-    return str(next(iter(item.metadata["flags"]), f"--{item.name.replace('_', '-')}")).split("/")[0]

@@ -18,6 +18,7 @@ from test_prepare import many, store_hash, write_lines
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest import spec as spec_module
 from fastcollate.ingest.job import prepare
+from fastcollate.ingest.options import PrepareOptions
 from fastcollate.load.loader import BatchLoader
 from fastcollate.sources import blocks
 from fastcollate.sources import find as find_module
@@ -287,7 +288,7 @@ def test_a_template_that_changes_while_the_job_runs_is_an_error(
         prepare(source, tmp_path / "s", template=str(template), workers=1)  # with what was there when it began
     assert not prepare(source, tmp_path / "t", template=str(template)).reused
     assert TokenStore(tmp_path / "s")[0].input_ids.tolist() != TokenStore(tmp_path / "t")[0].input_ids.tolist()
-    sealed = spec_module.JobSpec(str(template), "gpt2", "auto").sealed()
+    sealed = spec_module.JobSpec(PrepareOptions(template=str(template))).sealed()
     template.write_text("{{ q }}!{% generation %}{{ a }}{% endgeneration %}")
     monkeypatch.setattr(spec_module, "_LOADED", {})  # as in a worker that begins late
     with pytest.raises(SourceReadError, match=r"t\.jinja' was changed while the job was running"):

@@ -7,8 +7,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from test_prepare import many, store_hash, write_lines
@@ -19,6 +20,7 @@ from fastcollate.errors import InputError
 from fastcollate.ingest import lock as lock_module
 from fastcollate.ingest.job import prepare
 from fastcollate.ingest.lock import JobLock
+from fastcollate.ingest.options import PrepareKeywords, PrepareOptions
 from fastcollate.sources import blocks
 
 START = (
@@ -194,3 +196,11 @@ def test_workers_end_with_their_leader(tmp_path: Path, source: Path) -> None:
     _, alive = psutil.wait_procs(workers, timeout=5)
     assert not alive
     leader.wait()
+
+
+def test_the_keywords_are_the_options(tmp_path: Path) -> None:
+    assert get_type_hints(PrepareKeywords) == get_type_hints(PrepareOptions)
+    for item in fields(PrepareOptions):
+        assert f"{item.name}: {item.metadata['help']}" in str(PrepareOptions.__doc__)
+    with pytest.raises(TypeError, match="tempalte"):
+        prepare(write_lines(tmp_path / "a.jsonl", many(2)), tmp_path / "s", tempalte="alpaca")  # type: ignore[call-arg]

@@ -1,0 +1,117 @@
+"""What a job is asked for, an option a field, declared and explained here and nowhere else; what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from fastcollate.errors import InputError
+from fastcollate.options import explained, option
+
+_CHOICES = {
+    "boundary": ("reference", "exact"),
+    "on_error": ("raise", "skip"),
+    "long_prompt": ("reject", "keep", "cut"),
+    "special_text": ("reject", "encode"),
+    "engine": ("local", "ray"),
+}
+
+
+class PrepareKeywords(TypedDict, total=False):
+    """The keyword arguments of a job; `PrepareOptions` explains them."""
+
+    template: str
+    tokenizer: str
+    backend: str
+    boundary: str
+    on_error: str
+    max_length: int | None
+    long_prompt: str
+    special_text: str
+    engine: str
+    workers: int | None
+    overwrite: bool
+    wait: bool
+
+
+@explained
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareOptions:
+    """How records become a store.
+
+    Raises:
+        InputError: a value is none of those that its option knows.
+
+    Example:
+        >>> PrepareOptions(template="phi3", workers=2).tokenizer
+        'gpt2'
+    """
+
+    template: str = option("alpaca", "How a record becomes text: alpaca, phi3, completion, chat, or a .jinja file.")
+    tokenizer: str = option("gpt2", "gpt2, r50k_base, p50k_base, cl100k_base, o200k_base, or a tokenizer.json.")
+    backend: str = option(
+        "auto", "auto, tiktoken or gigatoken (faster, checked against tiktoken); the ids are the same."
+    )
+    boundary: str = option(
+        "reference",
+        "reference: the length of the prompt tokenized by itself; exact: the response begins at the first token that "
+        "holds a character of it.",
+    )
+    on_error: str = option(
+        "raise",
+        "raise: stop at the first bad record; skip: list it in skipped.txt and go on. What is finished before a bad "
+        "record is kept for the next call, also for one that skips.",
+    )
+    max_length: int | None = option(None, "Limit in columns for --long-prompt and the counts; rows are stored whole.")
+    long_prompt: str = option(
+        "reject", "A prompt that fills the limit: reject (a bad record), keep, or cut (from the left)."
+    )
+    special_text: str = option("reject", "A text like <|endoftext|>: reject (a bad record), or encode as text.")
+    engine: str = option("local", "local processes, or ray for a cluster.")
+    workers: int | None = option(None, "Worker processes; the usable cores by default.")
+    overwrite: bool = option(False, "Make the store anew, whatever lies in its directory.", "--overwrite")
+    wait: bool = option(True, "Wait where another job is writing this store, or refuse.", "--wait/--no-wait")
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"workers={self.workers}: at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReport:
+    """What a job did.
+
+    Attributes:
+        store: the store's directory.
+        reused: whether a finished store of the same fingerprint was found and left as it is.
+        seconds: time taken.
+        tokenize_seconds: time inside the tokenizer, summed over workers; 0 for what an earlier run has done.
+        backend: what tokenized.
+        summary: counts, length percentiles, padding to expect; as in the manifest.
+        skipped_report: the file that lists skipped records, or `None`.
+    """
+
+    store: str
+    reused: bool
+    seconds: float
+    tokenize_seconds: float
+    backend: str
+    summary: dict[str, Any]
+    skipped_report: str | None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows stored."""
+        return int(self.summary["num_rows"])
+
+    @property
+    def title(self) -> str:
+        """What became of the store, in words."""
+        return f"{self.store}: " + ("found unchanged" if self.reused else f"finished in {self.seconds:.1f} s")
+
+    def __str__(self) -> str:
+        """A line a figure."""
+        return "\n".join([self.title, *(f"  {name.replace('_', ' ')}: {v}" for name, v in self.summary.items())])
