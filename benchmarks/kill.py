@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def kill_many_times(
         command: what to run.
         num_kills: how often it is killed.
         dice: the source of the moments.
-        delays_s: the earliest and the latest moment of a kill after a start; earlier where a whole run is over sooner.
+        delays_s: the earliest and the latest moment of a kill after a start; the latest longer than a whole run takes.
         progress: how far the command has come.
         finished: called when the command has come to its end between two kills; checks what it left, and removes it.
 
@@ -52,15 +51,12 @@ def kill_many_times(
     """
     kills: list[int] = []
     while len(kills) < num_kills:
-        delay_s, is_whole, started = dice.uniform(*delays_s), not progress(), time.perf_counter()
+        delay_s = dice.uniform(*delays_s)
         if run_and_kill(command, delay_s):
             kills.append(progress())
             print(f"kill {len(kills)} after {delay_s:.2f} s at {kills[-1]}", flush=True)
         else:
             print(f"finished after {len(kills)} kills; from the start again", flush=True)
-            if is_whole:  # the machine may be faster by now
-                share = min(1.0, (time.perf_counter() - started) / delays_s[1])
-                delays_s = delays_s[0] * share, delays_s[1] * share
             finished()
     return kills
 

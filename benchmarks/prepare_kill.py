@@ -52,7 +52,7 @@ def main() -> None:
             command(source, killed),
             num_kills,
             dice=random.Random(SEED),
-            delays_s=(total_s / 4, total_s),
+            delays_s=(total_s / 4, 1.25 * total_s),
             progress=progress,
             finished=finished,
         )

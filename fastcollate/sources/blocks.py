@@ -36,7 +36,7 @@ class Sizes:
         shard: bytes of the sources that share a shard, at most.
     """
 
-    block: int = 8 << 20
+    block: int = 4 << 20
     shard: int = 64 << 20
 
     def target(self, number: int) -> int:
