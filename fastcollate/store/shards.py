@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,6 +164,12 @@ def open_shards(root: Path, infos: Sequence[ShardInfo], schema: pa.Schema) -> tu
         raise InputError(
             f"{root}: {len(infos):,} shards, too many to open; merge them into few with: "
             f"fastcollate convert {root} NEW_DIRECTORY"
+        )
+    if sum(info.num_bytes <= SMALL_BYTES for info in infos) > MANY_SHARDS:
+        warnings.warn(
+            f"{root}: {len(infos):,} shards take a while to open; merge them into few with: "
+            f"fastcollate convert {root} NEW_DIRECTORY",
+            stacklevel=5,
         )
     opened: list[ShardColumns] = []
     for small, run in itertools.groupby(zip(infos, is_small, strict=True), lambda pair: pair[1]):

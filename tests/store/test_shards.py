@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,13 @@ def test_small_neighbours_are_read_as_one(
 ) -> None:
     monkeypatch.setattr(room, "MANY_SHARDS", most)
     monkeypatch.setattr(room, "SMALL_BYTES", small)
-    again = TokenStore(many.path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again = TokenStore(many.path)
+    num_small = {0: 0, 1300: 36, 1 << 18: 40}[small]
+    assert [str(w.message).split(";")[0] for w in said] == [f"{many.path}: 40 shards take a while to open"] * (
+        num_small > most
+    )
     wanted = 40 if most == 40 or not small else {1300: 9, 1 << 18: 1}[small]  # 4 long ones part 5 runs
     assert len(again.shards) == wanted
     assert [row.input_ids.tolist() for row in again] == [row.input_ids.tolist() for row in many]
