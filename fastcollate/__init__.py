@@ -38,19 +38,6 @@ _MODULE_OF = {
     "split_rows": "plan.splits",
 }
 
-__all__ = [
-    "Batch",
-    "BatchLoader",
-    "BucketBatchSampler",
-    "MixedStore",
-    "PackedBatch",
-    "StoreDataset",
-    "TokenStore",
-    "collate_fn",
-    "pack_lengths",
-    "plan_epoch",
-    "prepare",
-    "split_rows",
-]
+__all__ = list(_MODULE_OF)
 __version__ = "0.1.0"
 __getattr__, __dir__ = face(__name__, _MODULE_OF)

@@ -97,19 +97,19 @@ def _imported(path: Path, found: frozenset[Path] = frozenset()) -> frozenset[Pat
 
 
 class Compiling(event.Listener):  # type: ignore[misc]
-    """What `compiling` gives.
+    """Tells before the first kernel is compiled, where neither this process nor the disk has it, and counts.
 
     Attributes:
         seconds: how long kernels have been compiled so far, on any thread.
     """
 
-    def __init__(self, tell: Callable[[], None] | None) -> None:
+    def __init__(self, tell: Callable[[], None] | None = None) -> None:
         self.seconds = 0.0
         self._tell = tell
         self._starts: list[float] = []  # a kernel's parts are compiled within it
 
     def on_start(self, event: Any) -> None:
-        """A kernel, or a part of one, is about to be compiled: neither this process nor the disk has it."""
+        """A kernel, or a part of one, is about to be compiled."""
         if self._tell is not None:
             tell, self._tell = self._tell, None
             tell()
@@ -122,16 +122,18 @@ class Compiling(event.Listener):  # type: ignore[misc]
             self.seconds += time.perf_counter() - start
 
 
-@contextlib.contextmanager
-def compiling(tell: Callable[[], None] | None = None) -> Iterator[Compiling]:
-    """Watch kernels being compiled within a block: `tell` is called once, before the first one, if there is any.
+COMPILED = Compiling()  # since this process began
+event.register("numba:compile", COMPILED)
 
-    It may be called on another thread. What lies in the kernel cache is not compiled.
+
+@contextlib.contextmanager
+def compiling(tell: Callable[[], None]) -> Iterator[Compiling]:
+    """Within a block `tell` is called once, before the first kernel is compiled, if one is; maybe on another thread.
 
     Example:
         >>> with compiling(lambda: print("compiling kernels (once)")) as watch:
         ...     batch = next(iter(loader))
-        >>> watch.seconds  # to be taken off what was waited
+        >>> watch.seconds
         3.1
     """
     watch = Compiling(tell)
@@ -140,6 +142,13 @@ def compiling(tell: Callable[[], None] | None = None) -> Iterator[Compiling]:
 
 
 # ------------------------------------------------------------------------------------------------ memory at an address
+
+
+@part
+def address_of(array: Any) -> int:
+    """Where an array's memory begins."""
+    return np.int64(array.ctypes.data)  # type: ignore[no-any-return]
+
 
 if config.DISABLE_JIT:
 
@@ -154,10 +163,6 @@ if config.DISABLE_JIT:
     def borrow(array: Any) -> Any:
         """The array itself: nothing counts references here."""
         return array
-
-    def address_of(array: Any) -> int:
-        """Where an array's memory begins."""
-        return int(array.ctypes.data)
 
     def prefetch(address: int) -> None:
         """Nothing to do: a hint to the processor."""
@@ -202,16 +207,6 @@ else:
             return _as_array(context, builder, array, own.data, shape, strides)
 
         return array(array), codegen
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def address_of(_: Any, array: Any) -> Any:
-        """Where an array's memory begins."""
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            own = context.make_array(array)(context, builder, value=args[0])
-            return builder.ptrtoint(own.data, context.get_value_type(types.int64))
-
-        return types.int64(array), codegen
 
     @intrinsic  # type: ignore[untyped-decorator]
     def prefetch(_: Any, address: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 
 
@@ -18,3 +19,8 @@ def face(package: str, module_of: Mapping[str, str]) -> tuple[Callable[[str], ob
         return value
 
     return get, lambda: sorted({*vars(sys.modules[package]), *module_of})
+
+
+def warn_moved(module: str, instead: str) -> None:
+    """Say once, to who imports a module at its old place, where its names are now."""
+    warnings.warn(f"{module} has moved, and goes with the next release: {instead}", FutureWarning, stacklevel=3)

@@ -1,11 +1,6 @@
 """Moved to `fastcollate.plan.mixing`; this file goes with the next release."""
 
-import warnings
-
+from fastcollate.lazy import warn_moved
 from fastcollate.plan.mixing import MixedStore as MixedStore
 
-warnings.warn(
-    "fastcollate.mixing has moved, and goes with the next release: from fastcollate import MixedStore",
-    FutureWarning,
-    stacklevel=2,
-)
+warn_moved(__name__, "from fastcollate import MixedStore")

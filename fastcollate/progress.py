@@ -30,38 +30,21 @@ def progress_bar(
         ...     for row in range(3):
         ...         bar.update(task, advance=1)
     """
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     progress = renamed_switch(progress, old="disable", given=disable)
-    layout: list[ProgressColumn] = [
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-    ]
-    if unit:
-        layout.append(TextColumn(unit))
-    layout += [TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(compact=True)]
-    layout += [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
-    with Progress(*layout, console=Console(stderr=True, quiet=not progress), disable=not progress) as bar:
+    layout: list[str | rich_progress.ProgressColumn] = [
+        "{task.description}", rich_progress.BarColumn(bar_width=20), rich_progress.MofNCompleteColumn(),
+        *[unit] * bool(unit), rich_progress.TimeElapsedColumn(), "eta", rich_progress.TimeRemainingColumn(compact=True),
+        *(f"{{task.fields[{name}]}}" for name in columns),
+    ]  # fmt: skip
+    with rich_progress.Progress(*layout, console=Console(stderr=True, quiet=not progress), disable=not progress) as bar:
         yield bar
 
 
 def renamed_switch(progress: bool, *, old: str, given: bool | None) -> bool:
-    """`progress`, or what its old name says: `show` means the same, `silent` and `disable` the contrary.
-
-    Example:
-        >>> renamed_switch(True, old="silent", given=None)
-        True
-    """
+    """`progress`, or what its old name says: `show` means the same, `silent` and `disable` the contrary."""
     if given is None:
         return progress
     warnings.warn(

@@ -48,7 +48,7 @@ def run(package: Path, **environment: str) -> str:
 
 
 def test_there_are_kernel_files() -> None:
-    assert {"fill.py", "rows.py", "kernels.py", "pages.py"} <= {path.name for path in KERNEL_FILES}
+    assert {"fill.py", "layout.py", "kernels.py", "pages.py"} <= {path.name for path in KERNEL_FILES}
 
 
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
@@ -56,7 +56,7 @@ def test_a_kernel_is_made_of_all_that_its_file_imports(path: Path) -> None:
     files = {file.name for file in jit._imported(path)}
     assert {path.name, "jit.py"} <= files
     if path.parent.name == "collate":
-        assert {"rows.py", "settings.py"} <= files
+        assert {"layout.py", "settings.py"} <= files
 
 
 def decorated(tree: ast.Module, *names: str) -> list[ast.FunctionDef]:
@@ -85,7 +85,7 @@ def test_only_kernels_name_a_part_of_kernels() -> None:
 def test_kernels_are_renewed_when_a_file_that_they_use_changes_and_only_then(package: Path) -> None:
     assert run(package) == COMPILED
     assert run(package) == WITHOUT
-    rows = package / "store" / "rows.py"
+    rows = package / "store" / "layout.py"
     os.utime(rows, (1, 1))
     assert run(package) == WITHOUT  # the same text
     (package / "cli.py").write_text("")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -20,14 +20,13 @@ SAMPLE_STEPS = 120  # enough to see the loss fall, in a minute or two on two cor
 @with_options
 def train(
     data: Annotated[
-        Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+        list[str] | None,
         typer.Option(help="Files of records; repeatable. Without --data and --store: 120 steps of a built-in sample."),
     ] = None,
-    store: Annotated[Optional[Path], typer.Option(help="A prepared token store, in place of --data.")] = None,  # noqa: UP045
+    store: Annotated[Path | None, typer.Option(help="A prepared token store, in place of --data.")] = None,
     template: Annotated[str, typer.Option(help="How a record of --data becomes text: alpaca or phi3.")] = "alpaca",
     field: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Where a template field comes from, as instruction=question; repeatable."),
+        list[str] | None, typer.Option(help="Where a template field comes from, as instruction=question; repeatable.")
     ] = None,
     *,
     options: TrainOptions,
@@ -103,11 +102,11 @@ def generate(
 def evaluate(
     checkpoint: Run,
     options: AnswerOptions,
-    store: Annotated[Optional[Path], typer.Option(help="The token store; by default the run's own.")] = None,  # noqa: UP045
+    store: Annotated[Path | None, typer.Option(help="The token store; by default the run's own.")] = None,
     split: Annotated[str, typer.Option(help="train, test or validation, as the run split its rows.")] = "test",
-    limit: Annotated[Optional[int], typer.Option(help="Answer only so many rows.")] = None,  # noqa: UP045
+    limit: Annotated[int | None, typer.Option(help="Answer only so many rows.")] = None,
     answers_file: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--out", help="The JSON file to write; by default answers-SPLIT.json beside the checkpoint."),
     ] = None,
     json_output: Json = False,

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastcollate.errors import InputError
+from fastcollate.plan.mixing import MixedStore
+from fastcollate.store import TokenStore
 from fastcollate.text import load_tokenizer
 
 _PROBE = "Below is an instruction: add 12,345 and 67; spell 'naïve café'.\n\n### Response:\n"
 
 
-class Vocabulary(Protocol):
-    """What is checked of a store."""
-
-    @property
-    def path(self) -> Any:
-        """Where it lies."""
-
-    @property
-    def tokenizer_name(self) -> str:
-        """The encoding's name."""
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids."""
-
-
-def check_model(store: Vocabulary, model: nn.Module) -> None:
+def check_model(store: TokenStore | MixedStore, model: nn.Module) -> None:
     """Compare a store's ids with a model's token embedding.
 
     Raises:
@@ -44,7 +30,7 @@ def check_model(store: Vocabulary, model: nn.Module) -> None:
         )
 
 
-def check_tokenizer(store: Vocabulary, tokenizer: Any) -> None:
+def check_tokenizer(store: TokenStore | MixedStore, tokenizer: Any) -> None:
     """Compare a store's tokenizer with one of Hugging Face, by size and by the ids of a probe text.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import random
@@ -106,13 +107,7 @@ class Counters:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `path` atomically: a crash leaves the old file or the new one, never a part.
-
-    Example:
-        >>> save_checkpoint(Path("copy.pt"), load_checkpoint(Path("runs/first")))
-        >>> load_checkpoint(Path("copy.pt")).step
-        2
-    """
+    """Write `path` atomically: a crash leaves the old file or the new one, never a part."""
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     content |= {"format_version": FORMAT_VERSION, "config": asdict(checkpoint.config)}
     with files.replacing(path) as file:
@@ -124,10 +119,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         InputError: there is none, it is damaged, or another release wrote it.
-
-    Example:
-        >>> load_checkpoint(Path("runs/first")).step
-        2
     """
     path = path / CHECKPOINT if path.is_dir() else path
     if not path.is_file():
@@ -146,11 +137,6 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT2, Ch
 
     Raises:
         InputError: as `load_checkpoint`.
-
-    Example:
-        >>> model, saved = load_model(Path("runs/first"))
-        >>> saved.data["tokenizer"]
-        'gpt2'
     """
     checkpoint = load_checkpoint(path)
     model = GPT2(checkpoint.config)
@@ -175,20 +161,15 @@ def find_checkpoint(options: TrainOptions) -> Checkpoint | None:
     saved = load_checkpoint(options.out) if (options.out / CHECKPOINT).exists() else None
     if saved is not None:
         options.with_precision("", saved.options).check_against(saved.options)
-    if options.resume or (saved is not None and has_ended(saved, options)):
+    if options.resume or (saved is not None and _has_ended(saved, options)):
         return saved
     if saved is not None or (options.out / METRICS).exists():
         raise InputError(f"{options.out}: holds a run already; continue it with --resume, or choose another --out")
     return None
 
 
-def has_ended(saved: Checkpoint, options: TrainOptions) -> bool:
-    """Whether a run with these options has nothing left to train.
-
-    Example:
-        >>> has_ended(load_checkpoint(Path("runs/first")), TrainOptions(max_steps=2))
-        True
-    """
+def _has_ended(saved: Checkpoint, options: TrainOptions) -> bool:
+    """Whether a run with these options has nothing left to train."""
     ending = options.ending(
         step=saved.step,
         epoch=saved.progress.get("epoch", saved.loader["epoch"]),  # releases before 0.2 kept it there only
@@ -198,13 +179,8 @@ def has_ended(saved: Checkpoint, options: TrainOptions) -> bool:
 
 
 def how_it_goes_on(saved: Checkpoint, options: TrainOptions, total_steps: int) -> str:
-    """A line for a run that goes on from a checkpoint.
-
-    Example:
-        >>> print(how_it_goes_on(load_checkpoint(Path("runs/first")), TrainOptions(max_steps=9), 9))
-        runs/train: going on after step 2 of 9; the learning rate goes by 9 steps from here on, not 2
-    """
-    if has_ended(saved, options):
+    """A line for a run that goes on from a checkpoint."""
+    if _has_ended(saved, options):
         return f"{options.out}: this run has ended, at step {saved.step}; for more, --resume with more --max-steps"
     line = f"{options.out}: going on after step {saved.step} of {total_steps}"
     before = saved.progress["total_steps"]
@@ -214,15 +190,7 @@ def how_it_goes_on(saved: Checkpoint, options: TrainOptions, total_steps: int) -
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of the generators that training may draw from.
-
-    Example:
-        >>> states = random_states(torch.device("cpu"))
-        >>> first = torch.rand(2)
-        >>> set_random_states(states, torch.device("cpu"))
-        >>> torch.equal(torch.rand(2), first)
-        True
-    """
+    """The states of the generators that training may draw from."""
     return {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
@@ -231,11 +199,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Continue with states of `random_states`.
-
-    Example:
-        >>> set_random_states(random_states(torch.device("cpu")), torch.device("cpu"))
-    """
+    """Continue with states of `random_states`."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(states["torch"])
@@ -246,21 +210,13 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
 class RunLog:
     """Writes `metrics.jsonl` (a line a step), `evaluations.jsonl` and TensorBoard events under one directory.
 
-    Args:
-        directory: the run's directory.
-        first_step: lines of later steps, left by a run that died after its last checkpoint, are removed: those
-            steps are done again.
-        tensorboard: also write TensorBoard events, if the package is installed.
-
-    Example:
-        >>> log = RunLog(Path("."), tensorboard=False)
-        >>> log.step({"step": 1, "loss": 3.2, "learning_rate": 1e-3, "useful_tokens": 400})
-        >>> log.close()
+    Lines after `first_step`, of a run that died after its last checkpoint, are removed: those steps are done again.
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = True) -> None:
-        for name in (METRICS, EVALUATIONS):
-            _keep_until(directory / name, first_step)
+        for path in (directory / METRICS, directory / EVALUATIONS):
+            if path.exists():
+                files.write_file(path, [json.dumps(line) for line in read_lines(path) if line["step"] <= first_step])
         self._metrics = open(directory / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._evaluations = open(directory / EVALUATIONS, "a", encoding="utf-8")  # noqa: SIM115
         self._writer = None
@@ -270,11 +226,11 @@ class RunLog:
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
 
     def step(self, values: Mapping[str, float | int | None]) -> None:
-        """Write one step's line; `None` stands for a loss that there is not."""
+        """Write a step's line; `None` stands for a loss that there is not."""
         self._write(self._metrics, values, ("loss", "learning_rate", "useful_tokens"))
 
     def evaluation(self, values: Mapping[str, float | int | None]) -> None:
-        """Write one evaluation's line."""
+        """Write an evaluation's line."""
         self._write(self._evaluations, values, ("validation_loss",))
 
     def _write(self, file: Any, values: Mapping[str, Any], shown: tuple[str, ...]) -> None:
@@ -294,41 +250,17 @@ class RunLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; a last line that a kill cut short is left out.
-
-    Example:
-        >>> [line["step"] for line in read_lines(Path("runs/first/metrics.jsonl"))]
-        [1, 2]
-    """
-    objects = []
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # nothing behind a torn line can be trusted
+    """The objects of a JSON Lines file; a last line that a kill cut short is left out."""
+    objects: list[dict[str, Any]] = []
+    if path.exists():
+        with contextlib.suppress(json.JSONDecodeError):  # nothing behind a torn line can be trusted
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                objects.append(json.loads(line))
     return objects
 
 
-def _keep_until(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    files.write_file(path, [json.dumps(line) for line in read_lines(path) if line["step"] <= step])
-
-
 def plot_losses(directory: Path) -> Path | None:
-    """Draw the losses of a run into `loss.png`.
-
-    Returns:
-        The picture's path, or `None` where matplotlib (the extra `plot`) is not installed.
-
-    Example:
-        >>> plot_losses(Path("runs/first"))  # needs matplotlib
-        PosixPath('runs/first/loss.png')
-    """
+    """Draw the losses of a run into `loss.png`; `None` where matplotlib (the extra `plot`) is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure
@@ -339,13 +271,8 @@ def plot_losses(directory: Path) -> Path | None:
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss")
     axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], linewidth=0.8, label="training")
     if evaluations:
-        axes.plot(
-            [line["step"] for line in evaluations],
-            [line["validation_loss"] for line in evaluations],
-            marker="o",
-            markersize=3,
-            label="validation",
-        )
+        found = [line["step"] for line in evaluations], [line["validation_loss"] for line in evaluations]
+        axes.plot(*found, marker="o", markersize=3, label="validation")
     axes.legend()
     axes.grid(alpha=0.3)
     with files.replacing(directory / PLOT) as file:

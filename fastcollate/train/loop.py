@@ -7,33 +7,19 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastcollate.errors import InputError
-from fastcollate.jit import compiling
+from fastcollate.jit import COMPILED, compiling
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
+from fastcollate.train import files
 from fastcollate.train.answers import continue_prompt
-from fastcollate.train.files import (
-    BEST,
-    CHECKPOINT,
-    METRICS,
-    Checkpoint,
-    Counters,
-    RunLog,
-    TrainReport,
-    find_checkpoint,
-    how_it_goes_on,
-    plot_losses,
-    random_states,
-    read_lines,
-    save_checkpoint,
-    set_random_states,
-)
+from fastcollate.train.files import Checkpoint, Counters, TrainReport
 from fastcollate.train.loss import Readback
 from fastcollate.train.model import GPT2, config_of, load_published
 from fastcollate.train.options import TrainOptions
@@ -54,14 +40,6 @@ if TYPE_CHECKING:
 _FIRST_SKIPPED = 5  # so many steps without a trained token, from the first on, are said at once
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A step whose loss may still be under way on a GPU; it is read when the next step has been started."""
-
-    loss: Readback | None
-    values: dict[str, float | int | None] = field(default_factory=dict)
-
-
 class _Run:
     """One process's part of a run."""
 
@@ -80,17 +58,16 @@ class _Run:
         if saved is not None:
             self._continue_from(saved)
         options.out.mkdir(parents=True, exist_ok=True)
-        self.log = (
-            RunLog(options.out, first_step=self.counters.step, tensorboard=options.tensorboard)
-            if ranks.is_first
-            else None
-        )
+        self.log = None
+        if ranks.is_first:
+            self.log = files.RunLog(options.out, first_step=self.counters.step, tensorboard=options.tensorboard)
         self.report = TrainReport(out=str(options.out))
-        self.pending: _Pending | None = None
+        # A step whose loss may still be under way on a GPU; it is read when the next step has been started.
+        self.pending: tuple[Readback | None, dict[str, Any]] | None = None
         self.recent: list[float] = []
         self.useful_here = 0
         self.wait_s = 0.0
-        self.compiled_s = 0.0
+        self.compiled_s = COMPILED.seconds
         self.steps_in_epoch = 0
 
     def _plan_steps(self) -> int:
@@ -112,12 +89,13 @@ class _Run:
         total = self.counters.total_steps
         self.counters = Counters(**{**saved.progress, "epoch": self.feed.epoch, "total_steps": total})
         if len(saved.random) == self.ranks.world_size:
-            set_random_states(saved.random[self.ranks.rank], self.ranks.device)
+            files.set_random_states(saved.random[self.ranks.rank], self.ranks.device)
         else:
             torch.manual_seed(self.options.seed + self.counters.step * 1_000_003 + self.ranks.rank)
-        self._say(how_it_goes_on(saved, self.options, total))
+        self.say(files.how_it_goes_on(saved, self.options, total))
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
         self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _ending(self) -> str | None:
@@ -128,18 +106,12 @@ class _Run:
 
     def loop(self, interrupts: Interrupts) -> None:
         """Train until done, or until somebody asks to stop."""
-        with compiling(lambda: self._say("compiling kernels (once)")) as self.watch:
-            self._loop(interrupts)
-
-    def _loop(self, interrupts: Interrupts) -> None:
         options, counters = self.options, self.counters
-        task = self.progress.add_task(
-            "training", total=counters.total_steps, completed=counters.step, loss="", rate="", waiting=""
-        )
+        task = self.progress.add_task("training", total=counters.total_steps, **self._shown())
         while (ending := self._ending()) is None:
             start = time.perf_counter()
             data = self.feed.next_step(stop=interrupts.asked)
-            if data.is_stopped:
+            if data.total.stop:
                 ending = "interrupted"
                 break
             counters.epoch = self.feed.epoch
@@ -147,73 +119,70 @@ class _Run:
                 self._end_epoch()
                 continue
             self._step(data, start)
-            self.progress.update(task, completed=counters.step, **self._shown())
+            self.progress.update(task, **self._shown())
             if options.eval_every and counters.step % options.eval_every == 0:
                 self._evaluate()
             if options.checkpoint_every and counters.step % options.checkpoint_every == 0:
-                self._save(CHECKPOINT)
+                self._save(files.CHECKPOINT)
         self.report.ended = ending
         self._flush()
         if ending != "interrupted":
             self._require_trained_steps()
             if self.steps_in_epoch:
                 self._print_sample(f"after step {counters.step}")
-        self.progress.update(task, completed=counters.step, **self._shown())
+        self.progress.update(task, **self._shown())
 
     def _step(self, data: StepData, start: float) -> None:
         counters = self.counters
         counters.step += 1
         self.steps_in_epoch += 1
         rate = learning_rate_at(counters.step, self.options, counters.total_steps)
-        loss = self.stepper.step(data.batches, data.num_trained, rate) if data.num_trained else None
+        loss = self.stepper.step(data.batches, data.total.num_trained, rate) if data.total.num_trained else None
         counters.skipped_steps += loss is None
-        counters.tokens_seen += data.num_useful
+        counters.tokens_seen += data.total.num_useful
         self._flush()
         wait_s = self._waited_for_data(data)
         step_s = time.perf_counter() - start - (data.wait_s - wait_s)
-        self.useful_here += data.num_useful
+        self.useful_here += data.total.num_useful
         self.wait_s += wait_s
         self.report.seconds += step_s
         values = {
-            "step": counters.step,
-            "loss": None,
-            "learning_rate": rate,
-            "useful_tokens": data.num_useful,
-            "wait_s": round(wait_s, 6),
-            "step_s": round(step_s, 6),
-        }
-        self.pending = _Pending(None if loss is None else Readback(loss), values)
+            "step": counters.step, "loss": None, "learning_rate": rate, "useful_tokens": data.total.num_useful,
+            "wait_s": round(wait_s, 6), "step_s": round(step_s, 6),
+        }  # fmt: skip
+        self.pending = None if loss is None else Readback(loss), values
         if counters.skipped_steps == counters.step == _FIRST_SKIPPED:
-            self._say(f"note: {self._why_nothing_is_trained()}")
+            self.say(f"note: {self._why_nothing_is_trained()}")
 
     def _waited_for_data(self, data: StepData) -> float:
         """Seconds of a step's wait, without the start: kernels are compiled once, and a first batch cannot overlap."""
-        compiled_s = self.watch.seconds - self.compiled_s
+        compiled_s = COMPILED.seconds - self.compiled_s
         self.compiled_s += compiled_s
         return max(0.0, data.wait_s - compiled_s) if self.useful_here else 0.0
 
     def _flush(self) -> None:
         """Read, check and log the loss of the step before."""
-        pending, self.pending = self.pending, None
-        if pending is None:
+        if self.pending is None:
             return
-        if pending.loss is not None:
-            (loss,) = self.ranks.sum([pending.loss.read()])
+        (readback, values), self.pending = self.pending, None
+        if readback is not None:
+            (loss,) = self.ranks.sum([readback.read()])
             if not abs(loss) < float("inf"):
                 raise InputError(
-                    f"the loss became {loss} at step {pending.values['step']}; lower --learning-rate, or raise "
-                    "--warmup; the last checkpoint is from before"
+                    f"the loss became {loss} at step {values['step']}; lower --learning-rate, or raise --warmup; the "
+                    "last checkpoint is from before"
                 )
-            pending.values["loss"] = loss
+            values["loss"] = loss
             self.recent = [*self.recent[-9:], loss]
             if self.report.first_loss is None:
                 self.report.first_loss = loss
         if self.log is not None:
-            self.log.step(pending.values)
+            self.log.step(values)
 
     def _shown(self) -> dict[str, Any]:
         seconds = max(self.report.seconds, 1e-9)
         return {
+            "completed": self.counters.step,
             "loss": f"loss {self.recent[-1]:.3f}" if self.recent else "",
             "rate": f"{self.useful_here / seconds:,.0f} useful tok/s",
             "waiting": f"wait {100 * self.wait_s / seconds:.1f}%",
@@ -223,8 +192,8 @@ class _Run:
         self._flush()
         counters, options = self.counters, self.options
         counters.last_evaluation = counters.step
-        losses, trained = 0.0, 0
-        for batch in validation_batches(self.store, options, self.ranks, self.splits["validation"], self.context):
+        losses, trained, context = 0.0, 0, self.stepper.model.config.context_length
+        for batch in validation_batches(self.store, options, self.ranks, self.splits["validation"], context):
             losses += self.stepper.sum_of_losses(batch)
             trained += batch.num_trained
         losses, total = self.ranks.sum([losses, trained])
@@ -234,16 +203,11 @@ class _Run:
         if counters.best_loss is None or loss < counters.best_loss:
             counters.best_loss, counters.evaluations_since_best = loss, 0
             if options.patience is not None:
-                self._save(BEST)
+                self._save(files.BEST)
         else:
             counters.evaluations_since_best += 1
         if self.log is not None:
             self.log.evaluation({"step": counters.step, "validation_loss": loss, "trained_tokens": int(total)})
-
-    @property
-    def context(self) -> int:
-        """The model's longest input."""
-        return self.stepper.model.config.context_length
 
     def _end_epoch(self) -> None:
         if not self.steps_in_epoch and self.report.epochs:
@@ -274,15 +238,15 @@ class _Run:
         rows = self.splits["validation"] or self.splits["train"]
         self.stepper.model.eval()
         text = continue_prompt(self.stepper.model, self.store, rows.start, self.options.sample_tokens)
-        self._say(f"--- sample {when}\n{text}\n---")
+        self.say(f"--- sample {when}\n{text}\n---")
 
     def _save(self, name: str) -> None:
         self._flush()
-        states = self.ranks.gather(random_states(self.ranks.device))
+        states = self.ranks.gather(files.random_states(self.ranks.device))
         if not self.ranks.is_first:
             return
         out = self.options.out
-        save_checkpoint(
+        files.save_checkpoint(
             out / name,
             Checkpoint(
                 step=self.counters.step,
@@ -308,14 +272,14 @@ class _Run:
         report, counters, options = self.report, self.counters, self.options
         if report.ended != "interrupted" and options.eval_every and counters.last_evaluation != counters.step:
             self._evaluate()
-        self._save(CHECKPOINT)
+        self._save(files.CHECKPOINT)
         if self.log is not None:
             self.log.close()
-            plot = plot_losses(options.out)
+            plot = files.plot_losses(options.out)
             report.plot = str(plot) if plot is not None else None
         report.steps, report.skipped_steps = counters.step, counters.skipped_steps
         report.epochs, report.tokens_seen = self.feed.epoch, counters.tokens_seen
-        recent = self.recent or [line["loss"] for line in read_lines(options.out / METRICS)[-10:]]
+        recent = self.recent or [line["loss"] for line in files.read_lines(options.out / files.METRICS)[-10:]]
         recent = [loss for loss in recent if loss is not None]
         report.last_loss = sum(recent) / len(recent) if recent else None
         report.validation_loss = counters.validation_loss
@@ -368,14 +332,15 @@ def train(
 def _train(store: TokenStore, options: TrainOptions, ranks: Ranks, *, progress: bool) -> TrainReport:
     if ranks.device.type == "cpu":
         recycle_freed_memory()
-    saved = find_checkpoint(options)
+    saved = files.find_checkpoint(options)
     options = options.with_precision(ranks.device.type, saved.options if saved is not None else None)
     with (
         Interrupts() as interrupts,
         progress_bar("loss", "rate", "waiting", unit="steps", progress=progress) as bar,
     ):
         run = _Run(store, options, ranks, saved, bar)
-        run.loop(interrupts)
+        with compiling(lambda: run.say("compiling kernels (once)")):
+            run.loop(interrupts)
         return run.finish()
 
 

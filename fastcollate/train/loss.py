@@ -21,15 +21,9 @@ _HAS_STATIC_NONZERO = tuple(int(part) for part in torch.__version__.split(".")[:
 def trained_cells(
     targets: Tensor, ignore_index: int = IGNORE_INDEX, *, num_trained: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The cells that carry a target.
+    """The cells that carry a target: places in the flattened targets, and the targets there, int64 `(cells,)` each.
 
-    Args:
-        targets: int64, any shape.
-        ignore_index: marks a cell without target.
-        num_trained: how many carry one, if that is known: then nothing waits for a GPU.
-
-    Returns:
-        positions in the flattened targets, and the targets there, int64 `(cells,)` each.
+    Given `num_trained`, how many there are, nothing waits for a GPU.
 
     Example:
         >>> trained_cells(torch.tensor([[-100, 7], [8, -100]]))
@@ -44,31 +38,15 @@ def trained_cells(
     return cells, flat[cells]
 
 
-def default_chunk(vocab_size: int, device: torch.device) -> int:
-    """Cells a chunk: logits that stay near the cache on a CPU, and fill a GPU (half a GB in float32).
-
-    Example:
-        >>> default_chunk(50_257, torch.device("cpu"))
-        667
-    """
+def _default_chunk(vocab_size: int, device: torch.device) -> int:
+    """Cells a chunk: logits that stay near the cache on a CPU, and fill a GPU (half a GB in float32)."""
     logits = 1 << 27 if device.type == "cuda" else 1 << 25
     return max(64, logits // vocab_size)
 
 
 def cell_losses(hidden: Tensor, head_weight: Tensor, labels: Tensor, *, chunk: int | None = None) -> Tensor:
-    """The cross-entropy of each cell, float32 or wider `(cells,)`, without gradient (evaluation).
-
-    Args:
-        hidden: what the head reads, `(cells, width)`.
-        head_weight: `(vocabulary, width)`.
-        labels: int64 `(cells,)`.
-        chunk: cells at a time.
-
-    Example:
-        >>> cell_losses(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 5]))
-        tensor([2.0794, 2.0794])
-    """
-    chunk = chunk or default_chunk(head_weight.shape[0], hidden.device)
+    """The cross-entropy of each cell, float32 or wider `(cells,)`, without gradient (evaluation); see `scaled_loss`."""
+    chunk = chunk or _default_chunk(head_weight.shape[0], hidden.device)
     with torch.no_grad():
         parts = [
             functional.cross_entropy(_wide(functional.linear(part, head_weight)), wanted, reduction="none")
@@ -96,7 +74,7 @@ def scaled_loss(
         >>> scaled_loss(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 5]), scale=1 / 2)
         tensor(2.0794)
     """
-    chunk = chunk or default_chunk(head_weight.shape[0], hidden.device)
+    chunk = chunk or _default_chunk(head_weight.shape[0], hidden.device)
     loss: Tensor = _ChunkedLoss.apply(hidden, head_weight, labels, scale, chunk)  # type: ignore[no-untyped-call]
     return loss
 
@@ -152,16 +130,7 @@ def _chunk(
 
 
 class Readback:
-    """A number on its way from the device; reading it waits for that copy alone, not for what was queued behind it.
-
-    Args:
-        value: one element, on any device.
-
-    Example:
-        >>> loss = Readback(stepper.step(batches, num_trained, 1e-3))
-        >>> 9 < loss.read() < 12  # after the next step has been started
-        True
-    """
+    """A number on its way from the device; reading it waits for that copy alone, not for what was queued behind it."""
 
     def __init__(self, value: Tensor) -> None:
         self._copied = None

@@ -143,7 +143,7 @@ class TrainOptions(MaskOptions):
                 value = getattr(self, name)
                 self._require(name, value is None or value >= least, f"{least} or more")
         for name, choices in _CHOICES.items():
-            self._require(name, getattr(self, name) in choices, " or ".join(choices))
+            self._require(name, getattr(self, name) in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
         self._require("dropout", 0 <= self.dropout < 1, "0 or more, below 1")
         self._require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "more than 0")
         self._require("train_share", 0 < self.train_share <= 1, "more than 0, at most 1")

@@ -40,11 +40,6 @@ class Ranks:
         device: where this rank computes.
         counters: the group over which counts are summed on the CPU (no wait for the GPU), apart from the gradients' so
             that `close` can end its threads; `None` if alone.
-
-    Example:
-        >>> ranks = Ranks(0, 1, torch.device("cpu"), None)  # alone
-        >>> ranks.sum([3, 4])
-        [3, 4]
     """
 
     rank: int
@@ -59,12 +54,7 @@ class Ranks:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks, exactly for counts below 2**53."""
-        if self.world_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.counters)
-        summed: list[float] = total.tolist()
-        return summed
+        return [sum(column) for column in zip(*self.exchange(values), strict=True)]
 
     def exchange(self, values: Sequence[float]) -> list[list[float]]:
         """The values of every rank, by rank, on every rank; exact for counts below 2**53."""
@@ -108,13 +98,7 @@ class Ranks:
 
 
 class Interrupts:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish, so that a step is never cut in half; the second one stops.
-
-    Example:
-        >>> with Interrupts() as interrupts:
-        ...     interrupts.asked
-        False
-    """
+    """Turns the first Ctrl-C (or SIGTERM) into a wish, so that a step is never cut in half; the second one stops."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -198,10 +182,6 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
     Raises:
         InputError: it is not there.
-
-    Example:
-        >>> choose_device("cpu")
-        device(type='cpu')
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,9 +208,6 @@ def recycle_freed_memory() -> None:
     """Let the C library keep large blocks that a step frees for the next one (glibc; elsewhere nothing happens).
 
     Otherwise each logit chunk and each gradient comes as fresh pages, which cost a sixth of a small model's step.
-
-    Example:
-        >>> recycle_freed_memory()
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -239,12 +216,7 @@ def recycle_freed_memory() -> None:
 
 
 def num_compilations() -> int:
-    """Graphs that `torch.compile` has compiled in this process so far.
-
-    Example:
-        >>> num_compilations()
-        0
-    """
+    """Graphs that `torch.compile` has compiled in this process so far."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])

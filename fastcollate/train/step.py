@@ -91,13 +91,7 @@ class _Loss(nn.Module):
 
 
 class Stepper:
-    """Model and optimizer, a step at a time.
-
-    Args:
-        model: on its device.
-        options: what the optimizer, precision and compilation are to be.
-        ranks: who trains together.
-    """
+    """Model and optimizer, a step at a time."""
 
     def __init__(self, model: GPT2, options: TrainOptions, ranks: Ranks) -> None:
         self.model = model
@@ -107,10 +101,10 @@ class Stepper:
         self.optimizer = make_optimizer(model, options.weight_decay)
 
     def step(self, batches: Sequence[MicroBatch], num_trained: int, learning_rate: float) -> Tensor:
-        """Train on micro-batches.
+        """Train on micro-batches: as many on every rank, `empty_batch` where it has none.
 
         Args:
-            batches: as many on every rank; `empty_batch` where a rank has none.
+            batches: this rank's.
             num_trained: trained tokens in all batches of all ranks, not 0.
             learning_rate: of this step.
 
@@ -157,13 +151,10 @@ class Stepper:
             return batch._replace(cu_seqlens=fill_bounds(batch.cu_seqlens))
         return round_up_width(batch, self.options.width_multiple)
 
-    @contextlib.contextmanager
-    def _no_sync(self, more_to_come: bool) -> Iterator[None]:
+    def _no_sync(self, more_to_come: bool) -> contextlib.AbstractContextManager[Any]:
         if more_to_come and isinstance(self._loss, nn.parallel.DistributedDataParallel):
-            with self._loss.no_sync():
-                yield
-        else:
-            yield
+            return self._loss.no_sync()
+        return contextlib.nullcontext()
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -218,32 +209,17 @@ class StepData(NamedTuple):
 
     Attributes:
         batches: this rank's, as many as every other rank's; none at the end of an epoch.
-        num_trained: trained tokens of all ranks.
-        num_useful: useful tokens of all ranks.
+        total: what was decided for all ranks.
         wait_s: seconds that this rank waited for its batches.
-        is_stopped: some rank was asked to stop; nothing is trained then.
     """
 
     batches: list[MicroBatch]
-    num_trained: int
-    num_useful: int
+    total: Offer
     wait_s: float
-    is_stopped: bool
 
 
 class Feed:
-    """A loader's batches, `accumulate` of them a step.
-
-    Args:
-        loader: of this rank.
-        accumulate: batches an optimizer step.
-        ranks: who trains together.
-
-    Example:
-        >>> feed = Feed(loader, accumulate=2, ranks=ranks)
-        >>> while (data := feed.next_step()).batches:
-        ...     loss = stepper.step(data.batches, data.num_trained, 1e-3)
-    """
+    """A loader's batches, `accumulate` of them a step, as many on all ranks."""
 
     def __init__(self, loader: BatchLoader, accumulate: int, ranks: Ranks) -> None:
         self._loader = loader
@@ -259,11 +235,7 @@ class Feed:
         return -(-int(batches) // self._accumulate)
 
     def next_step(self, *, stop: bool = False) -> StepData:
-        """The next step's batches.
-
-        Args:
-            stop: this rank was asked to stop; then all of them do, before the same step.
-        """
+        """The next step's batches; with `stop`, where this rank was asked to, all ranks stop before the same step."""
         start = time.perf_counter()
         own = [] if stop else self._take()
         wait_s = time.perf_counter() - start
@@ -277,12 +249,11 @@ class Feed:
 
     def _accept(self, own: list[MicroBatch], step: Offer, wait_s: float) -> StepData:
         if step.stop:
-            return StepData([], 0, 0, wait_s, True)
+            return StepData([], step, wait_s)
         self._state, self.epoch = self._loader.state_dict(), step.epoch
         if not step.num_batches:
             self._batches = None
-        filled = own + [empty_batch(self._ranks.device)] * (step.num_batches - len(own))
-        return StepData(filled, step.num_trained, step.num_useful, wait_s, False)
+        return StepData(own + [empty_batch(self._ranks.device)] * (step.num_batches - len(own)), step, wait_s)
 
     def _take(self) -> list[MicroBatch]:
         if self._batches is None:
@@ -300,11 +271,7 @@ class Feed:
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a saved position, also with another number of ranks that share batches of the same rows.
-
-        Raises:
-            InputError: the state is of another run.
-        """
+        """Continue at a saved position, also with another number of ranks that share batches of the same rows."""
         self._loader.load_state_dict(state)
         self._state = self._loader.state_dict()
         self.epoch = self._loader.epoch
@@ -312,12 +279,7 @@ class Feed:
 
 
 def as_micro_batch(batch: Batch | PackedBatch) -> MicroBatch:
-    """A loader's batch with its counts.
-
-    Example:
-        >>> as_micro_batch(next(iter(loader))).num_trained
-        222
-    """
+    """A loader's batch with its counts."""
     counts = batch.counts
     assert counts is not None  # it is a loader's
     inputs, targets, *packed = batch

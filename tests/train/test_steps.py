@@ -134,7 +134,7 @@ def test_a_rank_that_is_asked_to_stop_stops_all_before_the_same_step() -> None:
     own = [run.feeds[0]._take(), []]
     step = decide([feed._offer(batches, not batches) for feed, batches in zip(run.feeds, own, strict=True)])
     taken = [feed._accept(batches, step, 0.0) for feed, batches in zip(run.feeds, own, strict=True)]
-    assert all(data.is_stopped and not data.batches for data in taken)
+    assert all(data.total.stop and not data.batches for data in taken)
 
 
 @pytest.mark.parametrize(
