@@ -100,10 +100,7 @@ def _exact_row(pieces: list[str], tokenizer: Tokenizer, counts: Counts) -> tuple
     text = "".join(pieces)
     ids = np.array(tokenizer.encode(text), np.uint32)
     places = np.cumsum([len(piece) for piece in pieces])[:-1].tolist()
-    before = tokenizer.count_before(text, ids, places)
-    begun = tokenizer.count_begun(text, ids, places)
-    bounds = [before[i] if i % 2 == 0 else begun[i] for i in range(len(places))]
-    bounds = np.maximum.accumulate([0, *bounds, len(ids)]).tolist()
+    bounds = np.maximum.accumulate([0, *tokenizer.response_bounds(text, ids, places), len(ids)]).tolist()
     counts.boundary_mismatches += ids[: bounds[1]].tolist() != tokenizer.encode(pieces[0])
     spans = np.diff(bounds).tolist()
     if len(pieces) % 2:

@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
+TokenBounds = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""Where each token of a text begins and ends, each `(num_tokens,)`."""
+
 
 class RaggedIds(NamedTuple):
     """Token ids of several texts, end to end.
@@ -138,10 +141,10 @@ class TokenizersBackend:
     def trim(self) -> None:
         """Nothing to give back: its cache is bounded."""
 
-    def token_ends(self, text: str, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """Where each token ends, in characters."""
-        encoded = self._tokenizer.encode(text, add_special_tokens=False)
-        return np.array([end for _, end in encoded.offsets], np.int64)
+    def token_bounds(self, text: str, ids: npt.NDArray[Any]) -> TokenBounds:
+        """Where each token begins and ends, in characters; those of one character share them."""
+        bounds = np.array(self._tokenizer.encode(text, add_special_tokens=False).offsets, np.int64).reshape(-1, 2)
+        return bounds[:, 0], bounds[:, 1]
 
 
 def ragged_ids(rows: list[list[int]]) -> RaggedIds:

@@ -26,6 +26,7 @@ from fastcollate.text.backends import (
     RaggedIds,
     Texts,
     TiktokenBackend,
+    TokenBounds,
     TokenizersBackend,
     UnencodableError,
 )
@@ -59,8 +60,8 @@ class Tokenizer:
         backend: Backend,
         encode: Callable[[str], list[int]],
         decode: Callable[[Sequence[int]], str],
-        token_ends: Callable[[str, npt.NDArray[Any]], npt.NDArray[np.int64]],
-        ends_in_bytes: bool,
+        token_bounds: Callable[[str, npt.NDArray[Any]], TokenBounds],
+        bounds_in_bytes: bool,
         vocab_size: int,
         pad_token_id: int,
         fingerprint: str,
@@ -75,8 +76,8 @@ class Tokenizer:
         self._backend = backend
         self._encode = encode
         self._decode = decode
-        self._token_ends = token_ends
-        self._ends_in_bytes = ends_in_bytes
+        self._token_bounds = token_bounds
+        self._bounds_in_bytes = bounds_in_bytes
 
     @property
     def backend(self) -> str:
@@ -128,24 +129,26 @@ class Tokenizer:
         """Give back the memory of caches that have grown; call it between blocks of texts."""
         self._backend.trim()
 
-    def count_before(self, text: str, ids: npt.NDArray[Any], positions: Sequence[int]) -> list[int]:
-        """The number of tokens that lie wholly before each of some character positions of `text`.
+    def response_bounds(self, text: str, ids: npt.NDArray[Any], places: Sequence[int]) -> list[int]:
+        """Where responses begin and end, in tokens: a token that holds a character of a response belongs to it.
 
         Args:
             text: without lone surrogates.
             ids: its ids.
-            positions: ascending.
+            places: where the responses begin and end, by turns, in characters of `text`, ascending.
         """
-        ends = self._token_ends(text, ids)
-        return [int(np.searchsorted(ends, place, side="right")) for place in self._places(text, positions)]
-
-    def count_begun(self, text: str, ids: npt.NDArray[Any], positions: Sequence[int]) -> list[int]:
-        """Like `count_before`, but tokens that begin before the position and end after it count as well."""
-        ends = self._token_ends(text, ids)
-        return [int(np.searchsorted(ends, place, side="left")) + (place > 0) for place in self._places(text, positions)]
-
-    def _places(self, text: str, positions: Sequence[int]) -> list[int]:
-        return [len(text[:position].encode()) for position in positions] if self._ends_in_bytes else list(positions)
+        starts, ends = self._token_bounds(text, ids)
+        if self._bounds_in_bytes:
+            places = [len(text[:place].encode()) for place in places]
+        bounds = [0]
+        for number, place in enumerate(places):
+            if number % 2 == 0:
+                bounds.append(int(np.searchsorted(ends, place, side="right")))
+            elif place > places[number - 1]:
+                bounds.append(int(np.searchsorted(starts, place, side="left")))
+            else:
+                bounds.append(bounds[-1])  # an empty response within a token
+        return bounds[1:]
 
     def joins(self, lefts: Sequence[str], rights: Sequence[str]) -> list[int]:
         """The pairs' numbers that `parts_at` does not clear."""
@@ -268,8 +271,8 @@ def _cached(name: str, backend: str = "auto", *content: bytes) -> Tokenizer:
         backend=_choose_backend(backend, encoding, scheme),
         encode=encoding.encode_ordinary,
         decode=encoding.decode,
-        token_ends=_ByteEnds(encoding),
-        ends_in_bytes=True,
+        token_bounds=_ByteBounds(encoding),
+        bounds_in_bytes=True,
         vocab_size=encoding.max_token_value + 1,
         pad_token_id=encoding.eot_token,
         fingerprint=fingerprint(ranks),
@@ -277,20 +280,20 @@ def _cached(name: str, backend: str = "auto", *content: bytes) -> Tokenizer:
     )
 
 
-class _ByteEnds:
-    """Where each token of a text ends, in UTF-8 bytes: a byte-level row's tokens put together are its text."""
+class _ByteBounds:
+    """Where each token of a text begins and ends, in UTF-8 bytes: a row's tokens put together are its text."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
         self._num_bytes: npt.NDArray[np.int64] | None = None
 
-    def __call__(self, text: str, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    def __call__(self, text: str, ids: npt.NDArray[Any]) -> TokenBounds:
         if self._num_bytes is None:
             self._num_bytes = np.zeros(self._encoding.max_token_value + 1, np.int64)
             for token, rank in self._encoding._mergeable_ranks.items():
                 self._num_bytes[rank] = len(token)
-        ends: npt.NDArray[np.int64] = np.cumsum(self._num_bytes[ids])
-        return ends
+        ends = np.cumsum(self._num_bytes[ids])
+        return ends - self._num_bytes[ids], ends
 
 
 def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> Backend:
@@ -321,6 +324,7 @@ def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
     loaded.encode_special_tokens = True  # a text never becomes a special token
     loaded.no_truncation()
     loaded.no_padding()
+    loaded.post_processor = None  # it adds special tokens, which are not wanted, and takes white space out of offsets
     special = [token.content for token in loaded.get_added_tokens_decoder().values() if token.special]
     engine = TokenizersBackend(loaded)
     return Tokenizer(
@@ -329,8 +333,8 @@ def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
         backend=engine,
         encode=engine.encode,
         decode=lambda ids: str(loaded.decode(ids, skip_special_tokens=False)),
-        token_ends=engine.token_ends,
-        ends_in_bytes=False,
+        token_bounds=engine.token_bounds,
+        bounds_in_bytes=False,
         vocab_size=1 + max(loaded.get_vocab(with_added_tokens=True).values()),
         pad_token_id=_end_of_text(path, loaded),
         fingerprint=hashlib.sha256(raw).hexdigest(),

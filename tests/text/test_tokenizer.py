@@ -95,17 +95,17 @@ def test_chapter_texts_part_before_the_response() -> None:
     assert tokenizer.parts_at("", "x")
 
 
-@given(left=TEXTS, right=TEXTS)
-def test_count_before_is_the_first_token_with_a_later_character(left: str, right: str) -> None:
-    tokenizer = load_tokenizer("gpt2")
-    left, right = without_surrogates(left), without_surrogates(right)
-    ids = np.array(tokenizer.encode(left + right), np.uint16)
-    (count,) = tokenizer.count_before(left + right, ids, [len(left)])
-    encoding, size = load_encoding("gpt2"), len(left.encode())
-    before = len(b"".join(map(encoding.decode_single_token_bytes, ids[:count].tolist())))
-    assert before <= size
-    if count < len(ids):
-        assert before + len(encoding.decode_single_token_bytes(int(ids[count]))) > size
+@given(before=TEXTS, response=TEXTS, after=TEXTS)
+def test_a_response_has_the_tokens_that_hold_a_byte_of_it(before: str, response: str, after: str) -> None:
+    tokenizer, encoding = load_tokenizer("gpt2"), load_encoding("gpt2")
+    before, response, after = map(without_surrogates, (before, response, after))
+    text = before + response + after
+    ids = np.array(tokenizer.encode(text), np.uint16)
+    begin, end = tokenizer.response_bounds(text, ids, [len(before), len(before) + len(response)])
+    starts = np.cumsum([0, *(len(encoding.decode_single_token_bytes(token)) for token in ids.tolist())])
+    first, last = len(before.encode()), len((before + response).encode())
+    held = [i for i in range(len(ids)) if starts[i + 1] > first and starts[i] < last and response]
+    assert list(range(begin, end)) == held
 
 
 def test_the_installed_package_gives_the_vocabulary_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +288,8 @@ def test_a_tokenizer_json(tokenizer_json: Path) -> None:
     assert 0 not in encoded[1]
     assert tokenizer.decode(encoded[0]) == "the cat"
     ids = np.array(encoded[0])
-    assert tokenizer.count_before("the cat", ids, [0, 3, 7]) == [0, 1, len(ids)]
+    assert tokenizer.response_bounds("the cat", ids, [0, 3, 4, 7]) == [0, 1, len(ids) - 1, len(ids)]
+    assert tokenizer.response_bounds("the cat", ids, [1, 1, 4, 5]) == [0, 0, 1, 2]
     with pytest.raises(InputError, match="use auto"):
         load_tokenizer(str(tokenizer_json), "tiktoken")
 
