@@ -86,7 +86,7 @@ def _stamp(path: Path) -> str:
 def _imported(path: Path, found: frozenset[Path] = frozenset()) -> frozenset[Path]:
     """A file and the files of this package that it imports, and so on."""
     found |= {path}
-    imports = re.findall(r"^from fastcollate([\w.]*) import (\([^)]*\)|.*)", path.read_text(encoding="utf-8"), re.M)
+    imports = re.findall(r"^ *from fastcollate([\w.]*) import (\([^)]*\)|.*)", path.read_text(encoding="utf-8"), re.M)
     for module, names in imports:
         place = PACKAGE.joinpath(*module.split(".")[1:])
         for one in (place, *(place / name for name in re.findall(r"\w+", names))):

@@ -59,6 +59,24 @@ def test_a_kernel_is_made_of_all_that_its_file_imports(path: Path) -> None:
         assert {"layout.py", "settings.py"} <= files
 
 
+def test_what_kernel_files_hold_from_elsewhere_is_part_of_them_through_faces_too() -> None:
+    """Another process imports them, and tells where their functions, kernels and modules come from."""
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in KERNEL_FILES]
+    script = f"""
+import importlib, inspect
+for number, name in enumerate({names!r}):
+    for value in vars(importlib.import_module(name)).values():
+        place = value if inspect.ismodule(value) else inspect.getmodule(getattr(value, "py_func", value))
+        if getattr(place, "__name__", "").startswith("fastcollate."):
+            print(number, place.__file__)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    found = [line.split(" ", 1) for line in run.stdout.splitlines()]
+    assert {int(number) for number, _ in found} == set(range(len(KERNEL_FILES)))
+    for number, file in found:
+        assert Path(file) in jit._imported(KERNEL_FILES[int(number)]), (names[int(number)], file)
+
+
 def decorated(tree: ast.Module, *names: str) -> list[ast.FunctionDef]:
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return [one for one in functions if any(isinstance(d, ast.Name) and d.id in names for d in one.decorator_list)]
