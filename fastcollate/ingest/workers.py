@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 from collections import deque
@@ -44,9 +45,7 @@ def _local_runner(workers: int | None) -> Runner:
         context = multiprocessing.get_context("fork" if is_safe else "spawn")
         with ProcessPoolExecutor(count, context, _begin_worker) as pool:
             try:
-                yield from _in_order(
-                    chain(head, units), count, lambda u: pool.submit(encode_unit, u, spec, root, token)
-                )
+                yield from _in_order(chain(head, units), count, lambda unit: _submit(pool, unit, spec, root, token))
             except BrokenProcessPool as error:
                 raise SourceReadError(
                     f"{root}: a worker process was killed, perhaps for want of memory; what is finished is kept: "
@@ -56,6 +55,23 @@ def _local_runner(workers: int | None) -> Runner:
                 pool.shutdown(cancel_futures=True)
 
     return run
+
+
+def _submit(pool: ProcessPoolExecutor, *task: Any) -> Future[Encoded]:
+    """Hand a unit over. A worker that is started for it takes no part in Ctrl-C, which is for the leader; spawned, it
+    does not run the user's script, of which it needs nothing, and which may call `prepare` again.
+    """
+    has_masks = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if has_masks else set()
+    main = vars(sys.modules["__main__"])
+    kept: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        return pool.submit(encode_unit, *task)
+    finally:
+        main.update(kept)
+        if has_masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _usable_cores() -> int:
@@ -79,6 +95,7 @@ def _in_order(
 
 def _begin_worker() -> None:
     """End when the leader ends, however it does: another job may then begin, and this one's work is nobody's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

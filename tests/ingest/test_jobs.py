@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -142,9 +145,7 @@ def test_who_waits_says_so_and_for_whom(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(lock_module, "_LINE_SECONDS", 0.2)
-    slow = "import time; from fastcollate.ingest import encode; real = encode._encode; "
-    slow += "encode._encode = lambda *all: (time.sleep(0.1), real(*all))[1]; "
-    first = subprocess.Popen(command(source, tmp_path / "s", before=slow), stdout=subprocess.PIPE)
+    first = subprocess.Popen(command(source, tmp_path / "s", before=SLOW), stdout=subprocess.PIPE)
     while not (tmp_path / "s" / ".journal").exists():
         time.sleep(0.005)
     assert prepare(source, tmp_path / "s").reused
@@ -187,15 +188,73 @@ def test_a_store_in_use_is_read_to_its_end_while_it_is_made_anew(tmp_path: Path,
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_workers_end_with_their_leader(tmp_path: Path, source: Path) -> None:
     psutil = pytest.importorskip("psutil")
-    slow = "import time; from fastcollate.ingest import encode; real = encode._encode; "
-    slow += "encode._encode = lambda *all: (time.sleep(0.2), real(*all))[1]; "
-    leader = subprocess.Popen(command(source, tmp_path / "s", before=slow), stdout=subprocess.PIPE)
+    leader = subprocess.Popen(command(source, tmp_path / "s", before=SLOW), stdout=subprocess.PIPE)
     while not (workers := psutil.Process(leader.pid).children()):
         time.sleep(0.01)
     leader.kill()
     _, alive = psutil.wait_procs(workers, timeout=5)
     assert not alive
     leader.wait()
+
+
+SLOW = "import time; from fastcollate.ingest import encode; real = encode._encode; "
+SLOW += "encode._encode = lambda *all: (time.sleep(0.1), real(*all))[1]; "
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_is_the_leaders_alone(tmp_path: Path, source: Path) -> None:
+    """A terminal sends it to all: workers, idle or not, say nothing, and the leader one line."""
+    psutil = pytest.importorskip("psutil")
+    prepare(source, tmp_path / "plain")
+    for sent_to in ("workers", "all"):
+        job = subprocess.Popen(
+            command(source, tmp_path / "s", before=SLOW), stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        while not (workers := psutil.Process(job.pid).children()) or not list((tmp_path / "s").glob(".part-*")):
+            time.sleep(0.01)
+        if sent_to == "workers":
+            for worker in workers:
+                worker.send_signal(signal.SIGINT)
+        else:
+            os.killpg(job.pid, signal.SIGINT)
+        error = job.communicate()[1]
+        says = "error: interrupted; what was finished is kept, and the same command goes on\n"
+        assert (job.returncode, error) == ((0, "") if sent_to == "workers" else (130, says))
+        assert (tmp_path / "s" / "manifest.json").exists() == (sent_to == "workers")
+        assert subprocess.run(command(source, tmp_path / "s"), check=True, capture_output=True).stderr == b""
+        assert store_hash(tmp_path / "s") == store_hash(tmp_path / "plain")
+        shutil.rmtree(tmp_path / "s")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("where", ["after_in_parent", "after_in_child"])
+def test_ctrl_c_while_a_worker_starts_is_not_lost(tmp_path: Path, source: Path, where: str) -> None:
+    sends = f"import os, signal; os.register_at_fork({where}=lambda: signal.raise_signal(signal.SIGINT)); "
+    job = subprocess.run(command(source, tmp_path / "s", before=sends), capture_output=True, text=True, check=False)
+    assert "Traceback" not in job.stderr
+    assert job.returncode == (130 if where == "after_in_parent" else 0)
+
+
+@pytest.mark.parametrize("how", ["file", "stdin", "-c"])
+def test_a_script_that_guards_nothing_may_call_it(tmp_path: Path, source: Path, how: str) -> None:
+    """Where a thread is alive, and on other systems, workers are spawned: they may not run the script again."""
+    (tmp_path / "script.py").write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "from fastcollate import prepare\n"
+        "from fastcollate.sources import blocks\n"
+        "blocks.SIZES = blocks.Sizes(20_000, 60_000)\n"
+        "prepare('a.jsonl', 's', workers=2)\n"
+        "print('once', __spec__, '__file__' in globals())\n"
+    )
+    script = (tmp_path / "script.py").read_text()
+    arguments, given = {"file": (["script.py"], None), "stdin": (["-"], script), "-c": (["-c", script], None)}[how]
+    ran = subprocess.run(
+        [sys.executable, *arguments], cwd=tmp_path, input=given, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ran.stdout, ran.stderr) == (f"once None {how != '-c'}\n", "")
+    prepare(source, tmp_path / "plain")
+    assert store_hash(tmp_path / "s") == store_hash(tmp_path / "plain")
 
 
 def test_the_keywords_are_the_options(tmp_path: Path) -> None:
