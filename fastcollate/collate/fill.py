@@ -98,14 +98,14 @@ def fill_row(tokens: Any, start: int, inputs: Any, targets: Any, settings: Any) 
     pad, ignore, reference = settings[PAD], settings[IGNORE], settings[REFERENCE]
     length, width = len(tokens), len(targets)
     copied, shifted = min(max(length - start, 0), width), min(max(length - start - 1, 0), width)
-    own, following, has_pad = tokens[start : start + copied], tokens[start + 1 : start + 1 + shifted], 0
+    own, following, least = tokens[start : start + copied], tokens[start + 1 : start + 1 + shifted], np.uint64(1)
     for j in range(np.uint64(copied)):  # unsigned: a number that may be negative would count from the end
         inputs[j] = own[j]
     for j in range(np.uint64(copied), np.uint64(width)):
         inputs[j] = pad
     for j in range(np.uint64(shifted)):
         token = np.int64(following[j])
-        has_pad |= token == pad
+        least = min(least, np.uint64(token ^ pad))
         targets[j] = token
     for j in range(np.uint64(shifted), np.uint64(width)):
         targets[j] = ignore
@@ -114,7 +114,7 @@ def fill_row(tokens: Any, start: int, inputs: Any, targets: Any, settings: Any) 
         targets[shifted] = pad
         trained += 1
         corners += length == 0  # the reference trains an empty row's first padding token
-    if reference != 0 and length > 1 and (has_pad != 0 or shifted < length - 1):  # what lies beyond a cut counts too
+    if reference != 0 and length > 1 and (least == 0 or shifted < length - 1):  # what lies beyond a cut counts too
         first = _first_pad(tokens, pad)
         if first < length:
             corners += 1

@@ -79,11 +79,10 @@ class Stats:
     wait_s: float = 0.0
     h2d_bytes: int = 0
 
-    def count(self, report: npt.NDArray[np.int64]) -> None:
-        """Add some batches, by their lines of the kernel's report."""
-        totals = (report[0] if len(report) == 1 else report.sum(0)).tolist()
+    def count(self, num_batches: int, totals: Sequence[int]) -> None:
+        """Add some batches, by the sums of their lines of the kernel's report."""
         rows, cells, real, trained, corners, untrained, cut_rows, cut_tokens = totals[: len(Counts._fields)]
-        self.batches += len(report)
+        self.batches += num_batches
         self.rows += rows
         self.real_cells += real
         self.padded_cells += cells - real
@@ -203,11 +202,10 @@ class BatchLoader(Epochs):
         with contextlib.closing(groups):
             for group in groups:
                 self._stats.wait_s += time.perf_counter() - start
-                totals = group.report.sum(0).tolist()
-                if totals[kernels.CORNERS]:
+                if group.totals[kernels.CORNERS]:
                     self._warn_of_corners()
-                if totals[kernels.UNTRAINED]:
-                    self._warn_of_untrained(totals)
+                if group.totals[kernels.UNTRAINED]:
+                    self._warn_of_untrained(group.totals)
                 handed = _Handed(group)
                 self._handed.append(handed)
                 try:
@@ -235,8 +233,10 @@ class BatchLoader(Epochs):
 
     def _count(self, handed: _Handed) -> None:
         """Add the batches that were handed over since the last count."""
-        if handed.counted < handed.batches:
-            self._stats.count(handed.group.report[handed.counted : handed.batches])
+        group, count = handed.group, handed.batches - handed.counted
+        if count:
+            lines = group.report[handed.counted : handed.batches]
+            self._stats.count(count, group.totals if count == len(group.report) else lines.sum(0).tolist())
             handed.counted = handed.batches
 
     def _job(self, planned: OrderedPlan, index: int) -> Job:

@@ -1,7 +1,6 @@
 """Batches filled ahead of the consumer by threads, and handed over in groups, in order.
 
-A hand-over costs as much as filling several small batches, so a group is about four megabytes. A thread needs the
-interpreter only to take a group up and to put it down; what is left in Python the consumer's thread does.
+A hand-over costs as much as filling several small batches, so a group is about four megabytes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Int64Array = npt.NDArray[np.int64]
 GROUP_CELLS = 1 << 19  # 4 MiB of int64, where threads hand over
 ALONE_CELLS = 1 << 16  # where none does: what is filled and used at once should stay in a core's own cache
 MAX_GROUP = 256  # batches
-THREAD_NAME = "fastcollate-"
+THREAD_NAME = "fastcollate-fill"
 
 
 class Task(NamedTuple):
@@ -55,6 +54,7 @@ class Group(NamedTuple):
         first: the first batch's number in the window.
         batches: views of the buffer.
         report: the kernel's, int64, a line a batch: first the columns of `Counts`.
+        totals: its sums over the batches.
         arrival: the copy on the device; `None` where the views themselves are handed over.
     """
 
@@ -62,6 +62,7 @@ class Group(NamedTuple):
     first: int
     batches: Sequence[Batch | PackedBatch]
     report: Int64Array
+    totals: list[int]
     arrival: Arrival | None
 
 
@@ -90,29 +91,18 @@ def fill_groups(
     windows = range(position[0], num_windows)
     if not prefetch:
         for task in _tasks(map(window_job, windows), position, transfer, ALONE_CELLS):
-            group = _finish(transfer, task, task.fill)
+            group = _finish(transfer, task)
             del task
             yield group
             del group  # before the next is filled, so that its buffer is used again
         return
-    failures: list[Exception] = []
-    with _Threads(1, "plan") as planner, _Threads(num_threads, "fill") as threads:
-        ahead = _Ahead(transfer, threads)
-        try:
-            jobs = _planned_ahead(window_job, windows, planner, failures)
-            for task in _tasks(jobs, position, transfer, GROUP_CELLS):
-                ahead.add(task)
-                del task
-                while len(ahead) > prefetch:
-                    yield ahead.take()
-                    ahead.check_process()
-            while len(ahead):
-                yield ahead.take()
+    with _Threads(num_threads + 1) as threads:
+        tasks = _tasks(_planned_ahead(window_job, windows, threads), position, transfer, GROUP_CELLS)
+        with _Ahead(tasks, transfer, threads, prefetch, num_threads) as ahead:
+            while (group := ahead.take()) is not None:  # type: ignore[assignment]
+                yield group
+                del group
                 ahead.check_process()
-        finally:
-            ahead.drop()
-    for error in failures:
-        raise error
 
 
 def _tasks(jobs: Iterator[Job], position: tuple[int, int], transfer: Transfer, group_cells: int) -> Iterator[Task]:
@@ -135,62 +125,91 @@ def _tasks(jobs: Iterator[Job], position: tuple[int, int], transfer: Transfer, g
         window, first = window + 1, 0
 
 
-def _finish(transfer: Transfer, task: Task, fill: Callable[[], Int64Array]) -> Group:
-    """A task's group, once it is filled."""
+def _finish(transfer: Transfer, task: Task) -> Group:
+    """Fill a task's group, and start its copy."""
     try:
-        report = fill()
+        report = task.fill()
     except BaseException:
         transfer.drop(task.out)
         raise
     # The consumer may take the first of these batches for inference, and train on the others.
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
         arrival = transfer.send(task.out, int(report[-1, END]))
-        return Group(task.window, task.first, task.job.batches(task.out, report), report, arrival)
+        batches = task.job.batches(task.out, report)
+    return Group(task.window, task.first, batches, report, report.sum(0).tolist(), arrival)
 
 
 class _Ahead:
-    """The groups that were asked for, and not yet handed over."""
+    """Groups that are filled before they are asked for, on threads, and by the consumer where it had to wait.
 
-    def __init__(self, transfer: Transfer, threads: _Threads) -> None:
-        self._transfer = transfer
-        self._threads = threads
-        self._groups: deque[Group] = deque()
-        self._waiting: deque[tuple[Task, list[Task], Future[Int64Array]]] = deque()  # behind those
+    Whoever fills takes the next task by itself, and leaves nothing to be done but to hand the group over: what the
+    consumer's thread does in Python takes many times as long beside a step that computes.
+
+    Args:
+        tasks: in order.
+        transfer: see `fill_groups`.
+        threads: at least `num_threads`.
+        prefetch: groups filled, or being filled, at most.
+        num_threads: threads that fill.
+    """
+
+    def __init__(
+        self, tasks: Iterator[Task], transfer: Transfer, threads: _Threads, prefetch: int, num_threads: int
+    ) -> None:
+        self._tasks, self._transfer, self._threads, self._prefetch = tasks, transfer, threads, prefetch
+        self._slots: deque[Future[Group | None]] = deque()  # of the groups that are being filled or filled, in order
+        self._lock = threading.Lock()  # whoever holds it takes a task
+        self._idle = deque(range(num_threads))  # threads that do not fill
         self._process = os.getpid()
-        self._is_first = True
+        self._has_ended = False  # there is no task left, or nobody wants one
 
-    def __len__(self) -> int:
-        return len(self._groups) + len(self._waiting)
+    def __enter__(self) -> _Ahead:
+        return self
 
-    def add(self, task: Task) -> None:
-        """Have a group filled."""
-        if self._is_first:
-            self._is_first = False
-            self._groups.append(_finish(self._transfer, task, task.fill))
-        else:
-            box = [task]
-            self._waiting.append((task, box, self._threads.submit(_fill, box)))
+    def __exit__(self, *_: Any) -> None:
+        self._has_ended = True
+        self._slots.clear()  # what nobody will hear: an error would keep all of this
 
-    def take(self) -> Group:
-        """The oldest group."""
-        if not self._groups:
-            self._finish_next()
-        group = self._groups.popleft()
-        while self._transfer.copies and self._waiting and self._is_filled(self._waiting[0][2]):
-            self._finish_next()  # their copies go on beside the work on this group
+    def take(self) -> Group | None:
+        """The oldest group; `None` behind the last.
+
+        Raises:
+            InputError: its window could not be planned, or its batches not be filled.
+        """
+        while not (self._slots and self._slots[0].done()) and self._fill_next():
+            pass
+        group = self._slots.popleft().result()
+        room = self._prefetch - len(self._slots)
+        if 2 * room > self._prefetch and not self._has_ended:  # to wake a thread takes as long as filling small batches
+            for _ in range(min(room, len(self._idle))):
+                self._idle.pop()
+                self._threads.submit(self._work)
         return group
 
-    @staticmethod
-    def _is_filled(future: Future[Int64Array]) -> bool:
-        return future.done() and future.exception() is None
+    def _work(self) -> None:
+        while self._fill_next():
+            pass
+        self._idle.append(0)
 
-    def _finish_next(self) -> None:
-        task, box, future = self._waiting.popleft()
-        if future.cancel():  # no thread has begun with it: this one need not wait for one to wake
-            box.clear()
-            self._groups.append(_finish(self._transfer, task, task.fill))
-        else:
-            self._groups.append(_finish(self._transfer, task, future.result))
+    def _fill_next(self) -> bool:
+        """Fill the next group; returns whether there was one, and room for it."""
+        slot: Future[Group | None] = Future()
+        task = None
+        try:
+            with self._lock:
+                if self._has_ended or len(self._slots) >= self._prefetch:
+                    return False
+                self._slots.append(slot)
+                task = next(self._tasks, None)
+                if task is None:
+                    self._has_ended = True  # and never back: it may have been set meanwhile
+            slot.set_result(None if task is None else _finish(self._transfer, task))
+        except BaseException as error:  # told in its turn: the batches before it are good
+            self._has_ended = True
+            slot.set_exception(error)
+        finally:
+            del slot, task  # an error holds this frame
+        return True
 
     def check_process(self) -> None:
         """Raise in a fork."""
@@ -200,41 +219,21 @@ class _Ahead:
                 "this process with iter(loader), or give the loader prefetch=0"
             )
 
-    def drop(self) -> None:
-        """Give up what is not handed over yet; threads may still write to the buffers."""
-        for task, _, _ in self._waiting:
-            self._transfer.drop(task.out)
 
-
-def _fill(box: list[Task]) -> Int64Array:
-    """Fill on a thread, which lets go of the buffer before anybody hears that it is filled."""
-    return box.pop().fill()
-
-
-def _planned_ahead(
-    window_job: Callable[[int], Job], windows: range, planner: ThreadPoolExecutor, failures: list[Exception]
-) -> Iterator[Job]:
-    """Each window's job; a window is planned while the one before it is filled.
-
-    What goes wrong ends the windows and is kept in `failures`: it is told when its turn comes, since the batches before
-    it are good.
-    """
+def _planned_ahead(window_job: Callable[[int], Job], windows: range, threads: ThreadPoolExecutor) -> Iterator[Job]:
+    """Each window's job; a window is planned while the one before it is filled."""
     following: Future[Job] | None = None
     for window in windows:
-        try:
-            job = window_job(window) if following is None else following.result()
-        except Exception as error:
-            failures.append(error)
-            return
-        following = planner.submit(window_job, window + 1) if window + 1 < windows.stop else None
+        job = window_job(window) if following is None else following.result()
+        following = threads.submit(window_job, window + 1) if window + 1 < windows.stop else None
         yield job
 
 
 class _Threads(ThreadPoolExecutor):
     """Threads that end with the block, also when it is left early; what has not begun by then is dropped."""
 
-    def __init__(self, num_threads: int, name: str) -> None:
-        super().__init__(num_threads, thread_name_prefix=THREAD_NAME + name)
+    def __init__(self, num_threads: int) -> None:
+        super().__init__(num_threads, thread_name_prefix=THREAD_NAME)
         self._process = os.getpid()
         self._thread = threading.get_ident()
 

@@ -418,7 +418,7 @@ def test_an_error_in_a_filling_thread_reaches_the_consumer_at_its_batch(
     with pytest.raises(MemoryError, match="places"):
         found.extend((time.sleep(0.002), batch)[1] for batch in loader)  # the threads get ahead
     assert equal(found, [custom_collate_fn(ROWS[8 * i : 8 * i + 8]) for i in range(10)])
-    assert any(name.startswith(prefetch.THREAD_NAME + "fill") for name in filled_by)
+    assert any(name.startswith(prefetch.THREAD_NAME) for name in filled_by)
     assert not threads()
 
 
