@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import importlib.util
 import json
+import mmap
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,18 @@ from fastcollate.store import files
 from fastcollate.train.model import GPT2, GPT2Config, read_torch_file
 from fastcollate.train.options import TrainOptions
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no seal
+_SEAL = (
+    b"fastcollate sha256 "  # behind what `torch.save` wrote, then the hash of that in hexadecimal, then a line's end
+)
+_SEAL_SIZE = len(_SEAL) + 64 + 1
+_REMEDIES = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EACCES: "ask its owner for the right to write there",
+    errno.EPERM: "ask its owner for the right to write there",
+    errno.EROFS: "make that disk writable",
+}
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
 METRICS = "metrics.jsonl"
@@ -107,11 +121,57 @@ class Counters:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `path` atomically: a crash leaves the old file or the new one, never a part."""
+    """Write `path` atomically, sealed with its hash: a crash leaves the old file or the new one, never a part.
+
+    Raises:
+        InputError: it cannot be written; what was there is still there.
+    """
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     content |= {"format_version": FORMAT_VERSION, "config": asdict(checkpoint.config)}
-    with files.replacing(path) as file:
-        torch.save(content, file)
+
+    def write(file: files.HashedFile) -> None:
+        torch.save(content, file)  # type: ignore[arg-type]  # it only writes
+        file.write(_seal(file.digest))
+
+    with writing(path):
+        files.write_file(path, write)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever the system refuses of a file of the run is an `InputError` with the cause and its remedy."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # PyTorch hides it behind its own
+        if not isinstance(cause, OSError):
+            raise
+        remedy = _REMEDIES.get(cause.errno or 0, "is the disk in order?")
+        raise InputError(
+            f"{path}: cannot be written ({cause.strerror or cause}); {remedy}, or choose another --out. The last "
+            "checkpoint that was written is whole, and the same command with --resume goes on from it"
+        ) from error
+
+
+def _is_sealed(path: Path) -> bool:
+    """Whether a checkpoint has a seal; one that does not fit is refused."""
+    if path.stat().st_size < _SEAL_SIZE:
+        return False
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        seal = content[-_SEAL_SIZE:]
+        if not seal.startswith(_SEAL):
+            return False
+        if seal != _seal(hashlib.sha256(memoryview(content)[:-_SEAL_SIZE])):
+            raise _damaged(path, "its bytes are not those that were written")
+    return True
+
+
+def _seal(digest: Any) -> bytes:
+    return _SEAL + str(digest.hexdigest()).encode() + b"\n"
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"{path}: damaged ({why}); put a copy of it there, or train anew with another --out")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -124,10 +184,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         run = path.parent if path.suffix else path
         raise InputError(f"{path}: no checkpoint here; train first: fastcollate train --out {run}")
+    with files.naming(path):
+        is_sealed = _is_sealed(path)
     content = read_torch_file(path)
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path}: checkpoint format {version}, this release reads {FORMAT_VERSION}; train again")
+    if version not in (1, FORMAT_VERSION):
+        raise InputError(f"{path}: checkpoint format {version}, this release reads 1 and {FORMAT_VERSION}; train again")
+    if version == FORMAT_VERSION and not is_sealed:
+        raise _damaged(path, "its seal is gone")
     del content["format_version"]
     return Checkpoint(**{**content, "config": GPT2Config(**content["config"])})
 
@@ -214,11 +278,13 @@ class RunLog:
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = True) -> None:
-        for path in (directory / METRICS, directory / EVALUATIONS):
-            if path.exists():
-                files.write_file(path, [json.dumps(line) for line in read_lines(path) if line["step"] <= first_step])
-        self._metrics = open(directory / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self._evaluations = open(directory / EVALUATIONS, "a", encoding="utf-8")  # noqa: SIM115
+        with writing(directory):
+            for path in (directory / METRICS, directory / EVALUATIONS):
+                if path.exists():
+                    kept = [json.dumps(line) for line in read_lines(path) if line["step"] <= first_step]
+                    files.write_file(path, kept)
+            self._metrics = open(directory / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+            self._evaluations = open(directory / EVALUATIONS, "a", encoding="utf-8")  # noqa: SIM115
         self._writer = None
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -234,8 +300,9 @@ class RunLog:
         self._write(self._evaluations, values, ("validation_loss",))
 
     def _write(self, file: Any, values: Mapping[str, Any], shown: tuple[str, ...]) -> None:
-        file.write(json.dumps(values, allow_nan=False) + "\n")
-        file.flush()
+        with writing(Path(file.name)):
+            file.write(json.dumps(values, allow_nan=False) + "\n")
+            file.flush()
         if self._writer is not None:
             for name in shown:
                 if values.get(name) is not None:
@@ -275,6 +342,6 @@ def plot_losses(directory: Path) -> Path | None:
         axes.plot(*found, marker="o", markersize=3, label="validation")
     axes.legend()
     axes.grid(alpha=0.3)
-    with files.replacing(directory / PLOT) as file:
+    with writing(directory / PLOT), files.replacing(directory / PLOT) as file:
         figure.savefig(file, format="png")
     return directory / PLOT

@@ -57,7 +57,8 @@ class _Run:
         self.counters = Counters(total_steps=self._plan_steps())
         if saved is not None:
             self._continue_from(saved)
-        options.out.mkdir(parents=True, exist_ok=True)
+        with files.writing(options.out):
+            options.out.mkdir(parents=True, exist_ok=True)
         self.log = None
         if ranks.is_first:
             self.log = files.RunLog(options.out, first_step=self.counters.step, tensorboard=options.tensorboard)
