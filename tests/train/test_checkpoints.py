@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_a_part_of_a_checkpoint_is_noticed(content: bytes, cut: int, grown: byte
     cut = min(cut, len(content))
     part = content[: len(content) - cut] + grown
     if part != content:
-        path = Path(os.environ.get("TMPDIR", "/tmp")) / f"part-{os.getpid()}.pt"
+        path = Path(tempfile.gettempdir()) / f"part-{os.getpid()}.pt"
         path.write_bytes(part)
         try:
             with pytest.raises(InputError, match=r"\.pt: damaged"):
