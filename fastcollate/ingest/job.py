@@ -26,7 +26,7 @@ from typing_extensions import Unpack
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.encode import Encoded
 from fastcollate.ingest.journal import Journal, begin_anew, holder, tidy
-from fastcollate.ingest.lock import JobLock
+from fastcollate.ingest.lock import JobLock, is_ours
 from fastcollate.ingest.options import PrepareKeywords, PrepareOptions, PrepareReport
 from fastcollate.ingest.spec import (
     Counts,
@@ -107,6 +107,7 @@ def _under_lock(job: _Job, run: Runner, asked: PrepareOptions) -> tuple[dict[str
                     manifest = job.find_finished()
             if manifest is not None:
                 return manifest, True
+            job.refuse_own_files()
             if asked.overwrite:
                 begin_anew(job.root)
             return job.run(run), False
@@ -168,6 +169,15 @@ class _Job:
                 "take it as it is with --on-error skip, or mend the sources"
             )
         return manifest
+
+    def refuse_own_files(self) -> None:
+        """Refuse what is read from the store's folder: it would be removed as an earlier job's."""
+        for path in [*(source.local or source.name for source in self.sources), self.spec.options.tokenizer]:
+            places = Path(os.path.abspath(path)), Path(os.path.realpath(path))
+            if any(is_ours(place.name) and place.parent.resolve() == self.root.resolve() for place in places):
+                raise InputError(
+                    f"{path}: lies in the folder of the store, which is written anew; copy it elsewhere first"
+                )
 
     def run(self, run: Runner) -> dict[str, Any]:
         """Encode all units that the journal does not hold, then commit; returns the manifest."""

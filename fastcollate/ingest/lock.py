@@ -13,6 +13,7 @@ from pathlib import Path
 import filelock
 
 from fastcollate.errors import InputError
+from fastcollate.store import manifest as manifests
 
 LOCK = ".lock"
 _LINE_SECONDS = 10.0
@@ -20,6 +21,7 @@ _OURS = re.compile(
     r"(manifest|sources|tokenizer|tokenizer_config)\.json|lengths\.npy|skipped\.txt|shard-\d+\.arrow"
     r"|\.journal(\.jsonl)?|\.part-.*|\.+(manifest|sources|tokenizer|lengths|skipped|shard-|part-).*\.tmp"
 )
+_ONLY_IN_STORES = re.compile(r"\.lock|\.journal(\.jsonl)?|shard-\d+\.arrow")
 _FROM_THE_SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found", "@eadir", "__macosx", "$recycle.bin")
 
 
@@ -54,6 +56,7 @@ class JobLock:
         while True:
             self._make_folder(self._root)
             try:
+                self._refuse_foreign()
                 with _changed(self._root) as changed:
                     self._acquire()
                     if changed():  # the lock's library makes a folder that has just been removed
@@ -61,16 +64,6 @@ class JobLock:
                 break
             except (FileNotFoundError, FileExistsError):  # a job that failed at once is just removing the folder
                 continue
-        try:
-            foreign = sorted(path.name for path in self._root.iterdir() if not _is_known(path.name))
-            if foreign:
-                raise InputError(
-                    f"{self._root}: holds files that are not of a store, such as {foreign[0]}; "
-                    "choose a new or empty directory"
-                )
-        except BaseException:
-            self._lock.release()
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,6 +83,16 @@ class JobLock:
                     return
                 if os.path.lexists(folder) or not isinstance(error, FileExistsError):
                     raise InputError(f"{folder}: is not a directory; choose another place for the store") from error
+
+    def _refuse_foreign(self) -> None:
+        """Before anything is made in it: a folder that is no store's may hold files with names like a store's."""
+        names = os.listdir(self._root)
+        foreign = sorted(name for name in names if not name.startswith(".") and name.lower() not in _FROM_THE_SYSTEM)
+        if foreign and not any(map(_ONLY_IN_STORES.fullmatch, names)) and not _has_manifest(self._root):
+            raise InputError(
+                f"{self._root}: holds files that are not of a store, such as {foreign[0]}; "
+                "choose a new or empty directory"
+            )
 
     def _acquire(self) -> None:
         while True:
@@ -149,9 +152,10 @@ def is_ours(name: str) -> bool:
     return _OURS.fullmatch(name) is not None
 
 
-def _is_known(name: str) -> bool:
-    """Whether a file in a store's folder worries nobody: ours, hidden, or one that systems put everywhere."""
-    return is_ours(name) or name.startswith(".") or name.lower() in _FROM_THE_SYSTEM
+def _has_manifest(root: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return manifests.FORMAT.encode() in (root / manifests.MANIFEST).read_bytes()
+    return False
 
 
 def discard(path: Path) -> None:

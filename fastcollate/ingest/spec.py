@@ -149,10 +149,10 @@ class UnitResult:
 
 
 def unit_digest(unit: Unit, digests: Iterable[bytes]) -> str:
-    """SHA-256 of what a unit's rows come from, by its blocks' digests."""
+    """SHA-256 of what a unit's rows, and what is said of its bad records, come from, by its blocks' digests."""
     digest = hashlib.sha256(b"%d %d\n" % (unit.blocks[0].first_row, len(unit.blocks)))
     for block, content in zip(unit.blocks, digests, strict=True):
-        digest.update(b"%d " % (block.source - unit.blocks[0].source) + content)
+        digest.update(b"%d " % block.source + content)
     return digest.hexdigest()
 
 

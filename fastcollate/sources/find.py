@@ -37,8 +37,8 @@ class Source:
         format: `json`, `lines`, `text`, `csv`, `tsv`, `parquet`, `arrow`, `dataset` or `records`.
         compression: `gzip`, `zstd`, `bz2`, `xz` or `None`.
         num_bytes: its size as stored; 0 where unknown.
-        stamp: what changes whenever the content does: a file's size, times and inode, an object's size and ETag;
-            empty where nothing does.
+        stamp: what changes whenever the content does: a file's size, times and inode, an object's size and ETag, and
+            how it is read, which its name says; empty where nothing does.
         is_settled: whether the stamp can be trusted: a file that was changed just now may change again within one tick
             of its clock.
         local: its path, where it is a plain local file.
@@ -189,7 +189,7 @@ def _local_file(path: str, name: str) -> Source:
     _check_kind(name, is_directory=stat_module.S_ISDIR(stat.st_mode), is_empty=not stat.st_size)
     kind, compression = _format(path, name)
     is_settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) >= _SETTLED_NS
-    stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, kind, compression or "")
     local = os.path.abspath(path) if compression is None else None
     return Source(name, kind, compression, stat.st_size, stamp, is_settled, local)
 
@@ -205,7 +205,7 @@ def _remote_file(files: Any, path: str, name: str) -> Source:
     kind, compression = _format(path, name)
     tag = info.get("ETag") or info.get("etag")
     size = int(info.get("size") or 0)
-    return Source(name, kind, compression, size, (size, str(tag)) if tag else ())
+    return Source(name, kind, compression, size, (size, str(tag), kind, compression or "") if tag else ())
 
 
 def _check_kind(name: str, *, is_directory: bool, is_empty: bool) -> None:

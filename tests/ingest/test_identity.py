@@ -144,6 +144,17 @@ def test_an_unchanged_file_is_not_read_again(tmp_path: Path, reads: list[str]) -
 
 
 @pytest.mark.usefixtures("settled")
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_one_file_under_names_that_are_read_otherwise(tmp_path: Path, link: Any) -> None:
+    (tmp_path / "a.csv").write_text('instruction,output\n"one\ttwo",three\n')
+    link(tmp_path / "a.csv", tmp_path / "a.tsv")
+    prepare(tmp_path / "a.csv", tmp_path / "s")
+    assert prepare(tmp_path / "a.csv", tmp_path / "s").reused
+    with pytest.raises(InputError, match=r"differs in the content of .*a\.tsv"):
+        prepare(tmp_path / "a.tsv", tmp_path / "s")
+
+
 def test_the_side_file_of_another_store_proves_nothing(tmp_path: Path, reads: list[str]) -> None:
     first = write_lines(tmp_path / "a.jsonl", many(50))
     second = write_lines(tmp_path / "b.jsonl", many(50, seed=1))
@@ -307,8 +318,8 @@ def test_files_that_systems_put_everywhere_hurt_nobody(tmp_path: Path) -> None:
     assert all((tmp_path / "s" / name).read_bytes() == b"x" for name in junk)
     (tmp_path / "s" / "notes.txt").write_text("mine")
     assert prepare(source, tmp_path / "s").reused
-    with pytest.raises(InputError, match=r"holds files that are not of a store, such as notes\.txt"):
-        prepare(source, tmp_path / "s", overwrite=True)
+    prepare(source, tmp_path / "s", overwrite=True)
+    assert (tmp_path / "s" / "notes.txt").read_text() == "mine"
     assert prepare(source, tmp_path / "s").reused
 
 
