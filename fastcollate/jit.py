@@ -128,6 +128,11 @@ COMPILED = Compiling()  # since this process began
 event.register("numba:compile", COMPILED)
 
 
+def clock() -> float:
+    """Seconds, by a clock that is put back by what compiling took, so that waiting for that is not counted."""
+    return time.perf_counter() - COMPILED.seconds
+
+
 @contextlib.contextmanager
 def compiling(tell: Callable[[], None]) -> Iterator[Compiling]:
     """Within a block `tell` is called once, before the first kernel is compiled, if one is; maybe on another thread.

@@ -71,5 +71,12 @@ def print_summary(title: str, rows: Mapping[str, object]) -> None:
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in rows.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+        table.add_row(name, _shown(value))
     Console().print(table)
+
+
+def _shown(value: object) -> str:
+    """A number with as many digits as one reads, anything else as it is."""
+    if isinstance(value, float):
+        return f"{value:,.1f}" if 1000 <= abs(value) < float("inf") else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -17,6 +17,7 @@ import typer
 from fastcollate.cli import app
 from fastcollate.ingest.options import PrepareOptions
 from fastcollate.options import flag_of
+from fastcollate.progress import _shown
 from fastcollate.train.options import AnswerOptions, MaskOptions, OrderOptions, TrainOptions
 from tests.helpers import run_cli
 
@@ -129,3 +130,35 @@ def test_the_sample_is_not_written_anew_where_it_is_there(tmp_path: Path, monkey
     assert run_cli(monkeypatch, "sample", path, "--num-records", 5) == 0
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 5
     assert [file.name for file in tmp_path.iterdir()] == ["sample.jsonl"]
+
+
+@pytest.mark.parametrize("place", ["records.jsonl", "data/*.json", "https://example.org/a.jsonl"])
+def test_prepare_without_a_store_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(monkeypatch, "prepare", place) == 1
+    assert f"prepare got only '{place}': name the sources first, the store's directory last" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_is_reused_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(monkeypatch, "sample", tmp_path / "r.jsonl", "--num-records", 5) == 0
+    assert run_cli(monkeypatch, "prepare", tmp_path / "r.jsonl", tmp_path / "s") == 0
+    assert "length mean" in capsys.readouterr().out
+    assert run_cli(monkeypatch, "prepare", tmp_path / "r.jsonl", tmp_path / "s") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "s: found unchanged; 5 rows" in line
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (10.824913024902344, "10.82"), (0.012345678, "0.01235"), (3808.1234, "3,808.1"), (1234567, "1,234,567"),
+        (True, "True"), (0.0, "0"), (float("nan"), "nan"), (float("inf"), "inf"), (-2.5, "-2.5"), ("a", "a"),
+    ],
+)  # fmt: skip
+def test_a_summary_shows_as_many_digits_as_one_reads(value: object, shown: str) -> None:
+    assert _shown(value) == shown

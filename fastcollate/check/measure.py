@@ -221,7 +221,7 @@ def measure_step(model: str, batches: Iterable[Any]) -> float:
         start = time.perf_counter()
         optimizer.zero_grad()
         logits = network(inputs, *segments)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()  # type: ignore[no-untyped-call]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times[1:] or times)

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -42,17 +42,17 @@ def write_sample(path: Path, num_records: int) -> None:
 @app.command()
 @with_options
 def prepare(
-    sources: Annotated[
+    places: Annotated[
         list[str],
         typer.Argument(
-            help="Files, patterns or URLs of records: JSON, JSON Lines, CSV, Parquet, Arrow; also .gz, .zst."
+            metavar="SOURCES... STORE",
+            help="Files, patterns or URLs of records (JSON, JSON Lines, CSV, Parquet, Arrow; also .gz, .zst, .bz2, "
+            ".xz), then, as the last argument, the directory of the token store to write.",
         ),
     ],
-    store: Annotated[Path, typer.Argument(help="Directory of the token store to write (the last argument).")],
     options: PrepareOptions,
     field: Annotated[
-        Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
-        typer.Option(help="Where a template field comes from, as instruction=question; repeatable."),
+        list[str] | None, typer.Option(help="Where a template field comes from, as instruction=question; repeatable.")
     ] = None,
     json_output: Json = False,
 ) -> None:
@@ -60,10 +60,18 @@ def prepare(
     from fastcollate.ingest import prepare as run
     from fastcollate.progress import print_summary
 
+    *sources, store = places
+    if not sources:
+        raise InputError(
+            f"prepare got only {store!r}: name the sources first, the store's directory last, such as: "
+            f"fastcollate prepare {store} store"
+        )
     # the options' own keywords, which a type checker cannot know of a dataclass
     report = run(sources, store, fields=parse_fields(field), progress=not json_output, **asdict(options))
     if json_output:
         print_json(asdict(report))
+    elif report.reused:
+        print(f"{report.title}; {report.num_rows:,} rows. fastcollate inspect {store} shows what is in it")
     else:
         print_summary(report.title, {name.replace("_", " "): value for name, value in report.summary.items()})
         if report.skipped_report:
@@ -107,8 +115,8 @@ StoreFolder = Annotated[Path, typer.Argument(help="Directory of the token store.
 def inspect(
     store: StoreFolder,
     masks: MaskOptions,
-    row: Annotated[Optional[int], typer.Option(help="Show this row: text, ids, targets.")] = None,  # noqa: UP045
-    report: Annotated[Optional[Path], typer.Option(help="Write a page for the browser to this file.")] = None,  # noqa: UP045
+    row: Annotated[int | None, typer.Option(help="Show this row: text, ids, targets.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page for the browser to this file.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in a batch of the page's picture of an epoch.")] = 8,
     json_output: Json = False,
 ) -> None:
@@ -142,7 +150,7 @@ def verify(
     order: OrderOptions,
     masks: MaskOptions,
     source: Annotated[
-        Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+        list[str] | None,
         typer.Option(help="A file it was prepared from, to be tokenized again with tiktoken; repeatable, in order."),
     ] = None,
     checksums: Annotated[bool, typer.Option("--checksums", help="Read every file and check its checksum.")] = False,
@@ -170,10 +178,9 @@ def bench(
     store: StoreFolder,
     order: OrderOptions,
     masks: MaskOptions,
-    step_ms: Annotated[Optional[float], typer.Option(help="A training step in milliseconds.")] = None,  # noqa: UP045
+    step_ms: Annotated[float | None, typer.Option(help="A training step in milliseconds.")] = None,
     model: Annotated[
-        Optional[str],  # noqa: UP045 (typer on Python 3.10)
-        typer.Option(help="Measure the step of this bundled GPT-2 on this machine's CPU, such as tiny."),
+        str | None, typer.Option(help="Measure the step of this bundled GPT-2 on this machine's CPU, such as tiny.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each contender; the median counts.")] = 5,
     json_output: Json = False,

@@ -17,6 +17,7 @@ from fastcollate.integrations.hf_datasets import lengths_of as lengths_of
 from fastcollate.integrations.hf_datasets import open_dataset as open_dataset
 from fastcollate.integrations.hf_datasets import store_from_dataset as store_from_dataset
 from fastcollate.integrations.pytorch import PackedRows, StoreDataset, StoreRow, packs_of, row_numbers
+from fastcollate.load.options import trained_rows
 
 IGNORE = -100
 LAYOUTS = ("padded", "flattened")
@@ -204,12 +205,27 @@ def _flatten(input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) 
     }
 
 
+def _rows_with_labels(dataset: StoreDataset) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    """The rows that have a label, `None` where all have: a batch without one has the loss NaN in a `Trainer`."""
+    limit = dataset.options["max_length"]
+    if limit is None and not dataset.options["mask_prompt"]:
+        return None
+    labels = None if limit is None else limit - 1  # the first column's is ignored
+    rows = np.arange(0) if labels == 0 else trained_rows(dataset.collator(labels), np.arange(len(dataset)))
+    if not len(rows):
+        raise InputError(
+            f"no row of {dataset.store.path} has a label: every prompt fills max_length={limit}, or nothing is trained"
+        )
+    return None if len(rows) == len(dataset) else rows
+
+
 class BucketedTrainerMixin:
     """Gives a `Trainer` (or `SFTTrainer`) batches of similar length: `class Mine(BucketedTrainerMixin, Trainer): ...`.
 
     Works over a `StoreDataset` (with `DataCollator`) and over a tokenized `datasets.Dataset` (with any collator). The
     batch size, the seed (`data_seed`, else `seed`), the workers and the ranks are the training arguments'; an
-    interrupted run continues with the batches that are left.
+    interrupted run continues with the batches that are left. Rows of a `StoreDataset` without any label are left out,
+    for the loss of a batch of such rows is NaN.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
@@ -240,6 +256,7 @@ class BucketedTrainerMixin:
         """
         trainer: Any = self
         args, dataset, collator = trainer.args, trainer.train_dataset, trainer.data_collator
+        rows = None
         strategy = getattr(args, "train_sampling_strategy", "random")
         if strategy not in ("random", None) or getattr(args, "group_by_length", False):
             raise InputError(
@@ -253,11 +270,13 @@ class BucketedTrainerMixin:
                     "give data_collator=fastcollate.integrations.huggingface.DataCollator()"
                 )
             check_model(dataset.store, trainer.model)
+            rows = None if "rows" in self.batching else _rows_with_labels(dataset)
         else:
             dataset = trainer._remove_unused_columns(dataset, description="training")
         sampler = FlowingSampler(
             lengths_of(dataset),
             **{
+                "rows": rows,
                 "batch_size": trainer._train_batch_size,
                 "drop_last": args.dataloader_drop_last,
                 "seed": args.seed if args.data_seed is None else args.data_seed,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from fastcollate.collate import fill as kernels
 from fastcollate.collate.batch import Batch, Counts, PackedBatch
 from fastcollate.collate.settings import MASK, REFERENCE
 from fastcollate.errors import InputError
+from fastcollate.jit import clock
 from fastcollate.load.jobs import Job, PackedJob, PaddedJob
 from fastcollate.load.options import (
     LoaderKeywords,
@@ -63,7 +63,8 @@ class Stats:
         untrained_rows: rows none of whose targets is trained, such as those whose prompt fills `max_length`.
         cut_rows: rows that were cut to `max_length`, or to a pack's capacity.
         cut_tokens: tokens that this left out.
-        wait_s: seconds that the consumer has waited for batches; those of a group come together.
+        wait_s: seconds that the consumer has waited for batches; those of a group come together. Compiling the
+            kernels, once, is not counted.
         h2d_bytes: bytes of the batches that were copied to a device.
     """
 
@@ -188,7 +189,7 @@ class BatchLoader(Epochs):
 
     def __iter__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> Iterator[Batch | PackedBatch]:
         """Batches of the current epoch; from a loaded position on, once. The end advances the epoch by one."""
-        start = time.perf_counter()
+        start = clock()
         iteration = self._begin()
         plan = iteration.planned
         groups = fill_groups(
@@ -201,7 +202,7 @@ class BatchLoader(Epochs):
         )
         with contextlib.closing(groups):
             for group in groups:
-                self._stats.wait_s += time.perf_counter() - start
+                self._stats.wait_s += max(0.0, clock() - start)
                 if group.totals[kernels.CORNERS]:
                     self._warn_of_corners()
                 if group.totals[kernels.UNTRAINED]:
@@ -221,7 +222,7 @@ class BatchLoader(Epochs):
                         self._handed.remove(handed)
                         self._count(handed)
                 del group, batch, handed  # before the next is waited for, so that the buffer is used again
-                start = time.perf_counter()
+                start = clock()
         iteration.end()
 
     @property

@@ -6,7 +6,6 @@ Under `torchrun -m fastcollate train` each rank runs this.
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastcollate.errors import InputError
-from fastcollate.jit import COMPILED, compiling
+from fastcollate.jit import clock, compiling
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
 from fastcollate.train import files
@@ -68,7 +67,6 @@ class _Run:
         self.recent: list[float] = []
         self.useful_here = 0
         self.wait_s = 0.0
-        self.compiled_s = COMPILED.seconds
         self.steps_in_epoch = 0
 
     def _plan_steps(self) -> int:
@@ -110,7 +108,7 @@ class _Run:
         options, counters = self.options, self.counters
         task = self.progress.add_task("training", total=counters.total_steps, **self._shown())
         while (ending := self._ending()) is None:
-            start = time.perf_counter()
+            start = clock()
             data = self.feed.next_step(stop=interrupts.asked)
             if data.total.stop:
                 ending = "interrupted"
@@ -142,8 +140,8 @@ class _Run:
         counters.skipped_steps += loss is None
         counters.tokens_seen += data.total.num_useful
         self._flush()
-        wait_s = self._waited_for_data(data)
-        step_s = time.perf_counter() - start - (data.wait_s - wait_s)
+        wait_s = data.wait_s if self.useful_here else 0.0  # a first batch cannot overlap with a step
+        step_s = max(0.0, clock() - start - (data.wait_s - wait_s))
         self.useful_here += data.total.num_useful
         self.wait_s += wait_s
         self.report.seconds += step_s
@@ -154,12 +152,6 @@ class _Run:
         self.pending = None if loss is None else Readback(loss), values
         if counters.skipped_steps == counters.step == _FIRST_SKIPPED:
             self.say(f"note: {self._why_nothing_is_trained()}")
-
-    def _waited_for_data(self, data: StepData) -> float:
-        """Seconds of a step's wait, without the start: kernels are compiled once, and a first batch cannot overlap."""
-        compiled_s = COMPILED.seconds - self.compiled_s
-        self.compiled_s += compiled_s
-        return max(0.0, data.wait_s - compiled_s) if self.useful_here else 0.0
 
     def _flush(self) -> None:
         """Read, check and log the loss of the step before."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch.nn import functional
 
 from fastcollate.collate.batch import Batch, PackedBatch
 from fastcollate.errors import InputError
+from fastcollate.jit import clock
 from fastcollate.load.loader import BatchLoader
 from fastcollate.store import TokenStore
 from fastcollate.train.loss import IGNORE_INDEX, cell_losses, scaled_loss, trained_cells
@@ -210,7 +210,7 @@ class StepData(NamedTuple):
     Attributes:
         batches: this rank's, as many as every other rank's; none at the end of an epoch.
         total: what was decided for all ranks.
-        wait_s: seconds that this rank waited for its batches.
+        wait_s: seconds that this rank waited for its batches, compiling not counted.
     """
 
     batches: list[MicroBatch]
@@ -236,9 +236,9 @@ class Feed:
 
     def next_step(self, *, stop: bool = False) -> StepData:
         """The next step's batches; with `stop`, where this rank was asked to, all ranks stop before the same step."""
-        start = time.perf_counter()
+        start = clock()
         own = [] if stop else self._take()
-        wait_s = time.perf_counter() - start
+        wait_s = max(0.0, clock() - start)
         found = self._ranks.exchange(self._offer(own, stop))
         offers = [Offer(int(b), int(t), int(u), int(e), bool(asked)) for b, t, u, e, asked in found]
         return self._accept(own, decide(offers), wait_s)

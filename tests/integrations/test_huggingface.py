@@ -422,3 +422,44 @@ def test_wrong_use_is_named(store: TokenStore, tmp_path: Path) -> None:
     for options in ({"layout": "packed"}, {"layout": "flattened", "pad_to_multiple_of": 8}):
         with pytest.raises(InputError, match="layout="):
             DataCollator(**options)
+
+
+def bucketed_trainer(dataset: StoreDataset, out: Path) -> Any:
+    class Bucketed(BucketedTrainerMixin, transformers.Trainer):
+        pass
+
+    args = transformers.TrainingArguments(
+        str(out), per_device_train_batch_size=1, num_train_epochs=1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    return Bucketed(make_model(), args, train_dataset=dataset, data_collator=DataCollator())
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"mask_prompt": True}, [0, 2, 3]),  # row 1 is all prompt
+        ({"mask_prompt": True, "max_length": 5}, [0, 3]),  # row 2's response begins where it is cut
+        ({"max_length": 5}, [0, 1, 2, 3]),
+        ({}, [0, 1, 2, 3]),
+        ({"mask_prompt": True, "max_length": 4, "truncation": "left"}, [0, 2, 3]),
+    ],
+)
+def test_rows_without_a_label_make_no_batch_of_a_trainer(
+    tmp_path: Path, options: dict[str, Any], kept: list[int]
+) -> None:
+    """The loss of a batch of such rows is NaN, and one step of that ruins the model."""
+    rows, spans = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [*range(1, 9)], [1, 2]], [[2, 3], [6, 0], [6, 2], [1, 1]]
+    store = store_of_rows(tmp_path / "s", rows, spans, vocab_size=VOCAB)
+    trainer = bucketed_trainer(StoreDataset(store, **options), tmp_path / "run")
+    batches = list(trainer.get_train_dataloader())
+    assert all(bool((batch["labels"] != -100).any()) for batch in batches)
+    assert len(batches) == len(kept)
+    trainer.train()
+    assert all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters())
+
+
+def test_a_store_without_any_label_is_refused(tmp_path: Path) -> None:
+    store = store_of_rows(tmp_path / "s", [[1, 2, 3]] * 3, [[4, 0]] * 3, vocab_size=VOCAB)
+    dataset = StoreDataset(store, mask_prompt=True)
+    with pytest.raises(InputError, match=r"no row of .* has a label"):
+        bucketed_trainer(dataset, tmp_path / "run").get_train_dataloader()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numba.core import event
 
 from fastcollate.collate.reference import custom_collate_fn
 from fastcollate.errors import InputError
@@ -94,6 +96,35 @@ def test_statistics_count_what_was_handed_over() -> None:
     assert stats.real_cells + stats.padded_cells == cells
     assert stats.wait_s > 0
     assert (stats.h2d_bytes, stats.corner_rows) == (0, 0)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize(
+    "options", [{"policy": "bucketed"}, {"policy": "packed", "capacity": 64}, {"policy": "sequential"}], ids=str
+)
+def test_waiting_is_without_the_compiling_of_kernels(
+    ahead: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here kernels take half a second to compile, and a batch a twentieth of one."""
+    job, calls = BatchLoader._job, []
+
+    def compiling(*args: Any) -> Any:
+        if not calls:
+            with event.trigger_event("numba:compile", data={}):
+                time.sleep(0.5)
+        calls.append(1)
+        time.sleep(0.05)
+        return job(*args)
+
+    monkeypatch.setattr(BatchLoader, "_job", compiling)
+    loader = BatchLoader(make_store(ROWS), batch_size=8, prefetch=ahead, **options)
+    next(iter(BatchLoader(make_store(ROWS), batch_size=8, prefetch=0, **options)))  # really compiled, if they must be
+    calls.clear()
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    assert time.perf_counter() - start > 0.5
+    assert 0.04 < loader.stats.wait_s < 0.45
 
 
 @pytest.mark.parametrize("ahead", [0, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -269,6 +270,35 @@ def test_a_step_without_a_trained_token_is_skipped_and_counted(tmp_path: Path) -
     assert (report.steps, report.skipped_steps) == (10, 5)
     before, after = (dict(torch.load(run.out / "checkpoint.pt", weights_only=True)["model"]) for _ in range(2))
     assert all(torch.isfinite(before[name]).all() for name in after)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    "order",
+    [
+        {"policy": "shuffled", "batch_size": 1}, {"policy": "bucketed", "batch_size": 2},
+        {"policy": "packed", "batch_size": 1, "capacity": 7}, {"policy": "bucketed", "max_tokens": 7},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_batches_without_a_target_give_no_nan(tmp_path: Path, order: dict[str, Any], accumulate: int) -> None:
+    """Two of three rows train nothing, in training and in validation."""
+    rows = [([6, 0] if n % 3 else [2, 3], [n, 1, 2, 3, 4]) for n in range(1, 61)]
+    store = write_store(tmp_path / "store", rows, tokenizer=TINY)
+    run = options(
+        tmp_path / "run", epochs=1, mask_prompt=True, accumulate=accumulate, eval_every=4, train_share=0.7,
+        test_share=0, **order,
+    )  # fmt: skip
+    report = train(store, run, progress=False)
+    found = losses(run.out)
+    assert report.steps == len(found)
+    assert report.skipped_steps == sum(loss is None for loss in found)
+    assert all(loss is None or math.isfinite(loss) for loss in found)
+    assert report.validation_loss is not None
+    assert math.isfinite(report.validation_loss)
+    model = torch.load(run.out / "checkpoint.pt", weights_only=True)["model"]
+    assert all(bool(tensor.isfinite().all()) for tensor in model.values())
 
 
 @pytest.mark.usefixtures("small")
