@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -84,7 +83,7 @@ def test_ctrl_c_says_so_in_one_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("fastcollate.ingest.job"), "prepare", interrupted)
+    monkeypatch.setattr("fastcollate.ingest.prepare", interrupted)
     assert run_cli(monkeypatch, "prepare", "records.jsonl", tmp_path / "store") == 130
     assert capsys.readouterr().err.splitlines() == [
         "error: interrupted; what was finished is kept, and the same command goes on"
@@ -132,7 +131,7 @@ def test_the_sample_is_not_written_anew_where_it_is_there(tmp_path: Path, monkey
     assert [file.name for file in tmp_path.iterdir()] == ["sample.jsonl"]
 
 
-@pytest.mark.parametrize("place", ["records.jsonl", "data/*.json", "https://example.org/a.jsonl"])
+@pytest.mark.parametrize("place", ["records.jsonl", "data/*.json", "two words.csv"])
 def test_prepare_without_a_store_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:

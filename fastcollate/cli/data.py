@@ -42,14 +42,15 @@ def write_sample(path: Path, num_records: int) -> None:
 @app.command()
 @with_options
 def prepare(
-    places: Annotated[
+    sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCES... STORE",
-            help="Files, patterns or URLs of records (JSON, JSON Lines, CSV, Parquet, Arrow; also .gz, .zst, .bz2, "
-            ".xz), then, as the last argument, the directory of the token store to write.",
+            help="Files, patterns or URLs: JSON, JSON Lines, CSV, Parquet, Arrow; also .gz, .zst, .bz2, .xz.",
+            default_factory=list,  # a lone argument is taken for the store: said below, better than by "missing"
+            show_default=False,
         ),
     ],
+    store: Annotated[Path, typer.Argument(help="Directory of the token store to write (the last argument).")],
     options: PrepareOptions,
     field: Annotated[
         list[str] | None, typer.Option(help="Where a template field comes from, as instruction=question; repeatable.")
@@ -60,10 +61,9 @@ def prepare(
     from fastcollate.ingest import prepare as run
     from fastcollate.progress import print_summary
 
-    *sources, store = places
     if not sources:
         raise InputError(
-            f"prepare got only {store!r}: name the sources first, the store's directory last, such as: "
+            f"prepare got only {str(store)!r}: name the sources first, the store's directory last, such as: "
             f"fastcollate prepare {store} store"
         )
     # the options' own keywords, which a type checker cannot know of a dataclass
