@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from fastcollate.ingest.spans import BadRecord, Parts, count, limit_prompts, mark, starts_of
 from fastcollate.ingest.spec import Counts, JobSpec, LostRecord, UnitResult, unit_digest
@@ -34,7 +35,6 @@ def encode_unit(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encode
 
     Raises:
         SourceReadError: the source cannot be read any more.
-        OSError: the part cannot be written.
         RuntimeError: the backend's ids differ from tiktoken's.
     """
     collects = gc.isenabled()
@@ -46,11 +46,6 @@ def encode_unit(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encode
             gc.enable()
     spec.tools()[0].trim()  # now that the unit's own memory is free
     return encoded
-
-
-def warm_up(spec: JobSpec) -> None:
-    """Load what units need, so that forked workers share it."""
-    spec.tools()
 
 
 def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
@@ -84,9 +79,13 @@ def _without(parts: Parts, error: UnencodableError, lost: _Lost) -> Parts:
     failed = {int(np.searchsorted(parts.starts, text, side="right")) - 1: r for text, r in error.reasons.items()}
     lost.add_rows([BadRecord(int(parts.rows[row]), 0, reason) for row, reason in sorted(failed.items())])
     kept = [row for row in range(len(parts.rows)) if row not in failed]
-    pieces = [parts.texts[int(parts.starts[row]) : int(parts.starts[row + 1])] for row in kept]
-    texts = Texts([text for piece in pieces for text in piece])
-    return Parts(texts, starts_of(np.array([len(piece) for piece in pieces], np.int64)), parts.rows[kept])
+    return _parts([parts.texts[int(parts.starts[row]) : int(parts.starts[row + 1])] for row in kept], parts.rows[kept])
+
+
+def _parts(texts: Sequence[Sequence[str]], rows: npt.ArrayLike) -> Parts:
+    """The texts of rows, a list for each."""
+    starts = starts_of(np.array([len(of_row) for of_row in texts], np.int64))
+    return Parts(Texts([text for of_row in texts for text in of_row]), starts, np.asarray(rows, np.uint64))
 
 
 def _read(unit: Unit, spec: JobSpec, lost: _Lost) -> tuple[Parts, list[bytes]]:
@@ -165,10 +164,8 @@ class _PartsOf(NamedTuple):
 
 def _single_texts(parts_of: _PartsOf) -> Parts:
     """Texts record by record."""
-    found = [(number, parts) for number in range(len(parts_of.chunk)) if (parts := parts_of(number)) is not None]
-    starts = starts_of(np.array([len(parts) for _, parts in found], np.int64))
-    rows = np.array([number + parts_of.first_row for number, _ in found], np.uint64)
-    return Parts(Texts([text for _, parts in found for text in parts]), starts, rows)
+    found = {i: parts for i in range(len(parts_of.chunk)) if (parts := parts_of(i)) is not None}
+    return _parts([*found.values()], [number + parts_of.first_row for number in found])
 
 
 def _column_texts(parts_of: _PartsOf, names: Sequence[Sequence[str]]) -> Parts:
@@ -177,14 +174,13 @@ def _column_texts(parts_of: _PartsOf, names: Sequence[Sequence[str]]) -> Parts:
     text, sizes, irregular = parts_of.template.columns(parts_of.chunk.columns(names))
     texts = Texts(data=text.encode(), offsets=starts_of(sizes.reshape(-1)))
     special = np.searchsorted(texts.offsets[::2], parts_of.special.places(texts.data), side="right") - 1
-    rows = np.arange(count)
-    if irregular := sorted({*irregular, *special.tolist()}):
-        pairs: list[list[str] | None] = [[*pair] for pair in zip(*[iter(texts.strings())] * 2, strict=True)]
-        for number in irregular:
-            pairs[number] = parts_of(number)
-        rows = np.flatnonzero([pair is not None for pair in pairs])
-        texts = Texts([text for pair in pairs if pair is not None for text in pair])
-    return Parts(texts, np.arange(len(rows) + 1) * 2, (rows + parts_of.first_row).astype(np.uint64))
+    rows = np.arange(parts_of.first_row, parts_of.first_row + count, dtype=np.uint64)
+    if not (irregular := sorted({*irregular, *special.tolist()})):
+        return Parts(texts, np.arange(count + 1) * 2, rows)
+    pairs: list[list[str] | None] = [[*pair] for pair in zip(*[iter(texts.strings())] * 2, strict=True)]
+    for number in irregular:
+        pairs[number] = parts_of(number)
+    return _parts([pair for pair in pairs if pair is not None], rows[[pair is not None for pair in pairs]])
 
 
 _NONE = np.zeros(0, np.int64)
@@ -206,14 +202,14 @@ class _SpecialTexts:
     """Looks for texts like `<|endoftext|>`."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        pattern = "|".join(map(re.escape, texts))
-        self._texts = re.compile(pattern) if texts else None
+        pattern = "|".join(map(re.escape, texts)) or "(?!)"  # matches nothing
+        self._texts = re.compile(pattern)
         self._bytes = re.compile(pattern.encode())
         self._firsts = {text.encode()[0] for text in texts}
 
     def find(self, texts: Sequence[str]) -> str | None:
         """The first one in texts that are put end to end."""
-        found = self._texts.search("".join(texts)) if self._texts is not None else None
+        found = self._texts.search("".join(texts))
         return found.group() if found is not None else None
 
     def places(self, data: bytes) -> list[int]:

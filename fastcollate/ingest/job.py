@@ -212,7 +212,8 @@ class _Job:
     def _unfinished(self, units: Iterator[Unit]) -> Iterator[Unit]:
         """Units that are still to do; those that the journal holds are compared with what it says of them."""
         for number, group in itertools.groupby(units, key=lambda unit: unit.shard):
-            if self._journal.shard(number) is None:
+            shard = self._journal.shards.get(number)
+            if shard is None:
                 for unit in group:
                     encoded = self._finished(unit)
                     if encoded is None:
@@ -222,16 +223,17 @@ class _Job:
                 continue
             of_shard = list(group)
             finished = [(unit, encoded) for unit in of_shard if (encoded := self._finished(unit)) is not None]
-            if len(finished) == len(of_shard) and self._journal.holds(number, of_shard[0].index, of_shard[-1].index):
+            bounds = of_shard[0].index, of_shard[-1].index
+            if len(finished) == len(of_shard) and (shard.first, shard.last) == bounds:
                 for unit, encoded in finished:
                     self._put(unit, encoded)
-            else:
-                self._journal.forget(number)
+            else:  # not all of its units are any more what they were: it is made again
+                del self._journal.shards[number]
                 yield from of_shard
 
     def _finished(self, unit: Unit) -> Encoded | None:
         """What the journal says of a unit, if the unit's content is still what it was."""
-        known = self._journal.unit(unit.index)
+        known = self._journal.units.get(unit.index)
         if known is None:
             return None
         digests = [block.digest(block.read()) for block in unit.blocks]
@@ -271,7 +273,7 @@ class _Job:
         """Put the parts of a shard together, all of which are there."""
         if not self._open:
             return
-        shard = self._journal.shard(self._open_number)
+        shard = self._journal.shards.get(self._open_number)
         if shard is None:
             parts = [result.part for result in self._open if result.part is not None]
             name = shards.shard_name(self._open_number)

@@ -14,15 +14,17 @@ import secrets
 import socket
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from fastcollate.errors import InputError
 from fastcollate.ingest.lock import JobLock, discard, is_ours
-from fastcollate.ingest.spec import Counts, LostRecord, UnitResult, differences
+from fastcollate.ingest.spec import LostRecord, UnitResult, differences
 from fastcollate.store import ShardInfo, files
 from fastcollate.store import manifest as manifests
 
@@ -30,16 +32,9 @@ _JOURNAL = ".journal"
 _OLD_JOURNAL = ".journal.jsonl"  # of releases that wrote format 1
 
 
-class MergedShard(NamedTuple):
-    """A finished shard.
-
-    Attributes:
-        number: its number.
-        first: the first unit whose rows it holds.
-        last: the last one.
-        sha256: over what those units are.
-        info: the file, or `None` where it has no row.
-    """
+@dataclass(frozen=True, slots=True)
+class MergedShard:
+    """A finished shard: its number, first and last unit, a hash over what those are, its file (where it has rows)."""
 
     number: int
     first: int
@@ -59,6 +54,8 @@ class Journal:
 
     Attributes:
         token: names the parts that this job's workers write.
+        units: what is noted of units whose rows are still there, by number.
+        shards: what is noted of finished shards whose files are still there, by number.
 
     Raises:
         InputError: an unfinished job of another identity lies here.
@@ -70,8 +67,8 @@ class Journal:
         self._root = root
         self._path = root / _JOURNAL
         self.token = secrets.token_hex(4)
-        self._units: dict[int, UnitResult] = {}
-        self._shards: dict[int, MergedShard] = {}
+        self.units: dict[int, UnitResult] = {}
+        self.shards: dict[int, MergedShard] = {}
         header = self._load()
         if header is not None and (different := differences(header, identity)):
             raise InputError(
@@ -79,9 +76,10 @@ class Journal:
                 "or begin anew with --overwrite (overwrite=True)"
             )
         if header is None:
-            self._units, self._shards = {}, {}
+            self.units, self.shards = {}, {}
             discard(self._path)
-        self._remove_leftovers()
+        noted = [*(unit.part for unit in self.units.values()), *(shard.info for shard in self.shards.values())]
+        _remove_all_but(root, (info for info in noted if info is not None))  # others were being written at a death
         self._file = open(self._path, "ab")  # noqa: SIM115 (closed by __exit__)
         if self._file.tell():
             self._file.write(b"\n")  # ends a line that a crash cut off
@@ -101,52 +99,35 @@ class Journal:
     @property
     def has_finished(self) -> bool:
         """Whether anything is finished that a call that stops at bad records would use."""
-        return any(not unit.bad for unit in self._units.values())
-
-    def unit(self, index: int) -> UnitResult | None:
-        """What is noted of a unit, if its rows are still there."""
-        return self._units.get(index)
-
-    def shard(self, number: int) -> MergedShard | None:
-        """What is noted of a finished shard, if its file is still there."""
-        return self._shards.get(number)
+        return any(not unit.bad for unit in self.units.values())
 
     def add_unit(self, result: UnitResult) -> None:
         """Note a finished unit."""
-        self._units[result.index] = result
-        self._write("unit", {**asdict(result), "tokenize_seconds": 0.0, "bad": [list(record) for record in result.bad]})
+        self.units[result.index] = result
+        self._write("unit", replace(result, tokenize_seconds=0.0))
 
     def add_shard(self, number: int, units: Sequence[UnitResult], info: ShardInfo | None) -> MergedShard:
         """Note a finished shard; the parts it was made of are no longer needed."""
         shard = MergedShard(number, units[0].index, units[-1].index, _digest(units), info)
-        self._shards[number] = shard
-        self._write("shard", {**shard._asdict(), "info": None if info is None else asdict(info)})
+        self.shards[number] = shard
+        self._write("shard", shard)
         for unit in units:
             if unit.part is not None:
                 discard(self._root / unit.part.name)
         return shard
 
-    def holds(self, number: int, first: int, last: int) -> bool:
-        """Whether a finished shard holds just these units."""
-        shard = self._shards.get(number)
-        return shard is not None and (shard.first, shard.last) == (first, last)
-
-    def forget(self, number: int) -> None:
-        """Make a finished shard again: not all of its units are any more what they were."""
-        del self._shards[number]
-
     def skipped(self, num_units: int) -> Iterator[LostRecord]:
         """The bad records of so many units, in order."""
         for index in range(num_units):
-            yield from self._units[index].bad
+            yield from self.units[index].bad
 
     def finish(self) -> None:
         """Forget the job: its store is finished."""
         self._file.close()
         discard(self._path)
 
-    def _write(self, kind: str, entry: Mapping[str, Any]) -> None:
-        line = json.dumps({"line": kind, **entry}).encode()
+    def _write(self, kind: str, entry: object) -> None:
+        line = json.dumps({"line": kind, **msgspec.to_builtins(entry)}).encode()
         self._file.write(b"%08x %b\n" % (zlib.crc32(line), line))
         self._file.flush()
 
@@ -159,23 +140,21 @@ class Journal:
             )
         header = None
         units: dict[int, UnitResult] = {}
+        shards: dict[int, MergedShard] = {}
         for entry in read_lines(self._path):
             kind = entry.pop("line")
             if kind == "job":
                 header = entry
             elif kind == "unit":
-                unit = _unit(entry)
-                units[unit.index] = unit
+                units[entry["index"]] = msgspec.convert(entry, UnitResult)
             elif kind == "shard":
-                info = None if entry["info"] is None else ShardInfo(**entry["info"])
-                shard = MergedShard(**{**entry, "info": info})
-                self._shards[shard.number] = shard
-        for shard in list(self._shards.values()):
+                shards[entry["number"]] = msgspec.convert(entry, MergedShard)
+        for number, shard in shards.items():
             of_shard = [units[index] for index in range(shard.first, shard.last + 1) if index in units]
-            if _digest(of_shard) != shard.sha256 or (shard.info is not None and not self._has_size(shard.info)):
-                del self._shards[shard.number]
-        merged = {i for shard in self._shards.values() for i in range(shard.first, shard.last + 1)}
-        self._units = {i: unit for i, unit in units.items() if i in merged or self._is_whole(unit.part)}
+            if _digest(of_shard) == shard.sha256 and (shard.info is None or self._has_size(shard.info)):
+                self.shards[number] = shard
+        merged = {i for shard in self.shards.values() for i in range(shard.first, shard.last + 1)}
+        self.units = {i: unit for i, unit in units.items() if i in merged or self._is_whole(unit.part)}
         return header
 
     def _has_size(self, info: ShardInfo) -> bool:
@@ -193,17 +172,14 @@ class Journal:
 
     def remove_all_but(self, shards: Iterable[ShardInfo]) -> None:
         """Remove what is not of these shards: they are the store."""
-        self._remove_all_but({shard.name for shard in shards})
+        _remove_all_but(self._root, shards)
 
-    def _remove_leftovers(self) -> None:
-        """Remove what no line speaks of: it was being written when a job died."""
-        noted = [*(unit.part for unit in self._units.values()), *(shard.info for shard in self._shards.values())]
-        self._remove_all_but({info.name for info in noted if info is not None})
 
-    def _remove_all_but(self, names: Set[str]) -> None:
-        for path in self._root.iterdir():
-            if is_ours(path.name) and path.name not in names and path.name != _JOURNAL:
-                discard(path)
+def _remove_all_but(root: Path, kept: Iterable[ShardInfo]) -> None:
+    names = {_JOURNAL, *(info.name for info in kept)}
+    for path in root.iterdir():
+        if is_ours(path.name) and path.name not in names:
+            discard(path)
 
 
 def _digest(units: Sequence[UnitResult]) -> str:
@@ -256,9 +232,3 @@ def begin_anew(root: Path) -> None:
             (root / name).unlink(missing_ok=True)
         except PermissionError as error:
             raise InputError(f"{root / name}: cannot be removed, it is in use ({error.strerror or error})") from error
-
-
-def _unit(entry: Mapping[str, Any]) -> UnitResult:
-    part = None if entry["part"] is None else ShardInfo(**entry["part"])
-    bad = [LostRecord(*values) for values in entry["bad"]]
-    return UnitResult(**{**entry, "part": part, "bad": bad, "counts": Counts(**entry["counts"])})

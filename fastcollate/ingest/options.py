@@ -82,12 +82,9 @@ class PrepareOptions:
 
 @dataclass(frozen=True, slots=True)
 class PrepareReport:
-    """What a job did.
+    """What a job did: the store's directory, whether one was found and left as it is, the seconds.
 
     Attributes:
-        store: the store's directory.
-        reused: whether a finished store of the same fingerprint was found and left as it is.
-        seconds: time taken.
         tokenize_seconds: time inside the tokenizer, summed over workers; 0 for what an earlier run has done.
         backend: what tokenized.
         summary: counts, length percentiles, padding to expect; as in the manifest.

@@ -6,6 +6,7 @@ provably tokenize apart they are encoded once, end to end; elsewhere the whole t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,18 +109,23 @@ def _exact_row(pieces: list[str], tokenizer: Tokenizer, counts: Counts) -> tuple
     return ids, spans
 
 
-def _with_replaced(rows: Rows, replaced: dict[int, tuple[npt.NDArray[Any], list[int]]]) -> Rows:
-    """`rows` with some of them exchanged."""
-    ids, spans, row, kept = [], [], 0, rows
-    lengths, num_spans = np.diff(rows.offsets), np.diff(rows.span_offsets)
-    for index, (new_ids, new_spans) in replaced.items():
-        ids += [kept.ids[kept.offsets[row] : kept.offsets[index]], new_ids.astype(kept.ids.dtype)]
-        spans += [kept.spans[kept.span_offsets[row] : kept.span_offsets[index]], np.array(new_spans, np.uint32)]
-        lengths[index], num_spans[index] = len(new_ids), len(new_spans)
+def _with_replaced(rows: Rows, replaced: Mapping[int, tuple[npt.NDArray[Any], list[int]] | None]) -> Rows:
+    """`rows` with some of them, in order, exchanged or (`None`) left out."""
+    ids, spans, row = [], [], 0
+    lengths, num_spans, kept = np.diff(rows.offsets), np.diff(rows.span_offsets), np.ones(len(rows.source_row), bool)
+    for index, new in replaced.items():
+        ids.append(rows.ids[rows.offsets[row] : rows.offsets[index]])
+        spans.append(rows.spans[rows.span_offsets[row] : rows.span_offsets[index]])
+        if new is not None:
+            ids.append(new[0].astype(rows.ids.dtype))
+            spans.append(np.array(new[1], np.uint32))
+            lengths[index], num_spans[index] = len(new[0]), len(new[1])
+        kept[index] = new is not None
         row = index + 1
-    ids.append(kept.ids[kept.offsets[row] :])
-    spans.append(kept.spans[kept.span_offsets[row] :])
-    return Rows(np.concatenate(ids), starts_of(lengths), np.concatenate(spans), starts_of(num_spans), rows.source_row)
+    ids.append(rows.ids[rows.offsets[row] :])
+    spans.append(rows.spans[rows.span_offsets[row] :])
+    starts, span_starts = starts_of(lengths[kept]), starts_of(num_spans[kept])
+    return Rows(np.concatenate(ids), starts, np.concatenate(spans), span_starts, rows.source_row[kept])
 
 
 def starts_of(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -144,9 +150,7 @@ def limit_prompts(rows: Rows, options: PrepareOptions, counts: Counts, bad: list
                 "raise the limit, or use --long-prompt keep or cut"
             )
             bad.append(BadRecord(int(rows.source_row[row]), 0, reason))
-        keep = np.ones(len(prompts), bool)
-        keep[long] = False
-        return _select(rows, keep)
+        return _with_replaced(rows, dict.fromkeys(long.tolist()))
     counts.long_prompts += len(long)
     return _cut_left(rows, long.tolist(), options.max_length) if options.long_prompt == "cut" else rows
 
@@ -156,17 +160,6 @@ def _first_spans(rows: Rows) -> npt.NDArray[np.int64]:
     num_spans = np.diff(rows.span_offsets)
     padded = np.append(rows.spans, 0).astype(np.int64)
     return np.where(num_spans > 0, padded[rows.span_offsets[:-1]], 0)
-
-
-def _select(rows: Rows, keep: npt.NDArray[np.bool_]) -> Rows:
-    lengths, num_spans = np.diff(rows.offsets), np.diff(rows.span_offsets)
-    return Rows(
-        rows.ids[np.repeat(keep, lengths)],
-        starts_of(lengths[keep]),
-        rows.spans[np.repeat(keep, num_spans)],
-        starts_of(num_spans[keep]),
-        rows.source_row[keep],
-    )
 
 
 def _cut_left(rows: Rows, long: list[int], limit: int) -> Rows:

@@ -11,9 +11,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
 
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.options import PrepareOptions
@@ -22,9 +23,6 @@ from fastcollate.sources import Block, Source, Unit, read_blocks
 from fastcollate.store import ShardInfo, files
 from fastcollate.store import manifest as manifests
 from fastcollate.text import Template, Tokenizer, load_template, load_tokenizer
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
 SIDE_FILE = "sources.json"
 _SIDE_VERSION = 1
@@ -132,12 +130,10 @@ class UnitResult:
     """What is left of a unit of work.
 
     Attributes:
-        index: the unit's number.
         sha256: see `unit_digest`.
         part: the file with its rows, or `None` where it has none.
         counts: sums over its rows.
         bad: the records that were no good.
-        tokenize_seconds: time inside the tokenizer.
     """
 
     index: int
@@ -180,14 +176,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What is known of a source that was read.
-
-    Attributes:
-        name: the source's name.
-        stamp: the source's stamp; empty where its content may change without it.
-        sha256: its content's digest.
-        num_records: records in it, good or bad.
-    """
+    """What is known of a source that was read; its stamp is empty where its content may change without it."""
 
     name: str
     stamp: tuple[int | str, ...]
@@ -223,11 +212,11 @@ def _source_differences(
     root: Path, stored: Mapping[str, Any], sources: Sequence[Source], *, progress: bool
 ) -> list[str]:
     """What differs in the sources' content, in words."""
-    seen = read_side_file(root, stored)
+    seen = _read_side_file(root, stored)
     if seen is not None and len(seen) == len(sources) and all(map(_is_unchanged, sources, seen)):
         return []
     known = {old.stamp: old for old in seen or () if old.stamp}
-    found = read_sources(sources, known, progress=progress)
+    found = _read_again(sources, known, progress=progress)
     if manifests.sources_of([new.sha256 for new in found], 0)["sha256"] == stored["sha256"]:
         with contextlib.suppress(OSError):  # only the shortcut is lost: the folder may be read-only
             write_side_file(root, found)
@@ -247,7 +236,7 @@ def _is_unchanged(source: Source, seen: Seen) -> bool:
     return source.is_settled and bool(source.stamp) and source.stamp == seen.stamp
 
 
-def read_sources(
+def _read_again(
     sources: Sequence[Source], known: Mapping[tuple[int | str, ...], Seen], *, progress: bool
 ) -> list[Seen]:
     """What the sources are, by reading those whose stamp is not `known`.
@@ -258,21 +247,17 @@ def read_sources(
     found: list[Seen] = []
     total = sum(source.num_bytes for source in sources) // 1_000_000
     with progress_bar(unit="MB", progress=progress) as bar:
-        task = bar.add_task("comparing", total=total or None)
-        start = 0
+        task, start = bar.add_task("comparing", total=total or None), 0
+
+        def show(block: Block) -> None:
+            bar.update(task, completed=(start + block.source_bytes) // 1_000_000)
+
         for source in sources:
             old = known.get(source.stamp) if source.is_settled else None
-            if old is not None:
-                found.append(replace(old, name=source.name))
-            else:
-                show = partial(_show, bar, task, start)
-                found.append(seen_of(source, *_read(source, show)))
+            new = seen_of(source, *_read(source, show)) if old is None else replace(old, name=source.name)
+            found.append(new)
             start += source.num_bytes
     return found
-
-
-def _show(bar: Progress, task: TaskID, start: int, block: Block) -> None:
-    bar.update(task, completed=(start + block.source_bytes) // 1_000_000)
 
 
 def seen_of(source: Source, sha256: str, num_records: int) -> Seen:
@@ -301,20 +286,16 @@ def _read(source: Source, on_block: Callable[[Block], object] = lambda block: No
 
 def write_side_file(root: Path, seen: Sequence[Seen]) -> None:
     """Write what was seen of the sources beside the store."""
-    content = {"format": _SIDE_VERSION, "sources": [asdict(entry) for entry in seen]}
-    files.write_file(
-        root / SIDE_FILE, json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"), sync=False
-    )
+    content = json.dumps({"format": _SIDE_VERSION, "sources": msgspec.to_builtins(seen)}, ensure_ascii=False)
+    files.write_file(root / SIDE_FILE, content.encode("utf-8", "surrogatepass"), sync=False)
 
 
-def read_side_file(root: Path, stored: Mapping[str, Any]) -> list[Seen] | None:
+def _read_side_file(root: Path, stored: Mapping[str, Any]) -> list[Seen] | None:
     """What was seen of the sources, or `None` where that is missing, damaged, or not of this store's content."""
     try:
         content = json.loads((root / SIDE_FILE).read_bytes())
-        if content["format"] != _SIDE_VERSION:
-            return None
-        seen = [Seen(**{**entry, "stamp": tuple(entry["stamp"])}) for entry in content["sources"]]
-        is_of_store = manifests.sources_of([entry.sha256 for entry in seen], 0)["sha256"] == stored["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        seen = msgspec.convert(content["sources"], list[Seen])
+        content_of = manifests.sources_of([entry.sha256 for entry in seen], 0)["sha256"]
+        return seen if (content["format"], content_of) == (_SIDE_VERSION, stored["sha256"]) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, msgspec.MsgspecError):
         return None
-    return seen if is_of_store else None

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 from fastcollate.errors import SourceReadError, import_extra
-from fastcollate.ingest.encode import Encoded, encode_unit, warm_up
+from fastcollate.ingest.encode import Encoded, encode_unit
 from fastcollate.ingest.spec import JobSpec
 from fastcollate.sources import Unit
 
@@ -34,18 +35,19 @@ def _local_runner(workers: int | None) -> Runner:
     """Worker processes; a few units alone, or with one worker, are done in this process."""
 
     def run(units: Iterator[Unit], spec: JobSpec, root: str, token: str) -> Results:
-        head = [unit for _, unit in zip(range(_FEW), units, strict=False)]
+        head = list(islice(units, _FEW))
+        units = chain(head, units)
         count = workers or _usable_cores()
         if count == 1 or len(head) < _FEW:
-            for unit in chain(head, units):
-                yield unit, encode_unit(unit, spec, root, token)
+            yield from ((unit, encode_unit(unit, spec, root, token)) for unit in units)
             return
-        warm_up(spec)
+        spec.tools()  # forked workers share them
         is_safe = sys.platform == "linux" and threading.active_count() == 1
         context = multiprocessing.get_context("fork" if is_safe else "spawn")
         with ProcessPoolExecutor(count, context, _begin_worker) as pool:
             try:
-                yield from _in_order(chain(head, units), count, lambda unit: _submit(pool, unit, spec, root, token))
+                submitted = ((unit, _submit(pool, unit, spec, root, token)) for unit in units)
+                yield from _in_order(submitted, 2 * count, Future.result)
             except BrokenProcessPool as error:
                 raise SourceReadError(
                     f"{root}: a worker process was killed, perhaps for want of memory; what is finished is kept: "
@@ -79,18 +81,16 @@ def _usable_cores() -> int:
 
 
 def _in_order(
-    units: Iterator[Unit], workers: int, submit: Callable[[Unit], Future[Encoded]]
+    submitted: Iterator[tuple[Unit, Any]], at_once: int, result_of: Callable[[Any], Encoded]
 ) -> Iterator[tuple[Unit, Encoded]]:
-    """Results in the order of the units, with as many units waiting as are at work."""
-    running: deque[tuple[Unit, Future[Encoded]]] = deque()
-    for unit in units:
-        running.append((unit, submit(unit)))
-        if len(running) >= 2 * workers:
-            first, future = running.popleft()
-            yield first, future.result()
-    while running:
-        first, future = running.popleft()
-        yield first, future.result()
+    """Results in the order of the units, of which so many at most are at work or waiting for it."""
+    running: deque[tuple[Unit, Any]] = deque()
+    for pair in submitted:
+        running.append(pair)
+        if len(running) >= at_once:
+            unit, reference = running.popleft()
+            yield unit, result_of(reference)
+    yield from ((unit, result_of(reference)) for unit, reference in running)
 
 
 def _begin_worker() -> None:
@@ -115,15 +115,8 @@ def _ray_runner(workers: int | None) -> Runner:
             ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
         task = ray.remote(num_cpus=1, max_retries=5)(encode_unit)
         count = workers or int(ray.cluster_resources().get("CPU", 1))
-        running: deque[tuple[Unit, Any]] = deque()
-        for unit in units:
-            running.append((unit, task.remote(unit, spec, os.path.abspath(root), token)))
-            if len(running) > count:
-                first, reference = running.popleft()
-                yield first, _ray_result(ray, reference)
-        while running:
-            first, reference = running.popleft()
-            yield first, _ray_result(ray, reference)
+        submitted = ((unit, task.remote(unit, spec, os.path.abspath(root), token)) for unit in units)
+        yield from _in_order(submitted, count + 1, partial(_ray_result, ray))
 
     return run
 

@@ -93,12 +93,9 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
 def write_file(
     path: Path, content: bytes | Iterable[str] | Callable[[HashedFile], object], *, sync: bool = True
 ) -> FileInfo:
-    """Write a file atomically (see `replacing`); what it holds is hashed on the way.
+    """Write a file atomically, as `replacing` does; what it holds is hashed on the way.
 
-    Args:
-        path: the file; its directory exists.
-        content: bytes, lines of text without their ends, or a function that writes to the file it is given.
-        sync: see `replacing`.
+    `content` is bytes, lines of text without their ends, or a function that writes to the file it is given.
     """
     with replacing(path, sync=sync) as file:
         hashed = HashedFile(file)
@@ -112,21 +109,16 @@ def write_file(
     return FileInfo(path.name, hashed.num_bytes, hashed.digest.hexdigest())
 
 
-def refused(path: Path, error: OSError) -> InputError:
-    """What the system says of a file, with its own remedy: where there are too few descriptors, the file is whole."""
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{path}: {error.strerror or 'is missing'}; prepare the store again")
-    remedy = _REMEDIES.get(error.errno or 0, "is the disk in order?")
-    return InputError(f"{path}: cannot be opened ({error.strerror or error}); {remedy}")
-
-
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Whatever the system refuses of a file is an `InputError` that names it; see `refused`."""
+    """What the system refuses of a file is an `InputError` with its own remedy; a file that is there may be whole."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: {error.strerror or 'is missing'}; prepare the store again") from error
     except OSError as error:
-        raise refused(path, error) from error
+        remedy = _REMEDIES.get(error.errno or 0, "is the disk in order?")
+        raise InputError(f"{path}: cannot be opened ({error.strerror or error}); {remedy}") from error
 
 
 def sync_directory(directory: Path) -> None:
@@ -141,11 +133,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def describe(path: Path) -> FileInfo:
-    """A file's size and SHA-256, by reading it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """A file's size and SHA-256, by reading it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_HASH_CHUNK):

@@ -75,10 +75,6 @@ class Columns(Protocol):
 class Table:
     """The addresses of shards' columns, as the kernels read them; keeps the columns alive.
 
-    Args:
-        shards: one or more shards, in row order.
-        name: what to call them in messages, such as the store's path.
-
     Attributes:
         array: int64 `(num_shards, TABLE_COLUMNS)`.
         num_rows: rows in all shards.
@@ -95,17 +91,11 @@ class Table:
         self.num_rows = 0
         for index, shard in enumerate(self._shards):
             self._check(index, shard)
-            line = self.array[index]
-            line[FIRST_ROW] = self.num_rows
-            line[NUM_ROWS] = len(shard.offsets) - 1
-            line[TOKENS] = shard.input_ids.ctypes.data
-            line[NUM_TOKENS] = len(shard.input_ids)
-            line[TOKEN_SIZE] = shard.input_ids.itemsize
-            line[OFFSETS] = shard.offsets.ctypes.data
-            line[SPANS] = shard.spans.ctypes.data
-            line[NUM_SPANS] = len(shard.spans)
-            line[SPAN_SIZE] = shard.spans.itemsize
-            line[SPAN_OFFSETS] = shard.span_offsets.ctypes.data
+            ids, offsets, spans = shard.input_ids, shard.offsets, shard.spans
+            self.array[index] = (  # in the order of the columns' names
+                self.num_rows, len(offsets) - 1, ids.ctypes.data, len(ids), ids.itemsize, offsets.ctypes.data,
+                spans.ctypes.data, len(spans), spans.itemsize, shard.span_offsets.ctypes.data,
+            )  # fmt: skip
             self.num_rows += len(shard.offsets) - 1
         dtypes = {shard.input_ids.dtype for shard in self._shards}
         if len(dtypes) > 1:

@@ -5,6 +5,7 @@ Its keys are those of format 2 (see `docs/store.md`); that of a format 1 store i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastcollate.errors import InputError
-from fastcollate.store.files import FileInfo, HashedFile, describe, refused, write_file
+from fastcollate.store.files import FileInfo, HashedFile, describe, naming, write_file
 from fastcollate.store.shards import EXTRA_DTYPES, ShardInfo, shard_lengths
 
 FORMAT = "fastcollate-store"
@@ -39,6 +40,7 @@ _KEYS = {
 _NOT_OF_ROWS = ("on_error", "block_bytes")  # format 1 counted them among the options that change rows
 _SOURCES = {"sha256": str, "num_sources": int, "num_records": int}
 _TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int, "pad_token_id": int}
+_FILE, _SHARD = ({f.name: str if f.type == "str" else int for f in fields(info)} for info in (FileInfo, ShardInfo))
 _TOKENIZER_2 = {**_TOKENIZER, "end_token_id": int, "files": list}
 
 
@@ -74,15 +76,9 @@ class StoreIdentity:
 
 
 def sources_of(digests: Iterable[str], num_records: int) -> dict[str, Any]:
-    """What a manifest says of a job's sources.
+    """What a manifest says of a job's sources: from each one's SHA-256 over its decompressed content, in order.
 
-    Args:
-        digests: each source's SHA-256 over its content, decompressed, in order.
-        num_records: records in all of them, good or bad.
-
-    Example:
-        >>> sources_of([], 0)["num_sources"]
-        0
+    `num_records` counts the records in all of them, good or bad.
     """
     digests = list(digests)
     total = hashlib.sha256("\n".join(digests).encode()).hexdigest()
@@ -98,12 +94,12 @@ def write_manifest(
     summary: Mapping[str, Any] | None = None,
     fingerprint: str | None = None,
 ) -> None:
-    """Commit a store: write `lengths.npy` from the shards, then the manifest.
+    """Commit a store: write `lengths.npy` from finished shards, then the manifest. Shards without rows are left out.
 
     Args:
         directory: where the shards lie.
         identity: what the store was made from.
-        shards: the finished shards in row order; those without rows are left out.
+        shards: in row order.
         files: other files to put under checksums, such as the report of skipped records.
         summary: counts to keep; nothing in it may depend on time, machine or the number of workers.
         fingerprint: another than the identity's, for a converted store.
@@ -150,12 +146,11 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     Raises:
         InputError: the manifest is damaged, or of a format version that this release does not read.
     """
-    try:
+    raw = None
+    with naming(path / MANIFEST), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         raw = (path / MANIFEST).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    if raw is None:
         return None
-    except OSError as error:
-        raise refused(path / MANIFEST, error) from error
     try:
         manifest = json.loads(raw)
         if manifest["format"] != FORMAT:
@@ -183,9 +178,12 @@ def _check(manifest: Mapping[str, Any], version: int, path: Path) -> None:
     """
     _check_keys(manifest, _KEYS[version], "manifest", path)
     _check_keys(manifest["tokenizer"], _TOKENIZER if version == 1 else _TOKENIZER_2, "tokenizer", path)
-    for part, info in (("files", FileInfo), ("shards", ShardInfo)):
+    for part, wanted in (("files", _FILE), ("shards", _SHARD)):
         for entry in manifest[part]:
-            _check_entry(entry, info, path)
+            _check_keys(entry, wanted, "file", path)
+            if not _FILE_NAME.fullmatch(entry["name"]):
+                name = f"{entry['name']!r:.80}"
+                raise InputError(f"{path}: names a file outside its own directory ({name}); do not trust it")
     for name in ("num_rows", "num_tokens"):
         if manifest[name] != sum(shard[name] for shard in manifest["shards"]) or not manifest["shards"]:
             raise InputError(f"{path}: damaged ({name} is {manifest[name]}, but its shards have others); {_REMEDY}")
@@ -210,8 +208,10 @@ def _check_new_parts(manifest: Mapping[str, Any], path: Path) -> None:
         raise InputError(f"{path}: damaged (its fingerprint is not that of what it was made from); {_REMEDY}")
 
 
-def _check_keys(part: Mapping[str, Any], wanted: Mapping[str, type], what: str, path: Path) -> None:
+def _check_keys(part: Any, wanted: Mapping[str, type], what: str, path: Path) -> None:
     """Each key of its type, and no other key: it could change what the others mean."""
+    if not isinstance(part, dict):
+        raise InputError(f"{path}: damaged ({what} is {part!r:.80}); {_REMEDY}")
     for name, kind in wanted.items():
         if not _is_a(part.get(name), kind):
             raise InputError(f"{path}: damaged ({what} {name} is {part.get(name)!r:.80}); {_REMEDY}")
@@ -240,18 +240,6 @@ def _from_format_1(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_entry(entry: Any, info: type[FileInfo] | type[ShardInfo], path: Path) -> None:
-    wanted = {field.name: str if field.type in (str, "str") else int for field in fields(info)}
-    if not isinstance(entry, dict) or set(entry) != set(wanted):
-        keys = sorted(set(entry) ^ set(wanted)) if isinstance(entry, dict) else entry
-        raise InputError(f"{path}: damaged (a file's entry has other keys than it should: {keys!r:.80}); {_REMEDY}")
-    for name, kind in wanted.items():
-        if not _is_a(entry[name], kind):
-            raise InputError(f"{path}: damaged (a file's {name} is {entry[name]!r:.80}); {_REMEDY}")
-    if not _FILE_NAME.fullmatch(entry["name"]):
-        raise InputError(f"{path}: names a file outside its own directory ({entry['name']!r:.80}); do not trust it")
-
-
 def _is_a(value: Any, kind: type) -> bool:
     """`True` is no number here, and no number is below zero."""
     return type(value) is kind and (not isinstance(value, int) or value >= 0)
@@ -268,10 +256,7 @@ def pretty(value: object) -> bytes:
 
 
 def verify_checksums(path: str | Path) -> list[str]:
-    """Read every file of a store and compare it with the manifest's checksums.
-
-    Returns:
-        One line per damaged or missing file, each naming the file; empty when the store is whole.
+    """Read every file of a store and compare it with the manifest; a line for each that is damaged or missing.
 
     Raises:
         InputError: there is no finished store, or the manifest itself is damaged.

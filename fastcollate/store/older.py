@@ -13,7 +13,7 @@ from fastcollate.errors import InputError
 from fastcollate.progress import progress_bar
 from fastcollate.store.files import FileInfo, describe, naming, write_file
 from fastcollate.store.manifest import FORMAT_VERSION, LENGTHS, StoreIdentity, read_manifest, write_manifest
-from fastcollate.store.shards import ShardColumns, ShardInfo, join_columns, open_shard, shard_name, write_shard
+from fastcollate.store.shards import ShardInfo, merge_shards, shard_name
 from fastcollate.store.store import TokenStore
 
 SHARD_BYTES = 64 << 20  # a merged shard's, at most, where one old shard is not larger
@@ -22,16 +22,10 @@ _TOKENIZER, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What `convert` did.
+    """What `convert` did: both directories, how many rows, shards before and after, seconds.
 
     Attributes:
-        old: the old store's directory.
-        store: the new one's.
-        num_rows: rows in it, as in the old one and in its order.
-        old_shards: shards of the old store.
-        new_shards: shards of the new one.
         has_tokenizer: whether the vocabulary needs no file outside the new store.
-        seconds: time taken.
     """
 
     old: str
@@ -127,8 +121,10 @@ def _make_empty(target: Path) -> None:
 def _merge(root: Path, target: Path, infos: Sequence[ShardInfo], advance: Callable[[], object]) -> Iterator[ShardInfo]:
     """Write neighbours as one shard each."""
     for index, group in enumerate(_groups(infos)):
-        columns = join_columns(group, (_checked(root, info, advance) for info in group))
-        yield write_shard(target, shard_name(index), columns)
+        for info in group:
+            _check(root, FileInfo(info.name, info.num_bytes, info.sha256))
+            advance()
+        yield merge_shards(root, group, target, shard_name(index))
 
 
 def _groups(infos: Sequence[ShardInfo]) -> Iterator[list[ShardInfo]]:
@@ -145,18 +141,11 @@ def _groups(infos: Sequence[ShardInfo]) -> Iterator[list[ShardInfo]]:
     yield group
 
 
-def _checked(root: Path, info: ShardInfo, advance: Callable[[], object]) -> ShardColumns:
-    _check(root, FileInfo(info.name, info.num_bytes, info.sha256))
-    advance()
-    return open_shard(root, info)
-
-
 def _check(root: Path, info: FileInfo) -> None:
     """A damaged file must not get a new checksum that is right."""
     with naming(root / info.name):
-        found = describe(root / info.name)
-    if found != info:
-        raise InputError(f"{root / info.name}: damaged (its size or checksum differs); prepare the store again")
+        if describe(root / info.name) != info:
+            raise InputError(f"{root / info.name}: damaged (its size or checksum differs); prepare the store again")
 
 
 def _copy(root: Path, target: Path, info: FileInfo) -> FileInfo:

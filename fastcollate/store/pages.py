@@ -48,24 +48,13 @@ def expect_single_pages(array: npt.NDArray[Any]) -> None:
 
 
 def ask_for_items(array: npt.NDArray[Any], rows: Rows) -> None:
-    """Ask for some items of a one-dimensional array.
-
-    Args:
-        array: C-contiguous; in memory or a memory map.
-        rows: the items' numbers, all of which exist, in any order.
-    """
+    """Ask for some items of a contiguous one-dimensional array, in memory or mapped, by their numbers in any order."""
     address, size = array.ctypes.data, array.itemsize
     _ask(lambda few: ask_for_item_pages(address, size, few, mmap.PAGESIZE), rows)
 
 
 def ask_for_rows(table: npt.NDArray[np.int64], rows: Rows, *, with_spans: bool) -> None:
-    """Ask for some rows of a store.
-
-    Args:
-        table: `Table.array`.
-        rows: int64, row numbers in any order.
-        with_spans: whether the rows' spans will be read as well.
-    """
+    """Ask for some rows of a store (`Table.array`), by their numbers in any order."""
     _ask(lambda few: ask_for_row_pages(table, few, with_spans, mmap.PAGESIZE), rows)
 
 
@@ -96,8 +85,7 @@ def _ask_for_pages(first: int, last: int, page: int) -> int:
 def _add_stretch(first: int, last: int, begin: int, end: int, page: int) -> tuple[int, int, int]:
     """Join a stretch of memory, not empty, to the pages `first` to `last`, or ask for these where it lies apart.
 
-    Returns:
-        How often it asked, and the first and last page that are still to be asked for.
+    Returns how often it asked, and the first and last page that are still to be asked for.
     """
     own_first, own_last = begin // page, (end - 1) // page
     if first <= own_first <= last + 1:
@@ -107,17 +95,7 @@ def _add_stretch(first: int, last: int, begin: int, end: int, page: int) -> tupl
 
 @kernel
 def ask_for_item_pages(address: int, size: int, rows: Any, page: int) -> int:
-    """Ask for the pages of some items of an array, each page once.
-
-    Args:
-        address: of the array.
-        size: bytes an item.
-        rows: the items' numbers, in order.
-        page: bytes a page.
-
-    Returns:
-        How often it asked.
-    """
+    """Ask for the pages of some items of an array, numbered in order, each page once; how often it asked."""
     asked = 0
     first, last = _NO_PAGES
     for i in range(len(rows)):
@@ -128,70 +106,43 @@ def ask_for_item_pages(address: int, size: int, rows: Any, page: int) -> int:
 
 
 @part
-def _ask_for_offsets(table: Any, rows: Any, offsets: int, page: int) -> int:
-    """Ask for the offsets of rows into a column; how often it asked.
+def _ask_for_column(table: Any, rows: Any, offsets: int, total: int, items: int, item_size: int, page: int) -> int:
+    """Ask for what rows have in a column, or (`items` is `offsets`) for where that is; how often it asked.
 
-    Args:
-        table: see `ask_for_row_pages`.
-        rows: see `ask_for_row_pages`.
-        offsets: the table's column with the offsets' address.
-        page: bytes a page.
+    `offsets`, `total`, `items` and `item_size` are columns of the table, see `layout.py`.
     """
     asked, shard = 0, 0
     first, last = _NO_PAGES
     for i in range(len(rows)):
         shard = shard_of(table, rows[i], max(shard, 0))
-        if shard >= 0:
+        if shard < 0:
+            continue
+        if items == offsets:
             begin = table[shard, offsets] + 8 * (rows[i] - table[shard, FIRST_ROW])
-            more, first, last = _add_stretch(first, last, begin, begin + 16, page)
-            asked += more
-    return int(asked + _ask_for_pages(first, last, page))
-
-
-@part
-def _ask_for_lists(table: Any, rows: Any, offsets: int, total: int, items: int, item_size: int, page: int) -> int:
-    """Ask for what rows have in a column, by their offsets; how often it asked.
-
-    Args:
-        table: see `ask_for_row_pages`.
-        rows: see `ask_for_row_pages`.
-        offsets: the table's column with the offsets' address; and so `total`, `items` and `item_size`.
-        page: bytes a page.
-    """
-    asked, shard = 0, 0
-    first, last = _NO_PAGES
-    for i in range(len(rows)):
-        shard = shard_of(table, rows[i], max(shard, 0))
-        if shard >= 0:
+            end = begin + 16
+        else:
             start, count = bounds_of(table, shard, rows[i], offsets, total)
-            if count > 0:  # a fill reads a little beyond a row
-                size = table[shard, item_size]
-                begin = table[shard, items] + size * start
-                end = begin + size * min(count + READ_BEYOND, table[shard, total] - start)
-                more, first, last = _add_stretch(first, last, begin, end, page)
-                asked += more
+            if count <= 0:
+                continue
+            size = table[shard, item_size]
+            begin = table[shard, items] + size * start
+            end = begin + size * min(count + READ_BEYOND, table[shard, total] - start)  # a fill reads a little more
+        more, first, last = _add_stretch(first, last, begin, end, page)
+        asked += more
     return int(asked + _ask_for_pages(first, last, page))
 
 
 @kernel
 def ask_for_row_pages(table: Any, rows: Any, with_spans: bool, page: int) -> int:
-    """Ask for the pages of some rows' tokens, and of what tells where they are.
+    """Ask for the pages of some rows' tokens, and of what tells where they are; how often it asked.
 
-    Rows that do not exist, or whose offsets are broken, are passed over: whoever reads them says so.
-
-    Args:
-        table: see `layout.py`.
-        rows: row numbers, in order.
-        with_spans: whether the spans will be read as well.
-        page: bytes a page.
-
-    Returns:
-        How often it asked.
+    The row numbers are in order. Rows that do not exist, or whose offsets are broken, are passed over: whoever reads
+    them says so.
     """
-    asked = _ask_for_offsets(table, rows, OFFSETS, page)
+    asked = _ask_for_column(table, rows, OFFSETS, NUM_TOKENS, OFFSETS, TOKEN_SIZE, page)
     if with_spans:
-        asked += _ask_for_offsets(table, rows, SPAN_OFFSETS, page)
-    asked += _ask_for_lists(table, rows, OFFSETS, NUM_TOKENS, TOKENS, TOKEN_SIZE, page)
+        asked += _ask_for_column(table, rows, SPAN_OFFSETS, NUM_SPANS, SPAN_OFFSETS, SPAN_SIZE, page)
+    asked += _ask_for_column(table, rows, OFFSETS, NUM_TOKENS, TOKENS, TOKEN_SIZE, page)
     if with_spans:
-        asked += _ask_for_lists(table, rows, SPAN_OFFSETS, NUM_SPANS, SPANS, SPAN_SIZE, page)
+        asked += _ask_for_column(table, rows, SPAN_OFFSETS, NUM_SPANS, SPANS, SPAN_SIZE, page)
     return int(asked)

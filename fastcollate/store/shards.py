@@ -104,13 +104,7 @@ def _arrow(values: npt.NDArray[Any]) -> pa.Array:
 
 
 def write_shard(directory: Path, name: str, columns: ShardColumns, *, sync: bool = True) -> ShardInfo:
-    """Write one shard, atomically.
-
-    Args:
-        directory: an existing directory.
-        name: the file's name in it; see `shard_name`.
-        columns: the rows; the arrays are not changed.
-        sync: `False` for a part of a shard that is only to be merged (see `files.replacing`).
+    """Write one shard, atomically; `sync=False` for a part of one that is only to be merged (see `files.replacing`).
 
     Raises:
         OSError: the disk is full or the directory cannot be written; no file of that name is left behind.
@@ -132,20 +126,21 @@ def write_shard(directory: Path, name: str, columns: ShardColumns, *, sync: bool
     )
 
 
-def open_shard(root: Path, info: ShardInfo, schema: pa.Schema | None = None) -> ShardColumns:
-    """Map a shard and check its layout against what is known of it, so that no view reaches past a buffer's end.
+def open_shard(
+    root: Path, info: ShardInfo, schema: pa.Schema | None = None, *, in_memory: bool = False
+) -> ShardColumns:
+    """Map or read a shard; its layout is checked against what is known of it: no view reaches past a buffer's end.
 
-    Args:
-        root: the directory it lies in.
-        info: what is known of it.
-        schema: the schema that it must have; by default any that a shard can have.
+    Its schema must be the given one, or by default any that a shard can have.
 
     Raises:
         InputError: the file is missing, of another size or schema, or damaged; names it.
     """
     path = root / info.name
-    with naming(path), pa.memory_map(str(path)) as source:  # the views keep the map alive, the descriptor is closed
-        return _read_shard(source, source.size(), info, schema, path)
+    with naming(path):
+        opened = pa.BufferReader(path.read_bytes()) if in_memory else pa.memory_map(str(path))
+        with opened as source:  # the views keep the map alive, the descriptor is closed
+            return _read_shard(source, info, schema, path)
 
 
 def open_shards(root: Path, infos: Sequence[ShardInfo], schema: pa.Schema) -> tuple[ShardColumns, ...]:
@@ -175,23 +170,17 @@ def open_shards(root: Path, infos: Sequence[ShardInfo], schema: pa.Schema) -> tu
     for small, run in itertools.groupby(zip(infos, is_small, strict=True), lambda pair: pair[1]):
         part = [info for info, _ in run]
         if small:
-            opened.append(join_columns(part, (_load_shard(root, info, schema) for info in part)))
+            opened.append(join_columns(part, (open_shard(root, info, schema, in_memory=True) for info in part)))
         else:
             opened += [open_shard(root, info, schema) for info in part]
     return tuple(opened)
 
 
-def _load_shard(root: Path, info: ShardInfo, schema: pa.Schema) -> ShardColumns:
-    """As `open_shard`, in memory."""
-    path = root / info.name
-    with naming(path):
-        raw = path.read_bytes()
-    return _read_shard(pa.BufferReader(raw), len(raw), info, schema, path)
-
-
-def _read_shard(source: Any, num_bytes: int, info: ShardInfo, schema: pa.Schema | None, path: Path) -> ShardColumns:
-    if num_bytes != info.num_bytes:
-        raise InputError(f"{path}: {num_bytes} bytes, but the manifest says {info.num_bytes}; prepare the store again")
+def _read_shard(source: Any, info: ShardInfo, schema: pa.Schema | None, path: Path) -> ShardColumns:
+    if source.size() != info.num_bytes:
+        raise InputError(
+            f"{path}: {source.size()} bytes, but the manifest says {info.num_bytes}; prepare the store again"
+        )
     try:
         reader = pa.ipc.open_file(source)
         wanted = _known_schema(reader.schema) if schema is None else schema

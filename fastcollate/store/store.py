@@ -179,8 +179,7 @@ class TokenStore:
 def require_served(store: Any) -> None:
     """Refuse a store that batches cannot be made of; its rows can be read all the same.
 
-    Args:
-        store: a `TokenStore`, or whatever has its rows in memory and says nothing of them.
+    What has its rows in memory and says nothing of them is none.
 
     Raises:
         InputError: its rows are no instruction rows, hold their own end, or are padded with another id than their end.

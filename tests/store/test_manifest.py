@@ -50,13 +50,13 @@ def test_files_elsewhere_are_never_opened(path: Path, part: str, name: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda entry: entry.update(evil=1), r"other keys than it should: \['evil'\]"),
-        (lambda entry: entry.pop("sha256"), r"other keys than it should: \['sha256'\]"),
-        (lambda entry: entry.update(num_bytes="3"), "a file's num_bytes is '3'"),
-        (lambda entry: entry.update(num_bytes=-1), "a file's num_bytes is -1"),
-        (lambda entry: entry.update(num_bytes=True), "a file's num_bytes is True"),
-        (lambda entry: entry.update(name=None), "a file's name is None"),
-        (lambda entry: entry.update(sha256=["x" * 999]), "a file's sha256 is"),
+        (lambda entry: entry.update(evil=1), "file has a key that this release does not know .'evil'"),
+        (lambda entry: entry.pop("sha256"), "file sha256 is None"),
+        (lambda entry: entry.update(num_bytes="3"), "file num_bytes is '3'"),
+        (lambda entry: entry.update(num_bytes=-1), "file num_bytes is -1"),
+        (lambda entry: entry.update(num_bytes=True), "file num_bytes is True"),
+        (lambda entry: entry.update(name=None), "file name is None"),
+        (lambda entry: entry.update(sha256=["x" * 999]), "file sha256 is"),
     ],
 )
 def test_entries_of_another_shape(path: Path, part: str, change: Callable[[Any], object], message: str) -> None:
@@ -69,7 +69,7 @@ def test_entries_of_another_shape(path: Path, part: str, change: Callable[[Any],
     ("change", "message"),
     [
         (lambda m: m.update(shards=5), "shards is 5"),
-        (lambda m: m.update(shards=[5]), "a file's entry has other keys than it should: 5"),
+        (lambda m: m.update(shards=[5]), "file is 5"),
         (lambda m: m.pop("num_rows"), "num_rows is None"),
         (lambda m: m.update(num_tokens=1.5), "num_tokens is 1.5"),
         (lambda m: m.update(tokenizer=[]), r"tokenizer is \[\]"),
