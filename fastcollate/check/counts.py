@@ -269,9 +269,10 @@ def length_histogram(by_length: Int64Array, *, num_bars: int = 24) -> Histogram:
 def tokenizer_of(store: TokenStore) -> tuple[Tokenizer | None, str]:
     """The tokenizer that the store was made with, or `None` and the reason why there is none."""
     try:
-        tokenizer = load_tokenizer(store.tokenizer_name, "tiktoken")
+        name = store.tokenizer_name
+        tokenizer = load_tokenizer(name, "auto" if name.endswith(".json") else "tiktoken")
     except InputError as error:
         return None, str(error)
     if tokenizer.fingerprint != store.manifest["tokenizer"]["fingerprint"]:
-        return None, f"the vocabulary {store.tokenizer_name!r} on this machine is not the one the store was made with"
+        return None, f"the vocabulary {name!r} on this machine is not the one the store was made with"
     return tokenizer, ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -264,7 +264,7 @@ class _Records:
             raise InputError(f"template {saved['name']!r} is not the one that {store.path} was prepared with")
 
     def compare(self, found: Verification, *, progress: bool) -> None:
-        """Compare ids and, for one prompt, its length."""
+        """Compare ids, and what is trained."""
         store = self.store
         row = found.records = 0
         with progress_bar(unit="rows", progress=progress) as bar:
@@ -275,7 +275,8 @@ class _Records:
                     if row == len(store) or int(store[row].source_row) != position:
                         continue  # skipped when the store was prepared
                     try:
-                        _compare_row(store, row, self.template.parts(chunk[number]), self.tokenizer, found)
+                        parts = self.template.parts(chunk[number])
+                        _compare_row(store, row, parts, self.tokenizer, self.template.single_turn, found)
                     except (BadRecordError, ValueError) as error:
                         found.note(f"row {row}: record {position} of the sources gives no text ({error})")
                     row += 1
@@ -288,14 +289,15 @@ class _Records:
             )
 
 
-def _compare_row(store: TokenStore, row: int, parts: Sequence[str], tokenizer: Tokenizer, found: Verification) -> None:
-    example, options = store[row], store.manifest["options"]
-    ids = example.input_ids.tolist()
-    wanted = tokenizer.encode("".join(parts))
-    prompt = len(tokenizer.encode(parts[0]))
-    cut = len(wanted) - len(ids)
-    if options.get("long_prompt") == "cut" and cut > 0 and prompt > (options.get("max_length") or prompt):
-        wanted, prompt = wanted[cut:], prompt - cut
+def _compare_row(
+    store: TokenStore, row: int, parts: Sequence[str], tokenizer: Tokenizer, single_turn: bool, found: Verification
+) -> None:
+    """One row against its record's texts: ids, and which of them and of the end-of-text are trained."""
+    example, by_reference = store[row], single_turn and store.manifest["options"].get("boundary") == "reference"
+    ids, spans = example.input_ids.tolist(), example.spans.tolist()
+    wanted, is_trained, prompt = _expected_row(parts, tokenizer, by_reference=by_reference)
+    cut = _cut_of(prompt, len(wanted), store.manifest["options"])
+    wanted, is_trained = wanted[cut:], is_trained[cut:]
     if ids != wanted:
         pairs = enumerate(zip(ids, wanted, strict=False))
         place = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(wanted)))
@@ -303,7 +305,44 @@ def _compare_row(store: TokenStore, row: int, parts: Sequence[str], tokenizer: T
             f"row {row}: {len(ids)} ids, tiktoken gives {len(wanted)}; from token {place} on they are "
             f"{ids[place : place + 5]}, but {wanted[place : place + 5]} is right"
         )
-    elif options.get("boundary") == "reference" and len(parts) == 2:
-        kept = min(prompt, len(ids) + 1)
-        if int(example.spans[0]) != kept:
-            found.note(f"row {row}: a prompt of {int(example.spans[0])} tokens, but tiktoken gives {kept}")
+        return
+    stored = [number % 2 == 1 for number, span in enumerate(spans) for _ in range(span)]
+    if len(stored) == len(ids):
+        stored.append(len(spans) % 2 == 0)  # the end-of-text goes with the last response
+    if by_reference and stored != is_trained:
+        kept = is_trained.index(True) if True in is_trained else len(is_trained)
+        found.note(f"row {row}: a prompt of {spans[0] if spans else 0} tokens, but tiktoken gives {kept}")
+    elif stored != is_trained:
+        place = next((i for i, (a, b) in enumerate(zip(stored, is_trained, strict=False)) if a != b), len(ids))
+        what = f"token {place}" if place < len(ids) else "the end-of-text"
+        found.note(f"row {row}: {what} counts as {'prompt' if is_trained[place] else 'response'}, which it is not")
+
+
+def _expected_row(
+    parts: Sequence[str], tokenizer: Tokenizer, *, by_reference: bool
+) -> tuple[list[int], list[bool], int]:
+    """What a record's texts give, tokenized whole.
+
+    Returns:
+        The ids; which of them, and of the end-of-text behind them, are trained; the first prompt's length in tokens.
+    """
+    text = "".join(parts)
+    ids = tokenizer.encode(text)
+    if by_reference:
+        prompt = min(len(tokenizer.encode(parts[0])), len(ids) + 1)
+        return ids, [token >= prompt for token in range(len(ids) + 1)], prompt
+    sizes = [len(part.encode()) if tokenizer.bounds_in_bytes else len(part) for part in parts]
+    is_response = np.repeat(np.arange(len(parts)) % 2 == 1, sizes)
+    before = np.concatenate([[0], np.cumsum(is_response)])
+    starts, ends = tokenizer.token_bounds(text, np.array(ids, np.int64))
+    is_trained = [*(before[ends] > before[starts]).tolist(), len(parts) % 2 == 0]
+    prompt = int(np.count_nonzero(ends <= sizes[0])) if len(parts) > 1 else len(ids) + 1
+    return ids, is_trained, prompt
+
+
+def _cut_of(prompt: int, length: int, options: Mapping[str, Any]) -> int:
+    """How many tokens a long prompt has lost at its beginning; one of it stays."""
+    limit: int | None = options.get("max_length")
+    if options.get("long_prompt") != "cut" or limit is None or prompt <= limit:
+        return 0
+    return max(0, min(prompt - 1, length - 1, length - limit))

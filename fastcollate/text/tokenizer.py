@@ -50,6 +50,8 @@ class Tokenizer:
         pad_token_id: the end-of-text id.
         fingerprint: SHA-256 over the tokens and their ranks; the name plays no part.
         special_texts: texts that name special tokens; in a record they are refused or ordinary text.
+        token_bounds: where each token of a text (and its ids) begins and ends, in characters, or
+        bounds_in_bytes: in UTF-8 bytes.
     """
 
     def __init__(
@@ -76,8 +78,8 @@ class Tokenizer:
         self._backend = backend
         self._encode = encode
         self._decode = decode
-        self._token_bounds = token_bounds
-        self._bounds_in_bytes = bounds_in_bytes
+        self.token_bounds = token_bounds
+        self.bounds_in_bytes = bounds_in_bytes
 
     @property
     def backend(self) -> str:
@@ -137,8 +139,8 @@ class Tokenizer:
             ids: its ids.
             places: where the responses begin and end, by turns, in characters of `text`, ascending.
         """
-        starts, ends = self._token_bounds(text, ids)
-        if self._bounds_in_bytes:
+        starts, ends = self.token_bounds(text, ids)
+        if self.bounds_in_bytes:
             places = [len(text[:place].encode()) for place in places]
         bounds = [0]
         for number, place in enumerate(places):

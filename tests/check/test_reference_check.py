@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastcollate.ingest.job import prepare
 from fastcollate.load.loader import BatchLoader
 from fastcollate.store.store import TokenStore
 from fastcollate.train import MaskOptions, OrderOptions
+from tests.fuzz_verify import run
 from tests.helpers import Row, run_cli, write_store
 
 PAD = 50256
@@ -173,10 +175,40 @@ def test_a_moved_boundary_is_found(prepared: TokenStore, source: Path, tmp_path:
     tokenizer, _ = room.tokenizer_of(store)
     assert tokenizer is not None
     parts = room.load_template("alpaca").parts(RECORDS[3])
-    room._compare_row(store, 3, parts, tokenizer, found)
+    room._compare_row(store, 3, parts, tokenizer, True, found)
     assert found.problems == [f"row 3: a prompt of {spans[0] + 1} tokens, but tiktoken gives {spans[0]}"]
-    room._compare_row(store, 4, room.load_template("alpaca").parts(RECORDS[4]), tokenizer, found)
+    room._compare_row(store, 4, room.load_template("alpaca").parts(RECORDS[4]), tokenizer, True, found)
     assert found.num_problems == 1
+    store.manifest["options"] = {"boundary": "exact"}
+    room._compare_row(store, 3, parts, tokenizer, True, found)
+    assert found.problems[1:] == [f"row 3: token {spans[0]} counts as prompt, which it is not"]
+
+
+@pytest.mark.parametrize("boundary", ["reference", "exact"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ instruction }} -> {% generation %}{{ output }}{% endgeneration %}",  # the blank goes with the response
+        "{{ instruction }}{% generation %}{{ output }}{% endgeneration %}.",
+        "{% generation %}{{ output }}{% endgeneration %}{{ instruction }}",
+    ],
+)
+def test_a_response_that_merges_with_its_heading_is_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boundary: str, template: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.jinja").write_text(template)
+    lines = [json.dumps({"instruction": "Say it", "output": out}) for out in (" yes", "yes", "\nno", "日本", " ")]
+    Path("a.jsonl").write_text("\n".join(lines))
+    prepare("a.jsonl", "s", template="own.jinja", boundary=boundary)
+    found = verify(TokenStore("s"), sources=["a.jsonl"], progress=False)
+    assert (found.problems, found.records) == ([], 5)
+
+
+def test_any_store_that_was_just_prepared_is_right() -> None:
+    counts = run(int(os.environ.get("FUZZ_JOBS", "104")), int(os.environ.get("FUZZ_SEED", "1")))
+    assert counts["changed sources noticed"] > counts["jobs"] // 4
+    assert counts["rows"] > counts["jobs"]
 
 
 def test_sources_need_the_vocabulary_of_the_store(tmp_path: Path, source: Path) -> None:
