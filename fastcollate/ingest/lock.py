@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from fastcollate.store import manifest as manifests
 
 LOCK = ".lock"
 _LINE_SECONDS = 10.0
+_MOST_ATTEMPTS = 1000  # to make a folder that others remove at the same time
 _OURS = re.compile(
     r"(manifest|sources|tokenizer|tokenizer_config)\.json|lengths\.npy|skipped\.txt|shard-\d+\.arrow"
     r"|\.journal(\.jsonl)?|\.part-.*|\.+(manifest|sources|tokenizer|lengths|skipped|shard-|part-).*\.tmp"
@@ -71,18 +73,22 @@ class JobLock:
 
     def _make_folder(self, folder: Path) -> None:
         """Make the store's folder and what is missing above it; a job that has just failed may remove them."""
-        while True:
+        for attempt in itertools.count():
             try:
                 folder.mkdir()
                 self.made.insert(0, folder)
                 return
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if attempt == _MOST_ATTEMPTS:  # where nobody can make one, such as in /proc
+                    raise _not_made(folder, error) from error
                 self._make_folder(folder.parent)
             except (FileExistsError, NotADirectoryError) as error:
                 if folder.is_dir():
                     return
                 if os.path.lexists(folder) or not isinstance(error, FileExistsError):
                     raise InputError(f"{folder}: is not a directory; choose another place for the store") from error
+            except OSError as error:
+                raise _not_made(folder, error) from error
 
     def _refuse_foreign(self) -> None:
         """Before anything is made in it: a folder that is no store's may hold files with names like a store's."""
@@ -131,6 +137,11 @@ class JobLock:
             for folder in self.made:
                 if folder != self._root:
                     folder.rmdir()
+
+
+def _not_made(folder: Path, error: OSError) -> InputError:
+    reason = error.strerror or error
+    return InputError(f"{folder}: cannot be made ({reason}); choose a place for the store that can be written")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ _HASH_CHUNK = 1 << 20
 _REMEDIES = {
     errno.EMFILE: "raise the limit on open files: ulimit -n 4096",
     errno.ENFILE: "too many files are open on this machine: close some",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EACCES: "ask its owner for the right to read it",
     errno.ENOMEM: "too little memory, or too many memory maps: open fewer stores at once",
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +92,22 @@ def test_a_store_is_reused_with_the_tokenizer_that_lies_in_it(tmp_path: Path) ->
     source = write_lines(tmp_path / "a.jsonl", many(20))
     prepare(source, tmp_path / "s", tokenizer=write_tokenizer(tmp_path / "x" / "tokenizer.json"))
     assert prepare(source, tmp_path / "s", tokenizer=str(tmp_path / "s" / "tokenizer.json")).reused
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Also where the system says forever that something above it is missing, as in /proc."""
+    source, real = write_lines(tmp_path / "a.jsonl", many(5)), Path.mkdir
+
+    def refuses(path: Path, *rest: Any, **options: Any) -> None:
+        if path == tmp_path / "s":
+            raise OSError(number, os.strerror(number), str(path))
+        real(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    says = f"s: cannot be made ({os.strerror(number)}); choose a place for the store that can be written"
+    for store in (tmp_path / "s", tmp_path / "s" / "t"):
+        with pytest.raises(InputError, match=re.escape(says)):
+            prepare(source, store)
+    with pytest.raises(InputError, match=r"File name too long.*choose a shorter name"):
+        prepare(source, tmp_path / ("x" * 300))
