@@ -22,7 +22,8 @@ from typing import Any
 from benchmarks.harness import RESULTS, save
 from fastcollate.ingest import encode
 from fastcollate.sources.blocks import Block
-from fastcollate.sources.json_blocks import json_pieces
+from fastcollate.sources.find import Source
+from fastcollate.sources.json_blocks import Piece, json_pieces
 from fastcollate.sources.records import lines_of, read_records
 from fastcollate.text.templates import load_template
 
@@ -310,9 +311,9 @@ class Slow(io.BytesIO):
         return len(data)
 
 
-def pieces_of(data: bytes, block_bytes: int, dice: random.Random, *, only_lines: bool) -> list[dict[str, Any]]:
-    options = {"name": "fuzz", "only_lines": only_lines, "local": None, "is_compressed": False}
-    return list(json_pieces(Slow(data, dice), itertools.repeat(block_bytes), **options))
+def pieces_of(data: bytes, block_bytes: int, dice: random.Random, *, only_lines: bool) -> list[Piece]:
+    source = Source("fuzz", "lines" if only_lines else "json")
+    return list(json_pieces(source, Slow(data, dice), itertools.repeat(block_bytes)))
 
 
 def compare_lines(seed: int, count: int) -> Counter[str]:
@@ -335,7 +336,7 @@ def compare_lines(seed: int, count: int) -> Counter[str]:
                 continue
         found: list[Any] = []
         for piece in pieces_of(bytes(file), int(10 ** (1.5 + 3 * dice.random())), dice, only_lines=True):
-            assert not piece["fault"], piece
+            assert not piece.fault, piece
             found += _records_of(piece, len(found), places)
         wanted = [judge(document) for document in documents]
         assert len(found) == len(wanted), bytes(file)
@@ -349,10 +350,10 @@ def compare_lines(seed: int, count: int) -> Counter[str]:
 
 
 def _records_of(piece: dict[str, Any], first: int, places: list[int]) -> list[tuple[bool, Any]]:
-    block = Block(0, 0, "fuzz", first_row=first, **piece)
-    records, found = [(part, n) for part in read_records(block, piece["data"]) for n in range(len(part))], []
-    assert len(records) == piece["num_rows"]
-    lines = lines_of(block, piece["data"], range(first, first + len(records)))
+    block = Block(0, 0, "fuzz", piece.kind, first, *piece[1:])
+    records, found = [(part, n) for part in read_records(block, piece.data) for n in range(len(part))], []
+    assert len(records) == piece.num_rows
+    lines = lines_of(block, piece.data, range(first, first + len(records)))
     for number, (part, index) in enumerate(records):
         assert lines[first + number] == places[first + number], "the line of a record"
         try:

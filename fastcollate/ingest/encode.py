@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.ingest.spans import BadRecord, Parts, count, limit_prompts, mark, starts_of
+from fastcollate.ingest.spans import BadRecord, Parts, count, limit_prompts, mark
 from fastcollate.ingest.spec import Counts, JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.sources import Block, Unit, records
 from fastcollate.store import shards
-from fastcollate.text import BadRecordError, Template, Texts, UnencodableError
+from fastcollate.text import BadRecordError, Template, Texts, UnencodableError, starts_of
 
 
 class Encoded(NamedTuple):
@@ -79,7 +79,9 @@ def _without(parts: Parts, error: UnencodableError, lost: _Lost) -> Parts:
     failed = {int(np.searchsorted(parts.starts, text, side="right")) - 1: r for text, r in error.reasons.items()}
     lost.add_rows([BadRecord(int(parts.rows[row]), 0, reason) for row, reason in sorted(failed.items())])
     kept = [row for row in range(len(parts.rows)) if row not in failed]
-    return _parts([parts.texts[int(parts.starts[row]) : int(parts.starts[row + 1])] for row in kept], parts.rows[kept])
+    return _parts(
+        [parts.texts.strings(int(parts.starts[row]), int(parts.starts[row + 1])) for row in kept], parts.rows[kept]
+    )
 
 
 def _parts(texts: Sequence[Sequence[str]], rows: npt.ArrayLike) -> Parts:
@@ -130,7 +132,7 @@ class _Lost:
 
 def _texts(block: Block, data: bytes, template: Template, special_texts: Sequence[str], bad: list[BadRecord]) -> Parts:
     """The rows' texts; records that give none go to `bad`."""
-    special, names, row = _SpecialTexts(special_texts), template.names(), block.first_row
+    special, names, row = _SpecialTexts(special_texts), template.names, block.first_row
     found: list[Parts] = []
     for chunk in records.read_records(block, data):
         parts_of = _PartsOf(chunk, row, template, special, bad)
@@ -171,8 +173,7 @@ def _single_texts(parts_of: _PartsOf) -> Parts:
 def _column_texts(parts_of: _PartsOf, names: Sequence[Sequence[str]]) -> Parts:
     """Texts made of whole columns, two a record; those of irregular records one by one."""
     count = len(parts_of.chunk)
-    text, sizes, irregular = parts_of.template.columns(parts_of.chunk.columns(names))
-    texts = Texts(data=text.encode(), offsets=starts_of(sizes.reshape(-1)))
+    texts, irregular = parts_of.template.columns(parts_of.chunk.columns(names))
     special = np.searchsorted(texts.offsets[::2], parts_of.special.places(texts.data), side="right") - 1
     rows = np.arange(parts_of.first_row, parts_of.first_row + count, dtype=np.uint64)
     if not (irregular := sorted({*irregular, *special.tolist()})):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fastcollate.ingest.options import PrepareOptions
 from fastcollate.ingest.spec import Counts
-from fastcollate.text import Template, Texts, Tokenizer, UnencodableError
+from fastcollate.text import Template, Texts, Tokenizer, UnencodableError, starts_of
 
 
 class BadRecord(NamedTuple):
@@ -62,7 +62,7 @@ def mark(
     row_offsets = offsets[starts]
     replaced: dict[int, tuple[npt.NDArray[Any], list[int]]] = {}
     for row in _rows_that_join(texts, starts, tokenizer):
-        pieces = texts[int(starts[row]) : int(starts[row + 1])]
+        pieces = texts.strings(int(starts[row]), int(starts[row + 1]))
         make_row = _reference_row if template.single_turn and options.boundary == "reference" else _exact_row
         try:
             replaced[row] = make_row(pieces, tokenizer, counts)
@@ -81,8 +81,8 @@ def _rows_that_join(texts: Texts, starts: npt.NDArray[np.int64], tokenizer: Toke
         return tokenizer.pairs_that_join(texts)
     joined = []
     for row, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
-        pieces = texts[start:stop]
-        if tokenizer.joins(pieces[:-1], pieces[1:]) or "" in pieces[1:-1]:
+        pieces = texts.strings(start, stop)
+        if "" in pieces[1:-1] or not all(map(tokenizer.parts_at, pieces, pieces[1:])):
             joined.append(row)
     return joined
 
@@ -126,13 +126,6 @@ def _with_replaced(rows: Rows, replaced: Mapping[int, tuple[npt.NDArray[Any], li
     spans.append(rows.spans[rows.span_offsets[row] :])
     starts, span_starts = starts_of(lengths[kept]), starts_of(num_spans[kept])
     return Rows(np.concatenate(ids), starts, np.concatenate(spans), span_starts, rows.source_row[kept])
-
-
-def starts_of(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Where things of these lengths begin that stand end to end, and the end of the last, `(len(lengths) + 1,)`."""
-    starts = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    return starts
 
 
 def limit_prompts(rows: Rows, options: PrepareOptions, counts: Counts, bad: list[BadRecord]) -> Rows:

@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import IO, Any
+from typing import IO
 
 import fsspec
 import pyarrow as pa
@@ -20,7 +20,7 @@ import pyarrow as pa
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.sources.compression import open_compressed
 from fastcollate.sources.find import Source
-from fastcollate.sources.json_blocks import json_pieces
+from fastcollate.sources.json_blocks import Piece, json_pieces
 from fastcollate.sources.tables import arrow_pieces, csv_pieces, feed_content, open_columns, text_pieces
 
 _SMALL = 1 << 16  # bytes of a file that goes to a worker with its content
@@ -29,12 +29,7 @@ _MOST_BLOCKS = 4096  # in a unit of work: more small files would take the leader
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Into how large pieces content is cut.
-
-    Attributes:
-        block: bytes of the largest block and unit of work.
-        shard: bytes of the sources that share a shard, at most.
-    """
+    """Bytes of the largest block and unit of work, and of the sources that share a shard."""
 
     block: int = 4 << 20
     shard: int = 64 << 20
@@ -53,8 +48,7 @@ class Block:
 
     Attributes:
         index: number of the block in the job.
-        source: index of its source.
-        name: the source's name, for messages.
+        source: index of its source; `name` is that one's, for messages.
         kind: `lines`, `array` (the inside of a JSON array), `rows` (lines made from a table: objects, or a text that
             says what was wrong with a row) or `arrow` (an Arrow IPC stream).
         first_row: position of its first record in all sources.
@@ -63,9 +57,7 @@ class Block:
         num_bytes: its size, uncompressed.
         source_bytes: how far the source has been read at its end, as stored.
         fault: what is wrong with the source behind the block, such as an array that is not closed.
-        data: its bytes, or `None` for a place in a file.
-        path: the file, where `data` is `None`.
-        start: where it begins in the file.
+        data: its bytes, or `None` for those from `start` on of the file `path`.
     """
 
     index: int
@@ -113,13 +105,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Blocks that a worker does together, of one source or of several small ones.
-
-    Attributes:
-        index: its number in the job.
-        shard: number of the shard that its rows go to.
-        blocks: in order.
-    """
+    """Blocks in order that a worker does together, of one source or several; its rows go to shard number `shard`."""
 
     index: int
     shard: int
@@ -137,23 +123,17 @@ def read_blocks(sources: Sequence[Source], *, sizes: Sizes | None = None) -> Ite
     Raises:
         InputError: a source cannot be read to its end, or a record is larger than `MAX_RECORD_BYTES`.
     """
-    sizes = sizes or SIZES
-    index = first_row = 0
+    sizes, index, first_row = sizes or SIZES, 0, 0
     for number, source in enumerate(sources):
         for piece in _pieces(source, map(sizes.target, count())):
-            yield Block(index, number, source.name, first_row=first_row, **piece)
+            yield Block(index, number, source.name, piece.kind, first_row, *piece[1:])
             index += 1
-            first_row += piece["num_rows"]
+            first_row += piece.num_rows
 
 
 def read_units(sources: Sequence[Source], *, sizes: Sizes | None = None) -> Iterator[Unit]:
-    """All units of work, in order; units and shards depend on the sources' content alone.
-
-    Raises:
-        InputError: see `read_blocks`.
-    """
-    sizes = sizes or SIZES
-    shard = shard_bytes = 0
+    """All units of work, in order, as `read_blocks`; units and shards depend on the sources' content alone."""
+    sizes, shard, shard_bytes = sizes or SIZES, 0, 0
     for index, blocks in enumerate(_groups(read_blocks(sources, sizes=sizes), sizes)):
         num_bytes = sum(block.num_bytes for block in blocks)
         if shard_bytes and shard_bytes + num_bytes > sizes.shard:
@@ -176,8 +156,7 @@ def _groups(blocks: Iterator[Block], sizes: Sizes) -> Iterator[list[Block]]:
         yield group
 
 
-def _pieces(source: Source, targets: Iterator[int]) -> Iterator[dict[str, Any]]:
-    """A source's blocks, as the keywords of `Block` that the source decides."""
+def _pieces(source: Source, targets: Iterator[int]) -> Iterator[Piece]:
     if source.format == "dataset":
         yield from arrow_pieces(source.dataset.with_format("arrow").iter(batch_size=4096), targets)
         return
@@ -185,20 +164,9 @@ def _pieces(source: Source, targets: Iterator[int]) -> Iterator[dict[str, Any]]:
         with _open(source) as file:
             if source.format in ("parquet", "arrow"):
                 yield from arrow_pieces(open_columns(source, file), targets)
-            elif source.format in ("csv", "tsv"):
-                yield from csv_pieces(source, file, targets)
-            elif source.format == "text":
-                yield from text_pieces(source, file, targets)
             else:
-                yield from json_pieces(
-                    file,
-                    targets,
-                    name=source.name,
-                    only_lines=source.format == "lines",
-                    local=None if isinstance(file, io.BytesIO) else source.local,
-                    is_compressed=source.compression is not None,
-                    num_bytes=source.num_bytes if source.compression is None else 0,
-                )
+                cut = {"csv": csv_pieces, "tsv": csv_pieces, "text": text_pieces}.get(source.format, json_pieces)
+                yield from cut(source, file, targets)
     except pa.ArrowException as error:
         raise InputError(f"{source.name}: cannot be read ({error})") from error
     except (OSError, EOFError) as error:

@@ -10,7 +10,7 @@ import bz2
 import io
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from fastcollate.errors import SourceReadError, import_extra
@@ -22,7 +22,7 @@ _FEED = 1 << 12  # compressed bytes at once: even what is made to grow takes som
 _ZERO_PADDED = ("gzip", "xz")  # behind a frame
 
 
-def open_compressed(file: IO[bytes], compression: str, name: str) -> IO[bytes]:
+def open_compressed(file: IO[bytes], compression: str, name: str) -> io.BufferedReader:
     """What a compressed file holds.
 
     Args:
@@ -33,7 +33,32 @@ def open_compressed(file: IO[bytes], compression: str, name: str) -> IO[bytes]:
     Raises:
         SourceReadError: when it is read: it ends inside a frame, or is damaged.
     """
-    return io.BufferedReader(_Frames(file, compression, name), 1 << 16)
+    return io.BufferedReader(Content(file, _frames(file, compression, name)), 1 << 16)
+
+
+def _frames(file: IO[bytes], compression: str, name: str) -> Iterator[bytes]:
+    """The content of frames, one behind the other, in pieces."""
+    start, padding = _starter(compression), b"\0" if compression in _ZERO_PADDED else b""
+    frame, position, rest = None, 0, b""
+    while data := rest or file.read(_FEED):
+        position += 0 if rest else len(data)
+        rest = b""
+        if frame is None or frame.eof:
+            if frame is not None and not (data := data.lstrip(padding)):
+                continue
+            frame = start()
+        try:
+            piece = frame.decompress(data)
+        except Exception as error:  # each library has its own
+            raise SourceReadError(
+                f"{name}: its compressed data is damaged before byte {position} ({error}); get the file anew"
+            ) from error
+        rest = frame.unused_data if frame.eof else b""
+        yield piece
+    if frame is not None and not frame.eof:
+        raise SourceReadError(
+            f"{name}: ends at byte {position} inside its compressed data: it was cut off; get the file anew"
+        )
 
 
 def _starter(compression: str) -> Callable[[], Any]:
@@ -46,16 +71,12 @@ def _starter(compression: str) -> Callable[[], Any]:
     return bz2.BZ2Decompressor if compression == "bz2" else lzma.LZMADecompressor
 
 
-class _Frames(io.RawIOBase):
-    """The content of frames, one behind the other."""
+class Content(io.RawIOBase):
+    """Pieces as a file, made of the bytes of `stored`."""
 
-    def __init__(self, file: IO[bytes], compression: str, name: str) -> None:
-        self.fileobj = file
-        self._compression = compression
-        self._start = _starter(compression)
-        self._frame: Any = None
-        self._name = name
-        self._position = 0  # bytes taken from the file
+    def __init__(self, stored: IO[bytes], pieces: Iterator[bytes]) -> None:
+        self.stored = stored
+        self._pieces = pieces
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
@@ -65,46 +86,16 @@ class _Frames(io.RawIOBase):
     def readinto(self, room: Any) -> int:
         """Fill `room`, or as much of it as is at hand; 0 at the end."""
         while not self._ready:
-            data = self._next_input()
-            if data is None:
+            piece = next(self._pieces, None)
+            if piece is None:
                 return 0
-            try:
-                self._ready = memoryview(self._frame.decompress(data))
-            except Exception as error:  # each library has its own
-                raise SourceReadError(
-                    f"{self._name}: its compressed data is damaged before byte {self._position} ({error}); "
-                    "get the file anew"
-                ) from error
+            self._ready = memoryview(piece)
         count = min(len(room), len(self._ready))
         room[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
 
-    def _next_input(self) -> bytes | None:
-        """Bytes for the frame that is read, or for one that begins; `None` at the end of the last."""
-        is_between = self._frame is None or self._frame.eof
-        data: bytes = self._frame.unused_data if self._frame is not None and is_between else b""
-        data = self._stripped(data) or self._read()
-        while is_between and data and not (data := self._stripped(data)):
-            data = self._read()
-        if is_between and data:
-            self._frame = self._start()
-        elif not data and not is_between:
-            raise SourceReadError(
-                f"{self._name}: ends at byte {self._position} inside its compressed data: it was cut off; "
-                "get the file anew"
-            )
-        return data or None
-
-    def _stripped(self, data: bytes) -> bytes:
-        return data.lstrip(b"\0") if self._frame is not None and self._compression in _ZERO_PADDED else data
-
-    def _read(self) -> bytes:
-        data = self.fileobj.read(_FEED)
-        self._position += len(data)
-        return data
-
     def close(self) -> None:
-        """Close the file."""
-        self.fileobj.close()
+        """Close the file that is stored."""
+        self.stored.close()
         super().close()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat as stat_module
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.sources.compression import COMPRESSIONS
@@ -25,6 +27,7 @@ _FORMATS = {
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
 }  # fmt: skip
 _SAVED = ("state.json", "dataset_dict.json")  # what tells a directory that a data set was saved to
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SETTLED_NS = 2_000_000_000  # a file that was changed later than so long ago may change again within one tick
 
 
@@ -66,9 +69,8 @@ class Source:
 def find_sources(sources: Any) -> list[Source]:
     """The files and data sets that the user's words mean, patterns in alphabetical order.
 
-    Args:
-        sources: a path, a URL that fsspec knows, a pattern, a `datasets.Dataset`, an iterable of records
-            (mappings), or a sequence of paths, URLs, patterns and data sets.
+    They may be a path, a URL that fsspec knows, a pattern, a `datasets.Dataset`, a sequence of these, or an iterable of
+    records (mappings).
 
     Raises:
         InputError: nothing there, a directory, an empty file, or a format that is not known.
@@ -78,14 +80,13 @@ def find_sources(sources: Any) -> list[Source]:
     if not isinstance(sources, Iterable) or isinstance(sources, Mapping):
         raise InputError(f"sources: a {type(sources).__name__}; name files, or give a data set or records")
     given = iter(sources)
-    first = next(given, None)
-    if isinstance(first, Mapping):
-        return [Source("the records given", "records", dataset=chain([first], given))]
+    first = list(islice(given, 1))
+    if first and isinstance(first[0], Mapping):
+        return [Source("the records given", "records", dataset=chain(first, given))]
     found: list[Source] = []
-    for source in [] if first is None else chain([first], given):
+    for source in chain(first, given):
         if hasattr(source, "column_names"):
-            _check_dataset(source)
-            found.append(Source("datasets.Dataset", "dataset", dataset=source))
+            found.append(_dataset(source))
         elif isinstance(source, str | os.PathLike):
             found += _find_files(os.fspath(source))
         else:
@@ -95,21 +96,20 @@ def find_sources(sources: Any) -> list[Source]:
     return found
 
 
-def _check_dataset(dataset: Any) -> None:
+def _dataset(dataset: Any) -> Source:
     if (getattr(dataset, "format", None) or {}).get("type") == "custom":
         raise InputError(
             "datasets.Dataset: has a transform (set_transform or with_transform), which is not stored; apply it once "
             "with dataset.map, or take it off with dataset.reset_format()"
         )
+    return Source("datasets.Dataset", "dataset", dataset=dataset)
 
 
 @contextlib.contextmanager
 def spooled(sources: Sequence[Source], *, is_shared: bool) -> Iterator[list[Source]]:
     """The sources, those of an iterable as a temporary file of JSON Lines: they must be read more than once.
 
-    Args:
-        sources: them.
-        is_shared: whether other machines do the work, which cannot read that file themselves.
+    `is_shared` says that other machines do the work, which cannot read that file themselves.
     """
     with contextlib.ExitStack() as stack:
         yield [_spool(source, stack, is_shared) if source.format == "records" else source for source in sources]
@@ -121,30 +121,24 @@ def _spool(source: Source, stack: contextlib.ExitStack, is_shared: bool) -> Sour
     with open(descriptor, "wb") as file:
         for number, record in enumerate(source.dataset):
             try:
-                file.write(_json_line(dict(record) if isinstance(record, Mapping) else record))
+                line = json.dumps(dict(record) if isinstance(record, Mapping) else record, ensure_ascii=False)
+                file.write(_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):x}", line).encode() + b"\n")
             except (TypeError, ValueError, RecursionError) as error:
                 raise InputError(f"{source.name}, record {number}: cannot be written as JSON ({error})") from error
     num_bytes = os.path.getsize(path)
     return Source(path if is_shared else source.name, "lines", num_bytes=num_bytes, local=None if is_shared else path)
 
 
-def _json_line(record: Any) -> bytes:
-    try:
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate
-        return json.dumps(record).encode() + b"\n"
-
-
 def _find_files(name: str) -> list[Source]:
     if "://" not in name and "::" not in name:
         name = os.path.expanduser(name)
-        if os.path.isdir(name) and any((Path(name) / file).is_file() for file in _SAVED):
+        if any((Path(name) / file).is_file() for file in _SAVED):
             return [_saved_dataset(Path(name))]
         if not _is_pattern(name) or os.path.exists(name):
             return [_local_file(name, name)]
     try:
         files, paths = fsspec.core.url_to_fs(name)
-        is_local = "file" in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,))
+        is_local = isinstance(files, LocalFileSystem)
         if _is_pattern(paths) and not files.exists(paths):
             found = sorted(files.glob(paths))
             if not found:

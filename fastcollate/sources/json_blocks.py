@@ -2,62 +2,69 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from fastcollate.errors import InputError
-from fastcollate.sources.scanner import scan_array
+from fastcollate.sources.compression import Content
+from fastcollate.sources.find import Source
 
 MAX_RECORD_BYTES = 256 << 20
-_PIECE = 1 << 17  # bytes looked at at once
-_BOM = b"\xef\xbb\xbf"
 NOT_UTF8 = (
     "a byte that is not UTF-8; if the file is in another encoding, convert it, as by iconv -f WINDOWS-1252 -t UTF-8"
 )
+_PIECE = 1 << 17  # bytes looked at at once
+_BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(rb"[ \t\r\n]*\[")
 _PRETTY = re.compile(rb'[ \t\r\n]*\{[ \t\r]*\n[ \t\r\n]*"[^"\n]*"[ \t]*:')
 _BLANK = re.compile(rb"[ \t\r\n]*")
 _BLANK_LINE = re.compile(rb"^[ \t\r]*(?:\n|\Z)", re.M)
+_QUOTE, _OPEN, _CLOSE, _COMMA = 1, 2, 3, 4
+_KIND = np.zeros(256, np.uint8)
+for _kind, _bytes in ((_QUOTE, b'"'), (_OPEN, b"[{"), (_CLOSE, b"]}"), (_COMMA, b",")):
+    _KIND[list(_bytes)] = _kind
 
 
-def json_pieces(
-    file: IO[bytes],
-    targets: Iterator[int],
-    *,
-    name: str,
-    only_lines: bool,
-    local: str | None,
-    is_compressed: bool,
-    num_bytes: int = 0,
-) -> Iterator[dict[str, Any]]:
-    """A file's blocks, as the keywords of `Block` that the file decides.
+class Piece(NamedTuple):
+    """What its source decides of a `Block`, which has the same attributes."""
 
-    Args:
-        file: open at its start, uncompressed on the way.
-        targets: about how large each block is.
-        name: the file's, for messages.
-        only_lines: whether `[` at its start is a record's, and not an array's of records.
-        local: its path where workers can read it themselves; the blocks are places in it then.
-        is_compressed: whether positions in what is read are not positions in the file.
-        num_bytes: how much there is to read, where that is known, so that a small file takes little memory.
+    kind: str
+    num_rows: int
+    first_line: int
+    num_bytes: int
+    source_bytes: int = 0
+    fault: str = ""
+    data: bytes | None = None
+    path: str = ""
+    start: int = 0
+
+
+def json_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[Piece]:
+    """A file's pieces of about the targets' sizes.
+
+    Of a file that was opened without a buffer they are places in it, which workers can read themselves.
 
     Raises:
         InputError: a record is larger than `MAX_RECORD_BYTES`.
     """
-    reader = _Reader(file, targets, name, local, is_compressed, num_bytes)
+    reader = _Reader(source, file, targets)
     reader.fill()
     if reader.buffer[: len(_BOM)] == _BOM:
         reader.skip(len(_BOM))
-    check_encoding(bytes(reader.buffer[:4]), name)
-    if _PRETTY.match(reader.buffer) is not None:
-        raise InputError(
-            f"{name}: holds an object that takes several lines; write one record a line, or all in an array [ ... ]"
-        )
-    is_array = not only_lines and _ARRAY.match(reader.buffer) is not None
-    yield from _array_pieces(reader) if is_array else _line_pieces(reader)
+    check_encoding(bytes(reader.buffer[:4]), source.name)
+    if _PRETTY.match(reader.buffer):
+        remedy = "write one record a line, or all in an array [ ... ]"
+        raise InputError(f"{source.name}: holds an object that takes several lines; {remedy}")
+    if source.format == "json" and (bracket := _ARRAY.match(reader.buffer)):
+        reader.skip(bracket.end())
+        yield from _array_pieces(reader)
+    else:
+        yield from _line_pieces(reader)
 
 
 def check_encoding(head: bytes, name: str) -> None:
@@ -74,24 +81,15 @@ class _Reader:
     reading it.
     """
 
-    def __init__(
-        self,
-        file: IO[bytes],
-        targets: Iterator[int],
-        name: str,
-        local: str | None,
-        is_compressed: bool,
-        num_bytes: int,
-    ) -> None:
-        self._name = name
-        self._local = local
-        self._is_compressed = is_compressed
-        self.position = 0
-        self.line = 1
-        self.at_end = False
-        self._file = file
-        self._targets = targets
-        self._target = min(next(targets), num_bytes + 1) if num_bytes else next(targets)
+    def __init__(self, source: Source, file: IO[bytes], targets: Iterator[int]) -> None:
+        content = getattr(file, "raw", None)
+        self._stored = content.stored if isinstance(content, Content) else None
+        self._local = source.local if isinstance(file, io.FileIO) else None
+        self._name, self._file, self._targets = source.name, file, targets
+        self.position, self.line, self.at_end = 0, 1, False
+        self._target = next(targets)
+        if source.num_bytes and self._stored is None:  # a small file takes little memory
+            self._target = min(self._target, source.num_bytes + 1)
         self._memory = bytearray(self._target + self._target // 8)
         self._begin = self._end = 0
 
@@ -103,9 +101,9 @@ class _Reader:
     def __len__(self) -> int:
         return self._end - self._begin
 
-    def last_break(self, start: int) -> int:
-        """The place in the buffer of the last line break that is not before `start`, or -1."""
-        return max(self._memory.rfind(b"\n", self._begin + start, self._end) - self._begin, -1)
+    def whole_lines(self) -> int:
+        """How much of the buffer, at the end of the source all of it, is whole lines."""
+        return len(self) if self.at_end else self._memory.rfind(b"\n", self._begin, self._end) + 1 - self._begin
 
     def fill_block(self) -> None:
         """Read until the buffer holds a whole block, or the source's end is reached."""
@@ -117,7 +115,7 @@ class _Reader:
         if self._end + self._target > len(self._memory):
             self._make_room()
         room = memoryview(self._memory)[self._end : self._end + self._target]
-        while room and (count := _read_into(self._file, room)):
+        while room and (count := self._file.readinto(room)):  # type: ignore[attr-defined]
             self._end += count
             room = room[count:]
         self.at_end = bool(room)
@@ -135,21 +133,11 @@ class _Reader:
         self._memory[: len(rest)] = rest
         self._begin, self._end = 0, len(rest)
 
-    def take(
-        self, size: int, kind: str, num_rows: int, fault: str = "", *, num_breaks: int | None = None
-    ) -> dict[str, Any]:
-        """Cut a block of `size` bytes off the front."""
-        piece = {
-            "kind": kind,
-            "num_rows": num_rows,
-            "first_line": self.line,
-            "num_bytes": size,
-            "source_bytes": self._stored_position(size),
-            "fault": fault,
-            "data": None if self._local else bytes(self.buffer[:size]),
-            "path": self._local or "",
-            "start": self.position,
-        }
+    def take(self, size: int, kind: str, num_rows: int, fault: str = "", *, num_breaks: int | None = None) -> Piece:
+        """Cut a piece of `size` bytes off the front."""
+        read = self.position + size if self._stored is None else self._stored.tell()
+        place = (None, self._local, self.position) if self._local else (bytes(self.buffer[:size]), "", 0)
+        piece = Piece(kind, num_rows, self.line, size, read, fault, *place)
         self.skip(size, num_breaks)
         self._target = next(self._targets)
         return piece
@@ -161,40 +149,17 @@ class _Reader:
         self.position += size
         self._begin = stop
 
-    def _stored_position(self, size: int) -> int:
-        if not self._is_compressed:
-            return self.position + size
-        raw = getattr(self._file, "fileobj", None) or getattr(self._file, "_fp", None)
-        try:
-            return int(raw.tell()) if raw is not None else 0
-        except (OSError, ValueError, AttributeError):
-            return 0  # only the progress bar asks
-
-
-def _read_into(file: IO[bytes], room: memoryview) -> int:
-    """Read at most so many bytes; 0 at the end."""
-    if hasattr(file, "readinto"):
-        return int(file.readinto(room) or 0)
-    data = file.read(len(room))
-    room[: len(data)] = data
-    return len(data)
-
 
 def _is_blank(data: memoryview) -> bool:
     return _BLANK.fullmatch(data) is not None
 
 
-def _line_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
-    searched = 0
+def _line_pieces(reader: _Reader) -> Iterator[Piece]:
     reader.fill_block()
     while not (reader.at_end and not len(reader)):
-        stop = reader.last_break(searched) + 1
-        if not stop and not reader.at_end:
-            searched = len(reader)
+        if (size := reader.whole_lines()) <= 0:
             reader.fill()
             continue
-        size = stop if stop and not reader.at_end else len(reader)
-        searched = 0
         num_rows, num_breaks = _count_lines(reader.buffer, size)
         if num_rows:
             yield reader.take(size, "lines", num_rows, num_breaks=num_breaks)
@@ -203,7 +168,7 @@ def _line_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
         reader.fill_block()
 
 
-def _count_lines(data: bytes | memoryview, size: int) -> tuple[int, int]:
+def _count_lines(data: memoryview, size: int) -> tuple[int, int]:
     """The number of lines that are not blank, and of line breaks, in the first `size` bytes."""
     values = np.frombuffer(data, np.uint8, size)
     num_breaks, has_blanks = 0, data[0] in b" \t\r\n"
@@ -219,43 +184,75 @@ def _count_lines(data: bytes | memoryview, size: int) -> tuple[int, int]:
     return count, num_breaks
 
 
-def _array_pieces(reader: _Reader) -> Iterator[dict[str, Any]]:
-    reader.skip(bytes(reader.buffer).index(b"[") + 1)
+def _array_pieces(reader: _Reader) -> Iterator[Piece]:
+    """Runs of elements, from behind the opening bracket on."""
     is_first = True
     while True:
         reader.fill_block()
-        scan = scan_array(reader.buffer)
-        if scan.end is not None:
-            if not _is_blank(reader.buffer[: scan.end]) or not is_first:
-                yield reader.take(scan.end, "array", len(scan.commas) + 1)
-            else:
-                reader.skip(scan.end)
-            if reader.buffer[0] != ord("]"):
-                yield reader.take(0, "array", 0, "the JSON array is closed by a curly bracket")
-                return
-            reader.skip(1)
-            yield from _after_array(reader)
-            return
-        if reader.at_end:
-            size, num_rows = len(reader), len(scan.commas) + 1
-            if scan.commas and _is_blank(reader.buffer[scan.commas[-1] + 1 :]):  # cut off behind a comma
-                size, num_rows = scan.commas[-1], len(scan.commas)
-            yield reader.take(size, "array", num_rows)
-            yield reader.take(
-                0, "array", 0, "the file ends inside its JSON array: cut off, or a stray quotation mark or bracket"
-            )
-            return
-        if scan.commas:
-            yield reader.take(scan.commas[-1], "array", len(scan.commas))
+        commas, end = scan_array(reader.buffer)
+        if end is not None or reader.at_end:
+            break
+        if commas:
+            yield reader.take(commas[-1], "array", len(commas))
             reader.skip(1)
             is_first = False
         else:
             reader.fill()
+    size, num_rows = len(reader) if end is None else end, len(commas) + 1
+    if end is None and commas and _is_blank(reader.buffer[commas[-1] + 1 :]):  # cut off behind a comma
+        size, num_rows = commas[-1], len(commas)
+    if end is not None and is_first and _is_blank(reader.buffer[:end]):
+        reader.skip(end)
+    else:
+        yield reader.take(size, "array", num_rows)
+    fault = "the file ends inside its JSON array: cut off, or a stray quotation mark or bracket"
+    if fault := fault if end is None else _fault_at_end(reader):
+        yield reader.take(0, "array", 0, fault)
 
 
-def _after_array(reader: _Reader) -> Iterator[dict[str, Any]]:
+def _fault_at_end(reader: _Reader) -> str:
+    """What is wrong with the end of an array, from its closing bracket on."""
+    if reader.buffer[0] != ord("]"):
+        return "the JSON array is closed by a curly bracket"
+    reader.skip(1)
     while not reader.at_end and _is_blank(reader.buffer):
         reader.skip(len(reader))
         reader.fill()
-    if not _is_blank(reader.buffer):
-        yield reader.take(0, "array", 0, "something follows the end of the JSON array")
+    return "" if _is_blank(reader.buffer) else "something follows the end of the JSON array"
+
+
+def scan_array(data: bytes | memoryview) -> tuple[list[int], int | None]:
+    """The commas between an array's elements in a piece of it, and its closing bracket if it is there.
+
+    The piece begins inside the array and outside every element. Strings, escapes and nesting are followed exactly;
+    nothing else of the grammar is checked.
+    """
+    values = np.frombuffer(data, np.uint8)
+    kinds = _KIND[values]
+    places = np.flatnonzero(kinds)
+    kinds = kinds[places]
+    escaped = _escaped_quotes(values, places[kinds == _QUOTE])
+    if len(escaped):
+        keep = ~np.isin(places, escaped, assume_unique=True)
+        places, kinds = places[keep], kinds[keep]
+    outside = np.cumsum(kinds == _QUOTE, dtype=np.int32) % 2 == 0
+    places, kinds = places[outside], kinds[outside]  # closing quotes stay, and count for nothing
+    depth = 1 + np.cumsum((kinds == _OPEN).astype(np.int32) - (kinds == _CLOSE))
+    ends = np.flatnonzero(depth == 0)
+    last = ends[0] if len(ends) else len(places)
+    commas = places[:last][(kinds[:last] == _COMMA) & (depth[:last] == 1)].tolist()
+    return commas, int(places[last]) if len(ends) else None
+
+
+def _escaped_quotes(values: npt.NDArray[np.uint8], quotes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The quotes that stand behind an odd number of backslashes."""
+    behind: npt.NDArray[Any] = quotes[(quotes > 0) & (values[np.maximum(quotes - 1, 0)] == ord("\\"))]
+    if not len(behind):
+        return behind
+    slashes = np.flatnonzero(values == ord("\\"))
+    is_start = np.ones(len(slashes), bool)
+    is_start[1:] = np.diff(slashes) != 1
+    run_start = np.maximum.accumulate(np.where(is_start, np.arange(len(slashes)), 0))
+    last = np.searchsorted(slashes, behind - 1)
+    escaped: npt.NDArray[Any] = behind[(last - run_start[last] + 1) % 2 == 1]
+    return escaped

@@ -8,7 +8,8 @@ and whatever msgspec refuses is read by `json`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,21 +18,20 @@ import msgspec
 import pyarrow as pa
 
 from fastcollate.sources.blocks import Block
-from fastcollate.sources.json_blocks import NOT_UTF8
-from fastcollate.sources.scanner import scan_array
+from fastcollate.sources.json_blocks import NOT_UTF8, scan_array
 
 _MOST_DIGITS = 4300  # of a whole number, for Python's `json`
 _BLANK = b" \t\r\n"
+_ESCAPE = re.compile(  # in JSON: a pair of surrogates, a lone one, or any other
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.S
+)
 _CHUNK_BYTES = 1 << 19  # read at once
 
 
 class JsonRecords:
     """Records as JSON, cut apart and parsed when asked for.
 
-    Args:
-        pieces: each record's bytes.
-        is_sure: whether msgspec's checks are enough.
-        is_table: whether a text says what was wrong with a table's row.
+    `is_sure` says that msgspec's checks are enough; `is_table`, that a text says what was wrong with a table's row.
     """
 
     def __init__(self, pieces: list[bytes], *, is_sure: bool, is_table: bool) -> None:
@@ -64,33 +64,14 @@ class JsonRecords:
         All fields are `None` in a record that needs a look: one that cannot be parsed, or holds something that is not
         text under one of the names.
         """
-        here = self._names_here(fields)
-        columns = self._columns(here)
-        if here != fields and any(map(_has_none, columns)):
-            columns = self._columns(fields)
-        return columns
-
-    def _names_here(self, fields: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
-        """As much of each field's names as the first record needs: mostly the others need no more."""
-        try:
-            first = self[0]
-        except ValueError:
-            return fields
-        if not isinstance(first, dict):
-            return fields
-        ends = [next((i for i, name in enumerate(names, 1) if first.get(name) is not None), None) for names in fields]
-        return [names[:end] for names, end in zip(fields, ends, strict=True)]
-
-    def _columns(self, fields: Sequence[Sequence[str]]) -> list[list[str | None]]:
         names = tuple(dict.fromkeys(chain.from_iterable(fields)))
-        decode = _decoder(names)
-        if decode is None or not self._is_sure:
-            found = [self._values(number, names) for number in range(len(self))]
+        decode = _decoder(names) if self._is_sure else None
+        if decode is None:
+            found: Iterable[Sequence[Any]] = [self._values(number, names) for number in range(len(self))]
         else:
-            found = list(map(msgspec.structs.astuple, self._decoded(decode)))
+            found = map(msgspec.structs.astuple, self._decoded(decode))
         values = list(chain.from_iterable(found))
-        columns = {name: values[index :: len(names)] for index, name in enumerate(names)}
-        return [_first_column(field, columns) for field in fields]
+        return _first_columns(fields, {name: values[index :: len(names)] for index, name in enumerate(names)})
 
     def _decoded(self, decode: Callable[[bytes], Any]) -> list[Any]:
         found: list[Any] = []
@@ -134,13 +115,13 @@ class TableRecords:
 
     def columns(self, fields: Sequence[Sequence[str]]) -> list[list[str | None]]:
         """As of JSON records."""
-        names = dict.fromkeys(chain.from_iterable(fields))
-        values = {name: self._values(name, 0, len(self)) for name in names}
-        columns = [_first_column(field, values) for field in fields]
+        values = {name: self._values(name, 0, len(self)) for name in chain.from_iterable(fields)}
+        columns = _first_columns(fields, values)
         odd = {i for column in columns for i, value in enumerate(column) if not (value is None or type(value) is str)}
-        return (
-            [[None if i in odd else value for i, value in enumerate(column)] for column in columns] if odd else columns
-        )
+        for column in columns:
+            for i in odd:
+                column[i] = None
+        return columns
 
     def _values(self, name: str, start: int, stop: int) -> list[Any]:
         if name not in self._columns:
@@ -177,31 +158,24 @@ def _from_json(value: Any, feature: Any) -> Any:
     return value
 
 
-def _has_none(column: Sequence[Any]) -> bool:
-    """`None in column`, which would compare each text with `None`."""
-    return not all(column) and type(None) in set(map(type, column))
-
-
-def _first_column(names: Sequence[str], columns: Mapping[str, list[Any]]) -> list[Any]:
-    """What each record holds under the first of the names under which it holds anything."""
-    column = columns[names[0]]
-    for name in names[1:]:
-        if not _has_none(column):
-            break
-        column = [other if value is None else value for value, other in zip(column, columns[name], strict=True)]
-    return column
+def _first_columns(fields: Sequence[Sequence[str]], columns: Mapping[str, list[Any]]) -> list[list[Any]]:
+    """What each record holds of each field, under the first of its names under which it holds anything."""
+    found = []
+    for names in fields:
+        column = columns[names[0]]
+        for name in names[1:]:
+            if all(column) or type(None) not in set(map(type, column)):  # `None in column` would compare the texts
+                break
+            column = [other if value is None else value for value, other in zip(column, columns[name], strict=True)]
+        found.append(column)
+    return found
 
 
 Records = JsonRecords | TableRecords
 
 
 def read_records(block: Block, data: bytes) -> Iterator[Records]:
-    """The records of a block in order, some at a time: what is made of them stays in a core's cache.
-
-    Args:
-        block: a block.
-        data: what `block.read()` gave.
-    """
+    """The records of a block, whose bytes are `data`; some at a time, so that what is made of them stays in a cache."""
     if block.kind == "arrow":
         with pa.ipc.open_stream(data) as reader:
             table = reader.read_all()
@@ -235,7 +209,7 @@ def _array_chunks(data: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
     """Runs of a JSON array's elements."""
     pieces: list[bytes] = []
     start = first = 0
-    for stop in [*scan_array(data).commas, len(data)] if data else ():
+    for stop in [*scan_array(data)[0], len(data)] if data else ():
         pieces.append(data[start:stop])
         start = stop + 1
         if stop - first >= _CHUNK_BYTES or stop == len(data):
@@ -277,7 +251,10 @@ def parse_record(piece: bytes) -> Any:
         ValueError: it is not JSON; the message says why.
     """
     try:
-        return _without_surrogates(json.loads(piece.decode().strip(" \t\r\n")))
+        text = piece.decode().strip(" \t\r\n")
+        if "\\u" in text:
+            text = _ESCAPE.sub(lambda match: r"\ufffd" if match["lone"] else match[0], text)
+        return json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{NOT_UTF8} (byte {error.start} of the record)") from None
     except json.JSONDecodeError as error:
@@ -289,50 +266,18 @@ def parse_record(piece: bytes) -> Any:
         raise ValueError(f"not valid JSON: a number of more than {_MOST_DIGITS} digits") from None
 
 
-def _without_surrogates(value: Any) -> Any:
-    """A parsed value, changed in place."""
-    if isinstance(value, str):
-        return _clean(value)
-    pending = [value] if isinstance(value, dict | list) else []
-    while pending:
-        outer = pending.pop()
-        items = list(outer.items() if isinstance(outer, dict) else enumerate(outer))
-        pending += [inner for _, inner in items if isinstance(inner, dict | list)]
-        cleaned = [(key, _clean(inner) if isinstance(inner, str) else inner) for key, inner in items]
-        if isinstance(outer, dict):
-            outer.clear()
-            outer.update((_clean(key), inner) for key, inner in cleaned)
-        else:
-            outer[:] = [inner for _, inner in cleaned]
-    return value
-
-
-def _clean(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def lines_of(block: Block, data: bytes, rows: Collection[int]) -> Mapping[int, int]:
     """The lines on which some records begin, counted from 1; empty where the source has no lines."""
     if not block.first_line or not rows:
         return {}
-    lines, line, counted = {}, block.first_line, 0
-    for number, (start, piece) in enumerate(_places(block, data)):
-        if block.first_row + number in rows:
-            start += len(piece) - len(piece.lstrip(_BLANK))
-            line += data.count(b"\n", counted, start)
-            counted = start
-            lines[block.first_row + number] = line
-    return lines
-
-
-def _places(block: Block, data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Where each record begins, with white space before it, and its bytes."""
-    is_array, start = block.kind == "array", 0
+    lines, line, counted, start, row = {}, block.first_line, 0, 0, block.first_row
+    is_array = block.kind == "array"
     for piece in chain.from_iterable(p for _, p in _array_chunks(data)) if is_array else data.split(b"\n"):
         if is_array or piece.strip(_BLANK):
-            yield start, piece
+            if row in rows:
+                first = start + len(piece) - len(piece.lstrip(_BLANK))
+                line += data.count(b"\n", counted, first)
+                lines[row], counted = line, first
+            row += 1
         start += len(piece) + 1
+    return lines

@@ -7,7 +7,7 @@ the lengths vary as they do in real sets.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -29,8 +29,12 @@ UNITS = (
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-class _Dice:
-    """Random choices from `random()` alone, whose sequence Python promises to keep between versions."""
+def _with_article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+class _Tasks:
+    """Tasks by chance, from `random()` alone, whose sequence Python promises to keep between versions."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed).random
@@ -47,110 +51,102 @@ class _Dice:
         pool = list(choices)
         return [pool.pop(int(self._random() * len(pool))) for _ in range(count)]
 
+    def add(self) -> _Task:
+        a, b = self.number(1, 99), self.number(1, 99)
+        return self.one_of((f"What is {a} plus {b}?", f"Add {a} and {b}.")), "", f"{a} + {b} = {a + b}"
 
-def _with_article(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+    def subtract(self) -> _Task:
+        a, b = self.number(20, 99), self.number(1, 20)
+        return f"Subtract {b} from {a}.", "", f"{a} - {b} = {a - b}"
 
+    def multiply(self) -> _Task:
+        a, b = self.number(2, 12), self.number(2, 12)
+        return f"Multiply {a} by {b}.", "", f"{a} times {b} is {a * b}."
 
-def _add(dice: _Dice) -> _Task:
-    a, b = dice.number(1, 99), dice.number(1, 99)
-    return dice.one_of((f"What is {a} plus {b}?", f"Add {a} and {b}.")), "", f"{a} + {b} = {a + b}"
+    def spell(self) -> _Task:
+        word = self.one_of(WORDS)
+        return f"Spell the word '{word}' letter by letter.", "", "-".join(word.upper())
 
+    def count_letters(self) -> _Task:
+        word = self.one_of(WORDS)
+        return "How many letters does this word have?", word, f"The word '{word}' has {len(word)} letters."
 
-def _subtract(dice: _Dice) -> _Task:
-    a, b = dice.number(20, 99), dice.number(1, 20)
-    return f"Subtract {b} from {a}.", "", f"{a} - {b} = {a - b}"
+    def reverse_order(self) -> _Task:
+        words = self.some_of(WORDS, self.number(3, 9))
+        return "Write the words in reverse order.", " ".join(words), " ".join(reversed(words))
 
+    def sort_words(self) -> _Task:
+        words = self.some_of(WORDS, self.number(3, 12))
+        return "Sort the words alphabetically.", ", ".join(words), ", ".join(sorted(words))
 
-def _multiply(dice: _Dice) -> _Task:
-    a, b = dice.number(2, 12), dice.number(2, 12)
-    return f"Multiply {a} by {b}.", "", f"{a} times {b} is {a * b}."
+    def sort_numbers(self) -> _Task:
+        numbers = [self.number(1, 99) for _ in range(self.number(3, 15))]
+        return (
+            "Sort the numbers from small to large.",
+            ", ".join(map(str, numbers)),
+            ", ".join(map(str, sorted(numbers))),
+        )
 
+    def convert(self) -> _Task:
+        large, small, factor = self.one_of(UNITS)
+        amount = self.number(2, 20)
+        return f"Convert {amount} {large} to {small}.", "", f"{amount} {large} are {amount * factor} {small}."
 
-def _spell(dice: _Dice) -> _Task:
-    word = dice.one_of(WORDS)
-    return f"Spell the word '{word}' letter by letter.", "", "-".join(word.upper())
+    def capitals(self) -> _Task:
+        words = self.some_of(WORDS, self.number(2, 6))
+        return "Write the text in capital letters.", " ".join(words), " ".join(words).upper()
 
+    def day_after(self) -> _Task:
+        today, ahead = self.number(0, 6), self.number(1, 6)
+        day = DAYS[(today + ahead) % 7]
+        return f"Today is {DAYS[today]}. Which day is it {NUMBER_WORDS[ahead]} days from now?", "", f"It will be {day}."
 
-def _count_letters(dice: _Dice) -> _Task:
-    word = dice.one_of(WORDS)
-    return "How many letters does this word have?", word, f"The word '{word}' has {len(word)} letters."
+    def larger(self) -> _Task:
+        a, b = self.some_of(range(1, 100), 2)
+        return "Which number is larger?", f"{a} or {b}", f"{max(a, b)} is larger than {min(a, b)}."
 
+    def past_tense(self) -> _Task:
+        name, verb = (
+            self.one_of(NAMES),
+            self.one_of(("walk", "talk", "cook", "paint", "play", "work", "jump", "listen")),
+        )
+        place = self.one_of(("at home", "in the garden", "near the river", "with a friend", "all day"))
+        return "Put the sentence into the past tense.", f"{name} {verb}s {place}.", f"{name} {verb}ed {place}."
 
-def _reverse_order(dice: _Dice) -> _Task:
-    words = dice.some_of(WORDS, dice.number(3, 9))
-    return "Write the words in reverse order.", " ".join(words), " ".join(reversed(words))
+    def list_multiples(self) -> _Task:
+        base, count = self.number(2, 12), self.number(5, 20)
+        numbers = ", ".join(str(base * i) for i in range(1, count + 1))
+        return (
+            f"List the first {count} multiples of {base}.",
+            "",
+            f"The first {count} multiples of {base} are {numbers}.",
+        )
 
+    def shopping(self) -> _Task:
+        name, count = self.one_of(NAMES), self.number(2, 7)
+        items = self.some_of(WORDS, count)
+        prices = [self.number(2, 20) for _ in items]
+        offers, steps, total = [], [], 0
+        for item, price in zip(items, prices, strict=True):
+            offers.append(f"{_with_article(item)} for {price} coins")
+            steps.append(f"After the {item}: {total} + {price} = {total + price}.")
+            total += price
+        question = "How many coins are spent? Show each step."
+        return question, f"{name} buys {', '.join(offers)}.", f"{' '.join(steps)} {name} spends {total} coins."
 
-def _sort_words(dice: _Dice) -> _Task:
-    words = dice.some_of(WORDS, dice.number(3, 12))
-    return "Sort the words alphabetically.", ", ".join(words), ", ".join(sorted(words))
-
-
-def _sort_numbers(dice: _Dice) -> _Task:
-    numbers = [dice.number(1, 99) for _ in range(dice.number(3, 15))]
-    return "Sort the numbers from small to large.", ", ".join(map(str, numbers)), ", ".join(map(str, sorted(numbers)))
-
-
-def _convert(dice: _Dice) -> _Task:
-    large, small, factor = dice.one_of(UNITS)
-    amount = dice.number(2, 20)
-    return f"Convert {amount} {large} to {small}.", "", f"{amount} {large} are {amount * factor} {small}."
-
-
-def _capitals(dice: _Dice) -> _Task:
-    words = dice.some_of(WORDS, dice.number(2, 6))
-    return "Write the text in capital letters.", " ".join(words), " ".join(words).upper()
-
-
-def _day_after(dice: _Dice) -> _Task:
-    today, ahead = dice.number(0, 6), dice.number(1, 6)
-    day = DAYS[(today + ahead) % 7]
-    return f"Today is {DAYS[today]}. Which day is it {NUMBER_WORDS[ahead]} days from now?", "", f"It will be {day}."
-
-
-def _larger(dice: _Dice) -> _Task:
-    a, b = dice.some_of(range(1, 100), 2)
-    return "Which number is larger?", f"{a} or {b}", f"{max(a, b)} is larger than {min(a, b)}."
-
-
-def _past_tense(dice: _Dice) -> _Task:
-    name, verb = dice.one_of(NAMES), dice.one_of(("walk", "talk", "cook", "paint", "play", "work", "jump", "listen"))
-    place = dice.one_of(("at home", "in the garden", "near the river", "with a friend", "all day"))
-    return "Put the sentence into the past tense.", f"{name} {verb}s {place}.", f"{name} {verb}ed {place}."
-
-
-def _list_multiples(dice: _Dice) -> _Task:
-    base, count = dice.number(2, 12), dice.number(5, 20)
-    numbers = ", ".join(str(base * i) for i in range(1, count + 1))
-    return f"List the first {count} multiples of {base}.", "", f"The first {count} multiples of {base} are {numbers}."
-
-
-def _shopping(dice: _Dice) -> _Task:
-    name, count = dice.one_of(NAMES), dice.number(2, 7)
-    items = dice.some_of(WORDS, count)
-    prices = [dice.number(2, 20) for _ in items]
-    offers, steps, total = [], [], 0
-    for item, price in zip(items, prices, strict=True):
-        offers.append(f"{_with_article(item)} for {price} coins")
-        steps.append(f"After the {item}: {total} + {price} = {total + price}.")
-        total += price
-    question = "How many coins are spent? Show each step."
-    return question, f"{name} buys {', '.join(offers)}.", f"{' '.join(steps)} {name} spends {total} coins."
-
-
-def _story(dice: _Dice) -> _Task:
-    name, friend = dice.some_of(NAMES, 2)
-    thing, place, *seen = dice.some_of(WORDS, 2 + dice.number(2, 10))
-    sentences = [f"{name} looked for {_with_article(thing)} near the {place}."]
-    sentences += [f"Then {dice.one_of((name, friend))} saw {_with_article(word)}." for word in seen]
-    sentences.append(f"In the end {friend} found the {thing} and gave it to {name}.")
-    return f"Tell a short story about {name}, {friend} and {_with_article(thing)}.", "", " ".join(sentences)
+    def story(self) -> _Task:
+        name, friend = self.some_of(NAMES, 2)
+        thing, place, *seen = self.some_of(WORDS, 2 + self.number(2, 10))
+        sentences = [f"{name} looked for {_with_article(thing)} near the {place}."]
+        sentences += [f"Then {self.one_of((name, friend))} saw {_with_article(word)}." for word in seen]
+        sentences.append(f"In the end {friend} found the {thing} and gave it to {name}.")
+        return f"Tell a short story about {name}, {friend} and {_with_article(thing)}.", "", " ".join(sentences)
 
 
-_TASKS: tuple[Callable[[_Dice], _Task], ...] = (
-    _add, _subtract, _multiply, _spell, _count_letters, _reverse_order, _sort_words, _sort_numbers, _convert,
-    _capitals, _day_after, _larger, _past_tense, _list_multiples, _shopping, _story,
+_ORDER = (
+    _Tasks.add, _Tasks.subtract, _Tasks.multiply, _Tasks.spell, _Tasks.count_letters, _Tasks.reverse_order,
+    _Tasks.sort_words, _Tasks.sort_numbers, _Tasks.convert, _Tasks.capitals, _Tasks.day_after, _Tasks.larger,
+    _Tasks.past_tense, _Tasks.list_multiples, _Tasks.shopping, _Tasks.story,
 )  # fmt: skip
 
 
@@ -165,9 +161,6 @@ def sample_records(num_records: int = 3000, *, seed: int = 0) -> list[dict[str, 
         Records with `instruction`, `input` (empty for about half of them) and `output`, a pure function of the
         arguments.
     """
-    dice = _Dice(seed)
-    records = []
-    for _ in range(num_records):
-        instruction, text, output = dice.one_of(_TASKS)(dice)
-        records.append({"instruction": instruction, "input": text, "output": output})
-    return records
+    tasks = _Tasks(seed)
+    drawn = (tasks.one_of(_ORDER)(tasks) for _ in range(num_records))
+    return [dict(zip(("instruction", "input", "output"), task, strict=True)) for task in drawn]

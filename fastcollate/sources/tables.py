@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
 import msgspec
@@ -14,27 +14,33 @@ import pyarrow.compute as pc
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.sources.find import Source
-from fastcollate.sources.json_blocks import MAX_RECORD_BYTES, NOT_UTF8, check_encoding
+from fastcollate.sources.json_blocks import MAX_RECORD_BYTES, NOT_UTF8, Piece, check_encoding
 
 _ROWS = 256  # rows of a table that are looked at together
+_TEXTS = {
+    kind().id for kind in (pa.string, pa.large_string, pa.string_view, pa.binary, pa.large_binary, pa.binary_view)
+}
+_LISTS = {pa.list_(pa.null()).id, pa.large_list(pa.null()).id, pa.list_(pa.null(), 1).id}
 
 
-def text_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[dict[str, Any]]:
+def text_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[Piece]:
     """Lines as JSON objects with the field `text`."""
-    rows: list[bytes] = []
-    size, target = 0, next(targets)
-    lines = _decoded(source, file, None)
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(msgspec.json.encode({"text": line.removesuffix("\n")}))
-        except UnicodeEncodeError:  # a lone surrogate stands for a byte that is not UTF-8
-            rows.append(msgspec.json.encode(f"line {number}: {NOT_UTF8}"))
-        size += len(rows[-1])
-        if size >= target:
-            yield _piece("rows", len(rows), b"\n".join(rows), number - len(rows) + 1)
-            rows, size, target = [], 0, next(targets)
-    if rows:
-        yield _piece("rows", len(rows), b"\n".join(rows), number - len(rows) + 1)
+    lines = enumerate(_decoded(source, file, None), 1)
+    rows = (_json_row({"text": line.removesuffix("\n")}, number) for number, line in lines)
+    return _row_pieces(rows, targets, first_line=1)
+
+
+def csv_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[Piece]:
+    """Rows as JSON objects by the header's names, a line each; cells stay text."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    reader = csv.reader(_decoded(source, file, ""), delimiter="\t" if source.format == "tsv" else ",", strict=True)
+    try:
+        header = next(reader, None)
+        if not header:
+            raise InputError(f"{source.name}, line 1: no header; the first row names the columns")
+    except csv.Error as error:
+        raise InputError(f"{source.name}, line 1: not valid CSV ({error})") from error
+    return _row_pieces(_csv_rows(reader, header), targets)
 
 
 def _decoded(source: Source, file: IO[bytes], newline: str | None) -> io.TextIOWrapper:
@@ -43,52 +49,52 @@ def _decoded(source: Source, file: IO[bytes], newline: str | None) -> io.TextIOW
     return io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def csv_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[dict[str, Any]]:
-    """Rows as JSON objects by the header's names, a line each; cells stay text."""
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    reader = csv.reader(_decoded(source, file, ""), delimiter="\t" if source.format == "tsv" else ",", strict=True)
-    rows: list[bytes] = []
-    size, target = 0, next(targets)
+def _csv_rows(reader: Any, header: Sequence[str]) -> Iterator[bytes]:
+    """Rows that are not blank as JSON objects; for a bad one, the reason as a JSON text."""
+    while True:
+        cells: list[str] = []
+        try:
+            while not cells:
+                first = reader.line_num + 1
+                cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            reason = f"line {first}: not valid CSV ({error})"
+            if swallowed := reader.line_num - first:
+                reason += f"; a quotation mark that opens there takes in the {swallowed} lines that follow"
+            yield msgspec.json.encode(reason)
+            continue
+        if len(cells) > len(header):
+            reason = f"line {reader.line_num}: {len(cells)} cells, but the header names {len(header)} columns"
+            yield msgspec.json.encode(reason)
+        else:
+            yield _json_row(dict(zip(header, cells, strict=False)), reader.line_num)
+
+
+def _json_row(record: dict[str, str], line: int) -> bytes:
     try:
-        header = next(reader, None)
-        if not header:
-            raise InputError(f"{source.name}, line 1: no header; the first row names the columns")
-    except csv.Error as error:
-        raise InputError(f"{source.name}, line 1: not valid CSV ({error})") from error
-    while (row := _next_csv_row(reader, header)) is not None:
-        rows.append(row)
+        return msgspec.json.encode(record)
+    except UnicodeEncodeError:  # a lone surrogate stands for a byte that is not UTF-8
+        return msgspec.json.encode(f"line {line}: {NOT_UTF8}")
+
+
+def _row_pieces(rows: Iterable[bytes], targets: Iterator[int], first_line: int = 0) -> Iterator[Piece]:
+    """Rows in JSON, one a line; `first_line` is 0 where they are not the source's lines."""
+    held: list[bytes] = []
+    size, target = 0, next(targets)
+    for row in rows:
+        held.append(row)
         size += len(row)
         if size >= target:
-            yield _piece("rows", len(rows), b"\n".join(rows))
-            rows, size, target = [], 0, next(targets)
-    if rows:
-        yield _piece("rows", len(rows), b"\n".join(rows))
+            yield _piece("rows", len(held), b"\n".join(held), first_line)
+            first_line += len(held) if first_line else 0
+            held, size, target = [], 0, next(targets)
+    if held:
+        yield _piece("rows", len(held), b"\n".join(held), first_line)
 
 
-def _next_csv_row(reader: Any, header: Sequence[str]) -> bytes | None:
-    """The next row that is not blank as a JSON object, `None` at the end; for a bad one, the reason as a JSON text."""
-    cells: list[str] = []
-    try:
-        while not cells:
-            first = reader.line_num + 1
-            cells = next(reader)
-    except StopIteration:
-        return None
-    except csv.Error as error:
-        reason = f"line {first}: not valid CSV ({error})"
-        if swallowed := reader.line_num - first:
-            reason += f"; a quotation mark that opens there takes in the {swallowed} lines that follow"
-        return msgspec.json.encode(reason)
-    if len(cells) > len(header):
-        reason = f"line {reader.line_num}: {len(cells)} cells, but the header names {len(header)} columns"
-        return msgspec.json.encode(reason)
-    try:
-        return msgspec.json.encode(dict(zip(header, cells, strict=False)))
-    except UnicodeEncodeError:  # a lone surrogate stands for a byte that is not UTF-8
-        return msgspec.json.encode(f"line {reader.line_num}: {NOT_UTF8}")
-
-
-def arrow_pieces(batches: Iterator[Any], targets: Iterator[int]) -> Iterator[dict[str, Any]]:
+def arrow_pieces(batches: Iterator[Any], targets: Iterator[int]) -> Iterator[Piece]:
     """Tables of about the target's size; how the batches were cut does not matter."""
     pending: list[pa.Table] = []
     size, target = 0, next(targets)
@@ -145,7 +151,7 @@ def _halves(table: pa.Table, target: int) -> Iterator[pa.Table]:
     yield from _halves(table.slice(middle), target)
 
 
-def _arrow_piece(tables: list[pa.Table]) -> dict[str, Any]:
+def _arrow_piece(tables: list[pa.Table]) -> Piece:
     table = pa.concat_tables(tables).combine_chunks()
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -153,9 +159,8 @@ def _arrow_piece(tables: list[pa.Table]) -> dict[str, Any]:
     return _piece("arrow", table.num_rows, sink.getvalue().to_pybytes())
 
 
-def _piece(kind: str, num_rows: int, data: bytes, first_line: int = 0) -> dict[str, Any]:
-    return {"kind": kind, "num_rows": num_rows, "first_line": first_line, "num_bytes": len(data), "source_bytes": 0,
-            "data": data}  # fmt: skip
+def _piece(kind: str, num_rows: int, data: bytes, first_line: int = 0) -> Piece:
+    return Piece(kind, num_rows, first_line, len(data), data=data)
 
 
 def table_size(table: pa.Table) -> int:
@@ -178,7 +183,7 @@ def feed_content(table: pa.Table, sink: Callable[[Any], object]) -> None:
 def _feed(values: pa.Array, sink: Callable[[Any], object]) -> None:
     values = _plain(values)
     kind = values.type
-    is_text, is_list = _is_text(kind), _is_list(kind)
+    is_text, is_list = kind.id in _TEXTS, kind.id in _LISTS
     label = "text" if is_text else "list" if is_list else "struct" if pa.types.is_struct(kind) else str(kind)
     sink(f"{label} {len(values)} {values.null_count}\0".encode())
     if values.null_count:
@@ -220,17 +225,6 @@ def _plain(values: pa.Array) -> pa.Array:
         values = values.storage
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    if _is_text(values.type):
+    if values.type.id in _TEXTS:
         values = values.cast(pa.large_binary())
     return values
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return any(
-        is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
-                                      pa.types.is_large_binary, pa.types.is_string_view, pa.types.is_binary_view)
-    )  # fmt: skip
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))

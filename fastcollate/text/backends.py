@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import chain, pairwise
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,24 +33,17 @@ def without_surrogates(text: str) -> str:
 
 
 class UnencodableError(Exception):
-    """Texts on which a backend fails.
-
-    Attributes:
-        reasons: what it says, by the text's number.
-    """
+    """Texts on which a backend fails; `reasons` are what it says, by the text's number."""
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
         super().__init__(next(iter(reasons.values())))
         self.reasons = reasons
 
 
-class Texts(Sequence[str]):
-    """Many texts, end to end as UTF-8.
+class Texts:
+    """Many texts, end to end as UTF-8; lone surrogates become U+FFFD.
 
-    Args:
-        strings: the texts; lone surrogates become U+FFFD.
-        data: the texts end to end, in place of `strings`.
-        offsets: int64 `(num_texts + 1,)`, where each text begins in `data`.
+    They are given as `strings`, or end to end as `data` with `offsets`, int64 `(num_texts + 1,)`, where each begins.
     """
 
     def __init__(
@@ -57,27 +51,20 @@ class Texts(Sequence[str]):
     ) -> None:
         if offsets is None:
             encoded = list(map(_utf8, strings))
-            offsets = np.zeros(len(encoded) + 1, np.int64)
-            np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=offsets[1:])
-            data = b"".join(encoded)
+            data, offsets = b"".join(encoded), starts_of(list(map(len, encoded)))
         self.data = data
         self.offsets = offsets
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> str:
         return self.data[self.offsets[index] : self.offsets[index + 1]].decode()
 
-    def strings(self) -> list[str]:
-        """All texts as strings."""
-        return [self.data[start:stop].decode() for start, stop in pairwise(self.offsets.tolist())]
+    def strings(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """Some of the texts as strings."""
+        bounds = self.offsets[start : None if stop is None else stop + 1].tolist()
+        return [self.data[begin:end].decode() for begin, end in pairwise(bounds)]
 
 
 def _utf8(text: str) -> bytes:
@@ -87,44 +74,49 @@ def _utf8(text: str) -> bytes:
         return without_surrogates(text).encode()
 
 
-class Backend(Protocol):
-    """What encodes many texts at once.
-
-    Attributes:
-        name: `tiktoken`, `gigatoken` or `tokenizers`.
-    """
-
-    name: str
-
-    def encode_batch(self, texts: Texts) -> RaggedIds:
-        """The ids of each text."""
-        ...
-
-    def trim(self) -> None:
-        """Give back memory that earlier texts have left behind."""
-        ...
+def starts_of(lengths: Any) -> npt.NDArray[np.int64]:
+    """Where things of these lengths begin that stand end to end, and the end of the last, `(len(lengths) + 1,)`."""
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
 
 
 class TiktokenBackend:
     """tiktoken in a serial loop: its batch call starts a thread per text, which costs more than short texts do."""
 
     name = "tiktoken"
+    bounds_in_bytes = True
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
+        self.encode = encoding.encode_ordinary
+        self.decode = encoding.decode
 
     def encode_batch(self, texts: Texts) -> RaggedIds:
         """The ids of each text."""
-        return ragged_ids(list(map(self._encoding.encode_ordinary, texts.strings())))
+        return _ragged_ids(list(map(self.encode, texts.strings())))
 
     def trim(self) -> None:
         """Nothing to give back: it keeps no cache."""
+
+    @cached_property
+    def _num_bytes(self) -> npt.NDArray[np.int64]:
+        num_bytes = np.zeros(self._encoding.max_token_value + 1, np.int64)
+        for token, rank in self._encoding._mergeable_ranks.items():
+            num_bytes[rank] = len(token)
+        return num_bytes
+
+    def token_bounds(self, text: str, ids: npt.NDArray[Any]) -> TokenBounds:
+        """Where each token begins and ends, in UTF-8 bytes: a row's tokens put together are its text."""
+        ends = np.cumsum(self._num_bytes[ids])
+        return ends - self._num_bytes[ids], ends
 
 
 class TokenizersBackend:
     """A Hugging Face `tokenizer.json`."""
 
     name = "tokenizers"
+    bounds_in_bytes = False
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -133,10 +125,14 @@ class TokenizersBackend:
         """The ids of one text."""
         return list(self._tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
     def encode_batch(self, texts: Texts) -> RaggedIds:
         """The ids of each text."""
         encoded = self._tokenizer.encode_batch_fast(texts.strings(), add_special_tokens=False)
-        return ragged_ids([item.ids for item in encoded])
+        return _ragged_ids([item.ids for item in encoded])
 
     def trim(self) -> None:
         """Nothing to give back: its cache is bounded."""
@@ -147,8 +143,10 @@ class TokenizersBackend:
         return bounds[:, 0], bounds[:, 1]
 
 
-def ragged_ids(rows: list[list[int]]) -> RaggedIds:
-    """Lists of ids as arrays."""
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
+def _ragged_ids(rows: list[list[int]]) -> RaggedIds:
+    offsets = starts_of(list(map(len, rows)))
     return RaggedIds(np.fromiter(chain.from_iterable(rows), np.uint32, int(offsets[-1])), offsets)
+
+
+Engine = TiktokenBackend | TokenizersBackend
+"""What defines the ids."""

