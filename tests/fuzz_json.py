@@ -270,8 +270,8 @@ def compare_block(documents: list[bytes], kind: str, template: str) -> Counter[s
         if (texts := row_text(value, template)) is not None:
             wanted[1000 + number] = texts
     bad: list[Any] = []
-    parts = encode._texts(block, data, TEMPLATES[template], (SPECIAL,), bad)
-    texts = list(zip(parts.texts[::2], parts.texts[1::2], strict=True))
+    parts = encode._texts(block, data, TEMPLATES[template], encode._SpecialTexts([SPECIAL]), bad)
+    texts = list(zip(*[iter(parts.texts.strings())] * 2, strict=True))
     found_rows = dict(zip(parts.rows.tolist(), texts, strict=True))
     for row in sorted({*wanted, *found_rows}):
         assert found_rows.get(row) == wanted.get(row), documents[row - 1000]

@@ -248,7 +248,7 @@ class _Records:
 
     def __init__(self, store: TokenStore, sources: Sequence[str]) -> None:
         self.store = store
-        self.sources = find_sources(list(sources))
+        self.sources = find_sources(list(sources), keep_empty=True)
         tokenizer, problem = tokenizer_of(store)
         if tokenizer is None:
             raise InputError(f"{store.path}: its ids cannot be checked, {problem}")
@@ -294,6 +294,8 @@ def _compare_row(
 ) -> None:
     """One row against its record's texts: ids, and which of them and of the end-of-text are trained."""
     example, by_reference = store[row], single_turn and store.manifest["options"].get("boundary") == "reference"
+    if store.manifest["options"].get("special_text") == "strip-end":
+        parts = tokenizer.without_end(parts)
     ids, spans = example.input_ids.tolist(), example.spans.tolist()
     wanted, is_trained, prompt = _expected_row(parts, tokenizer, by_reference=by_reference)
     cut = _cut_of(prompt, len(wanted), store.manifest["options"])

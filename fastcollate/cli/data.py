@@ -153,6 +153,10 @@ def verify(
         list[str] | None,
         typer.Option(help="A file it was prepared from, to be tokenized again with tiktoken; repeatable, in order."),
     ] = None,
+    more: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+        typer.Argument(help="Further sources, as a shell makes them of: --source folder/*.jsonl", show_default=False),
+    ] = None,
     checksums: Annotated[bool, typer.Option("--checksums", help="Read every file and check its checksum.")] = False,
     json_output: Json = False,
 ) -> None:
@@ -161,7 +165,18 @@ def verify(
     from fastcollate.progress import print_summary
     from fastcollate.store import TokenStore
 
-    found = run(TokenStore(store), masks, order, sources=source or [], checksums=checksums, progress=not json_output)
+    folders = [str(store), *(more or [])]
+    if more and (not source or not Path(folders[-1], "manifest.json").is_file()):
+        folders = [*folders[1:], folders[0]]  # the store is named first
+    *sources, folder = folders
+    found = run(
+        TokenStore(folder),
+        masks,
+        order,
+        sources=[*(source or []), *sources],
+        checksums=checksums,
+        progress=not json_output,
+    )
     if json_output:
         print_json({"ok": found.ok, **asdict(found)})
     else:

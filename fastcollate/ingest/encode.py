@@ -6,7 +6,7 @@ import gc
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from fastcollate.ingest.spans import BadRecord, Parts, count, limit_prompts, mar
 from fastcollate.ingest.spec import Counts, JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.sources import Block, Unit, records
 from fastcollate.store import shards
-from fastcollate.text import BadRecordError, Template, Texts, UnencodableError, starts_of
+from fastcollate.text import BadRecordError, Template, Texts, Tokenizer, UnencodableError, starts_of
 
 
 class Encoded(NamedTuple):
@@ -93,13 +93,13 @@ def _parts(texts: Sequence[Sequence[str]], rows: npt.ArrayLike) -> Parts:
 def _read(unit: Unit, spec: JobSpec, lost: _Lost) -> tuple[Parts, list[bytes]]:
     """The texts of a unit's records; each block's digest."""
     tokenizer, template = spec.tools()
-    special_texts = tokenizer.special_texts if spec.options.special_text == "reject" else ()
+    special = _SpecialTexts.of(tokenizer, spec.options.special_text)
     found, digests = [], []
     for block in unit.blocks:
         data = block.read()
         digests.append(block.digest(data))
         bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
-        found.append(_texts(block, data, template, special_texts, bad))
+        found.append(_texts(block, data, template, special, bad))
         lost.add_all(block, data, bad)
     return _joined(found), digests
 
@@ -130,9 +130,9 @@ class _Lost:
         return sorted(self._found)
 
 
-def _texts(block: Block, data: bytes, template: Template, special_texts: Sequence[str], bad: list[BadRecord]) -> Parts:
+def _texts(block: Block, data: bytes, template: Template, special: _SpecialTexts, bad: list[BadRecord]) -> Parts:
     """The rows' texts; records that give none go to `bad`."""
-    special, names, row = _SpecialTexts(special_texts), template.names, block.first_row
+    names, row = template.names, block.first_row
     found: list[Parts] = []
     for chunk in records.read_records(block, data):
         parts_of = _PartsOf(chunk, row, template, special, bad)
@@ -153,15 +153,10 @@ class _PartsOf(NamedTuple):
     def __call__(self, number: int) -> list[str] | None:
         """A record's texts, or `None` where it has none, which is noted in `bad`."""
         try:
-            parts = self.template.parts(self.chunk[number])
-            if (found := self.special.find(parts)) is not None:
-                raise BadRecordError(
-                    f"holds the special token {found!r} as text; store it as ordinary text with --special-text encode"
-                )
+            return self.special.checked(self.template.parts(self.chunk[number]))
         except (BadRecordError, ValueError) as error:
             self.bad.append(BadRecord(self.first_row + number, 0, str(error)))
             return None
-        return parts
 
 
 def _single_texts(parts_of: _PartsOf) -> Parts:
@@ -200,18 +195,53 @@ def _joined(found: Sequence[Parts]) -> Parts:
 
 
 class _SpecialTexts:
-    """Looks for texts like `<|endoftext|>`."""
+    """Looks for texts like `<|endoftext|>`.
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    Args:
+        texts: them.
+        without_end: takes one off the end of a row; see `Tokenizer.without_end`.
+        strips: whether that is done, or only said to be possible.
+    """
+
+    def __init__(
+        self,
+        texts: Collection[str],
+        without_end: Callable[[Sequence[str]], list[str]] = list,
+        *,
+        strips: bool = False,
+    ) -> None:
         pattern = "|".join(map(re.escape, texts)) or "(?!)"  # matches nothing
         self._texts = re.compile(pattern)
         self._bytes = re.compile(pattern.encode())
         self._firsts = {text.encode()[0] for text in texts}
+        self._without_end = without_end
+        self._strips = strips
 
-    def find(self, texts: Sequence[str]) -> str | None:
-        """The first one in texts that are put end to end."""
-        found = self._texts.search("".join(texts))
-        return found.group() if found is not None else None
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, policy: str) -> _SpecialTexts:
+        """What is looked for by the option `special_text`."""
+        strips = policy == "strip-end"
+        texts = () if policy == "encode" else {*tokenizer.special_texts, *[tokenizer.end_text] * strips}
+        return cls(texts, tokenizer.without_end, strips=strips)
+
+    def checked(self, parts: list[str]) -> list[str]:
+        """A row's texts, as they are to be tokenized.
+
+        Raises:
+            BadRecordError: there is one in them.
+        """
+        found, rest = self._texts.search("".join(parts)), self._without_end(parts)
+        if found is None:
+            return parts
+        if self._texts.search("".join(rest)) is None:
+            if self._strips:
+                return rest
+            reason = (
+                f"ends in {found.group()!r} as text; drop it with --special-text strip-end, or store it as text with"
+            )
+        else:
+            reason = f"holds the special token {found.group()!r} as text; store it as ordinary text with"
+        raise BadRecordError(f"{reason} --special-text encode")
 
     def places(self, data: bytes) -> list[int]:
         """Where those in UTF-8 text begin; to look for their first bytes alone is much faster."""

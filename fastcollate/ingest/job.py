@@ -13,6 +13,7 @@ import itertools
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
@@ -83,7 +84,7 @@ def prepare(
     started = time.perf_counter()
     asked = PrepareOptions(**options)
     spec = JobSpec(asked, dict(fields or {})).sealed()
-    with spooled(find_sources(sources), is_shared=asked.engine == "ray") as found:
+    with spooled(find_sources(sources, keep_empty=asked.on_error == "skip"), is_shared=asked.engine == "ray") as found:
         job = _Job(found, Path(store), spec, progress)
         manifest = None if asked.overwrite else job.find_finished()
         reused = manifest is not None
@@ -257,7 +258,10 @@ class _Job:
         """Take the next unit."""
         result = encoded.result
         if result.bad and self.spec.options.on_error == "raise":
-            raise InputError(f"{_place(self.sources, result.bad[0])}: {result.bad[0].reason}")
+            reason, num_records = result.bad[0].reason, sum(block.num_rows for block in unit.blocks)
+            alike = sum(bad.reason == reason for bad in result.bad)
+            more = f" (the same in {alike} of the {num_records} records that were read with it)" if alike > 1 else ""
+            raise InputError(f"{_place(self.sources, result.bad[0])}: {reason}{more}")
         if unit.shard != self._open_number:
             self._close_shard()
             self._open_number = unit.shard
@@ -287,7 +291,9 @@ class _Job:
         """Write what makes the shards a store; returns the manifest."""
         self._close_shard()
         if not self._shards:
-            raise InputError(f"{self.sources[0].name}: no usable record ({self._num_skipped} skipped)")
+            raise InputError(f"{self.sources[0].name}: no usable record ({self._common_fault() or 'none at all'})")
+        if 2 * self._num_skipped > sum(self._num_records):
+            warnings.warn(self._common_fault(), stacklevel=5)
         self._check_trained()
         contents = zip(self.sources, self._digests, self._num_records, strict=True)
         seen = [seen_of(source, digest.hexdigest(), num_records) for source, digest, num_records in contents]
@@ -305,6 +311,13 @@ class _Job:
         manifest = manifests.read_manifest(self.root)
         assert manifest is not None
         return manifest
+
+    def _common_fault(self) -> str:
+        """How many records are skipped, and why the most of them."""
+        for reason, count in Counter(bad.reason for bad in self._journal.skipped(self._next)).most_common(1):
+            total = f"{self._num_skipped} of {sum(self._num_records)} records skipped"
+            return f"{total}, {'all' if count == self._num_skipped else count} for this reason: {reason}"
+        return ""
 
     def _check_trained(self) -> None:
         """Rows that train nothing are mostly a template without marks, or a limit that cuts the responses away."""

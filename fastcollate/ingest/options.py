@@ -12,7 +12,7 @@ _CHOICES = {
     "boundary": ("reference", "exact"),
     "on_error": ("raise", "skip"),
     "long_prompt": ("reject", "keep", "cut"),
-    "special_text": ("reject", "encode"),
+    "special_text": ("reject", "encode", "strip-end"),
     "engine": ("local", "ray"),
 }
 
@@ -66,7 +66,10 @@ class PrepareOptions:
     long_prompt: str = option(
         "reject", "A prompt that fills the limit: reject (a bad record), keep, or cut (from the left)."
     )
-    special_text: str = option("reject", "A text like <|endoftext|>: reject (a bad record), or encode as text.")
+    special_text: str = option(
+        "reject",
+        "A text like <|endoftext|>: reject (a bad record), encode as text, or strip-end: drop the one at a row's end.",
+    )
     engine: str = option("local", "local processes, or ray for a cluster.")
     workers: int | None = option(None, "Worker processes; the usable cores by default.")
     overwrite: bool = option(False, "Make the store anew, whatever lies in its directory.", "--overwrite")

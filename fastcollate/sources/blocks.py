@@ -20,7 +20,7 @@ import pyarrow as pa
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.sources.compression import open_compressed
 from fastcollate.sources.find import Source
-from fastcollate.sources.json_blocks import Piece, json_pieces
+from fastcollate.sources.json_blocks import EMPTY, Piece, json_pieces
 from fastcollate.sources.tables import arrow_pieces, csv_pieces, feed_content, open_columns, text_pieces
 
 _SMALL = 1 << 16  # bytes of a file that goes to a worker with its content
@@ -159,6 +159,9 @@ def _groups(blocks: Iterator[Block], sizes: Sizes) -> Iterator[list[Block]]:
 def _pieces(source: Source, targets: Iterator[int]) -> Iterator[Piece]:
     if source.format == "dataset":
         yield from arrow_pieces(source.dataset.with_format("arrow").iter(batch_size=4096), targets)
+        return
+    if source.is_empty:
+        yield EMPTY
         return
     try:
         with _open(source) as file:

@@ -45,6 +45,7 @@ class Source:
         is_settled: whether the stamp can be trusted: a file that was changed just now may change again within one tick
             of its clock.
         local: its path, where it is a plain local file.
+        is_empty: whether the file holds no byte.
         dataset: a `datasets.Dataset`, or the records of an iterable.
     """
 
@@ -55,6 +56,7 @@ class Source:
     stamp: tuple[int | str, ...] = ()
     is_settled: bool = True
     local: str | None = None
+    is_empty: bool = False
     dataset: Any = field(default=None, compare=False)
 
     def stamp_now(self) -> tuple[int | str, ...]:
@@ -66,11 +68,11 @@ class Source:
         return found[0].stamp if len(found) == 1 else ()
 
 
-def find_sources(sources: Any) -> list[Source]:
+def find_sources(sources: Any, *, keep_empty: bool = False) -> list[Source]:
     """The files and data sets that the user's words mean, patterns in alphabetical order.
 
     They may be a path, a URL that fsspec knows, a pattern, a `datasets.Dataset`, a sequence of these, or an iterable of
-    records (mappings).
+    records (mappings). With `keep_empty` a file without a byte is one more source, of one bad record.
 
     Raises:
         InputError: nothing there, a directory, an empty file, or a format that is not known.
@@ -93,6 +95,9 @@ def find_sources(sources: Any) -> list[Source]:
             raise InputError(f"source {source!r:.80}: neither a path, a URL, nor a data set")
     if not found:
         raise InputError("no source given; name at least one file of records")
+    if (empty := [source.name for source in found if source.is_empty]) and not keep_empty:
+        more = f" (and {len(empty) - 1} more of the files)" if len(empty) > 1 else ""
+        raise InputError(f"{empty[0]}{more}: is empty; leave it out, or have it skipped and listed by --on-error skip")
     return found
 
 
@@ -180,12 +185,13 @@ def _local_file(path: str, name: str) -> Source:
         raise InputError(f"{name}: no such file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    _check_kind(name, is_directory=stat_module.S_ISDIR(stat.st_mode), is_empty=not stat.st_size)
+    if stat_module.S_ISDIR(stat.st_mode):
+        raise _is_directory(name)
     kind, compression = _format(path, name)
     is_settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) >= _SETTLED_NS
     stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, kind, compression or "")
     local = os.path.abspath(path) if compression is None else None
-    return Source(name, kind, compression, stat.st_size, stamp, is_settled, local)
+    return Source(name, kind, compression, stat.st_size, stamp, is_settled, local, is_empty=not stat.st_size)
 
 
 def _remote_file(files: Any, path: str, name: str) -> Source:
@@ -195,20 +201,19 @@ def _remote_file(files: Any, path: str, name: str) -> Source:
         raise InputError(f"{name}: no such file") from None
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror or error})") from error
-    _check_kind(name, is_directory=info["type"] == "directory", is_empty=info.get("size") == 0)
+    if info["type"] == "directory":
+        raise _is_directory(name)
     kind, compression = _format(path, name)
     tag = info.get("ETag") or info.get("etag")
     size = int(info.get("size") or 0)
-    return Source(name, kind, compression, size, (size, str(tag), kind, compression or "") if tag else ())
+    stamp = (size, str(tag), kind, compression or "") if tag else ()
+    return Source(name, kind, compression, size, stamp, is_empty=info.get("size") == 0)
 
 
-def _check_kind(name: str, *, is_directory: bool, is_empty: bool) -> None:
-    if is_directory and os.path.isfile(os.path.join(name, "manifest.json")):
-        raise InputError(f"{name}: is a token store, not records; train on it with: fastcollate train --store {name}")
-    if is_directory:
-        raise InputError(f"{name}: is a directory; name files in it, such as {name.rstrip('/')}/*.jsonl")
-    if is_empty:
-        raise InputError(f"{name}: is empty")
+def _is_directory(name: str) -> InputError:
+    if os.path.isfile(os.path.join(name, "manifest.json")):
+        return InputError(f"{name}: is a token store, not records; train on it with: fastcollate train --store {name}")
+    return InputError(f"{name}: is a directory; name files in it, such as {name.rstrip('/')}/*.jsonl")
 
 
 def _format(path: str, name: str) -> tuple[str, str | None]:

@@ -44,6 +44,9 @@ class Piece(NamedTuple):
     start: int = 0
 
 
+EMPTY = Piece("lines", 0, 0, 0, fault="the file is empty", data=b"")
+
+
 def json_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[Piece]:
     """A file's pieces of about the targets' sizes.
 
@@ -54,6 +57,9 @@ def json_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iter
     """
     reader = _Reader(source, file, targets)
     reader.fill()
+    if not len(reader):
+        yield EMPTY
+        return
     if reader.buffer[: len(_BOM)] == _BOM:
         reader.skip(len(_BOM))
     check_encoding(bytes(reader.buffer[:4]), source.name)

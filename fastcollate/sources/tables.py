@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import IO, Any
 
 import msgspec
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.sources.find import Source
-from fastcollate.sources.json_blocks import MAX_RECORD_BYTES, NOT_UTF8, Piece, check_encoding
+from fastcollate.sources.json_blocks import EMPTY, MAX_RECORD_BYTES, NOT_UTF8, Piece, check_encoding
 
 _ROWS = 256  # rows of a table that are looked at together
 _TEXTS = {
@@ -27,7 +28,8 @@ def text_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iter
     """Lines as JSON objects with the field `text`."""
     lines = enumerate(_decoded(source, file, None), 1)
     rows = (_json_row({"text": line.removesuffix("\n")}, number) for number, line in lines)
-    return _row_pieces(rows, targets, first_line=1)
+    pieces = _row_pieces(rows, targets, first_line=1)
+    return chain([next(pieces, EMPTY)], pieces)
 
 
 def csv_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[Piece]:
@@ -36,6 +38,8 @@ def csv_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Itera
     reader = csv.reader(_decoded(source, file, ""), delimiter="\t" if source.format == "tsv" else ",", strict=True)
     try:
         header = next(reader, None)
+        if header is None:
+            return iter([EMPTY])
         if not header:
             raise InputError(f"{source.name}, line 1: no header; the first row names the columns")
     except csv.Error as error:

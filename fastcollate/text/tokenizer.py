@@ -44,6 +44,7 @@ class Tokenizer:
         pad_token_id: the end-of-text id.
         fingerprint: SHA-256 over the tokens and their ranks; the name plays no part.
         special_texts: texts that name special tokens; in a record they are refused or ordinary text.
+        end_text: the text that names the end-of-text.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Tokenizer:
     pad_token_id: int
     fingerprint: str
     special_texts: tuple[str, ...]
+    end_text: str
 
     @property
     def backend(self) -> str:
@@ -137,6 +139,12 @@ class Tokenizer:
             else:
                 bounds.append(bounds[-1])  # an empty response within a token
         return bounds[1:]
+
+    def without_end(self, parts: Sequence[str]) -> list[str]:
+        """A row's texts without the end-of-text that is written at the end of its last response, if one is."""
+        if len(parts) % 2:  # it ends in a prompt
+            return list(parts)
+        return [*parts[:-1], parts[-1].removesuffix(self.end_text)]
 
     def pairs_that_join(self, texts: Texts) -> list[int]:
         """Of texts that are left and right by turns, the pairs' numbers that `parts_at` does not clear."""
@@ -238,8 +246,8 @@ def _cached(name: str, backend: str = "auto", *content: bytes) -> Tokenizer:
     scheme = SCHEMES[encoding.name]
     engine, fast = TiktokenBackend(encoding), _choose_backend(backend, encoding, scheme)
     special, digest = tuple(sorted(encoding.special_tokens_set)), fingerprint(encoding._mergeable_ranks)
-    vocab_size = encoding.max_token_value + 1
-    return Tokenizer(encoding.name, engine, fast, scheme, vocab_size, encoding.eot_token, digest, special)
+    vocab_size, end = encoding.max_token_value + 1, encoding.decode([encoding.eot_token])
+    return Tokenizer(encoding.name, engine, fast, scheme, vocab_size, encoding.eot_token, digest, special, end)
 
 
 def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> TiktokenBackend | GigatokenBackend:
@@ -274,7 +282,7 @@ def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
     engine, vocab_size = TokenizersBackend(loaded), 1 + max(loaded.get_vocab(with_added_tokens=True).values())
     special = tuple(sorted(token.content for token in loaded.get_added_tokens_decoder().values() if token.special))
     digest, end = hashlib.sha256(raw).hexdigest(), _end_of_text(path, loaded)
-    return Tokenizer(str(path), engine, engine, "unknown", vocab_size, end, digest, special)
+    return Tokenizer(str(path), engine, engine, "unknown", vocab_size, end, digest, special, loaded.id_to_token(end))
 
 
 def _end_of_text(path: Path, tokenizer: Any) -> int:

@@ -30,7 +30,7 @@ def lines(*documents: bytes) -> tuple[Block, bytes]:
 def texts_of(*documents: bytes, template: str = "alpaca") -> tuple[list[str], list[int], list[BadRecord]]:
     bad: list[BadRecord] = []
     block, data = lines(*documents)
-    parts = encode._texts(block, data, load_template(template, {}), ("<|endoftext|>",), bad)
+    parts = encode._texts(block, data, load_template(template, {}), encode._SpecialTexts(["<|endoftext|>"]), bad)
     return parts.texts.strings(), parts.rows.tolist(), bad
 
 
