@@ -22,6 +22,7 @@ import tiktoken
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.text import boundaries
+from fastcollate.text.agreement import AgreeingBackend
 from fastcollate.text.backends import Engine, RaggedIds, Texts, TiktokenBackend, TokenBounds, TokenizersBackend
 from fastcollate.text.backends import UnencodableError as UnencodableError
 from fastcollate.text.gigatoken import GigatokenBackend
@@ -49,7 +50,7 @@ class Tokenizer:
 
     name: str
     _engine: Engine
-    _backend: Engine | GigatokenBackend
+    _backend: Engine | AgreeingBackend
     _scheme: str
     vocab_size: int
     pad_token_id: int
@@ -250,18 +251,19 @@ def _cached(name: str, backend: str = "auto", *content: bytes) -> Tokenizer:
     return Tokenizer(encoding.name, engine, fast, scheme, vocab_size, encoding.eot_token, digest, special, end)
 
 
-def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> TiktokenBackend | GigatokenBackend:
+def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> TiktokenBackend | AgreeingBackend:
     if backend == "gigatoken":
         import_extra("gigatoken", "fast")
     elif backend == "tiktoken" or importlib.util.find_spec("gigatoken") is None:
         return TiktokenBackend(encoding)
     try:
-        return GigatokenBackend(encoding, scheme)
+        fast = GigatokenBackend(encoding, scheme)
     except RuntimeError as error:  # such as a vocabulary whose ranks have gaps
         if backend == "auto":
             return TiktokenBackend(encoding)
         reason = str(error).splitlines()[0]
         raise InputError(f"tokenizer {encoding.name!r}: gigatoken does not take it ({reason}); use tiktoken") from error
+    return AgreeingBackend(fast, TiktokenBackend(encoding), fingerprint(encoding._mergeable_ranks))
 
 
 def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:

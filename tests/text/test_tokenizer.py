@@ -186,17 +186,17 @@ def test_caches_are_thrown_away_and_ids_stay(monkeypatch: pytest.MonkeyPatch) ->
     offsets = np.cumsum([3, *map(len, encoded)])  # the first text need not begin at 0
     monkeypatch.setattr(gigatoken, "_PIECE_BYTES", 20_000)
     for texts in (Texts(strings), Texts(data=b"..." + b"".join(encoded), offsets=offsets)):
-        before = tokenizer._backend._tokenizer
+        before = tokenizer._backend.fast._tokenizer
         assert rows(tokenizer.encode_batch(texts)) == expected
-        assert tokenizer._backend._tokenizer is before
+        assert tokenizer._backend.fast._tokenizer is before
         with monkeypatch.context() as patch:
             patch.setattr(gigatoken, "_MOST_GROWTH_AT_WORK", -(1 << 60))
             assert rows(tokenizer.encode_batch(texts)) == expected
-        assert tokenizer._backend._tokenizer is not before
+        assert tokenizer._backend.fast._tokenizer is not before
     monkeypatch.setattr(gigatoken, "_MOST_GROWTH", -(1 << 60))
-    before = tokenizer._backend._tokenizer
+    before = tokenizer._backend.fast._tokenizer
     tokenizer.trim()
-    assert tokenizer._backend._tokenizer is not before
+    assert tokenizer._backend.fast._tokenizer is not before
     assert rows(tokenizer.encode_batch([])) == []
 
 

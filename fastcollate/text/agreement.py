@@ -1,0 +1,127 @@
+"""Where gigatoken and tiktoken part: code points that only one of their Unicode tables knows.
+
+Which these are is found by asking both, once for a vocabulary and two releases; texts that hold one go to tiktoken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import unicodedata
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.text.backends import RaggedIds, Texts, TiktokenBackend, starts_of
+from fastcollate.text.gigatoken import GigatokenBackend
+
+_NUM_CODES = 0x110000
+_CODES = (*range(0x40000), *range(0xE0000, 0xF0000))  # where any may be that is not for private use
+_RUN = 256  # code points that are asked about at once
+_SLICE = 1 << 20  # bytes looked through at once
+
+
+class AgreeingBackend:
+    """gigatoken; tiktoken for texts that hold a code point on which the two differ.
+
+    `fingerprint` is the vocabulary's.
+    """
+
+    name = "gigatoken"
+
+    def __init__(self, fast: GigatokenBackend, exact: TiktokenBackend, fingerprint: str) -> None:
+        self.fast = fast
+        self._exact = exact
+        self._fingerprint = fingerprint
+
+    def trim(self) -> None:
+        """Give back memory that earlier texts have left behind."""
+        self.fast.trim()
+
+    def encode_batch(self, texts: Texts) -> RaggedIds:
+        """The ids of each text."""
+        odd = [] if texts.data.isascii() else self.differing_texts(texts)
+        if not odd:
+            return self.fast.encode_batch(texts)
+        strings = texts.strings()
+        exact = [np.array(self._exact.encode(strings[number]), np.uint32) for number in odd]
+        for number in odd:
+            strings[number] = ""
+        encoded = self.fast.encode_batch(Texts(strings))
+        lengths, pieces = np.diff(encoded.offsets), np.split(encoded.ids, encoded.offsets[odd])
+        lengths[odd] = [len(ids) for ids in exact]
+        parts = [part for pair in zip(pieces, exact, strict=False) for part in pair]
+        ids = np.concatenate([*parts, pieces[-1]]).astype(encoded.ids.dtype, copy=False)
+        return RaggedIds(ids, starts_of(lengths))
+
+    def differing_texts(self, texts: Texts) -> list[int]:
+        """The numbers of the texts that hold a code point of `differing_codes`."""
+        values, found = np.frombuffer(texts.data + bytes(3), np.uint8), [np.zeros(0, np.int64)]
+        is_code, is_pair, is_lead = self._tables
+        for start in range(0, len(texts.data), _SLICE):
+            places = np.flatnonzero(is_lead[values[start : start + _SLICE]]) + start
+            places = places[is_pair[values[places].astype(np.uint16) << 8 | values[places + 1]]]
+            found.append(places[is_code[_codes_at(values, places)]])
+        numbers: list[int] = np.unique(np.searchsorted(texts.offsets, np.concatenate(found), side="right") - 1).tolist()
+        return numbers
+
+    @cached_property
+    def _tables(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Whether a code point is one, whether two bytes begin one in UTF-8, and whether one byte does."""
+        is_code, is_pair, is_lead = np.zeros(_NUM_CODES, bool), np.zeros(1 << 16, bool), np.zeros(256, bool)
+        for code in self.differing_codes():
+            first, second = chr(code).encode()[:2]
+            is_code[code] = is_pair[first << 8 | second] = is_lead[first] = True
+        return is_code, is_pair, is_lead
+
+    def differing_codes(self) -> list[int]:
+        """The code points on which gigatoken and tiktoken differ, from the cache or by asking both."""
+        releases = f"{version('gigatoken')} {version('tiktoken')} {self._fingerprint}"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastcollate"
+        path = folder / f"unicode-{hashlib.sha256(releases.encode()).hexdigest()[:16]}.json"
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return [int(code) for code in json.loads(path.read_bytes()) if 0 <= code < _NUM_CODES]
+        codes = self._ask_both()
+        with contextlib.suppress(OSError):  # a place that cannot be written: asked again by the next process
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=folder, prefix=".unicode-")
+            with open(descriptor, "w") as file:
+                json.dump(codes, file)
+            os.replace(name, path)
+        return codes
+
+    def _ask_both(self) -> list[int]:
+        found = []
+        codes = [code for code in _CODES if unicodedata.ucd_3_2_0.category(chr(code)) == "Cn"]
+        runs = [codes[start : start + _RUN] for start in range(0, len(codes), _RUN)]
+        for number in self._differences(["".join(map(_in_context, run)) for run in runs]):
+            found += [runs[number][i] for i in self._differences(list(map(_in_context, runs[number])))]
+        self.fast.trim()
+        return found
+
+    def _differences(self, texts: list[str]) -> list[int]:
+        encoded = self.fast.encode_batch(Texts(texts))
+        rows = np.split(encoded.ids, encoded.offsets[1:-1])
+        return [number for number, text in enumerate(texts) if rows[number].tolist() != self._exact.encode(text)]
+
+
+def _in_context(code: int) -> str:
+    """A code point where the class of what no table knows parts otherwise than letters, marks, numbers and spaces."""
+    return f"{chr(code)}'s"
+
+
+def _codes_at(values: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """The code points that begin at some places in UTF-8."""
+    first, *rest = (values[places + i].astype(np.uint32) for i in range(4))
+    second, third, fourth = (byte & 0x3F for byte in rest)
+    two = (first & 0x1F) << 6 | second
+    three = (first & 0x0F) << 12 | second << 6 | third
+    four = (first & 0x07) << 18 | second << 12 | third << 6 | fourth
+    return np.select([first < 0xE0, first < 0xF0], [two, three], four)
