@@ -154,7 +154,7 @@ def verify(
         typer.Option(help="A file it was prepared from, to be tokenized again with tiktoken; repeatable, in order."),
     ] = None,
     more: Annotated[
-        Optional[list[str]],  # noqa: UP045 (typer on Python 3.10)
+        list[str] | None,
         typer.Argument(help="Further sources, as a shell makes them of: --source folder/*.jsonl", show_default=False),
     ] = None,
     checksums: Annotated[bool, typer.Option("--checksums", help="Read every file and check its checksum.")] = False,
