@@ -45,5 +45,5 @@ def test_a_panic_is_a_bad_record(tmp_path: Path, number: int, template: str) -> 
 
 def test_nothing_else_is_lost_where_all_fail(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", CASES[:2])
-    with pytest.raises(InputError, match=r"no usable record \(2 skipped\)"):
+    with pytest.raises(InputError, match=r"no usable record \(2 of 2 records skipped, all .*: tiktoken fails"):
         prepare(source, tmp_path / "s", backend="tiktoken", on_error="skip")
