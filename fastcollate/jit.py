@@ -11,9 +11,11 @@ import functools
 import hashlib
 import mmap
 import os
+import pickle
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -43,7 +45,26 @@ def kernel(function: F) -> F:
     found = _kept(function)
     if found._cache.cache_path is not None:
         found._cache._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename))
+        found._cache._guard_against_spurious_io_errors = _going_on
     return cast("F", found)
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """A kernel that cannot be read from the cache, or kept in it, is compiled in each process."""
+    try:
+        yield
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        _tell_once(str(getattr(error, "strerror", None) or error))
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    warnings.warn(
+        f"compiled kernels cannot be kept ({reason}): each process compiles them anew, which takes seconds; make "
+        "room, or let NUMBA_CACHE_DIR name an empty folder on another disk",
+        stacklevel=1,
+    )
 
 
 def part(function: F) -> F:

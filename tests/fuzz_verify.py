@@ -150,7 +150,7 @@ def main() -> None:
     options = parser.parse_args()
     started, counts = time.perf_counter(), Counter[str]()
     with ProcessPoolExecutor(2) as pool:
-        shares = [min(500, options.jobs - start) for start in range(0, options.jobs, 500)]
+        shares = [min(250, options.jobs - start) for start in range(0, options.jobs, 250)]
         for found in pool.map(run, shares, range(options.seed * 1000, options.seed * 1000 + len(shares))):
             counts += found
     write_result(counts, options.seed, time.perf_counter() - started)

@@ -127,3 +127,24 @@ def test_where_no_folder_can_be_written_a_temporary_one_keeps_the_kernels(packag
     kept.chmod(0o777)  # somebody else could have put code there
     assert run(package, **options) == COMPILED
     assert run(package, **options) == COMPILED
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_full_or_damaged_costs_time_and_no_batch(package: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    full = "import builtins, os; real = open\n" + (
+        "def opening(path, mode='r', *rest, **options):\n"
+        "    return real('/dev/full' if '.tmp.' in str(path) and 'w' in mode else path, mode, *rest, **options)\n"
+        "builtins.open = opening\n"
+    )
+    (package.parent / "sitecustomize.py").write_text(full)
+    for _ in range(2):
+        assert run(package) == COMPILED
+    (package.parent / "sitecustomize.py").unlink()
+    assert run(package) == COMPILED
+    assert run(package) == WITHOUT
+    for pattern in ("*.nbc", "*.nbi"):
+        for kept in package.rglob(pattern):
+            kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
+        assert run(package) == COMPILED
