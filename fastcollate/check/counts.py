@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
-from fastcollate.load.options import row_reports
-from fastcollate.plan.packing import Packs
-from fastcollate.plan.plan import EpochPlan
+from fastcollate.load import row_reports
+from fastcollate.plan import EpochPlan, Packs
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer, load_tokenizer

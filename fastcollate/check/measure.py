@@ -14,10 +14,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, trained_by_mask
-from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
+from fastcollate.collate import reference
 from fastcollate.errors import InputError
-from fastcollate.load.loader import BatchLoader
-from fastcollate.plan.plan import plan_epoch
+from fastcollate.load import BatchLoader
+from fastcollate.plan import plan_epoch
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
 from fastcollate.train import GPT2, MaskOptions, OrderOptions
@@ -150,7 +150,7 @@ def _contenders(
     plan = plan_epoch(store.lengths, **order, max_length=options.max_length)
     rows = _Rows(store, options.mask_prompt)
     collate = partial(
-        custom_collate_with_masking_fn if options.mask_prompt else custom_collate_fn,
+        reference.custom_collate_with_masking_fn if options.mask_prompt else reference.custom_collate_fn,
         pad_token_id=store.pad_token_id,
         allowed_max_length=options.max_length,
     )
@@ -163,23 +163,23 @@ def _contenders(
             for packs in packed_batches(plan)
         ]
 
-    def reference(batch: list[Any]) -> Any:
+    def by_reference(batch: list[Any]) -> Any:
         if plan.capacity is None:
             return collate(batch)
         limit = min(options.max_length or plan.capacity, plan.capacity)
         packs = [[collate([row], allowed_max_length=limit) for row in pack] for pack in batch]
-        return put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
+        return reference.put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
 
     def pipeline() -> Iterable[Any]:
         return BatchLoader(store, **asdict(options), **order)
 
     def loop() -> Iterator[Any]:
-        return (reference([rows[row] for row in batch]) for batch in batches)
+        return (by_reference([rows[row] for row in batch]) for batch in batches)
 
     sources: dict[str, Callable[[], Iterable[Any]]] = {PIPELINE: pipeline, REFERENCE: loop}
     for workers in WORKERS:
         sources[f"DataLoader, {workers} workers"] = partial(
-            DataLoader, rows, batch_sampler=batches, collate_fn=reference, num_workers=workers
+            DataLoader, rows, batch_sampler=batches, collate_fn=by_reference, num_workers=workers
         )
     return sources
 

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from fastcollate.check.counts import Histogram, Inspection, packed_batches, tokenizer_of
 from fastcollate.check.terminal import KINDS, MARKS, PADDING, PROMPT, TRAINED, RowView, summary_of, view_rows
-from fastcollate.collate.batch import Batch, PackedBatch
+from fastcollate.collate import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
-from fastcollate.plan.plan import EpochPlan, plan_epoch
+from fastcollate.plan import EpochPlan, plan_epoch
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer
 from fastcollate.train import MaskOptions

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 
 from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, tokenizer_of, trained_by_mask
-from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn, put_end_to_end
+from fastcollate.collate import reference
 from fastcollate.errors import InputError
-from fastcollate.load.loader import BatchLoader
-from fastcollate.plan.plan import EpochPlan, plan_epoch
+from fastcollate.load import BatchLoader
+from fastcollate.plan import EpochPlan, plan_epoch
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.sources import find_sources, read_blocks, records
 from fastcollate.store import Example, TokenStore
@@ -178,7 +178,7 @@ def _expected_packs(store: TokenStore, plan: EpochPlan, options: MaskOptions) ->
     for rows, _, bounds in packed_batches(plan):
         cells = [expected_batch([store[int(row)]], store.pad_token_id, alone) for row in rows]
         packs = [cells[start:stop] for start, stop in pairwise(bounds.tolist())]
-        end_to_end = put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
+        end_to_end = reference.put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
         yield _Expected(rows, [f"pack {pack}" for pack in range(len(packs))], end_to_end)
 
 
@@ -210,8 +210,8 @@ def expected_batch(examples: Sequence[Example], pad: int, options: MaskOptions) 
         return empty, empty
     if options.mode == "reference" and options.mask_prompt and max(map(len, spans)) <= 2:
         pairs = [(counts[0], row) for counts, row in zip(spans, rows, strict=True)]
-        return custom_collate_with_masking_fn(pairs, pad_token_id=pad, allowed_max_length=limit)
-    inputs, targets = custom_collate_fn(rows, pad_token_id=pad)
+        return reference.custom_collate_with_masking_fn(pairs, pad_token_id=pad, allowed_max_length=limit)
+    inputs, targets = reference.custom_collate_fn(rows, pad_token_id=pad)
     for place, (counts, row) in enumerate(zip(spans, rows, strict=True)):
         if options.mode == "positional":
             shifted = [*row[1:], pad] if row else []

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.check.counts import Histogram, Inspection, tokenizer_of
-from fastcollate.collate.batch import Batch
+from fastcollate.collate import Batch
 from fastcollate.errors import InputError
 from fastcollate.progress import print_summary
 from fastcollate.store import TokenStore

@@ -16,8 +16,7 @@ from fastcollate.collate import fill as kernels
 from fastcollate.collate import fill_packed as pack_kernels
 from fastcollate.collate import settings as options
 from fastcollate.collate.batch import Batch, PackedBatch, note_counts
-from fastcollate.errors import InputError
-from fastcollate.plan.packing import check_capacity
+from fastcollate.errors import LARGEST_CAPACITY, InputError, integer
 from fastcollate.store import layout
 
 Int64Array = npt.NDArray[np.int64]
@@ -152,7 +151,7 @@ class Collator:
             InputError: a row does not exist or its shard is damaged, a pack's rows do not fit it, the bounds are not
                 of these rows, or a number is no integer or out of range.
         """
-        check_capacity(capacity)
+        integer("capacity", capacity, 1, LARGEST_CAPACITY)
         numbers, packs = _as_integers(rows, "row numbers"), _as_integers(bounds, "bounds")
         firsts = _as_integers(starts, "starts")
         if (
@@ -189,7 +188,7 @@ class Collator:
             InputError: a row does not exist, its shard is damaged, or it does not fit its pack; or the bounds, starts
                 or sizes are not of these rows.
         """
-        check_capacity(capacity)
+        integer("capacity", capacity, 1, LARGEST_CAPACITY)
         _check_bounds(packs, len(rows), "rows")
         _check_bounds(batches, len(packs) - 1, "packs")
         _check_room(out, report, len(batches) - 1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastcollate.errors import InputError
-from fastcollate.plan.mixing import MixedStore
+from fastcollate.plan import MixedStore
 from fastcollate.store import TokenStore
 from fastcollate.text import load_tokenizer
 

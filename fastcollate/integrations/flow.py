@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastcollate.errors import InputError
+from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.integrations.pytorch import BucketBatchSampler
-from fastcollate.plan.options import LARGEST, integer
-from fastcollate.plan.position import Position, SavedState
+from fastcollate.plan import position as places
 
 MOST_TURNS = 100_000  # of epochs that differ in batches: each is planned to find where a turn begins
 
@@ -47,7 +46,7 @@ class FlowingSampler(BucketBatchSampler):
         self._length = super().__len__()
         self._is_even = self._order.plan(own, 0).plan.has_even_windows
         self._turn = self._num_done = 0  # batches of the turn that were handed over
-        self._starts = {0: Position(0)}
+        self._starts = {0: places.Position(0)}
         self._is_loaded = False
 
     def __len__(self) -> int:
@@ -95,10 +94,10 @@ class FlowingSampler(BucketBatchSampler):
         self._turn, self._num_done, self._starts_here = self._turn + 1, 0, True
         self._starts[self._turn] = self._after(self._position, 0)
 
-    def _start_of(self, turn: int) -> Position:
+    def _start_of(self, turn: int) -> places.Position:
         """Where a turn begins; the turns before it are counted once."""
         if self._is_even:
-            return Position(turn)
+            return places.Position(turn)
         integer("epoch", turn, 0, MOST_TURNS)
         known = max(known for known in self._starts if known <= turn)
         while known < turn:
@@ -106,7 +105,7 @@ class FlowingSampler(BucketBatchSampler):
             known += 1
         return self._starts[turn]
 
-    def _after(self, position: Position, steps: int) -> Position:
+    def _after(self, position: places.Position, steps: int) -> places.Position:
         """The position so many batches later, in the window of the next batch."""
         epoch, first, batch = position
         rest = batch + steps
@@ -115,7 +114,7 @@ class FlowingSampler(BucketBatchSampler):
             for window in range(first, plan.num_windows):
                 num_batches = plan.num_batches(window)
                 if rest < num_batches:
-                    return Position(epoch, window, rest)
+                    return places.Position(epoch, window, rest)
                 rest -= num_batches
             epoch, first = epoch + 1, 0
 
@@ -129,7 +128,7 @@ class FlowingSampler(BucketBatchSampler):
         Raises:
             InputError: see `BucketBatchSampler`; or turns of another length led to the position.
         """
-        position, source_rows = SavedState(state, self._kind).read(self._order, self._plan_options)
+        position, source_rows = places.SavedState(state, self._kind).read(self._order, self._plan_options)
         turn, done = state.get("turn"), state.get("turn_batches")
         if turn is None and done is None and self._is_even:  # a BucketBatchSampler's
             turn, done = position.epoch, self._batches_before(position)
@@ -142,6 +141,6 @@ class FlowingSampler(BucketBatchSampler):
         self._continue_at(position, source_rows)
         self._turn, self._num_done, self._is_loaded = turn, done, True
 
-    def _batches_before(self, position: Position) -> int:
+    def _batches_before(self, position: places.Position) -> int:
         plan = self._order.plan(self._plan_options, position.epoch).plan
         return sum(map(plan.num_batches, range(position.window))) + position.batch

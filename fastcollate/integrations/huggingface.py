@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from fastcollate.collate.drop_in import collate_fn
+from fastcollate.collate import collate_fn
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted
 from fastcollate.integrations.flow import FlowingSampler
@@ -17,7 +17,7 @@ from fastcollate.integrations.hf_datasets import lengths_of as lengths_of
 from fastcollate.integrations.hf_datasets import open_dataset as open_dataset
 from fastcollate.integrations.hf_datasets import store_from_dataset as store_from_dataset
 from fastcollate.integrations.pytorch import PackedRows, StoreDataset, StoreRow, packs_of, row_numbers
-from fastcollate.load.options import trained_rows
+from fastcollate.load import trained_rows
 
 IGNORE = -100
 LAYOUTS = ("padded", "flattened")

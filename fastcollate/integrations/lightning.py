@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from fastcollate.collate.batch import Batch, PackedBatch
+from fastcollate.collate import Batch, PackedBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model
 from fastcollate.integrations.flow import FlowingSampler
 from fastcollate.integrations.pytorch import BucketBatchSampler, StoreDataset
-from fastcollate.load.options import LoaderKeywords, collate_keywords, order_keywords
-from fastcollate.plan.mixing import MixedStore
-from fastcollate.plan.options import OrderKeywords
-from fastcollate.plan.splits import split_rows
+from fastcollate.load import LoaderKeywords, collate_keywords, order_keywords
+from fastcollate.plan import MixedStore, OrderKeywords, split_rows
 from fastcollate.store import TokenStore
 
 if TYPE_CHECKING:

@@ -12,13 +12,10 @@ import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 from typing_extensions import Unpack
 
-from fastcollate.collate.batch import Batch, PackedBatch
-from fastcollate.collate.collator import Collator
+from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError
-from fastcollate.load.options import CollateKeywords, collator_of, open_store, trained_rows
-from fastcollate.plan.mixing import MixedStore, Order, OrderedPlan
-from fastcollate.plan.options import OrderKeywords, PlanOptions
-from fastcollate.plan.position import Epochs
+from fastcollate.load import CollateKeywords, collator_of, open_store, trained_rows
+from fastcollate.plan import MixedStore, Order, OrderKeywords, PlanOptions, position
 from fastcollate.store import Example, TokenStore
 
 Int64Array = npt.NDArray[np.int64]
@@ -48,7 +45,7 @@ class PackedRows(list[int]):
         return PackedRows, (list(self), self.bounds, self.starts, self.capacity, self.limit)
 
 
-class BucketBatchSampler(Epochs, Sampler[list[int]]):
+class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
     """Batches of row numbers for `DataLoader(batch_sampler=...)`, planned by `plan_epoch`.
 
     With `policy="packed"` they are `PackedRows`, of which `StoreDataset.collate` makes a `PackedBatch`, and Hugging
@@ -126,16 +123,16 @@ class BucketBatchSampler(Epochs, Sampler[list[int]]):
         iteration = self._begin()
         _, first_window, first = iteration.first
         for window in range(first_window, iteration.planned.plan.num_windows):
-            for number, rows in enumerate(_batches(iteration.planned, window, first), first + 1):
+            for number, rows in enumerate(_batches(iteration, window, first), first + 1):
                 iteration.hand_over(window, number)
                 yield rows
             first = 0
         iteration.end()
 
 
-def _batches(planned: OrderedPlan, index: int, first: int) -> Iterator[list[int]]:
+def _batches(iteration: position.Iteration, index: int, first: int) -> Iterator[list[int]]:
     """The batches of one window from `first` on."""
-    options = planned.plan.options
+    planned, options = iteration.planned, iteration.planned.plan.options
     if options.capacity is None:
         numbers, bounds = planned.window(index)
         for number in range(first, len(bounds) - 1):

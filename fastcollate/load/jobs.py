@@ -9,11 +9,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.collate.batch import Batch, PackedBatch
-from fastcollate.collate.collator import Collator
-from fastcollate.collate.fill import END, REPORT_COLUMNS
+from fastcollate.collate import Batch, Collator, PackedBatch
+from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
-from fastcollate.plan.packing import Packs
+from fastcollate.plan import Packs
 
 Int64Array = npt.NDArray[np.int64]
 Fill = Callable[[Int64Array, Int64Array, Int64Array], int]  # bounds, buffer, report -> batches filled
@@ -99,14 +98,14 @@ class PackedJob:
 
 def _ends(fill: Fill, bounds: Int64Array) -> Int64Array:
     """See `Job`: a kernel that is given no room measures."""
-    report = np.zeros((len(bounds) - 1, REPORT_COLUMNS), np.int64)
+    report = np.zeros((len(bounds) - 1, kernels.REPORT_COLUMNS), np.int64)
     with contextlib.suppress(InputError):  # a damaged row is told when its turn comes
         fill(bounds, np.empty(0, np.int64), report)
-    return np.maximum.accumulate(report[:, END])
+    return np.maximum.accumulate(report[:, kernels.END])
 
 
 def _filled(fill: Fill, bounds: Int64Array, out: Int64Array) -> Int64Array:
-    report = np.empty((len(bounds) - 1, REPORT_COLUMNS), np.int64)
+    report = np.empty((len(bounds) - 1, kernels.REPORT_COLUMNS), np.int64)
     if fill(bounds, out, report) < len(report):
         raise InputError("the store's shards changed while they were read; prepare the store again")
     return report

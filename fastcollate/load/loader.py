@@ -15,10 +15,9 @@ import numpy.typing as npt
 import torch
 from typing_extensions import Unpack
 
+from fastcollate.collate import Batch, Counts, PackedBatch, settings
 from fastcollate.collate import fill as kernels
-from fastcollate.collate.batch import Batch, Counts, PackedBatch
-from fastcollate.collate.settings import MASK, REFERENCE
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, integer
 from fastcollate.jit import clock
 from fastcollate.load.jobs import Job, PackedJob, PaddedJob
 from fastcollate.load.options import (
@@ -31,9 +30,7 @@ from fastcollate.load.options import (
 )
 from fastcollate.load.prefetch import Group, fill_groups
 from fastcollate.load.transfer import Transfer, make_transfer
-from fastcollate.plan.mixing import Order, OrderedPlan
-from fastcollate.plan.options import PlanOptions, integer
-from fastcollate.plan.position import Epochs
+from fastcollate.plan import Order, PlanOptions, position
 from fastcollate.store import layout, pages
 
 
@@ -103,7 +100,7 @@ class _Handed:
     counted: int = 0
 
 
-class BatchLoader(Epochs):
+class BatchLoader(position.Epochs):
     """Batches of a store, epoch after epoch.
 
     Threads fill groups of batches ahead, about four megabytes each. They end with the iteration, also when it is left
@@ -191,10 +188,9 @@ class BatchLoader(Epochs):
         """Batches of the current epoch; from a loaded position on, once. The end advances the epoch by one."""
         start = clock()
         iteration = self._begin()
-        plan = iteration.planned
         groups = fill_groups(
-            lambda window: self._job(plan, window),
-            plan.plan.num_windows,
+            lambda window: self._job(iteration, window),
+            iteration.planned.plan.num_windows,
             iteration.first[1:],
             self._own_transfer(),
             prefetch=self._prefetch,
@@ -240,9 +236,9 @@ class BatchLoader(Epochs):
             self._stats.count(count, group.totals if count == len(group.report) else lines.sum(0).tolist())
             handed.counted = handed.batches
 
-    def _job(self, planned: OrderedPlan, index: int) -> Job:
+    def _job(self, iteration: position.Iteration, index: int) -> Job:
         """One window's batches, to be filled."""
-        capacity = planned.plan.options.capacity
+        planned, capacity = iteration.planned, self._plan_options.capacity
         if capacity is not None:
             packs, bounds = planned.packs(index)
             self._ask_for(packs.rows)
@@ -254,7 +250,8 @@ class BatchLoader(Epochs):
     def _ask_for(self, rows: npt.NDArray[np.int64]) -> None:
         """Ask the system for a window's rows."""
         if self._plan_options.policy != "sequential":  # there the system reads ahead by itself
-            pages.ask_for_rows(self._collator.table.array, rows, with_spans=bool(self._collator.settings[MASK]))
+            collator = self._collator
+            pages.ask_for_rows(collator.table.array, rows, with_spans=bool(collator.settings[settings.MASK]))
 
     def _own_transfer(self) -> Transfer:
         """This process's buffers: a fork's copies of them may be in the midst of a change."""
@@ -265,7 +262,7 @@ class BatchLoader(Epochs):
         return self._transfer[1]
 
     def _warn_of_corners(self) -> None:
-        if not self._stats.corner_rows and self._collator.settings[REFERENCE]:
+        if not self._stats.corner_rows and self._collator.settings[settings.REFERENCE]:
             warnings.warn(
                 "a row on which mode='reference' gives other targets than mode='positional' (an end-of-text inside the "
                 "text, an empty row, or a prompt of length 0); this is said once, loader.stats.corner_rows counts on",

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastcollate.collate import Collator
 from fastcollate.collate import fill as kernels
-from fastcollate.collate.collator import Collator
-from fastcollate.plan.options import OrderKeywords
+from fastcollate.plan import OrderKeywords
 from fastcollate.store import TokenStore, require_served
 
 Int64Array = npt.NDArray[np.int64]

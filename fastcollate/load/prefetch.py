@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastcollate.collate.batch import Batch, PackedBatch
-from fastcollate.collate.fill import END
+from fastcollate.collate import Batch, PackedBatch
+from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
 from fastcollate.load.jobs import Job
 from fastcollate.load.transfer import Arrival, Transfer
@@ -134,7 +134,7 @@ def _finish(transfer: Transfer, task: Task) -> Group:
         raise
     # The consumer may take the first of these batches for inference, and train on the others.
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
-        arrival = transfer.send(task.out, int(report[-1, END]))
+        arrival = transfer.send(task.out, int(report[-1, kernels.END]))
         batches = task.job.batches(task.out, report)
     return Group(task.window, task.first, batches, report, report.sum(0).tolist(), arrival)
 

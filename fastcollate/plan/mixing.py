@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError
+from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.options import LARGEST, PlanOptions, integer, row_numbers
+from fastcollate.plan.options import PlanOptions, row_numbers
 from fastcollate.plan.plan import EpochPlan, PackWindow, Window, as_lengths, plan_with, too_long
 from fastcollate.store import Example, TokenStore, require_served, shards
 

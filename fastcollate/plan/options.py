@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError
+from fastcollate.errors import LARGEST, LARGEST_CAPACITY, InputError, integer
 
 Int64Array = npt.NDArray[np.int64]
 
 POLICIES = ("sequential", "shuffled", "bucketed", "packed")
 TAILS = ("repeat", "uneven")
 LONG_ROWS = ("truncate", "split", "drop")
-LARGEST_CAPACITY = 1 << 24  # the packer keeps a list for each room from 0 to the capacity
-LARGEST, MOST_RANKS = (1 << 40) - 1, 1 << 20  # of any size, and of ranks: products of two fit 64 bits
+MOST_RANKS = 1 << 20
 
 
 class OrderKeywords(TypedDict, total=False):
@@ -147,7 +145,7 @@ class PlanOptions:
             capacity = self.max_tokens if self.max_length is None else self.max_length
         if capacity is None:
             raise InputError("policy='packed': give capacity (cells a pack), or a max_length to take for it")
-        capacity = check_capacity(capacity)
+        capacity = integer("capacity", capacity, 1, LARGEST_CAPACITY)
         if self.max_tokens is None:
             return replace(self, capacity=capacity)
         if self.max_tokens < capacity:
@@ -156,35 +154,6 @@ class PlanOptions:
                 "(or max_length)"
             )
         return replace(self, capacity=capacity, batch_size=self.max_tokens // capacity, max_tokens=None)
-
-
-def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    """An integer of any kind, NumPy's too, as a plain one.
-
-    Raises:
-        InputError: a bool, a fraction or something else, or beyond the bounds; it says the name.
-    """
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError as error:
-        raise InputError(f"{name}={value!r} is a {type(value).__name__}: give an integer") from error
-    if (low is not None and number < low) or (high is not None and number > high):
-        raise InputError(f"{name}={number}: give {f'at least {low}' if high is None else f'{low} to {high:,}'}")
-    return number
-
-
-def check_capacity(capacity: Any) -> int:
-    """A capacity as a plain integer.
-
-    Raises:
-        InputError: it says what a capacity may be.
-    """
-    number = integer("capacity", capacity)
-    if not 1 <= number <= LARGEST_CAPACITY:
-        raise InputError(f"capacity={number}: give 1 to {LARGEST_CAPACITY:,} cells a pack")
-    return number
 
 
 def row_numbers(rows: npt.ArrayLike | range, num_rows: int, name: str = "rows") -> range | Int64Array:

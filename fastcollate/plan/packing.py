@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError
+from fastcollate.errors import LARGEST_CAPACITY, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.options import check_capacity as check_capacity
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -150,7 +149,7 @@ def pack_lengths(lengths: npt.ArrayLike, capacity: int) -> Packing:
         >>> packing.bin_of_row, packing.num_bins
         (array([0, 1, 0, 1, 1]), 2)
     """
-    capacity = check_capacity(capacity)
+    capacity = integer("capacity", capacity, 1, LARGEST_CAPACITY)
     array = np.asarray(lengths)
     if array.ndim != 1 or (array.size and (array.dtype.kind not in "iu" or array.min() < 0)):
         raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer of at least 0 a row")

@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Unpack
 
-from fastcollate.errors import InputError
+from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.options import LARGEST, PlanKeywords, PlanOptions, integer
+from fastcollate.plan.options import PlanKeywords, PlanOptions
 from fastcollate.plan.packing import Packs, pack_rows
 from fastcollate.store import pages
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError
+from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan.mixing import Order, OrderedPlan
-from fastcollate.plan.options import LARGEST, PlanOptions, integer
+from fastcollate.plan.options import PlanOptions
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError
-from fastcollate.plan.options import integer
+from fastcollate.errors import InputError, integer
 
 Int64Array = npt.NDArray[np.int64]
 _HASH_BYTES = 8

@@ -11,7 +11,7 @@ from fastcollate.errors import InputError
 from fastcollate.options import flag_of, option
 
 if TYPE_CHECKING:
-    from fastcollate.collate.collator import Collator
+    from fastcollate.collate import Collator
     from fastcollate.store import TokenStore
 
 _AT_LEAST = {
@@ -46,7 +46,7 @@ class MaskOptions:
 
     def collator(self, store: TokenStore) -> Collator:
         """The fast path with these options; ignored targets are -100."""
-        from fastcollate.load.options import collator_of
+        from fastcollate.load import collator_of
 
         return collator_of(store, {name: getattr(self, name) for name in ("max_length", "mask_prompt", "mode")})
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastcollate.collate.batch import Batch, PackedBatch
+from fastcollate.collate import Batch, PackedBatch
 from fastcollate.errors import InputError
 from fastcollate.jit import clock
-from fastcollate.load.loader import BatchLoader
+from fastcollate.load import BatchLoader
 from fastcollate.store import TokenStore
 from fastcollate.train.loss import IGNORE_INDEX, cell_losses, scaled_loss, trained_cells
 from fastcollate.train.model import GPT2

@@ -297,7 +297,7 @@ def test_packs_that_cannot_be_are_named() -> None:
         ([0, 1], [0, 1], {"capacity": 9}, "bounds"),
         ([0], [0], {"capacity": 9}, "bounds"),
         ([0, 1], [0, 2, 1, 2], {"capacity": 9}, "bounds"),
-        ([0], [0, 1], {"capacity": 2**31}, "give 1 to 16,777,216 cells a pack"),
+        ([0], [0, 1], {"capacity": 2**31}, "give 1 to 16,777,216"),
         ([0], [0] + [1] * 128, {"capacity": 2**24}, "int32"),
     ):
         with pytest.raises(InputError, match=message):

@@ -12,7 +12,7 @@ from fastcollate.collate import fill as kernels
 from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
 from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.packing import Packs, check_capacity, pack_lengths, pack_rows
+from fastcollate.plan.packing import Packs, pack_lengths, pack_rows
 from fastcollate.plan.plan import plan_epoch
 from tests.helpers import make_shards
 
@@ -89,11 +89,11 @@ def test_nothing_is_split_that_fits() -> None:
 
 
 def test_the_largest_capacity() -> None:
-    check_capacity(1)
-    check_capacity(16_777_216)
+    pack_lengths([1], 1)
+    pack_lengths([1], 16_777_216)
     for capacity in (0, -1, 16_777_217):
-        with pytest.raises(InputError, match=r"give 1 to 16,777,216 cells"):
-            check_capacity(capacity)
+        with pytest.raises(InputError, match=r"give 1 to 16,777,216"):
+            pack_lengths([1], capacity)
 
 
 def test_lengths_that_are_none() -> None:
