@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fastcollate.collate.reference import format_input
 from fastcollate.sources.sample import sample_records
 from fastcollate.store.manifest import StoreIdentity, sources_of, write_manifest
 from fastcollate.store.shards import ShardColumns, ShardInfo, shard_name, token_dtype, write_shard
 from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_tokenizer
+from tests.chapter import format_input
 
 GPT2 = {
     "name": "gpt2", "fingerprint": "00", "vocab_size": 50257, "pad_token_id": 50256, "end_token_id": 50256, "files": [],

@@ -7,126 +7,9 @@ in corners (a literal 50256 in a text, prompt length 0, limits of 0 and -1) is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 import torch
-from torch.utils.data import Dataset
-
-Record = Mapping[str, Any]
-
-
-class Encoder(Protocol):
-    """What the data sets need of a tokenizer, such as a `tiktoken.Encoding`."""
-
-    def encode(self, text: str) -> list[int]:
-        """The token ids of `text`."""
-        ...
-
-
-def format_input(entry: Record) -> str:
-    """The Alpaca prompt of a record: instruction and, if there is one, input; without the response heading.
-
-    Args:
-        entry: `instruction` and `input`, both strings; an empty `input` is left out.
-    """
-    text = (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request."
-        f"\n\n### Instruction:\n{entry['instruction']}"
-    )
-    if entry["input"]:
-        text += f"\n\n### Input:\n{entry['input']}"
-    return text
-
-
-def format_response(entry: Record) -> str:
-    """The Alpaca response of a record: heading and output."""
-    return f"\n\n### Response:\n{entry['output']}"
-
-
-def format_input_phi(entry: Record) -> str:
-    """The Phi-3 prompt of a record: the user turn, instruction and input a line each."""
-    text = f"<|user|>\n{entry['instruction']}"
-    if entry["input"]:
-        text += f"\n{entry['input']}"
-    return text
-
-
-def format_response_phi(entry: Record) -> str:
-    """The Phi-3 response of a record: the assistant turn."""
-    return f"\n<|assistant|>:\n{entry['output']}"
-
-
-class InstructionDataset(Dataset[list[int]]):
-    """Every record's whole text as token ids, tokenized up front."""
-
-    def __init__(self, data: Sequence[Record], tokenizer: Encoder) -> None:
-        self.data = data
-        self.encoded_texts = [tokenizer.encode(format_input(entry) + format_response(entry)) for entry in data]
-
-    def __getitem__(self, index: int) -> list[int]:
-        return self.encoded_texts[index]
-
-    def __len__(self) -> int:
-        return len(self.encoded_texts)
-
-
-class InstructionDatasetWithMasking(Dataset[tuple[int, list[int]]]):
-    """Like `InstructionDataset`, with the prompt's length in tokens before each row.
-
-    The prompt is tokenized by itself, as the chapter does, so its tokens need not be a prefix of the row.
-    """
-
-    def __init__(self, data: Sequence[Record], tokenizer: Encoder) -> None:
-        self.data = data
-        self.prompt_lengths = []
-        self.encoded_texts = []
-        for entry in data:
-            prompt = format_input(entry)
-            self.encoded_texts.append(tokenizer.encode(prompt + format_response(entry)))
-            self.prompt_lengths.append(len(tokenizer.encode(prompt)))
-
-    def __getitem__(self, index: int) -> tuple[int, list[int]]:
-        return self.prompt_lengths[index], self.encoded_texts[index]
-
-    def __len__(self) -> int:
-        return len(self.encoded_texts)
-
-
-def custom_collate_draft_1(
-    batch: Sequence[Sequence[int]], pad_token_id: int = 50256, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Step 1: pad each row to the longest.
-
-    Returns:
-        int64 `(rows, longest)`.
-    """
-    longest = max(len(row) + 1 for row in batch)
-    rows = []
-    for row in batch:
-        padded = [*row, pad_token_id]
-        padded += [pad_token_id] * (longest - len(padded))
-        rows.append(torch.tensor(padded[:-1]))
-    return torch.stack(rows).to(device)
-
-
-def custom_collate_draft_2(
-    batch: Sequence[Sequence[int]], pad_token_id: int = 50256, device: torch.device | str = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step 2: the same inputs, and as targets the row shifted by one.
-
-    Returns:
-        inputs and targets, int64 `(rows, longest)` each.
-    """
-    longest = max(len(row) + 1 for row in batch)
-    all_inputs, all_targets = [], []
-    for row in batch:
-        padded = [*row, pad_token_id]
-        padded += [pad_token_id] * (longest - len(padded))
-        all_inputs.append(torch.tensor(padded[:-1]))
-        all_targets.append(torch.tensor(padded[1:]))
-    return torch.stack(all_inputs).to(device), torch.stack(all_targets).to(device)
 
 
 def custom_collate_fn(
@@ -136,7 +19,7 @@ def custom_collate_fn(
     allowed_max_length: int | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step 3: in the targets every padding token after the first is ignored, then both are cut to the limit.
+    """Pad each row, shift the targets, ignore every padding token after the first in them, then cut both.
 
     Args:
         batch: rows of token ids, without the end-of-text.
@@ -148,24 +31,7 @@ def custom_collate_fn(
     Returns:
         inputs and targets, int64 `(rows, width)` each.
     """
-    longest = max(len(row) + 1 for row in batch)
-    all_inputs, all_targets = [], []
-    for row in batch:
-        padded = [*row, pad_token_id]
-        padded += [pad_token_id] * (longest - len(padded))
-        inputs = torch.tensor(padded[:-1])
-        targets = torch.tensor(padded[1:])
-
-        padding = torch.nonzero(targets == pad_token_id).squeeze()
-        if padding.numel() > 1:
-            targets[padding[1:]] = ignore_index
-
-        if allowed_max_length is not None:
-            inputs = inputs[:allowed_max_length]
-            targets = targets[:allowed_max_length]
-        all_inputs.append(inputs)
-        all_targets.append(targets)
-    return torch.stack(all_inputs).to(device), torch.stack(all_targets).to(device)
+    return _collate(batch, None, pad_token_id, ignore_index, allowed_max_length, device)
 
 
 def custom_collate_with_masking_fn(
@@ -189,9 +55,21 @@ def custom_collate_with_masking_fn(
     Returns:
         inputs and targets, int64 `(rows, width)` each.
     """
-    longest = max(len(row) + 1 for _, row in batch)
+    lengths, rows = zip(*batch, strict=True)
+    return _collate(rows, lengths, pad_token_id, ignore_index, allowed_max_length, device)
+
+
+def _collate(
+    rows: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int] | None,
+    pad_token_id: int,
+    ignore_index: int,
+    allowed_max_length: int | None,
+    device: torch.device | str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(row) + 1 for row in rows)
     all_inputs, all_targets = [], []
-    for prompt_length, row in batch:
+    for number, row in enumerate(rows):
         padded = [*row, pad_token_id]
         padded += [pad_token_id] * (longest - len(padded))
         inputs = torch.tensor(padded[:-1])
@@ -200,7 +78,8 @@ def custom_collate_with_masking_fn(
         padding = torch.nonzero(targets == pad_token_id).squeeze()
         if padding.numel() > 1:
             targets[padding[1:]] = ignore_index
-        targets[: prompt_length - 1] = -100
+        if prompt_lengths is not None:
+            targets[: prompt_lengths[number] - 1] = -100
 
         if allowed_max_length is not None:
             inputs = inputs[:allowed_max_length]

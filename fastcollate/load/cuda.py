@@ -46,8 +46,6 @@ class ToCuda:
         num_buffers: pinned buffers kept.
     """
 
-    copies = True
-
     def __init__(self, device: torch.device, num_buffers: int) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", index)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +15,28 @@ from fastcollate.plan import Packs
 
 Int64Array = npt.NDArray[np.int64]
 Fill = Callable[[Int64Array, Int64Array, Int64Array], int]  # bounds, buffer, report -> batches filled
+Batches = Callable[[Int64Array, Iterable[list[int]]], Sequence[Batch | PackedBatch]]
 
 
-class Job(Protocol):
-    """One window's batches.
+class Job:
+    """One window's batches, to be filled.
 
     Attributes:
         ends: int64 `(num_batches,)`: where each batch would end, in int64 cells, if all lay in one buffer. Behind a
             damaged row that is not known: the batches there take none, and are refused when they are filled.
+
+    Args:
+        fill: fills batches by their bounds.
+        batches: the filled batches of a buffer, by the lines of the kernel's report.
+        bounds: int64 `(num_batches + 1,)`, each batch's first row or pack.
     """
 
-    ends: Int64Array
+    def __init__(self, fill: Fill, batches: Batches, bounds: Int64Array) -> None:
+        self._fill, self._batches, self._bounds = fill, batches, np.ascontiguousarray(bounds, np.int64)
+        report = np.zeros((len(bounds) - 1, kernels.REPORT_COLUMNS), np.int64)
+        with contextlib.suppress(InputError):  # a damaged row is told when its turn comes
+            fill(self._bounds, np.empty(0, np.int64), report)  # a kernel that is given no room measures
+        self.ends = np.maximum.accumulate(report[:, kernels.END])
 
     def fill(self, first: int, stop: int, out: Int64Array) -> Int64Array:
         """Fill batches `first` to `stop` into a buffer that holds them; returns the kernel's report, a line a batch.
@@ -34,78 +44,27 @@ class Job(Protocol):
         Raises:
             InputError: a row does not exist, its shard is damaged, or it does not fit its pack.
         """
+        report = np.empty((stop - first, kernels.REPORT_COLUMNS), np.int64)
+        if self._fill(self._bounds[first : stop + 1], out, report) < len(report):
+            raise InputError("the store's shards changed while they were read; prepare the store again")
+        return report
 
     def batches(self, out: Int64Array, report: Int64Array) -> Sequence[Batch | PackedBatch]:
         """The filled batches, as views of the buffer."""
+        return self._batches(out, report.tolist())
 
 
-class PaddedJob:
-    """Padded batches; see `Job`.
-
-    Args:
-        collator: how.
-        rows: int64, row numbers of the store, batch after batch.
-        bounds: int64 `(num_batches + 1,)`: batch `b` is `rows[bounds[b]:bounds[b + 1]]`.
-    """
-
-    def __init__(self, collator: Collator, rows: Int64Array, bounds: Int64Array) -> None:
-        self._collator = collator
-        self._rows, self._bounds = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(bounds, np.int64)
-        self.ends = _ends(self._fill, self._bounds)
-
-    def _fill(self, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
-        return self._collator.fill_group(self._rows, bounds, out, report)
-
-    def fill(self, first: int, stop: int, out: Int64Array) -> Int64Array:
-        """See `Job`."""
-        return _filled(self._fill, self._bounds[first : stop + 1], out)
-
-    def batches(self, out: Int64Array, report: Int64Array) -> list[Batch]:
-        """See `Job`."""
-        return self._collator.batches(out, report.tolist())
+def padded_job(collator: Collator, rows: Int64Array, bounds: Int64Array) -> Job:
+    """Padded batches: batch `b` is `rows[bounds[b]:bounds[b + 1]]`, row numbers of the store."""
+    rows = np.ascontiguousarray(rows, np.int64)
+    return Job(lambda bounds, out, report: collator.fill_group(rows, bounds, out, report), collator.batches, bounds)
 
 
-class PackedJob:
-    """Packed batches; see `Job`.
+def packed_job(collator: Collator, packs: Packs, bounds: Int64Array, capacity: int) -> Job:
+    """Packed batches: batch `b` is the packs `bounds[b]` to `bounds[b + 1]`, of so many cells each."""
+    rows, starts, ends = (np.ascontiguousarray(part, np.int64) for part in packs)
 
-    Args:
-        collator: how.
-        packs: the rows of the store, pack after pack.
-        bounds: int64 `(num_batches + 1,)`: batch `b` is the packs `bounds[b]` to `bounds[b + 1]`.
-        capacity: cells a pack.
-    """
+    def fill(bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
+        return collator.fill_packed_group(rows, starts, ends, bounds, capacity, out, report)
 
-    def __init__(self, collator: Collator, packs: Packs, bounds: Int64Array, capacity: int) -> None:
-        self._collator = collator
-        self._packs = Packs(*(np.ascontiguousarray(part, np.int64) for part in packs))
-        self._bounds, self._capacity = np.ascontiguousarray(bounds, np.int64), capacity
-        self.ends = _ends(self._fill, self._bounds)
-
-    def _fill(self, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
-        packs = self._packs
-        return self._collator.fill_packed_group(
-            packs.rows, packs.starts, packs.bounds, bounds, self._capacity, out, report
-        )
-
-    def fill(self, first: int, stop: int, out: Int64Array) -> Int64Array:
-        """See `Job`."""
-        return _filled(self._fill, self._bounds[first : stop + 1], out)
-
-    def batches(self, out: Int64Array, report: Int64Array) -> list[PackedBatch]:
-        """See `Job`."""
-        return self._collator.packed_batches(out, report.tolist())
-
-
-def _ends(fill: Fill, bounds: Int64Array) -> Int64Array:
-    """See `Job`: a kernel that is given no room measures."""
-    report = np.zeros((len(bounds) - 1, kernels.REPORT_COLUMNS), np.int64)
-    with contextlib.suppress(InputError):  # a damaged row is told when its turn comes
-        fill(bounds, np.empty(0, np.int64), report)
-    return np.maximum.accumulate(report[:, kernels.END])
-
-
-def _filled(fill: Fill, bounds: Int64Array, out: Int64Array) -> Int64Array:
-    report = np.empty((len(bounds) - 1, kernels.REPORT_COLUMNS), np.int64)
-    if fill(bounds, out, report) < len(report):
-        raise InputError("the store's shards changed while they were read; prepare the store again")
-    return report
+    return Job(fill, collator.packed_batches, bounds)

@@ -19,7 +19,7 @@ from fastcollate.collate import Batch, Counts, PackedBatch, settings
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError, integer
 from fastcollate.jit import clock
-from fastcollate.load.jobs import Job, PackedJob, PaddedJob
+from fastcollate.load.jobs import Job, packed_job, padded_job
 from fastcollate.load.options import (
     LoaderKeywords,
     collate_keywords,
@@ -242,10 +242,10 @@ class BatchLoader(position.Epochs):
         if capacity is not None:
             packs, bounds = planned.packs(index)
             self._ask_for(packs.rows)
-            return PackedJob(self._collator, packs, bounds, capacity)
+            return packed_job(self._collator, packs, bounds, capacity)
         window = planned.window(index)
         self._ask_for(window.rows)
-        return PaddedJob(self._collator, window.rows, window.bounds)
+        return padded_job(self._collator, window.rows, window.bounds)
 
     def _ask_for(self, rows: npt.NDArray[np.int64]) -> None:
         """Ask the system for a window's rows."""

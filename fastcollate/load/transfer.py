@@ -22,13 +22,7 @@ class Arrival(Protocol):
 
 
 class Transfer(Protocol):
-    """Where buffers to fill come from, and how what is in them gets to the device; used by one process.
-
-    Attributes:
-        copies: whether `send` starts a copy, which goes on beside other work: the sooner it is called the better.
-    """
-
-    copies: bool
+    """Where buffers to fill come from, and how what is in them gets to the device; used by one process."""
 
     def take(self, num_cells: int) -> Int64Array:
         """A buffer of at least `num_cells` cells to fill; nobody else refills it until it is sent."""
@@ -57,35 +51,28 @@ def make_transfer(device: torch.device, num_buffers: int) -> Transfer:
 class _ToCpu:
     """Tensors over recycled buffers; nothing is copied."""
 
-    copies = False
-
     def __init__(self, num_buffers: int) -> None:
         self._pool = HostPool(num_buffers)
         self.take = self._pool.take
 
-    def send(self, buffer: Int64Array, num_cells: int) -> None:
+    def send(self, buffer: Int64Array, num_cells: int) -> Arrival | None:
         """Nothing to do: the reference count tells when the buffer is free again."""
+        return None
 
     def drop(self, buffer: Int64Array) -> None:
         """Nothing to do."""
 
 
-class _ToOther:
+class _ToOther(_ToCpu):
     """A plain copy, made when a batch is handed over, for devices without pinned memory of their own."""
 
-    copies = False
-
     def __init__(self, device: torch.device, num_buffers: int) -> None:
+        super().__init__(num_buffers)
         self._device = device
-        self._pool = HostPool(num_buffers)
-        self.take = self._pool.take
 
     def send(self, buffer: Int64Array, num_cells: int) -> Arrival:
         """Nothing to do yet."""
         return self
-
-    def drop(self, buffer: Int64Array) -> None:
-        """Nothing to do."""
 
     def receive(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Copies."""

@@ -18,9 +18,10 @@ from fastcollate.collate import fill as kernels
 from fastcollate.collate.batch import Batch
 from fastcollate.collate.collator import Collator
 from fastcollate.collate.drop_in import collate_fn
-from fastcollate.collate.reference import InstructionDataset, custom_collate_fn, custom_collate_with_masking_fn
+from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn
 from fastcollate.errors import InputError
 from fastcollate.store.layout import TABLE_COLUMNS, Table
+from tests.chapter import InstructionDataset
 from tests.helpers import make_shards
 
 PAD = 50256

@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cross_entropy
 
-from fastcollate.collate.reference import (
+from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn
+from tests.chapter import (
     InstructionDataset,
     InstructionDatasetWithMasking,
-    custom_collate_draft_1,
-    custom_collate_draft_2,
-    custom_collate_fn,
-    custom_collate_with_masking_fn,
     format_input,
     format_input_phi,
     format_response_phi,
@@ -26,20 +23,6 @@ class Words:
 
     def encode(self, text: str) -> list[int]:
         return [len(word) for word in text.split(" ")]
-
-
-def test_draft_1_pads() -> None:
-    assert custom_collate_draft_1(ROWS).tolist() == PADDED
-
-
-def test_draft_2_shifts() -> None:
-    inputs, targets = custom_collate_draft_2(ROWS)
-    assert inputs.tolist() == PADDED
-    assert targets.tolist() == [
-        [1, 2, 3, 4, 50256],
-        [6, 50256, 50256, 50256, 50256],
-        [8, 9, 50256, 50256, 50256],
-    ]
 
 
 def test_collate_ignores_padding_after_the_first() -> None:

@@ -25,18 +25,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastcollate import prepare as public_prepare
-from fastcollate.collate.reference import (
-    InstructionDataset,
-    InstructionDatasetWithMasking,
-    format_input_phi,
-    format_response_phi,
-)
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.job import _Job, prepare
 from fastcollate.sources import blocks as sources_module
 from fastcollate.store.manifest import verify_checksums
 from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_encoding
+from tests.chapter import (
+    InstructionDataset,
+    InstructionDatasetWithMasking,
+    format_input_phi,
+    format_response_phi,
+)
 
 SMALL = sources_module.Sizes(20_000, 60_000)
 AWKWARD = [

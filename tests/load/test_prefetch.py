@@ -25,7 +25,7 @@ from fastcollate.collate.collator import Collator
 from fastcollate.collate.reference import custom_collate_fn
 from fastcollate.errors import InputError
 from fastcollate.load import prefetch
-from fastcollate.load.jobs import PaddedJob
+from fastcollate.load.jobs import padded_job
 from fastcollate.load.loader import BatchLoader
 from fastcollate.load.transfer import make_transfer
 from fastcollate.store.store import TokenStore
@@ -461,7 +461,7 @@ def test_a_position_outside_of_the_epoch_is_refused_and_reads_nothing(position: 
     collator = Collator(store.shards)
     bounds = np.arange(0, 401, 8)
     groups = prefetch.fill_groups(
-        lambda window: PaddedJob(collator, np.arange(400), bounds),
+        lambda window: padded_job(collator, np.arange(400), bounds),
         4,
         position,
         make_transfer(torch.device("cpu"), 4),
