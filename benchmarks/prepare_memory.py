@@ -8,6 +8,7 @@ second, without pages of files.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -62,10 +63,12 @@ def memory_bytes(process: psutil.Process) -> tuple[int, int]:
     return total, count
 
 
-def peak(source: Path, store: Path) -> dict[str, Any]:
+def peak(source: Path, store: Path, checkout: Path | None = None) -> dict[str, Any]:
+    """Of one job, of this checkout's code or of another's."""
     command = [sys.executable, "-m", "fastcollate", "prepare", str(source), str(store), "--workers", "2", "--json"]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    environment = {**os.environ, **({} if checkout is None else {"PYTHONPATH": str(checkout)})}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=store.parent)
     measured = psutil.Process(process.pid)
     samples: list[int] = []
     most = 0
