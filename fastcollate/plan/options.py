@@ -33,6 +33,7 @@ class OrderKeywords(TypedDict, total=False):
     block: int | None
     capacity: int | None
     long_rows: str
+    longest_first: bool
 
 
 class PlanKeywords(OrderKeywords, total=False):
@@ -72,6 +73,8 @@ class PlanOptions:
         capacity: with the policy packed, cells a pack; by default `max_length`, else `max_tokens`.
         long_rows: with the policy packed, what becomes of rows longer than `max_length` (the capacity, where that is
             less): `"truncate"`, `"split"` into parts that are packed as rows of their own, or `"drop"`.
+        longest_first: the epoch's largest step, padding included, changes places with its first, so that what memory
+            does not hold is told at once; plans the whole epoch for it. Packs are all of one size.
     """
 
     batch_size: int | None = None
@@ -88,6 +91,7 @@ class PlanOptions:
     block: int | None = None
     capacity: int | None = None
     long_rows: str = "truncate"
+    longest_first: bool = False
 
     @property
     def group(self) -> int:
@@ -131,7 +135,7 @@ class PlanOptions:
         max_length = None if self.max_length is None else integer("max_length", self.max_length, 1)
         options = replace(
             self, **sizes, max_length=max_length, shares=shares, rank=rank, world_size=world_size,
-            seed=integer("seed", self.seed), drop_last=bool(self.drop_last),
+            seed=integer("seed", self.seed), drop_last=bool(self.drop_last), longest_first=bool(self.longest_first),
         )  # fmt: skip
         if self.policy == "packed":
             return options._with_packs()
@@ -140,6 +144,8 @@ class PlanOptions:
         return options
 
     def _with_packs(self) -> PlanOptions:
+        if self.longest_first:
+            raise InputError("longest_first=True with policy='packed': packs are all of one size; leave it out")
         capacity = self.capacity
         if capacity is None:
             capacity = self.max_tokens if self.max_length is None else self.max_length
@@ -181,5 +187,7 @@ def _check_choices(options: PlanOptions) -> None:
         value = getattr(options, name)
         if not isinstance(value, str) or value not in choices:
             raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
-    if not isinstance(options.drop_last, (bool, np.bool_, int)) or options.drop_last not in (0, 1):
-        raise InputError(f"drop_last={options.drop_last!r}: give True or False")
+    for name in ("drop_last", "longest_first"):
+        value = getattr(options, name)
+        if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
+            raise InputError(f"{name}={value!r}: give True or False")

@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,10 @@ class Window(NamedTuple):
     def num_batches(self) -> int:
         """Batches in this window."""
         return len(self.bounds) - 1
+
+    def split(self) -> list[Int64Array]:
+        """The batches, an array each."""
+        return np.split(self.rows, self.bounds[1:-1])
 
 
 class PackWindow(NamedTuple):
@@ -166,15 +171,60 @@ class EpochPlan:
             packs, batches = self.packs(index)
             return Window(packs.rows, packs.bounds[batches])
         self._check_window(index)
+        window = self._window(index)
+        largest, step = self._largest if self.options.longest_first else (0, 0)
+        if index not in (0, largest) or (largest, step) == (0, 0):
+            return window
+        own, other = window.split(), self._window(largest - index).split()
+        if index == 0:  # the first step and the largest change places
+            own[0], other[step] = other[step], own[0]
+        if index == largest:
+            own[step] = other[0]
+        return Window(np.concatenate(own), np.cumsum([0, *map(len, own)]))
+
+    @cached_property
+    def _largest(self) -> tuple[int, int]:
+        """Window and step of the most cells, of the steps that all ranks share evenly."""
+        most, found = 0, (0, 0)
+        for index in range(self.num_windows):
+            rows, bounds, order = self._steps(index)
+            lengths, _ = self._lengths(rows, self.options.max_length)
+            counts = np.diff(bounds)
+            if len(counts):
+                cells = np.maximum.reduceat(lengths, bounds[:-1]) * counts * (counts % self.options.group == 0)
+                place = int(cells[order].argmax())
+                if cells[order[place]] > most:
+                    most, found = int(cells[order[place]]), (index, place)
+        return found
+
+    def _window(self, index: int) -> Window:
+        """One rank's share of a window's steps, in the order in which they were planned."""
+        rows, bounds, order = self._steps(index)
+        options = self.options
+        out = np.empty(len(rows) // options.world_size + len(order), np.int64)
+        out_bounds = np.empty(len(bounds), np.int64)
+        plan_kernels.deal(rows, bounds, order, options.rank, options.world_size, out, out_bounds)
+        if len(order) and out_bounds[-1] == out_bounds[-2]:
+            out_bounds = out_bounds[:-1]  # an uneven tail of fewer rows than ranks leaves this one without
+        return Window(out[: out_bounds[-1]], out_bounds)
+
+    def _steps(self, index: int) -> tuple[npt.NDArray[Any], Int64Array, Int64Array]:
+        """The rows of a window's steps, step after step, their bounds, and the order of the steps."""
+        options = self.options
         with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
             rows = self._rows(index)
             lengths = np.empty(0, np.int32)
-            if self.options.policy == "bucketed":
+            if options.policy == "bucketed":
                 rows, lengths = self._sorted(rows)
-            elif self.options.batch_size is None:
-                lengths, _ = self._lengths(rows, self.options.max_length)
+            elif options.batch_size is None:
+                lengths, _ = self._lengths(rows, options.max_length)
             bounds = self._cut(rows, lengths)
-            return self._deal(index, rows, bounds)
+            order = np.arange(len(bounds) - 1)
+            if options.policy == "bucketed":
+                # What cannot be dealt evenly comes last: a rank may get nothing of it.
+                whole = order[:-1] if len(rows) % options.group else order
+                plan_kernels.shuffle(whole, self._key(_ORDER_KEY, index))
+        return rows, bounds, order
 
     def packs(self, index: int) -> PackWindow:
         """Plan one window of packed batches; costs the same wherever it lies."""
@@ -271,21 +321,6 @@ class EpochPlan:
         if count < 0:
             raise too_long(int(rows[-1 - count]), int(lengths[-1 - count]), options)
         return bounds[: count + 1]
-
-    def _deal(self, index: int, rows: npt.NDArray[Any], bounds: Int64Array) -> Window:
-        order = np.arange(len(bounds) - 1)
-        options = self.options
-        if options.policy == "bucketed":
-            whole = order
-            if len(rows) % options.group:
-                whole = order[:-1]  # what cannot be dealt evenly comes last: a rank may get nothing of it
-            plan_kernels.shuffle(whole, self._key(_ORDER_KEY, index))
-        out = np.empty(len(rows) // options.world_size + len(order), np.int64)
-        out_bounds = np.empty(len(bounds), np.int64)
-        plan_kernels.deal(rows, bounds, order, options.rank, options.world_size, out, out_bounds)
-        if len(order) and out_bounds[-1] == out_bounds[-2]:
-            out_bounds = out_bounds[:-1]  # an uneven tail of fewer rows than ranks leaves this one without
-        return Window(out[: out_bounds[-1]], out_bounds)
 
 
 def too_long(row: int, length: int, options: PlanOptions) -> InputError:

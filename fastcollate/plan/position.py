@@ -276,7 +276,8 @@ class SavedState:
 
     def _check_options(self, own: PlanOptions) -> None:
         names = set(asdict(own)) - {"rank"}
-        absent = {"block", "shares"} - set(self._state) if self._version == 2 else set()
+        added = {"block", "shares", "longest_first"} if self._version == 2 else {"longest_first"}  # since such a state
+        absent = added - set(self._state)
         try:
             saved = PlanOptions(**{name: self._field(name) for name in names - absent}).checked()
         except InputError as error:
