@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import unicodedata
 from functools import cached_property
 from importlib.metadata import version
@@ -86,15 +85,15 @@ class AgreeingBackend:
         releases = f"{version('gigatoken')} {version('tiktoken')} {self._fingerprint}"
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastcollate"
         path = folder / f"unicode-{hashlib.sha256(releases.encode()).hexdigest()[:16]}.json"
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return [int(code) for code in json.loads(path.read_bytes()) if 0 <= code < _NUM_CODES]
+        with contextlib.suppress(OSError, ValueError):
+            seal, _, kept = path.read_bytes().partition(b" ")
+            if seal == hashlib.sha256(kept).hexdigest().encode():  # else somebody is writing it, or it is damaged
+                return [int(code) for code in json.loads(kept)]
         codes = self._ask_both()
         with contextlib.suppress(OSError):  # a place that cannot be written: asked again by the next process
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=folder, prefix=".unicode-")
-            with open(descriptor, "w") as file:
-                json.dump(codes, file)
-            os.replace(name, path)
+            kept = json.dumps(codes).encode()
+            path.write_bytes(hashlib.sha256(kept).hexdigest().encode() + b" " + kept)
         return codes
 
     def _ask_both(self) -> list[int]:
