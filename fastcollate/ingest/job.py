@@ -85,8 +85,8 @@ def prepare(
     asked = PrepareOptions(**options)
     spec = JobSpec(asked, dict(fields or {})).sealed()
     with spooled(find_sources(sources, keep_empty=asked.on_error == "skip"), is_shared=asked.engine == "ray") as found:
-        job = _Job(found, Path(store), spec, progress)
-        manifest = None if asked.overwrite else job.find_finished()
+        job = _Job(found, Path(os.path.expanduser(store)), spec, progress)
+        manifest = None if asked.overwrite else _find_at_rest(job)
         reused = manifest is not None
         if manifest is None:
             manifest, reused = _under_lock(job, runner(asked.engine, asked.workers), asked)
@@ -110,7 +110,7 @@ def _under_lock(job: _Job, run: Runner, asked: PrepareOptions) -> tuple[dict[str
                 return manifest, True
             job.refuse_own_files()
             if asked.overwrite:
-                begin_anew(job.root)
+                begin_anew(job.root, job.identity)
             return job.run(run), False
         except SourceReadError:
             raise
@@ -121,6 +121,17 @@ def _under_lock(job: _Job, run: Runner, asked: PrepareOptions) -> tuple[dict[str
         except OSError as error:
             reason = f"{error.strerror or error}; what is finished is kept: mend that and run the same command again"
             raise OSError(error.errno, reason, str(error.filename or job.root)) from error
+
+
+def _find_at_rest(job: _Job) -> dict[str, Any] | None:
+    """As `find_finished`; `None` too where another job has begun to make the store anew meanwhile."""
+    before = _version(job.root)
+    try:
+        return job.find_finished()
+    except InputError:
+        if _version(job.root) == before:
+            raise
+        return None
 
 
 def _version(root: Path) -> tuple[int, ...]:
@@ -143,7 +154,7 @@ class _Job:
         self._progress = progress
         self._tokenizer, _ = spec.tools()
         self._tokenizer.check_before_start()
-        self._identity = spec.identity()
+        self.identity = spec.identity()
         self._starts = [0, *itertools.accumulate(source.num_bytes for source in sources)]
         self._ready: dict[int, tuple[Unit, Encoded]] = {}
         self._next = 0
@@ -162,7 +173,7 @@ class _Job:
         Raises:
             InputError: another store lies here; says what differs.
         """
-        manifest = find_finished(self.root, self.sources, self._identity, progress=self._progress)
+        manifest = find_finished(self.root, self.sources, self.identity, progress=self._progress)
         num_skipped = manifest["summary"].get("num_skipped", 0) if manifest is not None else 0
         if num_skipped and self.spec.options.on_error == "raise":
             raise InputError(
@@ -182,7 +193,7 @@ class _Job:
 
     def run(self, run: Runner) -> dict[str, Any]:
         """Encode all units that the journal does not hold, then commit; returns the manifest."""
-        with Journal(self.root, self._identity) as journal:
+        with Journal(self.root, self.identity, anew=self.spec.options.overwrite) as journal:
             self._journal = journal
             try:
                 units = self._unfinished(read_units(self.sources))
@@ -217,7 +228,7 @@ class _Job:
             if shard is None:
                 for unit in group:
                     encoded = self._finished(unit)
-                    if encoded is None:
+                    if encoded is None or not self._journal.has_part(unit.index):
                         yield unit
                     else:
                         self._put(unit, encoded)
@@ -240,7 +251,7 @@ class _Job:
         digests = [block.digest(block.read()) for block in unit.blocks]
         if unit_digest(unit, digests) == known.sha256:
             return Encoded(known, digests)
-        if not unit.index and not known.bad:
+        if not unit.index and not known.bad and not self.spec.options.overwrite:
             raise InputError(
                 f"{self.root}: holds an unfinished job whose sources began otherwise than {unit.blocks[0].name}; "
                 "choose another directory, or begin anew with --overwrite (overwrite=True)"
@@ -305,7 +316,7 @@ class _Job:
         content = manifests.sources_of([entry.sha256 for entry in seen], sum(self._num_records))
         summary = {**asdict(self._counts), "num_skipped": self._num_skipped}
         summary |= length_summary(self.root, self._shards)
-        identity = manifests.StoreIdentity(content, **self._identity)
+        identity = manifests.StoreIdentity(content, **self.identity)
         manifests.write_manifest(self.root, identity, self._shards, files=kept, summary=summary)
         self._journal.finish()
         manifest = manifests.read_manifest(self.root)
@@ -331,7 +342,7 @@ class _Job:
         )
         if untrained == num_rows:
             raise InputError(f"{self.sources[0].name}: {message}")
-        warnings.warn(message, stacklevel=5)
+        warnings.warn(message, stacklevel=6)
 
     def report(self, manifest: Mapping[str, Any], reused: bool, seconds: float) -> PrepareReport:
         """What the finished job did."""

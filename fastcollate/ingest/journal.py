@@ -51,6 +51,7 @@ class Journal:
     Args:
         root: the store's folder.
         identity: what the job is, besides its sources.
+        anew: whether it began with nothing of an earlier store or job; noted for `begin_anew`.
 
     Attributes:
         token: names the parts that this job's workers write.
@@ -61,7 +62,7 @@ class Journal:
         InputError: an unfinished job of another identity lies here.
     """
 
-    def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, root: Path, identity: Mapping[str, Any], *, anew: bool = False) -> None:
         if manifests.MANIFEST in os.listdir(root):  # as a network's cache might not have told a moment ago
             raise InputError(f"{root}: holds a finished store by now; run the same command again")
         self._root = root
@@ -84,7 +85,7 @@ class Journal:
         if self._file.tell():
             self._file.write(b"\n")  # ends a line that a crash cut off
         else:
-            self._write("job", dict(identity))
+            self._write("job", {**identity, "anew": anew})
         host = socket.gethostname()
         self._write("run", {"token": self.token, "pid": os.getpid(), "host": host, "started": int(time.time())})
 
@@ -95,6 +96,11 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def has_part(self, index: int) -> bool:
+        """Whether a finished unit's rows are still by themselves, not in a shard that is to be made again."""
+        part = self.units[index].part
+        return part is None or self._has_size(part)
 
     @property
     def has_finished(self) -> bool:
@@ -219,14 +225,19 @@ def tidy(root: Path) -> None:
                     discard(path)
 
 
-def begin_anew(root: Path) -> None:
+def begin_anew(root: Path, identity: Mapping[str, Any]) -> None:
     """Remove a store and whatever jobs have left in its folder, whose lock is held.
+
+    An unfinished job of the same identity that itself began anew stays: it is gone on with.
 
     Raises:
         InputError: a file of it is in use, and the system does not let it go.
     """
     names = sorted(path.name for path in root.iterdir() if is_ours(path.name))
     names.sort(key=lambda name: name != manifests.MANIFEST)  # without its manifest it is no store any more
+    header = next((entry for entry in read_lines(root / _JOURNAL) if entry["line"] == "job"), {})
+    if header.get("anew") and manifests.MANIFEST not in names and not differences(header, identity):
+        return
     for name in names:
         try:
             (root / name).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ def convert(old: str | Path, new: str | Path, *, progress: bool = False) -> Conv
         fastcollate.errors.InputError: store: of format 2 already; there is nothing to convert
     """
     started = time.perf_counter()
-    root, target = Path(old), Path(new)
+    root, target = Path(os.path.expanduser(old)), Path(os.path.expanduser(new))
     manifest = read_manifest(root)
     if manifest is None:
         raise InputError(f"{root}: no finished token store here; give the directory of the store to convert")

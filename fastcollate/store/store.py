@@ -59,7 +59,7 @@ class TokenStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
         self._from_anywhere = self.path.absolute()  # also after `chdir`
         manifest = read_manifest(self.path)
         if manifest is None:

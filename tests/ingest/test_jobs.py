@@ -20,11 +20,14 @@ from test_prepare import many, store_hash, write_lines
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.prepare_race import race, run_kills, run_races
 from fastcollate.errors import InputError
+from fastcollate.ingest import job as job_module
 from fastcollate.ingest import lock as lock_module
 from fastcollate.ingest.job import prepare
+from fastcollate.ingest.journal import begin_anew
 from fastcollate.ingest.lock import JobLock
 from fastcollate.ingest.options import PrepareKeywords, PrepareOptions
 from fastcollate.sources import blocks
+from fastcollate.store.store import TokenStore
 
 START = (
     "import sys; from fastcollate.sources import blocks; blocks.SIZES = blocks.Sizes(20_000, 60_000); "
@@ -263,3 +266,33 @@ def test_the_keywords_are_the_options(tmp_path: Path) -> None:
         assert f"{item.name}: {item.metadata['help']}" in str(PrepareOptions.__doc__)
     with pytest.raises(TypeError, match="tempalte"):
         prepare(write_lines(tmp_path / "a.jsonl", many(2)), tmp_path / "s", tempalte="alpaca")  # type: ignore[call-arg]
+
+
+def test_a_store_that_is_made_anew_at_this_moment_is_waited_for(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever wants to reuse it has read its manifest, and then its files go."""
+    store, find, calls = tmp_path / "s", job_module.find_finished, []
+    prepare(source, store)
+
+    def find_while_it_goes(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            begin_anew(store, {})
+            raise InputError("missing or damaged")
+        return find(*arguments, **options)
+
+    monkeypatch.setattr(job_module, "find_finished", find_while_it_goes)
+    assert not prepare(source, store).reused
+    assert prepare(source, store).reused
+    assert len(calls) == 3
+
+
+def test_a_store_at_home(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    report = prepare(source, "~/s")
+    assert report.store == str(tmp_path / "s")
+    assert len(TokenStore("~/s")) == report.num_rows
+    assert not Path("~").exists()

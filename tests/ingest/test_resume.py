@@ -391,3 +391,57 @@ def _unlink(path: Path, missing_ok: bool) -> None:
     except FileNotFoundError:
         if not missing_ok:
             raise
+
+
+@pytest.mark.parametrize("stop", [7, 8, 13, 14])
+@pytest.mark.parametrize("size", [100, 3200, 5900, 7000])
+def test_a_unit_that_comes_to_another_shard_is_made_again(tmp_path: Path, stop: int, size: int) -> None:
+    """Its rows are in the shard in which it was, which is to be made again: another file there grew or shrank."""
+    folder, store = tmp_path / "files", tmp_path / "s"
+    folder.mkdir()
+
+    def write(number: int, size: int) -> None:
+        write_lines(folder / f"{number:03}.jsonl", [{"instruction": "word " * (size // 5), "output": str(number)}])
+
+    for number in range(20):
+        write(number, 4800)  # a unit each, six a shard
+    with stopped_after(stop, StopHere()):
+        prepare(str(folder / "*.jsonl"), store, workers=1)
+    write(2, size)
+    prepare(str(folder / "*.jsonl"), store, workers=1)
+    prepare(str(folder / "*.jsonl"), tmp_path / "plain", workers=1)
+    assert store_hash(store) == store_hash(tmp_path / "plain")
+
+
+def test_what_an_overwrite_has_finished_is_kept_too(
+    tmp_path: Path, source: Path, expected: str, done: list[int]
+) -> None:
+    """The same command goes on where it was stopped, and begins anew again once it has come to its end."""
+    prepare(source, tmp_path / "s", workers=1)
+    total = num_units(source)
+    for stop in (7, 3):
+        done.clear()
+        with stopped_after(stop, StopHere()):
+            prepare(source, tmp_path / "s", workers=1, overwrite=True)
+    assert 7 in done
+    assert 6 not in done
+    done.clear()
+    prepare(source, tmp_path / "s", workers=1, overwrite=True)
+    assert done == list(range(10, total))
+    assert store_hash(tmp_path / "s") == expected
+    prepare(source, tmp_path / "s", workers=1, overwrite=True)
+    assert done == [*range(10, total), *range(total)]
+
+
+def test_an_overwrite_begins_anew_where_another_job_was_stopped(
+    tmp_path: Path, source: Path, expected: str, done: list[int]
+) -> None:
+    other = write_lines(tmp_path / "b.jsonl", many(900, seed=2))
+    for options in ({}, {"overwrite": True, "template": "phi3"}, {"overwrite": True}):
+        with stopped_after(5, StopHere()):
+            prepare(other if options == {"overwrite": True} else source, tmp_path / "s", workers=1, **options)
+        with contextlib.nullcontext() if options else stopped_after(5, StopHere()):
+            done.clear()
+            prepare(source, tmp_path / "s", workers=1, overwrite=True)
+        assert done[:6] == list(range(6))  # nothing of what the other job, or one without overwrite, had finished
+    assert store_hash(tmp_path / "s") == expected
