@@ -93,3 +93,12 @@ def save(name: str, result: Mapping[str, Any]) -> Path:
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
     print(f"wrote bench_results/{path.name}")
     return path
+
+
+def save_part(name: str, part: str, result: Mapping[str, Any]) -> Path:
+    """As `save`, one part of the file; what else is in it stays."""
+    path = RESULTS / f"{name}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    earlier.pop("machine", None)
+    print(json.dumps(result, indent=2))
+    return save(name, {**earlier, part: result})

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import tiktoken
 
-from benchmarks.harness import RESULTS, save
+from benchmarks.harness import save_part
 from fastcollate.ingest.job import prepare
 from fastcollate.store.store import TokenStore
 from fastcollate.text.tokenizer import load_encoding
@@ -259,11 +259,7 @@ def main() -> None:
     counts = run(options.records, options.seed)
     result = {"seed": options.seed, "differences": 0, **dict(sorted(counts.items()))}
     result["seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps(result, indent=2))
-    path = RESULTS / "fuzz.json"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    earlier.pop("machine", None)
-    save("fuzz", {**earlier, "chats": result})
+    save_part("fuzz", "chats", result)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, save
+from benchmarks.harness import save_part
 from fastcollate.ingest import encode
 from fastcollate.sources.blocks import Block
 from fastcollate.sources.find import Source
@@ -383,11 +382,7 @@ def main() -> None:
             counts += job.result()
     result = {"seed": options.seed, "differences": 0, **dict(sorted(counts.items()))}
     result["seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps(result, indent=2))
-    path = RESULTS / "fuzz.json"
-    earlier = json.loads(path.read_text()) if Path(path).exists() else {}
-    earlier.pop("machine", None)
-    save("fuzz", {**earlier, "json": result})
+    save_part("fuzz", "json", result)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, save
+from benchmarks.harness import save_part
 from fastcollate.check.reference_check import Verification, verify
 from fastcollate.errors import InputError
 from fastcollate.ingest.job import prepare
@@ -153,17 +153,8 @@ def main() -> None:
         shares = [min(250, options.jobs - start) for start in range(0, options.jobs, 250)]
         for found in pool.map(run, shares, range(options.seed * 1000, options.seed * 1000 + len(shares))):
             counts += found
-    write_result(counts, options.seed, time.perf_counter() - started)
-
-
-def write_result(counts: Counter[str], seed: int, seconds: float) -> None:
-    """Print the counts, and put them beside those of the other fuzzers."""
-    result = {"seed": seed, "differences": 0, **dict(sorted(counts.items())), "seconds": round(seconds, 1)}
-    print(json.dumps(result, indent=2))
-    path = RESULTS / "fuzz.json"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    earlier.pop("machine", None)
-    save("fuzz", {**earlier, "verify": result})
+    result = {"seed": options.seed, "differences": 0, **dict(sorted(counts.items()))}
+    save_part("fuzz", "verify", {**result, "seconds": round(time.perf_counter() - started, 1)})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,13 @@ NOT_UTF8 = (
     "a byte that is not UTF-8; if the file is in another encoding, convert it, as by iconv -f WINDOWS-1252 -t UTF-8"
 )
 _PIECE = 1 << 17  # bytes looked at at once
+_MARKS = (  # those of UTF-32 begin or look like those of UTF-16
+    (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
+)  # fmt: skip
+_ZEROS: dict[tuple[bool, ...], str] = {  # where the zeros stand in two or one ASCII characters
+    (False, True, False, True): "UTF-16LE", (True, False, True, False): "UTF-16BE",
+    (False, True, True, True): "UTF-32LE", (True, True, True, False): "UTF-32BE",
+}  # fmt: skip
 _BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(rb"[ \t\r\n]*\[")
 _PRETTY = re.compile(rb'[ \t\r\n]*\{[ \t\r]*\n[ \t\r\n]*"[^"\n]*"[ \t]*:')
@@ -74,10 +81,11 @@ def json_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iter
 
 
 def check_encoding(head: bytes, name: str) -> None:
-    """Refuse a file whose first bytes are those of UTF-16 or UTF-32."""
-    zeros = [byte == 0 for byte in head]
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros in ([True, False] * 2, [False, True] * 2) or sum(zeros) == 3:
-        raise InputError(f"{name}: is UTF-16 or UTF-32, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+    """Refuse a file whose first four bytes are those of UTF-16 or UTF-32, with or without a byte order mark."""
+    zeros = tuple(byte == 0 for byte in head)
+    found = next((encoding for mark, encoding in _MARKS if head.startswith(mark)), _ZEROS.get(zeros))
+    if found is not None:
+        raise InputError(f"{name}: is {found}, not UTF-8; convert it: iconv -f {found} -t UTF-8 OLD > NEW")
 
 
 class _Reader:

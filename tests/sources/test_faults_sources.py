@@ -137,13 +137,15 @@ def test_a_quotation_mark_that_is_never_closed(tmp_path: Path, body: str, first:
 # ---------------------------------------------------------------------------------------------------------- encodings
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
 def test_utf16_is_named(tmp_path: Path, name: str, encoding: str) -> None:
     text = '{"instruction": "a", "output": "b"}\n' if "json" in name else "instruction,output\na,b\n"
     (tmp_path / name).write_bytes(text.encode(encoding))
-    with pytest.raises(InputError, match=rf"{name}: is UTF-16 or UTF-32, not UTF-8; convert it: iconv"):
+    with pytest.raises(InputError, match=rf"{name}: is UTF-\d\d\S*, not UTF-8; convert it: iconv -f ") as told:
         prepare(tmp_path / name, tmp_path / "s", on_error="skip")
+    named = str(told.value).split("iconv -f ")[1].split()[0]
+    assert text.encode(encoding).decode(named) == text
 
 
 @pytest.mark.parametrize("text", ["naïve", "“quoted”", "5 €"])
