@@ -18,6 +18,7 @@ from fastcollate.integrations.hf_datasets import open_dataset as open_dataset
 from fastcollate.integrations.hf_datasets import store_from_dataset as store_from_dataset
 from fastcollate.integrations.pytorch import PackedRows, StoreDataset, StoreRow, packs_of, row_numbers
 from fastcollate.load import trained_rows
+from fastcollate.plan import MixedStore
 
 IGNORE = -100
 LAYOUTS = ("padded", "flattened")
@@ -270,6 +271,11 @@ class BucketedTrainerMixin:
                     "give data_collator=fastcollate.integrations.huggingface.DataCollator()"
                 )
             check_model(dataset.store, trainer.model)
+            if isinstance(dataset.store, MixedStore) and "rows" not in self.batching:
+                raise InputError(
+                    "train_dataset is over a MixedStore, whose weights a Trainer does not keep: use a BatchLoader, "
+                    "or with BucketBatchSampler in a DataLoader; or choose rows, in batching={'rows': ...}"
+                )
             rows = None if "rows" in self.batching else _rows_with_labels(dataset)
         else:
             dataset = trainer._remove_unused_columns(dataset, description="training")
