@@ -125,6 +125,7 @@ class TrainOptions(MaskOptions):
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     compile: bool = option(False, "Compile the model; worth it on long runs.")
+    cuda_graphs: bool = option(False, "With --compile on CUDA, replay recorded kernels; worth it on small batches.")
     width_multiple: int = option(64, "With --compile, widths are rounded up to a multiple of this.")
     eval_every: int = option(50, "Steps between evaluations; 0 for none.")
     eval_batches: int = option(8, "Batches an evaluation, at most; 0 for the whole validation split.")

@@ -70,24 +70,45 @@ def round_up_width(batch: MicroBatch, multiple: int) -> MicroBatch:
     )
 
 
-def fill_bounds(cu_seqlens: Tensor) -> Tensor:
-    """`cu_seqlens` filled up with empty segments to a power of two, so that a compiled model sees few sizes."""
-    missing = (1 << (len(cu_seqlens) - 1).bit_length()) - len(cu_seqlens)
-    return torch.cat([cu_seqlens, cu_seqlens[-1:].expand(missing)])
+def fill_packs(batch: MicroBatch, num_packs: int, num_bounds: int) -> MicroBatch:
+    """A packed batch with empty packs up to `num_packs` and empty segments up to `num_bounds`, at least what it has.
+
+    A compiled model then sees one shape.
+    """
+    missing, capacity = num_packs - len(batch.inputs), batch.inputs.shape[1]
+    bounds, positions = batch.cu_seqlens, batch.position_ids
+    assert bounds is not None
+    assert positions is not None
+    if missing > 0:
+        more = (
+            torch.arange(1, missing + 1, dtype=bounds.dtype, device=bounds.device) * capacity
+            + len(batch.inputs) * capacity
+        )
+        bounds = torch.cat([bounds, more])
+        positions = torch.cat([positions, torch.arange(capacity, device=positions.device).expand(missing, -1)])
+        batch = batch._replace(
+            inputs=functional.pad(batch.inputs, (0, 0, 0, missing)),
+            targets=functional.pad(batch.targets, (0, 0, 0, missing), value=IGNORE_INDEX),
+        )
+    bounds = torch.cat([bounds, bounds[-1:].expand(max(0, num_bounds - len(bounds)))])
+    return batch._replace(position_ids=positions, cu_seqlens=bounds)
 
 
 class _Loss(nn.Module):
     """What ranks share: from a batch to its part of the step's loss."""
 
-    def __init__(self, model: GPT2, *, compiled: bool) -> None:
+    def __init__(self, model: GPT2, options: TrainOptions) -> None:
         super().__init__()
         self.model = model
-        self._hidden: Any = torch.compile(model.hidden) if compiled else model.hidden
+        self._compiled = options.compile
+        mode = "reduce-overhead" if options.cuda_graphs else None
+        self._hidden: Any = torch.compile(model.hidden, mode=mode) if options.compile else model.hidden
 
     def forward(self, batch: MicroBatch, scale: float) -> Tensor:
         hidden = self._hidden(batch.inputs, batch.position_ids, batch.cu_seqlens)
         cells, labels = trained_cells(batch.targets, num_trained=batch.num_trained)
-        return scaled_loss(hidden.flatten(0, 1).index_select(0, cells), self.model.head_weight, labels, scale)
+        read = hidden.flatten(0, 1).index_select(0, cells)
+        return scaled_loss(read, self.model.head_weight, labels, scale, compiled=self._compiled)
 
 
 class Stepper:
@@ -97,8 +118,9 @@ class Stepper:
         self.model = model
         self.options = options.with_precision(ranks.device.type)
         self.ranks = ranks
-        self._loss = ranks.share(_Loss(model, compiled=options.compile))
+        self._loss = ranks.share(_Loss(model, options))
         self.optimizer = make_optimizer(model, options.weight_decay)
+        self._most_packs = self._most_bounds = 0  # of the packed batches so far
 
     def step(self, batches: Sequence[MicroBatch], num_trained: int, learning_rate: float) -> Tensor:
         """Train on micro-batches: as many on every rank, `empty_batch` where it has none.
@@ -147,9 +169,14 @@ class Stepper:
     def _shaped(self, batch: MicroBatch) -> MicroBatch:
         if not self.options.compile:
             return batch
-        if batch.cu_seqlens is not None:
-            return batch._replace(cu_seqlens=fill_bounds(batch.cu_seqlens))
-        return round_up_width(batch, self.options.width_multiple)
+        if batch.cu_seqlens is None:
+            return round_up_width(batch, self.options.width_multiple)
+        self._most_packs = max(self._most_packs, len(batch.inputs))
+        bounds = len(batch.cu_seqlens) + self._most_packs - len(batch.inputs)
+        self._most_bounds = max(self._most_bounds, 1 << (bounds - 1).bit_length())
+        batch = fill_packs(batch, self._most_packs, self._most_bounds)
+        torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
+        return batch
 
     def _no_sync(self, more_to_come: bool) -> contextlib.AbstractContextManager[Any]:
         if more_to_come and isinstance(self._loss, nn.parallel.DistributedDataParallel):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fastcollate.train import loss
 from fastcollate.train.loss import cell_losses, scaled_loss, trained_cells
 
 
@@ -23,9 +24,9 @@ def test_loss_and_gradients_equal_the_plain_way(chunk: int | None) -> None:
     expected = plain(hidden, weight, targets) / 17
     expected_grads = torch.autograd.grad(expected, (hidden, weight))
     cells, labels = trained_cells(targets)
-    loss = scaled_loss(hidden[cells], weight, labels, 1 / 17, chunk=chunk)
-    grads = torch.autograd.grad(loss, (hidden, weight))
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    found = scaled_loss(hidden[cells], weight, labels, 1 / 17, chunk=chunk)
+    grads = torch.autograd.grad(found, (hidden, weight))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     for ours, theirs in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     torch.testing.assert_close(
@@ -45,9 +46,9 @@ def test_a_factor_behind_the_loss_reaches_the_gradients() -> None:
 def test_no_cell_is_no_loss_and_no_gradient() -> None:
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
     cells, labels = trained_cells(torch.full((2, 3), -100))
-    loss = scaled_loss(hidden[cells], weight, labels, 1.0)
-    loss.backward()
-    assert (loss.item(), len(cells)) == (0.0, 0)
+    found = scaled_loss(hidden[cells], weight, labels, 1.0)
+    found.backward()
+    assert (found.item(), len(cells)) == (0.0, 0)
     assert weight.grad is not None
     assert not weight.grad.any()
     assert cell_losses(hidden[cells], weight, labels).shape == (0,)
@@ -60,15 +61,41 @@ def test_bfloat16_is_near() -> None:
     expected = plain(hidden, weight, labels) / 50
     (expected_grad,) = torch.autograd.grad(expected, weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = scaled_loss(hidden, weight, labels, 1 / 50)
-    loss.backward()
+        found = scaled_loss(hidden, weight, labels, 1 / 50)
+    found.backward()
     assert weight.grad is not None
-    assert loss.dtype == weight.grad.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=0.01, atol=0.01)
+    assert found.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
     torch.testing.assert_close(weight.grad, expected_grad, rtol=0.1, atol=0.002)
 
 
 def test_extreme_logits_stay_finite() -> None:
     hidden, weight = torch.tensor([[200.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]], requires_grad=True)
-    loss = scaled_loss(hidden, weight, torch.tensor([1]), 1.0)
-    assert loss.item() == 400.0
+    found = scaled_loss(hidden, weight, torch.tensor([1]), 1.0)
+    assert found.item() == 400.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_pass_to_compile_gives_what_the_plain_one_gives(dtype: torch.dtype) -> None:
+    """With 50,257 columns of 50,304 in small: what is beyond the vocabulary has no gradient, whatever it held."""
+    torch.manual_seed(0)
+    logits, labels = (3 * torch.randn(30, 128)).to(dtype), torch.randint(101, (30,))
+    logits[:, 101:] = 50.0
+    wanted = logits.double()[:, :101].softmax(1)
+    wanted[torch.arange(30), labels] -= 1
+    expected = cross_entropy(logits.double()[:, :101], labels, reduction="sum")
+    for turn in (loss._to_gradient, loss._to_gradient_in_one_pass):
+        found = logits.clone()
+        total = -turn(found, labels, 101)
+        torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=0)
+        # To the last digit of 16 bits, also where a label's probability is near 1.
+        torch.testing.assert_close(found.double()[:, :101], wanted, rtol=max(torch.finfo(dtype).eps, 2e-6), atol=1e-7)
+        assert not found[:, 101:].any()
+
+
+def test_a_sure_label_keeps_its_gradient_in_16_bits() -> None:
+    logits = torch.tensor([[9.0, 0.0]], dtype=torch.bfloat16)
+    for turn in (loss._to_gradient, loss._to_gradient_in_one_pass):
+        found = logits.clone()
+        turn(found, torch.tensor([0]), 2)
+        assert found[0, 0].item() == pytest.approx(-1.234e-4, rel=0.01)  # its probability is 1.0 in 16 bits
