@@ -18,6 +18,7 @@ from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
 from fastcollate.train import files
 from fastcollate.train.answers import continue_prompt
+from fastcollate.train.cuda.attention import fastest_attention
 from fastcollate.train.files import Checkpoint, Counters, TrainReport
 from fastcollate.train.loss import Readback
 from fastcollate.train.model import GPT2, config_of, load_published
@@ -328,6 +329,7 @@ def _train(store: TokenStore, options: TrainOptions, ranks: Ranks, *, progress: 
     saved = files.find_checkpoint(options)
     options = options.with_precision(ranks.device.type, saved.options if saved is not None else None)
     with (
+        fastest_attention(ranks.device),
         Interrupts() as interrupts,
         progress_bar("loss", "rate", "waiting", unit="steps", progress=progress) as bar,
     ):

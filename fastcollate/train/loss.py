@@ -8,6 +8,8 @@ are never computed twice.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,31 +42,21 @@ def trained_cells(
     return cells, flat[cells]
 
 
-def _default_chunk(vocab_size: int, device: torch.device) -> int:
-    """Cells a chunk: logits that stay near the cache on a CPU, and fill a GPU (half a GB in float32)."""
-    logits = 1 << 27 if device.type == "cuda" else 1 << 25
-    return max(64, logits // vocab_size)
-
-
 def cell_losses(hidden: Tensor, head_weight: Tensor, labels: Tensor, *, chunk: int | None = None) -> Tensor:
     """The cross-entropy of each cell, float32 or wider `(cells,)`, without gradient (evaluation); see `scaled_loss`."""
-    chunk = chunk or _default_chunk(head_weight.shape[0], hidden.device)
     with torch.no_grad():
-        parts = [
-            functional.cross_entropy(_wide(functional.linear(part, head_weight)), wanted, reduction="none")
-            for part, wanted in zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
-        ]
-    return torch.cat(parts)
+        cells, weight = _in_product_type(hidden, head_weight)
+        losses = torch.empty(len(labels), dtype=_wide_type(cells), device=cells.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _parts(len(labels), chunk or _default_chunk(weight)):
+                logits = cells[part] @ weight.T
+                logits[:, len(head_weight) :] = -torch.inf
+                losses[part] = functional.cross_entropy(logits.to(losses.dtype), labels[part], reduction="none")
+    return losses
 
 
 def scaled_loss(
-    hidden: Tensor,
-    head_weight: Tensor,
-    labels: Tensor,
-    scale: float,
-    *,
-    chunk: int | None = None,
-    compiled: bool = False,
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, scale: float, *, chunk: int | None = None
 ) -> Tensor:
     """The sum of the cells' cross-entropies times `scale`, with gradients for `hidden` and `head_weight`.
 
@@ -76,20 +68,14 @@ def scaled_loss(
         head_weight: `(vocabulary, width)`.
         labels: int64 `(cells,)`.
         scale: multiplies the sum.
-        chunk: cells at a time.
-        compiled: what lies between the products is compiled to one pass over the logits (`torch.compile`).
+        chunk: cells at a time, at most.
 
     Example:
         >>> scaled_loss(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 5]), scale=1 / 2)
         tensor(2.0794)
     """
-    chunk = chunk or _default_chunk(head_weight.shape[0], hidden.device)
-    loss: Tensor = _ChunkedLoss.apply(hidden, head_weight, labels, scale, chunk, compiled)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedLoss.apply(hidden, head_weight, labels, scale, chunk)  # type: ignore[no-untyped-call]
     return loss
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -97,21 +83,16 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, scale: float, chunk: int, compiled: bool
+        ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, scale: float, chunk: int | None
     ) -> Tensor:
-        device = hidden.device.type
-        compute_type = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
-        to_gradient = _to_gradient_compiled if compiled else _to_gradient
-        with torch.autocast(device, enabled=False):
-            weight = _padded(head_weight, compute_type)
-            cells = hidden.to(compute_type)
-            grad_hidden = torch.empty_like(cells)
-            grad_weight = torch.zeros(weight.shape, dtype=head_weight.dtype, device=weight.device)
-            total = torch.zeros((), dtype=torch.float64 if device == "cpu" else torch.float32, device=hidden.device)
-            for start in range(0, len(labels), chunk):
-                part = slice(start, start + chunk)
+        cells, weight = _in_product_type(hidden, head_weight)
+        grad_hidden = torch.empty_like(cells)
+        grad_weight = torch.zeros(weight.shape, dtype=head_weight.dtype, device=weight.device)
+        total = torch.zeros((), dtype=torch.float32 if hidden.is_cuda else torch.float64, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _parts(len(labels), chunk or _default_chunk(weight)):
                 logits = cells[part] @ weight.T
-                total -= to_gradient(logits, labels[part], len(head_weight))
+                total -= _to_gradient(logits, labels[part], len(head_weight))
                 torch.mm(logits, weight, out=grad_hidden[part])
                 _add_product(grad_weight, logits.T, cells[part])
         ctx.save_for_backward(grad_hidden, grad_weight[: len(head_weight)])
@@ -119,59 +100,68 @@ class _ChunkedLoss(torch.autograd.Function):
         return (total * scale).to(grad_weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grad_loss * ctx.scale
-        return (grad_hidden * factor).to(ctx.hidden_type), grad_weight.mul_(factor), None, None, None, None
+        return (grad_hidden * factor).to(ctx.hidden_type), grad_weight.mul_(factor), None, None, None
 
 
-def _padded(head_weight: Tensor, compute_type: torch.dtype) -> Tensor:
-    """The head in the type of its products, on a GPU with rows of zeros up to a multiple of 128 (50,304 of 50,257).
+def _in_product_type(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's type where it is on; on a GPU the head with rows of zeros up to a multiple of 128.
 
-    Products with an odd vocabulary take up to twice as long there. Checkpoints know nothing of it.
+    Products with 50,257 columns instead of 50,304 take up to seven times as long there. Checkpoints know nothing of it.
     """
+    device = hidden.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
     missing = -len(head_weight) % 128 if head_weight.is_cuda else 0
     if not missing:
-        return head_weight.to(compute_type)
-    padded = head_weight.new_zeros((len(head_weight) + missing, head_weight.shape[1]), dtype=compute_type)
+        return hidden.to(kind), head_weight.to(kind)
+    padded = head_weight.new_zeros((len(head_weight) + missing, head_weight.shape[1]), dtype=kind)
     padded[: len(head_weight)] = head_weight
-    return padded
+    return hidden.to(kind), padded
+
+
+def _default_chunk(weight: Tensor) -> int:
+    """Cells a chunk: logits that stay near the cache on a CPU, and fill a GPU (a GB in 16 bits)."""
+    return max(64, (1 << 29 if weight.is_cuda else 1 << 25) // len(weight))
+
+
+def _parts(num_cells: int, chunk: int) -> Iterator[slice]:
+    """Even parts of at most `chunk` cells."""
+    num_parts = -(-num_cells // chunk)
+    bounds = [num_cells * i // num_parts for i in range(num_parts + 1)] if num_parts else []
+    return (slice(start, end) for start, end in pairwise(bounds))
+
+
+def _wide_type(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _to_gradient(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     """Turn logits into the gradient of the summed cross-entropy, in place; the sum of the labels' log-probabilities.
 
-    In 16 bits a label's probability near 1 would leave no gradient; it is computed from the wide logarithm.
+    Columns from `vocab_size` on count as minus infinity.
     """
+    if logits.is_cuda and logits.dtype != torch.float64 and (kernel := _kernel()) is not None:
+        found: Tensor = kernel(logits, labels, vocab_size)
+        return found
     logits[:, vocab_size:] = -torch.inf
-    log_probs = torch.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    log_probs = torch.log_softmax(logits, 1, dtype=_wide_type(logits))
     of_labels = log_probs.gather(1, labels[:, None])
     torch.exp(log_probs, out=logits)
+    # In 16 bits a label's probability near 1 would leave no gradient.
     logits.scatter_(1, labels[:, None], of_labels.expm1().to(logits.dtype))
     return of_labels.sum()
 
 
-def _to_gradient_in_one_pass(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """As `_to_gradient`, in operations that a compiler joins."""
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(columns >= vocab_size, -torch.inf)
-    log_sums = torch.logsumexp(wide, 1, keepdim=True)
-    log_probs = logits.gather(1, labels[:, None]).to(wide.dtype) - log_sums
-    # `expm1` of every cell would take twice the time; the subtraction is exact beside the digits of 16 bits.
-    logits.copy_((wide - log_sums).exp() - (columns == labels[:, None]).to(wide.dtype))
-    return log_probs.sum()
-
-
 @functools.cache
-def _compiled() -> Any:
-    return torch.compile(_to_gradient_in_one_pass)
-
-
-def _to_gradient_compiled(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    for tensor in (logits, labels):  # the last chunk has fewer cells
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    of_labels: Tensor = _compiled()(logits, labels, vocab_size)
-    return of_labels
+def _kernel() -> Any:
+    """`to_gradient` in one pass over the logits; `None` where PyTorch came without Triton (not on Linux)."""
+    try:
+        from fastcollate.train.cuda.cross_entropy import to_gradient
+    except ImportError:
+        return None
+    return to_gradient
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -7,10 +7,9 @@ matrices (the published ones are stored input by output).
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastcollate.errors import InputError, import_extra
+from fastcollate.train.cuda import attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,13 +106,9 @@ class KeyValueCache:
 def _packed_attention(qkv: Tensor, segments: Segments, dropout: float) -> Tensor:
     """Causal attention within each segment, of `(tokens, 3, heads, head size)`: `(tokens, heads, head size)`."""
     if qkv.is_cuda:
-        why = why_segments_one_by_one(qkv.dtype, dropout)
+        why = attention.why_segments_one_by_one(qkv.dtype, dropout)
         if why is None:
-            assert VARLEN_ATTENTION is not None
-            query, key, value = qkv.unbind(1)
-            cu, longest = segments.cu_seqlens, segments.longest
-            mixed: Tensor = VARLEN_ATTENTION(query, key, value, cu, cu, longest, longest)
-            return mixed
+            return attention.varlen(qkv, segments.cu_seqlens, segments.longest)
         _warn_once(f"packed attention runs segment by segment, which is slow on a GPU: {why}")
     # Exact everywhere, and on a CPU faster than one masked or padded call, which computes what it then throws away.
     # `split`, not slices: the gradient of a slice is as large as the whole.
@@ -124,37 +120,7 @@ def _packed_attention(qkv: Tensor, segments: Segments, dropout: float) -> Tensor
     return torch.cat(parts)
 
 
-def causal_varlen(attention: Callable[..., Any]) -> Callable[..., Any] | None:
-    """A variable-length attention of PyTorch made causal, `None` where it offers no way."""
-    parameters = inspect.signature(attention).parameters
-    if "window_size" in parameters:
-        return functools.partial(attention, window_size=(-1, 0))
-    if "is_causal" in parameters:  # PyTorch 2.10
-        return functools.partial(attention, is_causal=True)
-    return None
-
-
-def _varlen_attention() -> Callable[..., Any] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return causal_varlen(varlen_attn)
-
-
-VARLEN_ATTENTION = _varlen_attention()
 _warn_once = functools.cache(warnings.warn)
-
-
-def why_segments_one_by_one(dtype: torch.dtype, dropout: float) -> str | None:
-    """Why packed attention on a GPU cannot be one call, with the remedy; `None` where it can."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it is computed in {str(dtype).removeprefix('torch.')}; use --precision bfloat16"
-    if dropout:
-        return "the variable-length attention has no dropout; use --dropout 0"
-    if VARLEN_ATTENTION is None:
-        return f"PyTorch {torch.__version__} has no causal varlen_attn; 2.10 and later have"
-    return None
 
 
 class Attention(nn.Module):
@@ -295,6 +261,8 @@ class GPT2(nn.Module):
             position_ids = torch.arange(start, start + length, device=inputs.device)
         segments = Segments(cu_seqlens, min(length, self.config.context_length)) if cu_seqlens is not None else None
         x = self.drop(self.wte(inputs) + self.wpe(position_ids))
+        if torch.is_autocast_enabled(x.device.type):  # what the layers add to is as narrow as what they add
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.h:
             x = block(x, segments, cache)
         if cache is not None:

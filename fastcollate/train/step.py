@@ -100,15 +100,13 @@ class _Loss(nn.Module):
     def __init__(self, model: GPT2, options: TrainOptions) -> None:
         super().__init__()
         self.model = model
-        self._compiled = options.compile
         mode = "reduce-overhead" if options.cuda_graphs else None
         self._hidden: Any = torch.compile(model.hidden, mode=mode) if options.compile else model.hidden
 
     def forward(self, batch: MicroBatch, scale: float) -> Tensor:
         hidden = self._hidden(batch.inputs, batch.position_ids, batch.cu_seqlens)
         cells, labels = trained_cells(batch.targets, num_trained=batch.num_trained)
-        read = hidden.flatten(0, 1).index_select(0, cells)
-        return scaled_loss(read, self.model.head_weight, labels, scale, compiled=self._compiled)
+        return scaled_loss(hidden.flatten(0, 1).index_select(0, cells), self.model.head_weight, labels, scale)
 
 
 class Stepper:

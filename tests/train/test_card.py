@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu, harness
 from fastcollate.errors import InputError
-from fastcollate.train import model as room
+from fastcollate.train.cuda import attention as room
 from fastcollate.train.loss import Readback
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import choose_device, join_ranks
@@ -69,6 +69,25 @@ def test_the_reason_for_a_slow_attention_has_its_remedy(monkeypatch: pytest.Monk
     assert "--dropout 0" in str(room.why_segments_one_by_one(torch.bfloat16, 0.1))
     monkeypatch.setattr(room, "VARLEN_ATTENTION", None)
     assert "2.10 and later" in str(room.why_segments_one_by_one(torch.float16, 0.0))
+
+
+@pytest.mark.parametrize("package", [True, False])
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
+def test_flash_attention_3_is_lent_to_a_run_where_it_is_there(
+    package: bool, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", done.append, raising=False)
+    undo = lambda: done.append("undone")  # noqa: E731
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", undo, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(room.importlib.util, "find_spec", lambda _: "found" if package else None)
+    with room.fastest_attention(torch.device("cuda", 0)) as name:
+        there = package and capability == (9, 0)
+        assert (name, done) == (("FlashAttention 3", ["FA3"]) if there else ("FlashAttention 2", []))
+    assert done == (["FA3", "undone"] if there else [])
+    with room.fastest_attention(torch.device("cpu")) as name:
+        assert name == "PyTorch"
 
 
 def test_a_number_is_read_back() -> None:

@@ -75,27 +75,43 @@ def test_extreme_logits_stay_finite() -> None:
     assert found.item() == 400.0
 
 
+ON_CARD = pytest.param(
+    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CARD])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_pass_to_compile_gives_what_the_plain_one_gives(dtype: torch.dtype) -> None:
-    """With 50,257 columns of 50,304 in small: what is beyond the vocabulary has no gradient, whatever it held."""
+@pytest.mark.parametrize(("vocab_size", "num_columns"), [(101, 128), (50257, 50304)])
+def test_logits_become_their_gradient(device: str, dtype: torch.dtype, vocab_size: int, num_columns: int) -> None:
+    """On a card by the kernel; what is beyond the vocabulary has no gradient, whatever it held."""
     torch.manual_seed(0)
-    logits, labels = (3 * torch.randn(30, 128)).to(dtype), torch.randint(101, (30,))
-    logits[:, 101:] = 50.0
-    wanted = logits.double()[:, :101].softmax(1)
+    logits, labels = (3 * torch.randn(30, num_columns)).to(dtype), torch.randint(vocab_size, (30,))
+    logits[:, vocab_size:] = 50.0
+    logits[7] *= 30  # far apart
+    wanted = logits.double()[:, :vocab_size].softmax(1)
     wanted[torch.arange(30), labels] -= 1
-    expected = cross_entropy(logits.double()[:, :101], labels, reduction="sum")
-    for turn in (loss._to_gradient, loss._to_gradient_in_one_pass):
-        found = logits.clone()
-        total = -turn(found, labels, 101)
-        torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=0)
-        # To the last digit of 16 bits, also where a label's probability is near 1.
-        torch.testing.assert_close(found.double()[:, :101], wanted, rtol=max(torch.finfo(dtype).eps, 2e-6), atol=1e-7)
-        assert not found[:, 101:].any()
+    expected = cross_entropy(logits.double()[:, :vocab_size], labels, reduction="sum")
+    found = logits.to(device)
+    total = -loss._to_gradient(found, labels.to(device), vocab_size)
+    torch.testing.assert_close(total.cpu().double(), expected, rtol=1e-5, atol=0)
+    # To the last digit of 16 bits, also where a label's probability is near 1.
+    of_vocabulary = found.cpu().double()[:, :vocab_size]
+    torch.testing.assert_close(of_vocabulary, wanted, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=2e-7)
+    assert not found[:, vocab_size:].any()
 
 
-def test_a_sure_label_keeps_its_gradient_in_16_bits() -> None:
-    logits = torch.tensor([[9.0, 0.0]], dtype=torch.bfloat16)
-    for turn in (loss._to_gradient, loss._to_gradient_in_one_pass):
-        found = logits.clone()
-        turn(found, torch.tensor([0]), 2)
-        assert found[0, 0].item() == pytest.approx(-1.234e-4, rel=0.01)  # its probability is 1.0 in 16 bits
+@pytest.mark.parametrize("device", ["cpu", ON_CARD])
+def test_a_sure_label_keeps_its_gradient_in_16_bits(device: str) -> None:
+    logits = torch.tensor([[9.0, 0.0]], dtype=torch.bfloat16, device=device)
+    loss._to_gradient(logits, torch.tensor([0], device=device), 2)
+    assert logits[0, 0].item() == pytest.approx(-1.234e-4, rel=0.01)  # its probability is 1.0 in 16 bits
+
+
+@pytest.mark.parametrize(("num_cells", "chunk"), [(0, 5), (1, 5), (5, 5), (6, 5), (100, 7)])
+def test_chunks_are_even_and_miss_no_cell(num_cells: int, chunk: int) -> None:
+    parts = [range(num_cells)[part] for part in loss._parts(num_cells, chunk)]
+    assert [cell for part in parts for cell in part] == list(range(num_cells))
+    sizes = [len(part) for part in parts]
+    assert max(sizes, default=0) <= chunk
+    assert max(sizes, default=0) - min(sizes, default=0) <= 1

@@ -1,0 +1,88 @@
+"""Attention over rows of any length in one call: which of PyTorch's kernels this machine has, and why it may not do.
+
+FlashAttention 2 comes with PyTorch. FlashAttention 3 is for Hopper cards, and a package of its own that PyTorch can be
+told to use (`flash_attn_interface`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HOPPER = 9  # the major compute capability of the cards that FlashAttention 3 is for
+
+
+def causal_varlen(attention: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A variable-length attention of PyTorch made causal, `None` where it offers no way."""
+    parameters = inspect.signature(attention).parameters
+    if "window_size" in parameters:
+        return functools.partial(attention, window_size=(-1, 0))
+    if "is_causal" in parameters:  # PyTorch 2.10
+        return functools.partial(attention, is_causal=True)
+    return None
+
+
+def _varlen_attention() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return causal_varlen(varlen_attn)
+
+
+VARLEN_ATTENTION = _varlen_attention()
+
+
+def why_segments_one_by_one(dtype: torch.dtype, dropout: float) -> str | None:
+    """Why packed attention on a GPU cannot be one call, with the remedy; `None` where it can."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it is computed in {str(dtype).removeprefix('torch.')}; use --precision bfloat16"
+    if dropout:
+        return "the variable-length attention has no dropout; use --dropout 0"
+    if VARLEN_ATTENTION is None:
+        return f"PyTorch {torch.__version__} has no causal varlen_attn; 2.10 and later have"
+    return None
+
+
+def varlen(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """Causal attention within each segment, of `(tokens, 3, heads, head size)`: `(tokens, heads, head size)`.
+
+    Args:
+        qkv: float16 or bfloat16, on a CUDA device.
+        cu_seqlens: int32, cumulative lengths, starting at 0.
+        longest: no segment is longer.
+    """
+    assert VARLEN_ATTENTION is not None
+    query, key, value = qkv.unbind(1)
+    mixed: Tensor = VARLEN_ATTENTION(query, key, value, cu_seqlens, cu_seqlens, longest, longest)
+    return mixed
+
+
+@contextlib.contextmanager
+def fastest_attention(device: torch.device) -> Iterator[str]:
+    """FlashAttention 3 in place of 2 where card, PyTorch and an installed package allow it; said is which it is.
+
+    It holds for the whole process, so it is undone afterwards.
+    """
+    switch = torch.nn.attention
+    possible = (
+        device.type == "cuda"
+        and hasattr(switch, "activate_flash_attention_impl")
+        and importlib.util.find_spec("flash_attn_interface") is not None
+        and torch.cuda.get_device_capability(device)[0] == _HOPPER
+    )
+    if not possible:
+        yield "FlashAttention 2" if device.type == "cuda" else "PyTorch"
+        return
+    switch.activate_flash_attention_impl("FA3")
+    try:
+        yield "FlashAttention 3"
+    finally:
+        switch.restore_flash_attention_impl()
