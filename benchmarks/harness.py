@@ -68,7 +68,9 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit measured; empty where there is no git or no repository."""
+    """The commit measured: what `GIT_COMMIT` says, as in many CIs, or git; empty where neither is there."""
+    if "GIT_COMMIT" in os.environ:
+        return os.environ["GIT_COMMIT"]
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()

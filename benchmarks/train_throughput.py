@@ -59,23 +59,27 @@ class Timed(NamedTuple):
 
 def t0_like(path: Path, num_rows: int = 4000) -> TokenStore:
     """Log-normal lengths: median 146, mean 278 before they are cut at 1,024."""
-    random = np.random.default_rng(0)
-    lengths = (
-        np.exp(random.normal(np.log(146), np.sqrt(2 * np.log(278 / 146)), num_rows)).astype(np.int64).clip(2, 1024)
-    )
+    spread = np.sqrt(2 * np.log(278 / 146))
+    lengths = np.exp(np.random.default_rng(0).normal(np.log(146), spread, num_rows)).astype(np.int64)
+    return random_rows(path, lengths.clip(2, 1024))
+
+
+def random_rows(path: Path, lengths: np.ndarray) -> TokenStore:
+    """A store of random tokens; the first half of a row is its prompt."""
+    random = np.random.default_rng(1)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     prompts = lengths // 2
     columns = ShardColumns(
         random.integers(0, 50256, offsets[-1]).astype(np.uint16),
         offsets,
         np.stack([prompts, lengths - prompts], 1).reshape(-1).astype(np.uint32),
-        np.arange(num_rows + 1) * 2,
-        np.arange(num_rows, dtype=np.uint64),
+        np.arange(len(lengths) + 1) * 2,
+        np.arange(len(lengths), dtype=np.uint64),
     )
     path.mkdir()
     tokenizer = {"name": "gpt2", "fingerprint": "synthetic", "vocab_size": 50257}
     tokenizer |= {"pad_token_id": 50256, "end_token_id": 50256, "files": []}
-    identity = StoreIdentity(sources_of(["T0-like lengths"], num_rows), tokenizer, {"name": "alpaca"}, {})
+    identity = StoreIdentity(sources_of(["random rows"], len(lengths)), tokenizer, {"name": "alpaca"}, {})
     write_manifest(path, identity, [write_shard(path, shard_name(0), columns)])
     return TokenStore(path)
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, harness
+from benchmarks import harness
+from benchmarks.gpu import figures as gpu
 from fastcollate.errors import InputError
 from fastcollate.train.cuda import attention as room
 from fastcollate.train.loss import Readback
@@ -126,6 +127,7 @@ def test_a_profile_counts_each_kernel_once() -> None:
         "h2d_us_per_step": 3.0,
         "h2d_hidden_share": round(4 / 6, 4),
         "gpu_busy_us_per_step": 11.0,
+        "gpu_idle_share": round(1 - 22 / 30, 4),
         "top_kernels": [{"name": "gemm", "us_per_step": 10.0}, {"name": "add", "us_per_step": 3.5}],
     }
 
@@ -133,10 +135,9 @@ def test_a_profile_counts_each_kernel_once() -> None:
 def test_results_are_saved_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setenv("PATH", "")
-    gpu.save_results("NVIDIA L4", 1.0, {"packed": {"failed": "cut off"}})
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    gpu.save_step("dense", {"failed": "cut off"})
+    gpu.save_step("t0", {"seconds": 1})
     saved = json.loads((tmp_path / "gpu.json").read_text())
-    assert (saved["peak_flops"], saved["contenders"], saved["machine"]["commit"]) == (
-        121e12,
-        {"packed": {"failed": "cut off"}},
-        "",
-    )
+    assert saved["dense"]["failed"] == "cut off"
+    assert (saved["t0"]["seconds"], saved["t0"]["driver"], saved["machine"]["commit"]) == (1, "", "")

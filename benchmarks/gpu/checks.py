@@ -1,0 +1,155 @@
+"""The steps of `python -m benchmarks.gpu` that do not train GPT-2: tests, copies, card against CPU, memory checker."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.contenders import Scale
+from benchmarks.gpu.figures import events_of
+from benchmarks.harness import RESULTS
+from benchmarks.train_throughput import loaded, random_rows, t0_like
+from fastcollate.load.loader import BatchLoader
+from fastcollate.train.model import GPT2, GPT2Config, config_of
+from fastcollate.train.options import TrainOptions
+from fastcollate.train.ranks import Ranks
+from fastcollate.train.step import Stepper
+
+SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
+SANITIZER_LIMIT_S = 150
+
+
+def tests(scale: Scale) -> dict[str, Any]:
+    """The tests that need a card."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "cuda",
+        "-p",
+        "no:cacheprovider",
+        "tests/load",
+        "tests/train",
+    ]
+    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    print(done.stdout[-6000:])
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return {"exit_status": done.returncode, **counts, "names_failed": failed}
+
+
+def copy(scale: Scale) -> dict[str, Any]:
+    """Pinned memory to the card, by size; then the loader's own copies, whose mean size is said."""
+    bus = {size: _gigabytes_a_second(size) for size in SIZES}
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_rows(Path(folder) / "dense", np.full(20_000, 1024))
+        loader = BatchLoader(store, policy="packed", max_tokens=scale.cells, max_length=1024, device=scale.device)
+        for _ in loader:
+            pass  # pins its buffers, compiles
+        torch.cuda.synchronize()
+        before = loader.stats.h2d_bytes
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in loader:
+                pass
+            torch.cuda.synchronize()
+        copies = [end - start for name, start, end in events_of(profiler) if "memcpy htod" in name.lower()]
+        num_bytes = loader.stats.h2d_bytes - before
+    rate = num_bytes / sum(copies) / 1e3
+    return {
+        "bus_gb_per_s": {f"{size / 2**20:g} MiB": round(rate, 2) for size, rate in bus.items()},
+        "loader_mib_per_copy": round(num_bytes / len(copies) / 2**20, 2),
+        "loader_gb_per_s": round(rate, 2),
+        "loader_share_of_bus": round(rate / max(bus.values()), 4),
+    }
+
+
+def _gigabytes_a_second(size: int) -> float:
+    """The median of single copies, by the card's clock."""
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(size, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(50):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        there.copy_(host, non_blocking=True)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return size / statistics.median(times) / 1e6
+
+
+def agree(scale: Scale, *, steps: int = 200) -> dict[str, Any]:
+    """Losses of a tiny model in float32, TF32 off, on the card and on its host's CPU, the same batches in order."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    losses: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = t0_like(Path(folder) / "t0", 2000)
+        for device in (scale.device, torch.device("cpu")):
+            torch.manual_seed(0)
+            options = TrainOptions(precision="float32", device=device.type)
+            stepper = Stepper(GPT2(config_of("tiny")).to(device), options, Ranks(0, 1, device, None))
+            batches = loaded(BatchLoader(store, policy="bucketed", batch_size=4, max_length=1024, device=device))
+            found = [stepper.step([b], b.num_trained, 1e-4) for b, _ in zip(batches, range(steps), strict=False)]
+            losses.setdefault(device.type, []).extend(float(loss) for loss in found)
+    card, host = losses[scale.device.type][:steps], losses["cpu"][-steps:]
+    differences = [abs(a - b) / b for a, b in zip(card, host, strict=True)]
+    return {
+        "model": "tiny, float32, TF32 off, learning rate 1e-4, 4 rows a step",
+        "steps": steps,
+        "largest_relative_difference": max(differences),
+        "losses": {"first": [card[0], host[0]], "last": [card[-1], host[-1]]},
+    }
+
+
+def sanitizer(scale: Scale) -> dict[str, Any]:
+    """`compute-sanitizer` over `short`: every read and write of device memory is checked."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"result": "compute-sanitizer is not on this machine"}
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu", "short"]
+    try:
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, timeout=SANITIZER_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"result": f"not done after {SANITIZER_LIMIT_S} s"}
+    print(done.stdout[-3000:], done.stderr[-3000:])
+    summary = re.findall(r"ERROR SUMMARY: .*", done.stdout)
+    return {"exit_status": done.returncode, "summary": summary, "finished": "short: done" in done.stdout}
+
+
+def short(scale: Scale) -> None:
+    """A short run of everything that touches device memory: copies, packed attention, the loss's kernel, a step."""
+    config = GPT2Config(num_layers=1, num_heads=2, width=128)
+    with tempfile.TemporaryDirectory() as folder:
+        store = t0_like(Path(folder) / "t0", 200)
+        for policy in ("bucketed", "packed"):
+            order = {"policy": policy, "max_tokens": 4096, "max_length": 1024}
+            here = list(BatchLoader(store, device="cpu", **order))
+            there = BatchLoader(store, device=scale.device, **order)
+            stepper = Stepper(
+                GPT2(config).to(scale.device), TrainOptions(precision="bfloat16", device=scale.device.type),
+                Ranks(0, 1, scale.device, None),
+            )  # fmt: skip
+            for number, (batch, wanted) in enumerate(zip(loaded(there), here, strict=False)):
+                assert torch.equal(batch.inputs.cpu(), wanted.inputs)
+                assert torch.equal(batch.targets.cpu(), wanted.targets)
+                if number < 3:
+                    assert float(stepper.step([batch], batch.num_trained, 1e-4)) > 0
+    print("short: done")
+
+
+STEPS: dict[str, Callable[[Scale], dict[str, Any]]] = {
+    "tests": tests, "copy": copy, "agree": agree, "sanitizer": sanitizer,
+}  # fmt: skip
