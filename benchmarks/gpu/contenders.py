@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from benchmarks.gpu.figures import events_of, flops_per_token, peak_of, profiled
+from benchmarks.gpu.figures import events_of, flops_per_token, peak_of, profiled, without_first_step
 from benchmarks.train_throughput import loaded
 from fastcollate.collate.reference import custom_collate_fn
 from fastcollate.load.loader import BatchLoader
@@ -146,7 +146,7 @@ def measure(make: Callable[[], Contender], store: TokenStore, scale: Scale) -> d
         contender.run(scale.warmup, scale)
         rounds = [contender.run(scale.steps, scale) for _ in range(scale.rounds)]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA] if on_card else None) as profiler:
-            contender.run(scale.profiled, scale)
+            contender.run(scale.profiled + 1, scale)
     rates = [useful / seconds for useful, seconds, _, _ in rounds]
     rate = statistics.median(rates)
     flops = flops_per_token(scale.config, mean_context(store))
@@ -163,5 +163,5 @@ def measure(make: Callable[[], Contender], store: TokenStore, scale: Scale) -> d
         "compilations": num_compilations() - before,
         "attention": attention,
         "last_loss": round(rounds[-1][3], 4),
-        **profiled(events_of(profiler), scale.profiled),
+        **profiled(without_first_step(events_of(profiler), scale.profiled + 1), scale.profiled),
     }

@@ -78,6 +78,14 @@ def events_of(profiler: torch.profiler.profile) -> list[tuple[str, float, float]
     return [(e.name, e.time_range.start, e.time_range.end) for e in on_card if not e.is_user_annotation]
 
 
+def without_first_step(events: list[tuple[str, float, float]], steps: int) -> list[tuple[str, float, float]]:
+    """What began after the first of so many even steps: before it the card had nothing to do that could hide a copy."""
+    if not events:
+        return []
+    first, last = min(start for _, start, _ in events), max(end for _, _, end in events)
+    return [event for event in events if event[1] >= first + (last - first) / steps]
+
+
 def driver() -> str:
     """The driver's version; empty where nobody tells."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -69,6 +69,7 @@ class _Run:
         self.useful_here = 0
         self.wait_s = 0.0
         self.steps_in_epoch = 0
+        self.compiled_before = num_compilations() if options.compile else 0
 
     def _plan_steps(self) -> int:
         """Optimizer steps of the whole run, for the learning rate and the progress bar."""
@@ -279,7 +280,7 @@ class _Run:
         report.validation_loss = counters.validation_loss
         report.tokens_per_second = round(self.useful_here / max(report.seconds, 1e-9), 1)
         report.wait_share = round(self.wait_s / max(report.seconds, 1e-9), 6)
-        report.compilations = num_compilations() if options.compile else 0
+        report.compilations = num_compilations() - self.compiled_before if options.compile else 0
         return report
 
 

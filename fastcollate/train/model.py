@@ -263,8 +263,9 @@ class GPT2(nn.Module):
         x = self.drop(self.wte(inputs) + self.wpe(position_ids))
         if torch.is_autocast_enabled(x.device.type):  # what the layers add to is as narrow as what they add
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        for block in self.h:
-            x = block(x, segments, cache)
+        with attention.steady_attention(x.device.type):
+            for block in self.h:
+                x = block(x, segments, cache)
         if cache is not None:
             cache.length += length
         normalized: Tensor = self.ln_f(x)

@@ -105,8 +105,11 @@ class _Loss(nn.Module):
 
     def forward(self, batch: MicroBatch, scale: float) -> Tensor:
         hidden = self._hidden(batch.inputs, batch.position_ids, batch.cu_seqlens)
-        cells, labels = trained_cells(batch.targets, num_trained=batch.num_trained)
-        return scaled_loss(hidden.flatten(0, 1).index_select(0, cells), self.model.head_weight, labels, scale)
+        read, labels = hidden.flatten(0, 1), batch.targets.flatten()
+        if batch.num_trained < len(labels):
+            cells, labels = trained_cells(labels, num_trained=batch.num_trained)
+            read = read.index_select(0, cells)
+        return scaled_loss(read, self.model.head_weight, labels, scale)
 
 
 class Stepper:
@@ -142,6 +145,8 @@ class Stepper:
                 with self.autocast():
                     loss = self._loss(self._shaped(batch), scale)
                 loss.backward()
+            if self.options.cuda_graphs and index == 0 < len(batches) - 1:
+                self._keep_gradients()
             total += loss.detach()
         if self.options.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
@@ -170,11 +175,18 @@ class Stepper:
         if batch.cu_seqlens is None:
             return round_up_width(batch, self.options.width_multiple)
         self._most_packs = max(self._most_packs, len(batch.inputs))
-        bounds = len(batch.cu_seqlens) + self._most_packs - len(batch.inputs)
-        self._most_bounds = max(self._most_bounds, 1 << (bounds - 1).bit_length())
+        if self.options.cuda_graphs:  # a graph is recorded for each size; without, empty segments cost time
+            bounds = len(batch.cu_seqlens) + self._most_packs - len(batch.inputs)
+            self._most_bounds = max(self._most_bounds, 1 << (bounds - 1).bit_length())
         batch = fill_packs(batch, self._most_packs, self._most_bounds)
         torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
         return batch
+
+    def _keep_gradients(self) -> None:
+        """Out of the memory of a recorded graph, which the next micro-batch's would write over."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
 
     def _no_sync(self, more_to_come: bool) -> contextlib.AbstractContextManager[Any]:
         if more_to_come and isinstance(self._loss, nn.parallel.DistributedDataParallel):

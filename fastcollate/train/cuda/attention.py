@@ -79,10 +79,21 @@ def fastest_attention(device: torch.device) -> Iterator[str]:
         and torch.cuda.get_device_capability(device)[0] == _HOPPER
     )
     if not possible:
-        yield "FlashAttention 2" if device.type == "cuda" else "PyTorch"
+        yield "as PyTorch comes"
         return
     switch.activate_flash_attention_impl("FA3")
     try:
         yield "FlashAttention 3"
     finally:
         switch.restore_flash_attention_impl()
+
+
+def steady_attention(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """For rows of ever other lengths that are not compiled: no cuDNN, which makes a plan for each new shape.
+
+    On Hopper cards PyTorch takes cuDNN first, whose plans cost more than a quarter of the time of bucketed batches.
+    """
+    if device_type != "cuda" or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    kinds = torch.nn.attention.SDPBackend
+    return torch.nn.attention.sdpa_kernel([kinds.FLASH_ATTENTION, kinds.EFFICIENT_ATTENTION, kinds.MATH])

@@ -1,4 +1,4 @@
-"""The cross-entropy's gradient in one pass over the logits, on a GPU: a program a row, each row read from memory once.
+"""The cross-entropy's gradient in one pass over the logits, on a GPU: a program a row.
 
 Needs Triton, which PyTorch for CUDA brings along on Linux.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _WARPS = 8192, 16
+_BLOCK, _WARPS = 2048, 4
 
 
 @triton.jit
@@ -21,16 +21,19 @@ def _gradient_of_row(
     logits += row.to(tl.int64) * num_columns
     label = tl.load(labels + row)
     of_label = tl.load(logits + label).to(tl.float32)
-    greatest = -float("inf")
-    total = 0.0
+    # Each lane keeps its own maximum and sum, so that nothing waits for other lanes inside the loop.
+    lowest = -3.4e38  # finite: a lane beyond a small vocabulary must not subtract infinities
+    greatest = tl.full((block,), lowest, tl.float32)
+    total = tl.zeros((block,), tl.float32)
     for start in range(0, vocab_size, block):
         columns = start + tl.arange(0, block)
-        part = tl.load(logits + columns, mask=columns < vocab_size, other=-float("inf")).to(tl.float32)
-        new = tl.maximum(greatest, tl.max(part))
-        total = total * tl.exp(greatest - new) + tl.sum(tl.exp(part - new))
+        part = tl.load(logits + columns, mask=columns < vocab_size, other=lowest).to(tl.float32)
+        new = tl.maximum(greatest, part)
+        total = total * tl.exp(greatest - new) + tl.exp(part - new)
         greatest = new
-    log_sum = greatest + tl.log(total)
-    for start in range(0, num_columns, block):  # the row is still in the cache
+    most = tl.max(greatest)
+    log_sum = most + tl.log(tl.sum(total * tl.exp(greatest - most)))
+    for start in range(0, num_columns, block):
         columns = start + tl.arange(0, block)
         part = tl.load(logits + columns, mask=columns < vocab_size, other=-float("inf")).to(tl.float32)
         gradient = tl.exp(part - log_sum) - tl.where(columns == label, 1.0, 0.0)
