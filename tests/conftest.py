@@ -49,6 +49,15 @@ def expected_widths() -> Path:
     return _shared("expected_train_widths_seed123_bs8.json")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `cuda` run where there is a device."""
+    if item.get_closest_marker("cuda") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str, object]) -> None:
     """A saved baseline says what kind of machine it is from, not which one."""

@@ -25,6 +25,7 @@ GPT2 = {
     "name": "gpt2", "fingerprint": "00", "vocab_size": 50257, "pad_token_id": 50256, "end_token_id": 50256, "files": [],
 }  # fmt: skip
 Row = tuple[Sequence[int], Sequence[int]]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]  # what a test of both is parametrized with
 
 
 def make_shards(

@@ -115,12 +115,3 @@ def test_a_range_of_rows_and_a_device() -> None:
     assert isinstance(batch, PackedBatch)
     assert batch.inputs.device.type == batch.cu_seqlens.device.type == "meta"
     assert elsewhere.stats.h2d_bytes == sum(tensor.nbytes for tensor in batch)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
-def test_packed_batches_on_cuda_equal_those_on_the_cpu() -> None:
-    expected = copies(BatchLoader(STORE, **OPTIONS, batch_size=3, inputs_dtype=torch.int32))
-    found = list(BatchLoader(STORE, **OPTIONS, batch_size=3, inputs_dtype=torch.int32, device="cuda"))
-    assert all(tensor.is_cuda for batch in found for tensor in batch)
-    assert all(same(PackedBatch(*(t.cpu() for t in a)), b) for a, b in zip(found, expected, strict=True))

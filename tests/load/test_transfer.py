@@ -1,4 +1,4 @@
-"""Copies to a device: with streams that a test runs by hand, and on a GPU where there is one."""
+"""Host buffers, and copies to a device with streams that a test runs by hand; real ones: test_loader_on_card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcollate.collate.reference import custom_collate_fn, custom_collate_with_masking_fn
+from fastcollate.collate.reference import custom_collate_fn
 from fastcollate.errors import InputError
 from fastcollate.load import cuda as cuda_room
 from fastcollate.load import prefetch
@@ -315,86 +315,3 @@ def test_memory_that_cannot_be_pinned_is_told_with_the_remedy(
         found = [[torch.Tensor(t).to(t.dtype).clone() for t in batch] for batch in loader]
     assert len([warning for warning in told if "pinned" in str(warning.message)]) == 1
     assert all(same(a, b) for a, b in zip(found, expected_batches(**OPTIONS), strict=True))
-
-
-# ------------------------------------------------------------------------------------------------------------ on a GPU
-
-needs_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-class TestOnCuda:
-    pytestmark = needs_cuda
-
-    @pytest.mark.parametrize("policy", ["sequential", "shuffled", "bucketed"])
-    @pytest.mark.parametrize("mask_prompt", [False, True])
-    def test_every_batch_equals_the_reference(self, policy: str, mask_prompt: bool) -> None:
-        spans = [[len(row) // 3 + 1, len(row) - len(row) // 3 - 1] for row in ROWS]
-        store = make_store(ROWS, spans)
-        options = {**OPTIONS, "policy": policy}
-        loader = BatchLoader(store, device="cuda", mask_prompt=mask_prompt, prefetch=3, num_threads=2, **options)
-        for epoch in range(3):
-            plan = plan_epoch(store.lengths, epoch=epoch, **options)
-            for batch, rows in zip(loader, plan, strict=True):
-                assert batch.inputs.is_cuda
-                if mask_prompt:
-                    wanted = custom_collate_with_masking_fn([(spans[row][0], ROWS[row]) for row in rows])
-                else:
-                    wanted = custom_collate_fn([ROWS[row] for row in rows])
-                assert same(batch, wanted)
-
-    def test_buffers_are_pinned_and_copied_on_a_stream_of_their_own(self) -> None:
-        loader = BatchLoader(make_store(ROWS), device="cuda", **OPTIONS)
-        for _ in loader:
-            pass
-        own = loader._own_transfer()
-        assert isinstance(own, ToCuda)
-        assert own._stream != torch.cuda.default_stream()
-        assert len(own._free) >= 1
-        assert all(slot.host.is_pinned() for slot in own._free)
-        assert not own._taken
-        assert loader.stats.h2d_bytes == 8 * (loader.stats.real_cells + loader.stats.padded_cells) * 2
-
-    @pytest.mark.parametrize("stream_of_its_own", [False, True])
-    def test_a_slow_consumer_never_sees_a_poisoned_buffer(
-        self, stream_of_its_own: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(prefetch, "GROUP_CELLS", 4000)
-        taken = ToCuda.take
-
-        def take_poisoned(self: ToCuda, num_cells: int) -> Any:
-            buffer = taken(self, num_cells)
-            buffer.fill(POISON)  # a copy under way would copy this
-            time.sleep(0.001)
-            return buffer
-
-        monkeypatch.setattr(ToCuda, "take", take_poisoned)
-        stream = torch.cuda.Stream() if stream_of_its_own else torch.cuda.current_stream()
-        loader = BatchLoader(make_store(ROWS), device="cuda", prefetch=4, **OPTIONS)
-        found = []
-        with torch.cuda.stream(stream):
-            for batch in loader:
-                # The stream is far behind the loop: by the time it reads the batch, Python has let go of it, and its
-                # memory would long be used for later copies, were it not for `record_stream`.
-                torch.cuda._sleep(3_000_000)
-                found.append([tensor.clone() for tensor in batch])
-                del batch
-        torch.cuda.synchronize()
-        assert all(same(a, b) for a, b in zip(found, expected_batches(**OPTIONS), strict=True))
-
-    def test_a_batch_that_is_kept_is_never_overwritten(self) -> None:
-        kept = list(
-            itertools.chain.from_iterable(BatchLoader(make_store(ROWS), device="cuda", **OPTIONS) for _ in "ab")
-        )
-        expected = expected_batches(**OPTIONS)
-        assert all(same(a, b) for a, b in zip(kept, expected + expected, strict=True))
-
-    def test_leaving_early_frees_the_device(self) -> None:
-        gc.collect()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        loader = BatchLoader(make_store(ROWS), device="cuda", prefetch=4, **OPTIONS)
-        next(iter(loader))
-        del loader
-        gc.collect()
-        torch.cuda.synchronize()
-        assert torch.cuda.memory_allocated() == before

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from fastcollate.train import loss
 from fastcollate.train.loss import cell_losses, scaled_loss, trained_cells
+from tests.helpers import DEVICES
 
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -75,12 +76,7 @@ def test_extreme_logits_stay_finite() -> None:
     assert found.item() == 400.0
 
 
-ON_CARD = pytest.param(
-    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-)
-
-
-@pytest.mark.parametrize("device", ["cpu", ON_CARD])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("vocab_size", "num_columns"), [(101, 128), (50257, 50304)])
 def test_logits_become_their_gradient(device: str, dtype: torch.dtype, vocab_size: int, num_columns: int) -> None:
@@ -101,7 +97,7 @@ def test_logits_become_their_gradient(device: str, dtype: torch.dtype, vocab_siz
     assert not found[:, vocab_size:].any()
 
 
-@pytest.mark.parametrize("device", ["cpu", ON_CARD])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_sure_label_keeps_its_gradient_in_16_bits(device: str) -> None:
     logits = torch.tensor([[9.0, 0.0]], dtype=torch.bfloat16, device=device)
     loss._to_gradient(logits, torch.tensor([0], device=device), 2)

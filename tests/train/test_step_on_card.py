@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.train_throughput import loaded, random_rows
+from benchmarks.train_throughput import loaded, random_rows, without_padding
 from fastcollate.load.loader import BatchLoader
 from fastcollate.store.store import TokenStore
 from fastcollate.train.loop import train
@@ -19,9 +21,8 @@ from fastcollate.train.model import CONFIGS, GPT2, GPT2Config
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import Ranks, num_compilations
 from fastcollate.train.step import MicroBatch, Stepper, empty_batch
+from tests.helpers import DEVICES
 
-NEEDS_CARD = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CARD)]
 MODEL = GPT2Config(num_layers=2, num_heads=2, width=128)
 POLICIES = ["bucketed", "packed"]
 
@@ -39,45 +40,58 @@ def batches_of(store: TokenStore, device: str, policy: str, **options: Any) -> I
 
 def stepper(device: str, config: GPT2Config = MODEL, **options: Any) -> Stepper:
     torch.manual_seed(0)
-    chosen: dict[str, Any] = {"precision": "bfloat16", "device": device, **options}
+    chosen: dict[str, Any] = {"precision": "bfloat16", "device": device, "clip": 0.0, **options}
     place = torch.device(device, 0) if device == "cuda" else torch.device(device)
     return Stepper(GPT2(config).to(place), TrainOptions(**chosen), Ranks(0, 1, place, None))
 
 
-def loss_and_gradients(own: Stepper, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
-    with own.autocast():
-        loss = own._loss(batch, 1 / batch.num_trained)
-    loss.backward()
-    return float(loss.detach()), {
-        name: p.grad.float().cpu() for name, p in own.model.named_parameters() if p.grad is not None
-    }
+def step_of(own: Stepper, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, torch.Tensor]]:
+    """A step's loss, and the gradients as its optimizer saw them."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(*_: Any) -> None:
+        seen.update({name: p.grad.float().cpu().clone() for name, p in own.model.named_parameters()})  # type: ignore[union-attr]
+
+    handle = own.optimizer.register_step_pre_hook(note)
+    try:
+        return float(own.step(batches, sum(batch.num_trained for batch in batches), 1e-4)), seen
+    finally:
+        handle.remove()
+
+
+def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Gradients in 16 bits, by the norm of each parameter's difference.
+
+    They pass some dozen roundings to 8 bits, of 0.2% each: 1% in matrices, up to 5% in norms and biases, where a sum of
+    many cells cancels. One target lost of 800 makes it 7% in a matrix, one bound of a segment off by one 20%.
+    """
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        error = float((found[name] - gradient).norm() / gradient.norm())
+        assert error < (0.03 if gradient.ndim > 1 else 0.1), (name, error)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_packed_in_16_bits_is_near_padded_in_32(store: TokenStore, device: str) -> None:
-    """The same rows: one batch of a plan, padded, and end to end as segments of one pack."""
-    from benchmarks.train_throughput import without_padding
-
-    padded = next(batches_of(store, device, "bucketed", max_tokens=None, batch_size=8))
+    """The same rows: one batch of a plan, padded, on the CPU, and end to end as segments of one pack on the device."""
+    padded, on_cpu = (
+        next(batches_of(store, where, "bucketed", batch_size=8, max_tokens=None)) for where in (device, "cpu")
+    )
     packed = without_padding(padded, store.pad_token_id)
     assert packed.cu_seqlens is not None
-    wide, wanted = loss_and_gradients(stepper(device, precision="float32"), padded)
+    wide, wanted = step_of(stepper("cpu", precision="float32"), [on_cpu])
     for batch in (padded, packed):
-        narrow, found = loss_and_gradients(stepper(device), batch)
+        own = stepper(device)
+        assert own.sum_of_losses(batch) == pytest.approx(wide * on_cpu.num_trained, rel=1e-2)
+        narrow, found = step_of(own, [batch])
         assert narrow == pytest.approx(wide, rel=1e-2)
-        for name, gradient in wanted.items():
-            assert found[name].isfinite().all()
-            error = (found[name] - gradient).norm() / gradient.norm()
-            assert error < 0.06, (
-                name,
-                float(error),
-            )  # 16 bits through a few layers; a wrong mask makes it 0.3 and more
+        assert_near(found, wanted)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_run_in_two_parts_is_near_the_whole(store: TokenStore, device: str, policy: str, tmp_path: Path) -> None:
-    """To the last bit on a CPU; FlashAttention's backward pass adds in any order."""
+    """To the last bit on a CPU; FlashAttention's backward pass adds in any order. A step more makes 25%."""
     common = {
         "model": "tiny", "policy": policy, "max_tokens": 512, "max_length": 128, "device": device, "epochs": None,
         "sample_tokens": 0, "eval_every": 0, "tensorboard": False, "schedule": "constant", "precision": "bfloat16",
@@ -93,12 +107,35 @@ def test_a_run_in_two_parts_is_near_the_whole(store: TokenStore, device: str, po
     parts = go("parts", 8, resume=True)
     if device == "cpu":
         assert torch.equal(whole, parts)
-    start = torch.cat([p.detach().flatten() for p in stepper("cpu", CONFIGS["tiny"]).model.parameters()])
+    torch.manual_seed(TrainOptions().seed)
+    start = torch.cat([p.detach().flatten() for p in GPT2(CONFIGS["tiny"]).parameters()])
     assert (whole - parts).norm() < 0.05 * (whole - start).norm()
 
 
+@pytest.fixture
+def no_tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def losses_of(store: TokenStore, device: str, policy: str, steps: int) -> list[float]:
+    own = stepper(device, replace(MODEL, width=64), precision="float32")
+    batches = islice(batches_of(store, device, policy, max_tokens=256, mask_prompt=True), steps)
+    losses = [own.step([batch], batch.num_trained, 1e-4) for batch in batches]
+    return [float(loss) for loss in losses]
+
+
+@pytest.mark.cuda
 class TestOnCard:
-    pytestmark = NEEDS_CARD
+    @pytest.mark.usefixtures("no_tf32")
+    @pytest.mark.filterwarnings("ignore:packed attention runs segment by segment")
+    @pytest.mark.parametrize(("policy", "steps"), [("bucketed", 200), ("packed", 50)])
+    def test_losses_are_those_of_the_cpu(self, store: TokenStore, policy: str, steps: int) -> None:
+        card, host = (losses_of(store, device, policy, steps) for device in ("cuda", "cpu"))
+        assert len(card) == steps
+        assert card == pytest.approx(host, rel=1e-4, abs=0)
 
     @pytest.mark.parametrize("clip", [0.0, 1.0])
     @pytest.mark.parametrize("policy", POLICIES)
@@ -115,37 +152,37 @@ class TestOnCard:
             torch.cuda.set_sync_debug_mode("default")
         assert 0 < float(loss) < 20
 
-    @pytest.mark.parametrize("graphs", [False, True], ids=["", "cuda_graphs"])
-    def test_compiled_packs_have_one_shape_and_the_same_losses(self, store: TokenStore, graphs: bool) -> None:
-        before = num_compilations()
-        losses = []
-        for options in ({}, {"compile": True, "cuda_graphs": graphs}):
-            own, found = stepper("cuda", **options), []
-            batches = batches_of(store, "cuda", "packed", tail="uneven")
-            for first, second in zip(*[batches] * 2, strict=True):
-                found.append(own.step([first, second], first.num_trained + second.num_trained, 1e-4))
-                if len(found) == 25:  # beyond an epoch, whose last batch is smaller
-                    break
-            losses.append([float(loss) for loss in found])
-        assert losses[1] == pytest.approx(losses[0], rel=1e-2), losses
-        assert num_compilations() - before == 1
-        torch.compiler.reset()
-
-    def test_eight_rows_of_the_124m_model_fit_a_slice_of_a_card(self, tmp_path: Path) -> None:
-        """A seventh of an H100 (MIG) has 10 GB."""
-        rows = random_rows(tmp_path / "store", np.full(16, 1024))
-        total = torch.cuda.get_device_properties(0).total_memory
+    @pytest.mark.parametrize(("slice_gb", "width"), [(10, 1024), (5, 300)])
+    def test_eight_rows_of_the_124m_model_fit_a_slice_of_a_card(
+        self, slice_gb: int, width: int, tmp_path: Path
+    ) -> None:
+        """A seventh of an H100 (MIG) has 10 GB, one of an A100 5 GB; weights, gradients and AdamW's state are 2 GB."""
+        rows = random_rows(tmp_path / "store", np.full(16, width))
+        gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(10e9 / total)
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(slice_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)
         try:
             own = stepper("cuda", CONFIGS["124M"])
-            for batch, _ in zip(
-                batches_of(rows, "cuda", "bucketed", max_tokens=8192, max_length=1024), "ab", strict=False
-            ):
+            for batch in islice(batches_of(rows, "cuda", "bucketed", max_tokens=8 * width, max_length=1024), 2):
+                assert batch.inputs.shape == (8, width)
                 assert float(own.step([batch], batch.num_trained, 1e-4)) > 0
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-            torch.cuda.empty_cache()
+        assert torch.cuda.max_memory_allocated() < 0.8e9 * slice_gb
+
+    @pytest.mark.parametrize("graphs", [False, True], ids=["", "cuda_graphs"])
+    def test_compiled_packs_have_one_shape_and_the_same_gradients(self, store: TokenStore, graphs: bool) -> None:
+        """Two batches a step: the gradients of the first must outlive the second, also where both are replayed."""
+        before = num_compilations()
+        plain, compiled = stepper("cuda"), stepper("cuda", compile=True, cuda_graphs=graphs)
+        batches = batches_of(store, "cuda", "packed", tail="uneven")
+        for pair in islice(zip(batches, batches, strict=True), 25):  # beyond an epoch, whose last batch is smaller
+            (loss, found), (expected, wanted) = step_of(compiled, pair), step_of(plain, pair)
+            assert loss == pytest.approx(expected, rel=1e-2)
+            assert_near(found, wanted)
+        assert num_compilations() - before == 1
+        torch.compiler.reset()
 
     def test_a_compiled_run_of_the_loop(self, store: TokenStore, tmp_path: Path) -> None:
         common = TrainOptions(
@@ -154,6 +191,7 @@ class TestOnCard:
         )  # fmt: skip
         plain = train(store, common, progress=False)
         compiled = train(store, replace(common, out=tmp_path / "compiled", compile=True), progress=False)
+        assert (plain.compilations, compiled.compilations) == (0, 1)
         assert compiled.last_loss == pytest.approx(plain.last_loss, rel=1e-2)
         assert compiled.validation_loss == pytest.approx(plain.validation_loss, rel=1e-2)
         torch.compiler.reset()
