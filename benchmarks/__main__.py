@@ -13,7 +13,7 @@ HELPERS = ("__init__", "__main__", "harness", "prepare_data", "tables", "synthet
 def main() -> None:
     names = sys.argv[1:] or [
         path.stem for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in HELPERS
-    ]
+    ] + ["gpu"]
     failed = []
     for name in names:
         print(f"== {name}", flush=True)

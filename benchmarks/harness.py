@@ -92,7 +92,9 @@ def save(name: str, result: Mapping[str, Any]) -> Path:
     """Write `bench_results/NAME.json`: the machine, then `result`."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    new = path.with_suffix(".new")  # whoever is killed meanwhile leaves the old file whole
+    new.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    new.replace(path)
     print(f"wrote bench_results/{path.name}")
     return path
 

@@ -145,6 +145,49 @@ def windows_table() -> str:
     return "\n".join(lines)
 
 
+GPU = {
+    ("dense", "padded_compiled"): "rows of 1,024, padded, compiled",
+    ("dense", "packed_compiled"): "rows of 1,024, packed, compiled",
+    ("dense", "packed"): "rows of 1,024, packed",
+    ("t0", "chapter"): "T0-like lengths, the chapter's loop",
+    ("t0", "chapter_tuned"): "T0-like lengths, the same, tuned",
+    ("t0", "bucketed"): "T0-like lengths, bucketed",
+    ("t0", "packed"): "T0-like lengths, packed",
+    ("t0", "packed_compiled"): "T0-like lengths, packed, compiled",
+    ("chat", "packed_compiled"): "chat lengths to 8,192, packed, compiled",
+}
+
+
+def gpu_table() -> str:
+    """Training GPT-2 124M on a card, which the table names; empty where none was measured."""
+    if not (RESULTS / "gpu.json").exists():
+        return ""
+    found = result("gpu")
+    cards = list(dict.fromkeys(found[step]["card"] for step, _ in GPU if step in found))
+    lines = [
+        f"| GPT-2 124M, bfloat16, on {' and '.join(cards)} | useful tokens a second | model FLOPs, share of peak "
+        "| waiting for data | peak memory, GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for (step, name), title in GPU.items():
+        contenders = found.get(step, {}).get("contenders", {})
+        row = contenders.get(name)
+        if row is None:
+            continue
+        label = title if len(cards) == 1 else f"{title} ({found[step]['card']})"
+        if "failed" in row:
+            lines.append(f"| {label} | failed | – | – | – |")
+            continue
+        chapter = contenders.get("chapter", {}).get("useful_tokens_per_s")
+        times = f" ({row['useful_tokens_per_s'] / chapter:.3g} ×)" if chapter and name != "chapter" else ""
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "–"
+        lines.append(
+            f"| {label} | {row['useful_tokens_per_s']:,}{times} | {mfu} | {row['wait_share']:.2%} "
+            f"| {row['peak_memory_gib']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "training": training_table,
     "recipes": recipes_table,
@@ -153,6 +196,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cold": cold_table,
     "prepare": prepare_table,
     "windows": windows_table,
+    "gpu": gpu_table,
 }
 
 

@@ -100,13 +100,14 @@ def agree(scale: Scale, *, steps: int = 200) -> dict[str, Any]:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     losses: dict[str, list[float]] = {}
+    longest = scale.config.context_length
     with tempfile.TemporaryDirectory() as folder:
         store = t0_like(Path(folder) / "t0", 2000)
         for device in (scale.device, torch.device("cpu")):
             torch.manual_seed(0)
             options = TrainOptions(precision="float32", device=device.type)
             stepper = Stepper(GPT2(config_of("tiny")).to(device), options, Ranks(0, 1, device, None))
-            batches = loaded(BatchLoader(store, policy="bucketed", batch_size=4, max_length=1024, device=device))
+            batches = loaded(BatchLoader(store, policy="bucketed", batch_size=4, max_length=longest, device=device))
             found = [stepper.step([b], b.num_trained, 1e-4) for b, _ in zip(batches, range(steps), strict=False)]
             losses.setdefault(device.type, []).extend(float(loss) for loss in found)
     card, host = losses[scale.device.type][:steps], losses["cpu"][-steps:]
@@ -140,7 +141,7 @@ def short(scale: Scale) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = t0_like(Path(folder) / "t0", 200)
         for policy in ("bucketed", "packed"):
-            order = {"policy": policy, "max_tokens": 4096, "max_length": 1024}
+            order = {"policy": policy, "max_tokens": min(4096, scale.cells), "max_length": scale.config.context_length}
             here = list(BatchLoader(store, device="cpu", **order))
             there = BatchLoader(store, device=scale.device, **order)
             stepper = Stepper(

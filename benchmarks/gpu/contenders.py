@@ -51,9 +51,13 @@ class Contender:
     """A stream of batches, a step, and the count of useful tokens."""
 
     def __init__(
-        self, batches: Iterator[Any], step: Callable[[Any], torch.Tensor], useful: Callable[[Any], Any]
+        self,
+        batches: Iterator[Any],
+        step: Callable[[Any], torch.Tensor],
+        useful: Callable[[Any], Any],
+        trained_share: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        self.batches, self.step, self.useful = batches, step, useful
+        self.batches, self.step, self.useful, self.trained_share = batches, step, useful, trained_share
 
     def run(self, steps: int, scale: Scale) -> tuple[int, float, float, float]:
         """Useful tokens, seconds, seconds waited for data, last loss."""
@@ -121,7 +125,10 @@ def ours(store: TokenStore, scale: Scale, policy: str, **options: Any) -> Conten
     def step(batch: MicroBatch) -> torch.Tensor:
         return stepper.step([batch], batch.num_trained, RATE)
 
-    return Contender(loaded(loader), step, lambda batch: batch.num_useful)
+    def trained_share() -> float:
+        return loader.stats.trained_tokens / loader.stats.real_cells
+
+    return Contender(loaded(loader), step, lambda batch: batch.num_useful, trained_share)
 
 
 def mean_context(store: TokenStore) -> float:
@@ -149,7 +156,7 @@ def measure(make: Callable[[], Contender], store: TokenStore, scale: Scale) -> d
             contender.run(scale.profiled + 1, scale)
     rates = [useful / seconds for useful, seconds, _, _ in rounds]
     rate = statistics.median(rates)
-    flops = flops_per_token(scale.config, mean_context(store))
+    flops = flops_per_token(scale.config, mean_context(store), contender.trained_share())
     peak = peak_of(torch.cuda.get_device_name()) if on_card else None
     return {
         "useful_tokens_per_s": round(rate),

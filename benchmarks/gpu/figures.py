@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import save_part
-from fastcollate.train.model import GPT2Config
+from fastcollate.train.model import GPT2, GPT2Config
 
 # Dense bfloat16 peaks from the makers' data sheets, in TFLOP/s.
 PEAKS = {
@@ -25,15 +25,26 @@ def peak_of(card: str) -> float | None:
     return next((tflops * 1e12 for name, tflops in PEAKS.items() if re.search(rf"\b{name}\b", card)), None)
 
 
-def flops_per_token(config: GPT2Config, mean_context: float) -> float:
+def flops_per_token(config: GPT2Config, mean_context: float, trained_share: float = 1.0) -> float:
     """Forward and backward of one useful token: 6 a matrix parameter, and causal attention over its row.
 
     Args:
         config: the model.
         mean_context: cells that a token attends to, on average over useful tokens.
+        trained_share: of the useful tokens; the others need no head.
     """
-    matrices = 12 * config.num_layers * config.width**2 + config.vocab_size * config.width
+    matrices = 12 * config.num_layers * config.width**2 + trained_share * config.vocab_size * config.width
     return 6 * matrices + 12 * config.num_layers * config.width * mean_context
+
+
+def nanogpt_flops_per_token(config: GPT2Config) -> float:
+    """What nanoGPT counts for a row as long as the context, as if attention were not causal: 6 N + 12 L W T.
+
+    N is every parameter but the position embedding.
+    """
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for name, p in GPT2(config).named_parameters() if name != "wpe.weight")
+    return 6 * num_parameters + 12 * config.num_layers * config.width * config.context_length
 
 
 def profiled(events: list[tuple[str, float, float]], steps: int) -> dict[str, Any]:
@@ -86,17 +97,18 @@ def without_first_step(events: list[tuple[str, float, float]], steps: int) -> li
     return [event for event in events if event[1] >= first + (last - first) / steps]
 
 
-def driver() -> str:
-    """The driver's version; empty where nobody tells."""
+def driver() -> str | None:
+    """The driver's version; `None` where nobody tells."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
-        return ""
+        return None
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None  # errors too go to stdout
 
 
 def save_step(name: str, result: Mapping[str, Any]) -> None:
     """Into `bench_results/gpu.json`; what other steps have written stays. A run that is cut off keeps what is done."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    where = {"card": card, "driver": driver(), "cuda": torch.version.cuda}
+    where = {"card": card, "driver": driver(), "cuda": torch.version.cuda, "torch": torch.__version__}
     save_part("gpu", name, {**where, **result})

@@ -139,4 +139,4 @@ def test_results_are_saved_where_there_is_no_git(tmp_path: Path, monkeypatch: py
     gpu.save_step("t0", {"seconds": 1})
     saved = json.loads((tmp_path / "gpu.json").read_text())
     assert saved["dense"]["failed"] == "cut off"
-    assert (saved["t0"]["seconds"], saved["t0"]["driver"], saved["machine"]["commit"]) == (1, "", "")
+    assert (saved["t0"]["seconds"], saved["t0"]["driver"], saved["machine"]["commit"]) == (1, None, "")
