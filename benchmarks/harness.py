@@ -62,12 +62,12 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit measured: what `GIT_COMMIT` says, as in many CIs, or git; empty where neither is there."""
     if "GIT_COMMIT" in os.environ:
         return os.environ["GIT_COMMIT"]

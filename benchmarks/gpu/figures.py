@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import save_part
+from benchmarks.harness import commit, save_part
 from fastcollate.train.model import GPT2, GPT2Config
 
 # Dense bfloat16 peaks from the makers' data sheets, in TFLOP/s.
@@ -111,4 +111,5 @@ def save_step(name: str, result: Mapping[str, Any]) -> None:
     """Into `bench_results/gpu.json`; what other steps have written stays. A run that is cut off keeps what is done."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     where = {"card": card, "driver": driver(), "cuda": torch.version.cuda, "torch": torch.__version__}
+    where["commit"] = commit()
     save_part("gpu", name, {**where, **result})

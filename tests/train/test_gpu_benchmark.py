@@ -60,30 +60,20 @@ def test_the_checks_that_need_no_card(capsys: pytest.CaptureFixture[str]) -> Non
     assert "short: done" in capsys.readouterr().out
 
 
-class FakeEvent:
-    def __init__(self, **_: Any) -> None: ...
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, other: FakeEvent) -> float:
-        return 2.0
-
-
 def test_copies_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic of `copy`; the copies themselves need a card."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, device=None, **k: empty(*size, **k))
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(
-        checks, "events_of", lambda _: [("gemm", 0.0, 9.0), ("Memcpy HtoD (Pinned -> Device)", 0.0, 1.0)]
-    )
-    found = checks.copy(TINY._replace(cells=2048))
-    assert found["bus_gb_per_s"]["64 MiB"] == round((64 << 20) / 2 / 1e6, 2)
-    assert len(found["bus_gb_per_s"]) == len(checks.SIZES)
+    copied = [("gemm", 0.0, 9.0), ("Memcpy HtoD (Pinned -> Device)", 0.0, 2.0)]
+    monkeypatch.setattr(checks, "events_of", lambda _: copied)
+    found = checks.copy(TINY._replace(cells=65_536, device=torch.device("meta")))
+    assert found["plain_copies_gb_per_s"]["64 MiB"] == round((64 << 20) / 2 / 1e3, 2)
+    assert len(found["plain_copies_gb_per_s"]) == len(checks.SIZES)
+    for loader in found["loaders"]:  # here all copies take the same time, whatever their size
+        assert loader["gb_per_s"] == pytest.approx(loader["mib_per_copy"] * 2**20 / 2 / 1e3, rel=0.01)
+        assert loader["share_of_plain_copies_of_that_size"] == pytest.approx(1, abs=0.01)
 
 
 LIMIT_S = 2
