@@ -199,7 +199,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         return
     for line in lines:
-        with contextlib.suppress(ValueError):  # damaged
+        with contextlib.suppress(ValueError, RecursionError):  # damaged
             if line and int(line[:8], 16) == zlib.crc32(line[9:]):
                 yield json.loads(line[9:])
 

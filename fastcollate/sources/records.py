@@ -142,7 +142,7 @@ def _json_features(schema: pa.Schema) -> dict[str, Any]:
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {name: feature for name, feature in features.items() if '"Json"' in json.dumps(feature)}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # not of `datasets`
 
 

@@ -152,11 +152,18 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if raw is None:
         return None
     try:
+        return _parsed(raw, path)
+    except RecursionError:
+        raise InputError(f"{path / MANIFEST}: damaged (nested too deeply); {_REMEDY}") from None
+
+
+def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
         manifest = json.loads(raw)
         if manifest["format"] != FORMAT:
             raise KeyError("format")
         version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / MANIFEST}: damaged, or not of a token store; {_REMEDY}") from error
     if type(version) is not int or version not in _KEYS:
         raise InputError(

@@ -85,7 +85,7 @@ class AgreeingBackend:
         releases = f"{version('gigatoken')} {version('tiktoken')} {self._fingerprint}"
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastcollate"
         path = folder / f"unicode-{hashlib.sha256(releases.encode()).hexdigest()[:16]}.json"
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             seal, _, kept = path.read_bytes().partition(b" ")
             if seal == hashlib.sha256(kept).hexdigest().encode():  # else somebody is writing it, or it is damaged
                 return [int(code) for code in json.loads(kept)]

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from fastcollate.errors import InputError, import_extra
+from fastcollate.errors import InputError
 from fastcollate.sources import records
 from fastcollate.text.backends import Texts, starts_of
+from fastcollate.text.jinja_env import BEGIN, END, compile_template
 
 Parts = list[str]
 """A record's texts: prompt, response, prompt, ..."""
@@ -39,7 +40,6 @@ _TEXTS = {  # before the instruction, the input and the output
 _TURN_NAMES = (("role", "from"), ("content", "value"))
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
 _ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-_BEGIN, _END = "\x00\ufdd0", "\x00\ufdd1"  # noncharacters: no text that means anything holds them
 
 
 class BadRecordError(Exception):
@@ -166,8 +166,11 @@ class Jinja(Template):
     single_turn = False
 
     def __init__(self, name: str, source: str) -> None:
-        super().__init__(name, {"source": source})
-        self._template = _compile_jinja(name, source)
+        settings = {"source": source}
+        if "tojson" in source:  # before, Jinja's own: other texts
+            settings["tojson"] = "transformers"
+        super().__init__(name, settings)
+        self._template = compile_template(name, source, _printable)
 
     def parts(self, record: Any) -> Parts:
         """Prompt, response, prompt, ..."""
@@ -183,9 +186,9 @@ class Jinja(Template):
             raise BadRecordError("the template fails: it calls itself without end") from None
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise BadRecordError(f"the template fails: {error}") from error
-        parts = [piece for begin in text.split(_BEGIN) for piece in begin.split(_END)]
-        marks = re.findall(f"{_BEGIN}|{_END}", text)
-        if marks != [_BEGIN, _END] * (len(marks) // 2):
+        parts = [piece for begin in text.split(BEGIN) for piece in begin.split(END)]
+        marks = re.findall(f"{BEGIN}|{END}", text)
+        if marks != [BEGIN, END] * (len(marks) // 2):
             raise BadRecordError("the generation spans are nested, or a field holds U+FDD0 or U+FDD1")
         if not any(parts):
             raise BadRecordError("no text: the template gives nothing")
@@ -281,39 +284,3 @@ def _read_template(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"template {str(path)!r}: cannot be read ({error})") from error
-
-
-def _compile_jinja(name: str, source: str) -> Any:
-    jinja2 = import_extra("jinja2", "jinja")
-    import_extra("jinja2.sandbox", "jinja")
-    nodes, extension = jinja2.nodes, import_extra("jinja2.ext", "jinja")
-
-    class Generation(extension.Extension):  # type: ignore[misc, name-defined]
-        """`{% generation %}` ... `{% endgeneration %}`."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2's own convention)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-        def _mark(self, caller: Callable[[], str]) -> str:
-            return _BEGIN + caller() + _END
-
-    def refuse(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        extensions=[Generation],
-        finalize=_printable,
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"template {name!r}, line {error.lineno}: {error.message}") from error

@@ -299,7 +299,7 @@ def _end_of_text(path: Path, tokenizer: Any) -> int:
         names.insert(0, token["content"] if isinstance(token, dict) else token)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{config}: cannot be read as a tokenizer's configuration ({error}); mend or remove it"
         ) from error

@@ -320,7 +320,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; a last line that a kill cut short is left out."""
     objects: list[dict[str, Any]] = []
     if path.exists():
-        with contextlib.suppress(json.JSONDecodeError):  # nothing behind a torn line can be trusted
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):  # nothing behind a torn line can be trusted
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 objects.append(json.loads(line))
     return objects

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,27 @@ def test_a_damaged_journal_costs_what_its_lines_told(
     prepare(source, tmp_path / "s", workers=1)
     assert store_hash(tmp_path / "s") == expected
     assert len(done) == len(set(done))
+
+
+@pytest.mark.parametrize("depth", [900, 930, 940, 950, 970, 990, 5_000, 200_000])
+def test_files_beside_a_store_that_are_nested_too_deeply(
+    tmp_path: Path, source: Path, expected: str, depth: int
+) -> None:
+    """A journal's line whose checksum is right, and the side file: they count as damaged, and the job goes on."""
+    unfinished(source, tmp_path / "s", 21)
+    journal, deep = tmp_path / "s" / ".journal", '{"line": ' * depth + "1" + "}" * depth
+    with open(journal, "ab") as file:
+        file.write(b"%08x %b\n" % (zlib.crc32(deep.encode()), deep.encode()))
+    if depth >= 5_000:
+        prepare(source, tmp_path / "s", workers=1)
+        assert store_hash(tmp_path / "s") == expected
+    else:
+        with contextlib.suppress(InputError):
+            prepare(source, tmp_path / "s", workers=1)
+    prepare(source, tmp_path / "s", workers=1)
+    (tmp_path / "s" / "sources.json").write_text(deep)
+    assert prepare(source, tmp_path / "s", workers=1).reused
+    assert store_hash(tmp_path / "s") == expected
 
 
 @pytest.mark.parametrize("damage", ["cut", "zeroed", "missing", "flipped"])

@@ -87,3 +87,38 @@ def test_an_unchanged_manifest_is_read(path: Path) -> None:
     forge(path, lambda manifest: None)
     assert len(TokenStore(path)) == len(ROWS)
     assert verify_checksums(path) == []
+
+
+DEPTHS = [*range(900, 1001), 5_000, 200_000]  # around the recursion limit, less what a test stands on, and far beyond
+
+
+def nested(depth: int, opening: str = "[", closing: str = "]") -> str:
+    return opening * depth + "1" + closing * depth
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a": ', "}")])
+def test_a_manifest_that_is_nested_too_deeply_is_one_clear_error(path: Path, opening: str, closing: str) -> None:
+    whole = (path / "manifest.json").read_text()
+    for depth in DEPTHS:
+        deep = nested(depth, opening, closing)
+        for text in (deep, whole.replace('"num_rows"', f'"more": {deep}, "num_rows"', 1)):
+            (path / "manifest.json").write_text(text)
+            for use in (TokenStore, verify_checksums):
+                with pytest.raises(InputError, match=r"manifest\.json: damaged.*; prepare the store again"):
+                    use(path)
+
+
+def test_an_entry_nested_about_as_deep_as_can_be_read(path: Path) -> None:
+    """Its checksum is right, so that it comes to be shown in a message."""
+    whole = (path / "manifest.json").read_bytes()
+    forged = 0
+    for depth in range(900, 1000):
+        (path / "manifest.json").write_bytes(whole)
+        try:
+            forge(path, lambda manifest: manifest["files"][0].update(name=json.loads(nested(depth))))  # noqa: B023
+        except RecursionError:
+            break
+        forged += 1
+        with pytest.raises(InputError, match=r"manifest\.json: damaged .*; prepare the store again"):
+            TokenStore(path)
+    assert forged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -120,7 +121,9 @@ def test_what_was_found_is_kept_for_these_releases(tmp_path: Path, monkeypatch: 
     assert len(asked) == 1
     (path,) = (tmp_path / "fastcollate").iterdir()
     whole = path.read_bytes()
-    for damaged in (b"", b"[1", b"null", whole[:-1], whole[: len(whole) // 2], whole.replace(b"2191", b"2190")):
+    deep = b"[" * 200_000 + b"]" * 200_000
+    deep = hashlib.sha256(deep).hexdigest().encode() + b" " + deep  # as if this process had written it
+    for damaged in (b"", b"[1", b"null", deep, whole[: len(whole) // 2], whole.replace(b"2191", b"2190")):
         path.write_bytes(damaged)
         assert backend.differing_codes() == [0x88F, 0x323B0]
         assert path.read_bytes() == whole

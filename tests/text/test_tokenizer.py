@@ -305,10 +305,11 @@ def test_malformed_tokenizer_json(tokenizer_json: Path) -> None:
         load_tokenizer(str(nameless))
     (tokenizer_json.parent / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<nothing>"}}))
     assert load_tokenizer(str(nameless)).pad_token_id == 0
-    for broken in ("{", "[]", '{"eos_token": {}}'):
+    for broken in ("{", "[]", '{"eos_token": {}}', "[" * 200_000, '{"a": ' * 5_000 + "1" + "}" * 5_000):
         (tokenizer_json.parent / "tokenizer_config.json").write_text(broken)
         with pytest.raises(InputError, match=r"tokenizer_config\.json: cannot be read .*; mend or remove it"):
             load_tokenizer(str(nameless))
-    nameless.write_text("{")
-    with pytest.raises(InputError, match=r"not a tokenizer\.json"):
-        load_tokenizer(str(nameless))
+    for broken in ("{", "[" * 200_000 + "]" * 200_000):
+        nameless.write_text(broken)
+        with pytest.raises(InputError, match=r"not a tokenizer\.json"):
+            load_tokenizer(str(nameless))
