@@ -463,6 +463,7 @@ def test_learning_rates() -> None:
         ({"train_share": 0.9, "test_share": 0.2}, "--test-share 0.2: give 0 to 0.1, which is left"),
         ({"train_share": 0.75, "test_share": 0.26}, "--test-share 0.26: give 0 to 0.25, which is left"),
         ({"precision": "float8"}, "--precision float8: give auto, float32 or bfloat16"),
+        ({"cuda_graphs": True}, "--cuda-graphs True: give --compile with it"),
     ],
 )
 def test_options_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
