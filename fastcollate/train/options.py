@@ -146,7 +146,9 @@ class TrainOptions(MaskOptions):
         for name, choices in _CHOICES.items():
             self._require(name, getattr(self, name) in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
         self._require("dropout", 0 <= self.dropout < 1, "0 or more, below 1")
-        self._require("cuda_graphs", self.compile or not self.cuda_graphs, "--compile with it, whose kernels it replays")
+        self._require(
+            "cuda_graphs", self.compile or not self.cuda_graphs, "--compile with it, whose kernels it replays"
+        )
         self._require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "more than 0")
         self._require("train_share", 0 < self.train_share <= 1, "more than 0, at most 1")
         left = round(1 - self.train_share, 9)  # 1 - 0.9 is a little less than 0.1
