@@ -60,11 +60,13 @@ def prepare(
     """Tokenize records once into a memory-mapped store; a job that was stopped continues."""
     from fastcollate.ingest import prepare as run
     from fastcollate.progress import print_summary
+    from fastcollate.sources import name_of
 
     if not sources:
+        given = name_of(str(store))
         raise InputError(
-            f"prepare got only {str(store)!r}: name the sources first, the store's directory last, such as: "
-            f"fastcollate prepare {store} store"
+            f"prepare got only {given!r}: name the sources first, the store's directory last, such as: "
+            f"fastcollate prepare {given} store"
         )
     # the options' own keywords, which a type checker cannot know of a dataclass
     report = run(sources, store, fields=parse_fields(field), progress=not json_output, **asdict(options))

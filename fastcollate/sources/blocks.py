@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from fastcollate.errors import InputError, SourceReadError
 from fastcollate.sources.compression import open_compressed
 from fastcollate.sources.find import Source
 from fastcollate.sources.json_blocks import EMPTY, Piece, json_pieces
+from fastcollate.sources.remote import open_remote
 from fastcollate.sources.tables import arrow_pieces, csv_pieces, feed_content, open_columns, text_pieces
 
 _SMALL = 1 << 16  # bytes of a file that goes to a worker with its content
@@ -176,16 +178,16 @@ def _pieces(source: Source, targets: Iterator[int]) -> Iterator[Piece]:
         raise SourceReadError(f"{source.name}: cannot be read to its end ({error})") from error
 
 
-def _open(source: Source) -> IO[bytes]:
+def _open(source: Source) -> contextlib.AbstractContextManager[IO[bytes]]:
     """A source's bytes, uncompressed on the way; a small file is read at once."""
-    if source.local is None:
+    is_columnar = source.format in ("parquet", "arrow")  # which are read to and fro
+    if source.url:
+        return open_remote(source.name, source.url, source.compression, is_columnar=is_columnar)
+    if source.compression is not None:
         files, path = fsspec.core.url_to_fs(source.name)
-        file: IO[bytes] = files.open(path, "rb")
-        if source.compression is None:
-            return file
-        file = open_compressed(file, source.compression, source.name)
-        return io.BytesIO(file.read()) if source.format in ("parquet", "arrow") else file  # which are read to and fro
-    if source.num_bytes > _SMALL:
-        return open(source.local, "rb", buffering=0 if source.format in ("json", "lines") else -1)
+        file = open_compressed(files.open(path, "rb"), source.compression, source.name)
+        return io.BytesIO(file.read()) if is_columnar else file
+    if source.local is None or source.num_bytes > _SMALL:
+        return open(source.local or source.name, "rb", buffering=0 if source.format in ("json", "lines") else -1)
     with open(source.local, "rb", buffering=0) as small:
         return io.BytesIO(small.read())

@@ -20,12 +20,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.sources.compression import COMPRESSIONS
+from fastcollate.sources.remote import attempt, name_of
 
 _FORMATS = {
     ".json": "json", ".jsonl": "lines", ".jsonlines": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "tsv",
     ".txt": "text",
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
 }  # fmt: skip
+_EXTRAS = {"s3": "s3", "http": "http", "https": "http", "hf": "hf"}  # what to install for a kind of URL
 _SAVED = ("state.json", "dataset_dict.json")  # what tells a directory that a data set was saved to
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SETTLED_NS = 2_000_000_000  # a file that was changed later than so long ago may change again within one tick
@@ -36,7 +38,7 @@ class Source:
     """One file or data set to read.
 
     Attributes:
-        name: as the user named it, or the file that a pattern found.
+        name: as the user named it, or the file that a pattern found; of a URL without user, password and query.
         format: `json`, `lines`, `text`, `csv`, `tsv`, `parquet`, `arrow`, `dataset` or `records`.
         compression: `gzip`, `zstd`, `bz2`, `xz` or `None`.
         num_bytes: its size as stored; 0 where unknown.
@@ -46,6 +48,7 @@ class Source:
             of its clock.
         local: its path, where it is a plain local file.
         is_empty: whether the file holds no byte.
+        url: what opens it, where it is remote; it may hold a secret and is never shown.
         dataset: a `datasets.Dataset`, or the records of an iterable.
     """
 
@@ -57,12 +60,13 @@ class Source:
     is_settled: bool = True
     local: str | None = None
     is_empty: bool = False
+    url: str = field(default="", repr=False)
     dataset: Any = field(default=None, compare=False)
 
     def stamp_now(self) -> tuple[int | str, ...]:
         """The stamp as it is now; empty where there is none, or it can no longer be had."""
         try:
-            found = _find_files(self.local or self.name) if self.stamp else []
+            found = _find_files(self.local or self.url or self.name) if self.stamp else []
         except InputError:
             return ()
         return found[0].stamp if len(found) == 1 else ()
@@ -86,11 +90,12 @@ def find_sources(sources: Any, *, keep_empty: bool = False) -> list[Source]:
     if first and isinstance(first[0], Mapping):
         return [Source("the records given", "records", dataset=chain(first, given))]
     found: list[Source] = []
+    names = _names(sources) if isinstance(sources, list | tuple) else {}
     for source in chain(first, given):
         if hasattr(source, "column_names"):
             found.append(_dataset(source))
         elif isinstance(source, str | os.PathLike):
-            found += _find_files(os.fspath(source))
+            found += _find_files(os.fspath(source), names.get(source))
         else:
             raise InputError(f"source {source!r:.80}: neither a path, a URL, nor a data set")
     if not found:
@@ -99,6 +104,19 @@ def find_sources(sources: Any, *, keep_empty: bool = False) -> list[Source]:
         more = f" (and {len(empty) - 1} more of the files)" if len(empty) > 1 else ""
         raise InputError(f"{empty[0]}{more}: is empty; leave it out, or have it skipped and listed by --on-error skip")
     return found
+
+
+def _names(sources: Sequence[Any]) -> dict[Any, str]:
+    """Names of URLs that differ only in what a name leaves out, by the URL."""
+    same: dict[str, list[str]] = {}
+    for url in dict.fromkeys(source for source in sources if isinstance(source, str) and "://" in source):
+        same.setdefault(name_of(url), []).append(url)
+    return {
+        url: f"{name} (query {number} of {len(urls)})"
+        for name, urls in same.items()
+        if len(urls) > 1
+        for number, url in enumerate(urls, 1)
+    }
 
 
 def _dataset(dataset: Any) -> Source:
@@ -134,35 +152,37 @@ def _spool(source: Source, stack: contextlib.ExitStack, is_shared: bool) -> Sour
     return Source(path if is_shared else source.name, "lines", num_bytes=num_bytes, local=None if is_shared else path)
 
 
-def _find_files(name: str) -> list[Source]:
-    if "://" not in name and "::" not in name:
-        name = os.path.expanduser(name)
-        if any((Path(name) / file).is_file() for file in _SAVED):
-            return [_saved_dataset(Path(name))]
-        if not _is_pattern(name) or os.path.exists(name):
-            return [_local_file(name, name)]
+def _find_files(url: str, name: str | None = None) -> list[Source]:
+    """The files that a path, URL or pattern means; `name` is for messages, of a URL that needs another than its own."""
+    if "://" not in url and "::" not in url:
+        url = os.path.expanduser(url)
+        if any((Path(url) / file).is_file() for file in _SAVED):
+            return [_saved_dataset(Path(url))]
+        if not _is_pattern(url) or os.path.exists(url):
+            return [_local_file(url, url)]
+    name = name or name_of(url)
     try:
-        files, paths = fsspec.core.url_to_fs(name)
-        is_local = isinstance(files, LocalFileSystem)
-        if _is_pattern(paths) and not files.exists(paths):
-            found = sorted(files.glob(paths))
-            if not found:
-                raise InputError(f"{name}: no file matches this pattern")
-            names = found if is_local else [str(files.unstrip_protocol(path)) for path in found]
-        else:
-            found, names = [paths], [name.removeprefix("file://") if is_local else name]
-        describe = _local_file if is_local else lambda path, name: _remote_file(files, path, name)
-        return [describe(*pair) for pair in zip(found, names, strict=True)]
+        files, path = attempt(name, url, lambda: fsspec.core.url_to_fs(url))
     except ImportError as error:
-        raise InputError(f"{name}: this kind of URL needs another package ({error})") from error
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name}: not a path or URL that can be read ({error})") from error
+        extra = _EXTRAS.get(url.split("://")[0])
+        remedy = f"pip install 'fastcollate[{extra}]'" if extra else error
+        raise InputError(f"{name}: this kind of URL needs another package ({remedy})") from None
+    is_local = isinstance(files, LocalFileSystem)
+    if not is_local:
+        files.invalidate_cache()  # it may remember what was there before
+    if _is_pattern(path) and not attempt(name, url, lambda: files.exists(path)):
+        if not (found := sorted(attempt(name, url, lambda: files.glob(path)))):
+            raise InputError(f"{name}: no file matches this pattern")
+        if is_local:
+            return [_local_file(path, path) for path in found]
+        urls = [str(files.unstrip_protocol(path)) for path in found]
+        return [_remote_file(files, *pair, name_of(pair[1])) for pair in zip(found, urls, strict=True)]
+    return [_local_file(path, url.removeprefix("file://")) if is_local else _remote_file(files, path, url, name)]
 
 
 def _is_pattern(name: str) -> bool:
-    return any(mark in name for mark in "*?[")
+    is_web = name.startswith(("http://", "https://"))  # where a question mark begins the query
+    return any(mark in (name.split("?")[0] if is_web else name) for mark in "*?[")
 
 
 def _saved_dataset(path: Path) -> Source:
@@ -194,20 +214,17 @@ def _local_file(path: str, name: str) -> Source:
     return Source(name, kind, compression, stat.st_size, stamp, is_settled, local, is_empty=not stat.st_size)
 
 
-def _remote_file(files: Any, path: str, name: str) -> Source:
-    try:
-        info = files.info(path)
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read ({error.strerror or error})") from error
+def _remote_file(files: Any, path: str, url: str, name: str) -> Source:
+    info = attempt(name, url, lambda: files.info(path))
     if info["type"] == "directory":
         raise _is_directory(name)
-    kind, compression = _format(path, name)
+    plain = name_of(url)
+    kind, compression = _format(plain, name, url)
     tag = info.get("ETag") or info.get("etag")
     size = int(info.get("size") or 0)
-    stamp = (size, str(tag), kind, compression or "") if tag else ()
-    return Source(name, kind, compression, size, stamp, is_empty=info.get("size") == 0)
+    stamp = (size, str(tag), kind, compression or "", plain) if tag else ()
+    # what the name leaves out may name another file, of which the same tag tells nothing
+    return Source(name, kind, compression, size, stamp, plain == url, is_empty=info.get("size") == 0, url=url)
 
 
 def _is_directory(name: str) -> InputError:
@@ -216,13 +233,13 @@ def _is_directory(name: str) -> InputError:
     return InputError(f"{name}: is a directory; name files in it, such as {name.rstrip('/')}/*.jsonl")
 
 
-def _format(path: str, name: str) -> tuple[str, str | None]:
-    """A file's format and compression, by its ending."""
-    stem, suffix = os.path.splitext(path)
-    compression = COMPRESSIONS.get(suffix.lower())
+def _format(path: str, name: str, other: str = "") -> tuple[str, str | None]:
+    """A file's format and compression, by its ending, or that of `other`."""
+    suffix, compression = _ending(path)
+    if suffix not in _FORMATS and _ending(other)[0] in _FORMATS:
+        suffix, compression = _ending(other)
     if compression == "zstd":
         import_extra("zstandard", "zstd")
-    suffix = (os.path.splitext(stem)[1] if compression else suffix).lower()
     kind = _FORMATS.get(suffix)
     if kind is None:
         raise InputError(
@@ -230,3 +247,9 @@ def _format(path: str, name: str) -> tuple[str, str | None]:
             f"each also with {', '.join(COMPRESSIONS)}"
         )
     return kind, compression
+
+
+def _ending(path: str) -> tuple[str, str | None]:
+    stem, suffix = os.path.splitext(path)
+    compression = COMPRESSIONS.get(suffix.lower())
+    return (os.path.splitext(stem)[1] if compression else suffix).lower(), compression
