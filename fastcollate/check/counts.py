@@ -32,21 +32,13 @@ _MOST_NAMED = 10
 class TrainedByMask:
     """What is trained as asked, and what would be with the other `mask_prompt`.
 
-    Attributes:
-        mask_prompt: as asked.
-        kept_tokens: input cells that hold a token.
-        trained_tokens: trained targets, as asked.
-        rows_without_trained: rows with no trained target, as asked.
-        other_trained_tokens: trained targets with the other `mask_prompt`.
-        other_rows_without_trained: rows with no trained target then.
-
     Example:
         >>> TrainedByMask(False, 1000, 1000, 0, 370, 2).sentence
         'trained: 100%; 37.0% with --mask-prompt (2 rows without a trained token)'
     """
 
     mask_prompt: bool
-    kept_tokens: int
+    kept_tokens: int  # input cells that hold a token
     trained_tokens: int
     rows_without_trained: int
     other_trained_tokens: int
@@ -88,12 +80,7 @@ def packed_batches(plan: EpochPlan) -> Iterator[Packs]:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Counts in bars of equal width.
-
-    Attributes:
-        edges: `len(counts) + 1` numbers; bar `i` holds `edges[i] <= value < edges[i + 1]`.
-        counts: one a bar.
-    """
+    """Counts in bars of equal width; bar `i` holds `edges[i] <= value < edges[i + 1]`."""
 
     edges: list[float]
     counts: list[int]
@@ -101,70 +88,37 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Counts over a whole store.
-
-    Attributes:
-        path: the store's directory.
-        num_rows: rows.
-        num_tokens: tokens in all rows, without the end-of-text of each.
-        num_shards: shards.
-        num_bytes: bytes of all shards.
-        tokenizer: the encoding's name.
-        template: the template's name.
-        fingerprint: what the store was made from, as one hash.
-        options: the options that the counts below depend on.
-        mean_length: mean length in tokens.
-        percentiles: length by percentile, such as `"50"` for the median.
-        lengths: rows by length.
-        shares: rows by share of trained targets among their kept columns.
-        other_shares: the same with the other `mask_prompt`.
-        kept_tokens: input cells that hold a token after `max_length`.
-        trained_tokens: targets that are trained when each row is a batch of its own.
-        rows_cut: rows longer than `max_length`.
-        rows_without_trained: rows with no trained target.
-        examples_without_trained: the first of these rows.
-        corner_rows: rows on which `mode="reference"` differs from `mode="positional"`.
-        masks: what is trained with these options, and with the other `mask_prompt`.
-        boundary_mismatches: rows whose prompt, tokenized alone, is not a prefix of the row's tokens, as counted at
-            prepare time; `None` where the store does not say.
-        skipped_records: records that prepare left out; `None` where the store does not say.
-    """
+    """Counts over a whole store; the trained ones with each row as a batch of its own."""
 
     path: str
     num_rows: int
-    num_tokens: int
+    num_tokens: int  # without the end-of-text of each row
     num_shards: int
-    num_bytes: int
+    num_bytes: int  # of all shards
     tokenizer: str
     template: str
     fingerprint: str
-    options: MaskOptions
+    options: MaskOptions  # what is counted below depends on them
     mean_length: float
-    percentiles: dict[str, int]
+    percentiles: dict[str, int]  # lengths; "50" is the median
     lengths: Histogram
-    shares: Histogram
-    other_shares: Histogram
-    kept_tokens: int
+    shares: Histogram  # rows by share of trained targets among their kept columns
+    other_shares: Histogram  # the same with the other `mask_prompt`
+    kept_tokens: int  # input cells that hold a token after `max_length`
     trained_tokens: int
     rows_cut: int
     rows_without_trained: int
-    examples_without_trained: list[int]
-    corner_rows: int
+    examples_without_trained: list[int]  # the first of these rows
+    corner_rows: int  # on which `mode="reference"` differs from `mode="positional"`
     masks: TrainedByMask
-    boundary_mismatches: int | None
-    skipped_records: int | None
+    boundary_mismatches: int | None  # rows whose prompt, tokenized alone, is no prefix of them; `None`: not recorded
+    skipped_records: int | None  # by prepare; `None`: not recorded
 
 
 def inspect_store(
     store: TokenStore, options: MaskOptions | None = None, *, progress: bool = True, silent: bool | None = None
 ) -> Inspection:
-    """Count everything once over; memory does not grow with the store.
-
-    Args:
-        store: the store.
-        options: how rows become targets.
-        progress: show progress.
-        silent: the old name, the other way round.
+    """Count everything once over; memory does not grow with the store. `silent` is the old name of `progress=False`.
 
     Example:
         >>> found = inspect_store(TokenStore("store"), MaskOptions(max_length=256), progress=False)

@@ -30,41 +30,23 @@ DATA_BOUND = 0.05  # waiting for more than this share of a step is worth mending
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One loop: batches one after the other, a step for each.
-
-    Attributes:
-        name: what gives the batches.
-        batches_per_s: batches a second with nothing else to do (median of the rounds).
-        ms_per_batch: the same in milliseconds.
-        wait_share: share of the loop's time spent waiting where batches are made between steps (no overlap), 0 to 1;
-            `None` without a step time.
-        data_bound: whether batches take longer than the steps, so that no overlap can hide them.
-    """
+    """One loop: batches one after the other, a step for each."""
 
     name: str
-    batches_per_s: float
+    batches_per_s: float  # with nothing else to do, the median of the rounds
     ms_per_batch: float
-    wait_share: float | None = None
-    data_bound: bool | None = None
+    wait_share: float | None = None  # of the loop's time where batches are made between steps; `None` without step time
+    data_bound: bool | None = None  # whether batches take longer than the steps, so that no overlap can hide them
 
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Everything `fastcollate bench` prints.
-
-    Attributes:
-        policy: the order that was measured.
-        batch_size: rows (packs) in a batch.
-        step_ms: a training step's time, `None` if neither given nor measured.
-        contenders: the pipeline first.
-        advice: what to change, a sentence each.
-        masks: what is trained with these options, and with the other `mask_prompt`.
-    """
+    """Everything `fastcollate bench` prints."""
 
     policy: str
     batch_size: int
-    step_ms: float | None
-    contenders: list[Verdict]
+    step_ms: float | None  # `None` if neither given nor measured
+    contenders: list[Verdict]  # the pipeline first
     advice: list[str]
     masks: TrainedByMask
 
@@ -105,10 +87,8 @@ def bench(
         order: which rows make a batch; packs by default hold `max_length`, else the store's longest row.
         step_ms: a training step's time in milliseconds, for the verdict; or
         model: the bundled GPT-2 (`tiny`, ...) whose training step is measured on this store's batches.
-        rounds: turns of each contender; the median counts.
-        seconds: a turn's length.
-        progress: show progress.
-        silent: the old name, the other way round.
+        rounds: turns of each contender, of `seconds` each; the median counts.
+        progress: show progress (`silent` is the old name, the other way round).
 
     Raises:
         InputError: a value is wrong.
@@ -239,20 +219,20 @@ def _advice(contenders: list[Verdict], step_ms: float | None, policy: str) -> li
         return ["give --step-ms, or --model to measure the bundled GPT-2, for a verdict"]
     own = contenders[0]
     assert own.wait_share is not None
-    advice = []
     if own.data_bound:
-        advice.append(
+        verdict = (
             f"data-bound: a batch takes {own.ms_per_batch:.3g} ms, a step {step_ms:.3g} ms, so the device waits for "
             f"{1 - step_ms / own.ms_per_batch:.0%} of the time even with full overlap; raise the batch size, or let "
             "several ranks load"
         )
     elif own.wait_share > DATA_BOUND:
-        advice.append(
+        verdict = (
             f"not data-bound where batches are made during steps; made between them they take {own.wait_share:.0%} of "
             "the loop: load ahead"
         )
     else:
-        advice.append(f"not data-bound: making a batch takes {own.wait_share:.1%} of the loop; look elsewhere")
+        verdict = f"not data-bound: making a batch takes {own.wait_share:.1%} of the loop; look elsewhere"
+    advice = [verdict]
     for found in (found for found in contenders[1:] if (found.wait_share or 0) > DATA_BOUND):
         faster = (found.ms_per_batch + step_ms) / (own.ms_per_batch + step_ms)
         state = "data-bound" if found.data_bound else f"waiting {found.wait_share:.0%} of the loop"

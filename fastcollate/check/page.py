@@ -36,13 +36,7 @@ _SYMBOLS = {"sequential": "circle", "shuffled": "square", "bucketed": "diamond",
 
 
 class Padding(NamedTuple):
-    """Cells of an epoch.
-
-    Attributes:
-        num_batches: batches.
-        cells: input cells.
-        padded: input cells that hold padding.
-    """
+    """Input cells of an epoch, and how many hold padding."""
 
     num_batches: int
     cells: int
@@ -55,22 +49,13 @@ class Padding(NamedTuple):
 
 
 def write_report(
-    store: TokenStore,
-    path: Path,
-    found: Inspection,
-    *,
-    batch_size: int = 8,
-    seed: int = 0,
-    num_rows: int = 2000,
+    store: TokenStore, path: Path, found: Inspection, *, batch_size: int = 8, seed: int = 0, num_rows: int = 2000
 ) -> None:
-    """Write the page.
+    """Write the page to `path`.
 
     Args:
-        store: the store.
-        path: the file to write.
         found: what `inspect_store` counted; its options decide the masks.
-        batch_size: rows a batch in the picture of an epoch.
-        seed: of the pictured epoch.
+        batch_size: rows a batch in the picture of an epoch, whose order goes by `seed`.
         num_rows: rows in the mask viewer at most.
 
     Raises:
@@ -225,13 +210,8 @@ def _entry(view: RowView, other: RowView, tokenizer: Tokenizer | None) -> dict[s
         kind, other_kind = view.kinds[start], other.kinds[start]
         text = "" if tokenizer is None or kind == PADDING else tokenizer.decode(view.tokens[start:stop])
         runs.append([KINDS.index(kind), stop - start, text, KINDS.index(other_kind)])
-    return {
-        "row": view.row,
-        "record": view.source_row,
-        "length": view.num_tokens,
-        "ids": view.tokens[:end],
-        "runs": runs,
-    }
+    ids = view.tokens[:end]
+    return {"row": view.row, "record": view.source_row, "length": view.num_tokens, "ids": ids, "runs": runs}
 
 
 # -------------------------------------------------------------------------------------------------------- the page

@@ -30,29 +30,17 @@ _MOST_PROBLEMS = 20
 
 @dataclass(slots=True)
 class Verification:
-    """What was compared, and what differs.
+    """What was compared, and what differs."""
 
-    Attributes:
-        batches: batches compared bit for bit.
-        rows: rows in them.
-        cells: input and target cells in them, and positions and bounds of packed ones.
-        digest: SHA-256 over the shapes and cells of all batches in order; equal runs give equal digests.
-        records: records tokenized again, `None` without a source.
-        files: files whose checksums were computed, `None` if they were not.
-        masks: what is trained with these options, and with the other `mask_prompt`.
-        num_problems: differences found.
-        problems: the first of them, a line each.
-    """
-
-    batches: int = 0
-    rows: int = 0
-    cells: int = 0
-    digest: str = ""
-    records: int | None = None
-    files: int | None = None
+    batches: int = 0  # compared bit for bit
+    rows: int = 0  # in them
+    cells: int = 0  # in them: inputs and targets, and positions and bounds of packed ones
+    digest: str = ""  # SHA-256 over the shapes and cells of all batches in order; equal runs give equal digests
+    records: int | None = None  # tokenized again; `None` without a source
+    files: int | None = None  # whose checksums were computed; `None` if they were not
     masks: TrainedByMask | None = None
-    num_problems: int = 0
-    problems: list[str] = field(default_factory=list)
+    num_problems: int = 0  # differences found
+    problems: list[str] = field(default_factory=list)  # the first of them, a line each
 
     @property
     def ok(self) -> bool:
@@ -98,8 +86,7 @@ def verify(
         epoch: which epoch's batches.
         sources: what the store was prepared from; every record is tokenized again with tiktoken.
         checksums: read every file of the store and compare its checksum.
-        progress: show progress.
-        silent: the old name, the other way round.
+        progress: show progress (`silent` is the old name, the other way round).
 
     Raises:
         InputError: an option is wrong, or the sources or the vocabulary cannot be had.
@@ -152,16 +139,10 @@ def _compare_batches(
 
 
 class _Expected(NamedTuple):
-    """One batch of the plan.
-
-    Attributes:
-        rows: its row numbers.
-        lines: what a line of its tensors is called.
-        tensors: what the reference makes of it.
-    """
+    """One batch of the plan, as the reference makes it."""
 
     rows: npt.NDArray[np.int64]
-    lines: Sequence[str]
+    lines: Sequence[str]  # what a line of its tensors is called
     tensors: tuple[torch.Tensor, ...]
 
 
@@ -194,13 +175,10 @@ def _compare_cells(
 
 
 def expected_batch(examples: Sequence[Example], pad: int, options: MaskOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the reference makes of some rows, in plain Python.
+    """The inputs and targets that the reference makes of some rows, int64 `(rows, width)` each, in plain Python.
 
     Single turns in reference mode go through the chapter's functions as they stand. The chapter has neither several
     turns nor a positional mode: for those its inputs are taken, and targets are told token by token.
-
-    Returns:
-        inputs and targets, int64 `(rows, width)` each.
     """
     rows = [example.input_ids.tolist() for example in examples]
     spans = [example.spans.tolist() for example in examples]
@@ -323,11 +301,7 @@ def _compare_row(
 def _expected_row(
     parts: Sequence[str], tokenizer: Tokenizer, *, by_reference: bool
 ) -> tuple[list[int], list[bool], int]:
-    """What a record's texts give, tokenized whole.
-
-    Returns:
-        The ids; which of them, and of the end-of-text behind them, are trained; the first prompt's length in tokens.
-    """
+    """The ids of a record's texts; which of them, and of the end-of-text, are trained; the first prompt's length."""
     text = "".join(parts)
     ids = tokenizer.encode(text)
     if by_reference:

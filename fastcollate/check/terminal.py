@@ -28,27 +28,15 @@ STYLES = {PROMPT: "cyan", TRAINED: "bold green", IGNORED: "red", PADDING: "brigh
 
 
 class RowView(NamedTuple):
-    """A row as a loader hands it over, padded to the width of a batch together with the store's longest row.
-
-    Attributes:
-        row: the row's number.
-        source_row: the record's position in the sources.
-        num_tokens: the row's length, without the end-of-text.
-        inputs: int64 `(width,)`.
-        targets: int64 `(width,)`; the target of column `c` is token `c + 1`.
-        tokens: the row's tokens, its end-of-text and padding, as far as they are an input or a target: `width + 1`
-            ids, or none where the width is 0.
-        kinds: for each token `prompt`, `trained`, `ignored` or `padding`. A token is trained where it is a target;
-            the first never is one.
-    """
+    """A row as a loader hands it over, padded to the width of a batch together with the store's longest row."""
 
     row: int
-    source_row: int
-    num_tokens: int
-    inputs: Int64Array
-    targets: Int64Array
-    tokens: list[int]
-    kinds: list[str]
+    source_row: int  # the record's position in the sources
+    num_tokens: int  # without the end-of-text
+    inputs: Int64Array  # (width,)
+    targets: Int64Array  # (width,); that of column `c` is token `c + 1`
+    tokens: list[int]  # `width + 1` (none where the width is 0): the row's own, its end-of-text, and padding
+    kinds: list[str]  # of each token: one of `KINDS`; it is trained where it is a target, and the first never is one
 
     def runs(self) -> Iterator[tuple[str, int, int]]:
         """(kind, first token, end) of each stretch of one kind."""
