@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from fastcollate.store.store import require_served as require_served
 
 _MODULE_OF = {
-    "Example": "store",
-    "ShardInfo": "shards",
-    "TokenStore": "store",
-    "convert": "older",
-    "require_served": "store",
-}
+    "Example": "store", "ShardInfo": "shards", "TokenStore": "store", "convert": "older", "require_served": "store",
+}  # fmt: skip
 __getattr__, __dir__ = face(__name__, _MODULE_OF)

@@ -8,13 +8,16 @@ the arrays alive. Shards may come from files, so every row's offsets are checked
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError
 from fastcollate.jit import part, view
+
+if TYPE_CHECKING:
+    from fastcollate.store.shards import ShardColumns as Columns  # its `input_ids` here also int64, `spans` too
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -52,26 +55,6 @@ def bounds_of(table: Any, shard: int, row: int, offsets: int = OFFSETS, total: i
     return begin, end - begin
 
 
-class Columns(Protocol):
-    """What collating needs of a shard; `store.ShardColumns` is one."""
-
-    @property
-    def input_ids(self) -> npt.NDArray[Any]:
-        """uint16, uint32 or int64 `(num_tokens,)`."""
-
-    @property
-    def offsets(self) -> Int64Array:
-        """int64 `(num_rows + 1,)`."""
-
-    @property
-    def spans(self) -> npt.NDArray[np.uint32]:
-        """uint32 `(num_spans,)`."""
-
-    @property
-    def span_offsets(self) -> Int64Array:
-        """int64 `(num_rows + 1,)`."""
-
-
 class Table:
     """The addresses of shards' columns, as the kernels read them; keeps the columns alive.
 
@@ -81,7 +64,7 @@ class Table:
         token: 0 as a number of the tokens' dtype, which is the same in all shards.
 
     Raises:
-        InputError: a column's dtype, shape or memory layout is not what `Columns` says.
+        InputError: a column's dtype, shape or memory layout is not one that the kernels read.
     """
 
     def __init__(self, shards: Sequence[Columns], *, name: str = "the store") -> None:

@@ -96,13 +96,8 @@ def write_manifest(
 ) -> None:
     """Commit a store: write `lengths.npy` from finished shards, then the manifest. Shards without rows are left out.
 
-    Args:
-        directory: where the shards lie.
-        identity: what the store was made from.
-        shards: in row order.
-        files: other files to put under checksums, such as the report of skipped records.
-        summary: counts to keep; nothing in it may depend on time, machine or the number of workers.
-        fingerprint: another than the identity's, for a converted store.
+    Nothing in `summary` may depend on time, machine or the number of workers. `files` come under checksums too;
+    `fingerprint` is another than the identity's, for a converted store.
 
     Raises:
         InputError: there is no row.
@@ -178,11 +173,7 @@ def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
 
 
 def _check(manifest: Mapping[str, Any], version: int, path: Path) -> None:
-    """Whether everything that a store is opened by is there, of the right type, and of this directory.
-
-    Raises:
-        InputError: it is not; names what is wrong.
-    """
+    """Refuse a manifest without all that a store is opened by, of the right type, and of this directory."""
     _check_keys(manifest, _KEYS[version], "manifest", path)
     _check_keys(manifest["tokenizer"], _TOKENIZER if version == 1 else _TOKENIZER_2, "tokenizer", path)
     for part, wanted in (("files", _FILE), ("shards", _SHARD)):

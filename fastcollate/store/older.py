@@ -23,18 +23,14 @@ _TOKENIZER, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What `convert` did: both directories, how many rows, shards before and after, seconds.
-
-    Attributes:
-        has_tokenizer: whether the vocabulary needs no file outside the new store.
-    """
+    """What `convert` did."""
 
     old: str
     store: str
     num_rows: int
     old_shards: int
     new_shards: int
-    has_tokenizer: bool
+    has_tokenizer: bool  # the vocabulary needs no file outside the new store
     seconds: float
 
     def __str__(self) -> str:
@@ -84,7 +80,8 @@ def convert(old: str | Path, new: str | Path, *, progress: bool = False) -> Conv
         with progress_bar(unit="shards", progress=progress) as bar:
             task = bar.add_task("convert", total=len(infos))
             shards = list(_merge(root, target, infos, lambda: bar.advance(task)))
-        files = [_copy(root, target, FileInfo(**entry)) for entry in manifest["files"] if entry["name"] != LENGTHS]
+        others = [FileInfo(**entry) for entry in manifest["files"] if entry["name"] != LENGTHS]
+        files = [write_file(target / file.name, _checked(root, file).read_bytes()) for file in others]
         identity = StoreIdentity(**{part.name: manifest[part.name] for part in fields(StoreIdentity)})
         tokenizer, vocabulary = _keep_tokenizer(target, identity.tokenizer)
         template = {**identity.template}
@@ -123,7 +120,7 @@ def _merge(root: Path, target: Path, infos: Sequence[ShardInfo], advance: Callab
     """Write neighbours as one shard each."""
     for index, group in enumerate(_groups(infos)):
         for info in group:
-            _check(root, FileInfo(info.name, info.num_bytes, info.sha256))
+            _checked(root, FileInfo(info.name, info.num_bytes, info.sha256))
             advance()
         yield merge_shards(root, group, target, shard_name(index))
 
@@ -142,16 +139,13 @@ def _groups(infos: Sequence[ShardInfo]) -> Iterator[list[ShardInfo]]:
     yield group
 
 
-def _check(root: Path, info: FileInfo) -> None:
-    """A damaged file must not get a new checksum that is right."""
-    with naming(root / info.name):
-        if describe(root / info.name) != info:
-            raise InputError(f"{root / info.name}: damaged (its size or checksum differs); prepare the store again")
-
-
-def _copy(root: Path, target: Path, info: FileInfo) -> FileInfo:
-    _check(root, info)
-    return write_file(target / info.name, (root / info.name).read_bytes())
+def _checked(root: Path, info: FileInfo) -> Path:
+    """A file's path; a damaged one must not get a new checksum that is right."""
+    path = root / info.name
+    with naming(path):
+        if describe(path) != info:
+            raise InputError(f"{path}: damaged (its size or checksum differs); prepare the store again")
+    return path
 
 
 def _keep_tokenizer(target: Path, tokenizer: Mapping[str, Any]) -> tuple[dict[str, Any], list[FileInfo]]:

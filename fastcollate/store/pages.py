@@ -16,20 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.jit import ask_for, kernel, part
-from fastcollate.store.layout import (
-    FIRST_ROW,
-    NUM_SPANS,
-    NUM_TOKENS,
-    OFFSETS,
-    READ_BEYOND,
-    SPAN_OFFSETS,
-    SPAN_SIZE,
-    SPANS,
-    TOKEN_SIZE,
-    TOKENS,
-    bounds_of,
-    shard_of,
-)
+from fastcollate.store import layout
 
 Rows = npt.NDArray[Any]
 
@@ -114,19 +101,19 @@ def _ask_for_column(table: Any, rows: Any, offsets: int, total: int, items: int,
     asked, shard = 0, 0
     first, last = _NO_PAGES
     for i in range(len(rows)):
-        shard = shard_of(table, rows[i], max(shard, 0))
+        shard = layout.shard_of(table, rows[i], max(shard, 0))
         if shard < 0:
             continue
         if items == offsets:
-            begin = table[shard, offsets] + 8 * (rows[i] - table[shard, FIRST_ROW])
+            begin = table[shard, offsets] + 8 * (rows[i] - table[shard, layout.FIRST_ROW])
             end = begin + 16
         else:
-            start, count = bounds_of(table, shard, rows[i], offsets, total)
+            start, count = layout.bounds_of(table, shard, rows[i], offsets, total)
             if count <= 0:
                 continue
             size = table[shard, item_size]
             begin = table[shard, items] + size * start
-            end = begin + size * min(count + READ_BEYOND, table[shard, total] - start)  # a fill reads a little more
+            end = begin + size * min(count + layout.READ_BEYOND, table[shard, total] - start)
         more, first, last = _add_stretch(first, last, begin, end, page)
         asked += more
     return int(asked + _ask_for_pages(first, last, page))
@@ -139,10 +126,11 @@ def ask_for_row_pages(table: Any, rows: Any, with_spans: bool, page: int) -> int
     The row numbers are in order. Rows that do not exist, or whose offsets are broken, are passed over: whoever reads
     them says so.
     """
-    asked = _ask_for_column(table, rows, OFFSETS, NUM_TOKENS, OFFSETS, TOKEN_SIZE, page)
+    offsets, total, size = layout.SPAN_OFFSETS, layout.NUM_SPANS, layout.SPAN_SIZE
+    asked = _ask_for_column(table, rows, layout.OFFSETS, layout.NUM_TOKENS, layout.OFFSETS, layout.TOKEN_SIZE, page)
     if with_spans:
-        asked += _ask_for_column(table, rows, SPAN_OFFSETS, NUM_SPANS, SPAN_OFFSETS, SPAN_SIZE, page)
-    asked += _ask_for_column(table, rows, OFFSETS, NUM_TOKENS, TOKENS, TOKEN_SIZE, page)
+        asked += _ask_for_column(table, rows, offsets, total, offsets, size, page)
+    asked += _ask_for_column(table, rows, layout.OFFSETS, layout.NUM_TOKENS, layout.TOKENS, layout.TOKEN_SIZE, page)
     if with_spans:
-        asked += _ask_for_column(table, rows, SPAN_OFFSETS, NUM_SPANS, SPANS, SPAN_SIZE, page)
+        asked += _ask_for_column(table, rows, offsets, total, layout.SPANS, size, page)
     return int(asked)

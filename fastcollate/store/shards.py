@@ -104,11 +104,7 @@ def _arrow(values: npt.NDArray[Any]) -> pa.Array:
 
 
 def write_shard(directory: Path, name: str, columns: ShardColumns, *, sync: bool = True) -> ShardInfo:
-    """Write one shard, atomically; `sync=False` for a part of one that is only to be merged (see `files.replacing`).
-
-    Raises:
-        OSError: the disk is full or the directory cannot be written; no file of that name is left behind.
-    """
+    """Write one shard, atomically; `sync=False` for a part of one that is only to be merged (see `files.replacing`)."""
     batch = record_batch(columns)
 
     def fill(file: HashedFile) -> None:
@@ -240,13 +236,7 @@ def shard_lengths(directory: Path, shard: ShardInfo) -> npt.NDArray[np.int64]:
 
 
 def merge_shards(directory: Path, parts: Sequence[ShardInfo], target: Path, name: str) -> ShardInfo:
-    """Put shards end to end in one; one of them is open at a time, and in memory is what the new one holds.
-
-    Args:
-        directory: where the parts lie.
-        parts: in row order, of one schema; see `write_shard(..., sync=False)`.
-        target: the new shard's directory.
-        name: its name; see `shard_name`.
+    """Put shards of one schema end to end in one; one is open at a time, and in memory is what the new one holds.
 
     Raises:
         InputError: a part is missing, damaged, or of another schema than the first.
@@ -256,11 +246,7 @@ def merge_shards(directory: Path, parts: Sequence[ShardInfo], target: Path, name
 
 
 def join_columns(parts: Sequence[ShardInfo], opened: Iterable[ShardColumns]) -> ShardColumns:
-    """Columns end to end, in memory.
-
-    Args:
-        parts: their counts, at least one.
-        opened: them; each is taken when the one before it is copied, and let go then.
+    """Columns end to end, in memory; each of `opened` is taken when the one before it is copied, and let go then.
 
     Raises:
         InputError: they are not of one schema, or a row's offsets are damaged: they would reach into another shard.

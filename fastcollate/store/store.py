@@ -135,11 +135,7 @@ class TokenStore:
         return int(self.manifest["tokenizer"]["end_token_id"])
 
     def _check_lengths(self) -> None:
-        """Compare `lengths.npy`, which plans are made of, with the shards: all sums, and some rows of each shard.
-
-        Raises:
-            InputError: they differ.
-        """
+        """Compare `lengths.npy`, which plans are made of, with the shards: all sums, and some rows of each shard."""
         for first, stop, shard in zip(self.shard_starts[:-1], self.shard_starts[1:], self.shards, strict=True):
             rows = np.linspace(0, stop - first - 1, min(_SAMPLED_ROWS, stop - first)).astype(np.int64)
             lengths = self.lengths[first:stop]
