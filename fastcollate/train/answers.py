@@ -31,22 +31,10 @@ def generate(
     stop_at: int | None = 50256,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """Continue a prompt.
+    """How a model in evaluation mode continues a prompt: the new token ids.
 
-    Args:
-        model: in evaluation mode.
-        prompt: token ids; of a prompt too long for the context the end is used.
-        max_new_tokens: at most so many tokens, fewer where the context ends.
-        top_k: draw only from the `k` most probable tokens.
-        temperature: 0 takes the most probable token; higher is more varied.
-        stop_at: the token that ends the answer; it is not returned.
-        generator: where randomness comes from, on the model's device.
-
-    Returns:
-        the new token ids.
-
-    Raises:
-        InputError: an option out of range, or an empty prompt.
+    Of a prompt too long for the context the end is used; the answer ends where the context does, or before the token
+    `stop_at`. What is drawn is as `AnswerOptions` says, by `generator`, on the model's device.
 
     Example:
         >>> generate(model, [1, 2, 3], max_new_tokens=4, stop_at=None)
@@ -127,9 +115,6 @@ def answer(
         text: its input, if it has one.
         options: length, randomness, device.
         raw: use the prompt as it is, without the run's template, and leave the answer as it is.
-
-    Returns:
-        `prompt`, `model_response` and `tokens`.
 
     Example:
         >>> found = answer(Path("runs/first"), "Add 1 and 2.", options=AnswerOptions(max_new_tokens=4))

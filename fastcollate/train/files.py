@@ -23,9 +23,8 @@ from fastcollate.train.model import GPT2, GPT2Config, read_torch_file
 from fastcollate.train.options import TrainOptions
 
 FORMAT_VERSION = 2  # 1 had no seal
-_SEAL = (
-    b"fastcollate sha256 "  # behind what `torch.save` wrote, then the hash of that in hexadecimal, then a line's end
-)
+# Behind what `torch.save` wrote; the hash of that in hexadecimal follows, then a line's end.
+_SEAL = b"fastcollate sha256 "
 _SEAL_SIZE = len(_SEAL) + 64 + 1
 _REMEDIES = {
     errno.ENOSPC: "free some space there",
@@ -43,66 +42,37 @@ PLOT = "loss.png"
 
 @dataclass(slots=True, kw_only=True)
 class Checkpoint:
-    """A run after an optimizer step; tensors and plain values only, so that reading one runs no code.
-
-    Attributes:
-        step: optimizer steps done.
-        config: the model's shape.
-        model: its parameters by name.
-        optimizer: the optimizer's `state_dict`.
-        loader: the loader's `state_dict`: which rows are still to come.
-        random: each rank's random states.
-        progress: the run's counters (tokens seen, steps skipped, best validation loss, ...).
-        options: the run's options.
-        data: where the rows are: the store's path and fingerprint, its splits.
-    """
+    """A run after an optimizer step; tensors and plain values only, so that reading one runs no code."""
 
     step: int
     config: GPT2Config
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
-    loader: Mapping[str, Any]
-    random: list[Mapping[str, Any]]
-    progress: Mapping[str, Any]
+    loader: Mapping[str, Any]  # its `state_dict`: which rows are still to come
+    random: list[Mapping[str, Any]]  # each rank's `random_states`
+    progress: Mapping[str, Any]  # `Counters`
     options: Mapping[str, Any]
-    data: Mapping[str, Any]
+    data: Mapping[str, Any]  # where the rows are: the store's path and fingerprint, its splits
 
 
 @dataclass(slots=True)
 class TrainReport:
-    """What a run has done, resumed parts included unless said otherwise.
-
-    Attributes:
-        steps: optimizer steps.
-        skipped_steps: steps without a trained token.
-        epochs: whole passes over the training rows.
-        tokens_seen: useful input tokens, padding not counted.
-        first_loss: the loss of this process's first step.
-        last_loss: the mean loss of the last ten steps at most.
-        validation_loss: of the last evaluation, `None` without one.
-        seconds: time of this process's steps, without evaluation and checkpoints.
-        tokens_per_second: useful tokens a second of that time.
-        wait_share: the part of that time spent waiting for data; the start (kernels, the first batch) is no part of it.
-        compilations: graphs that `--compile` compiled.
-        ended: `finished`, `early stop` or `interrupted`.
-        out: the run's directory.
-        plot: the loss plot, `None` without matplotlib.
-    """
+    """What a run has done, resumed parts included unless said otherwise."""
 
     steps: int = 0
-    skipped_steps: int = 0
-    epochs: int = 0
-    tokens_seen: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    validation_loss: float | None = None
-    seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    wait_share: float = 0.0
-    compilations: int = 0
-    ended: str = "finished"
+    skipped_steps: int = 0  # without a trained token
+    epochs: int = 0  # whole passes over the training rows
+    tokens_seen: int = 0  # useful ones: padding is not counted
+    first_loss: float | None = None  # of this process
+    last_loss: float | None = None  # the mean of the last ten steps at most
+    validation_loss: float | None = None  # of the last evaluation; `None` without one
+    seconds: float = 0.0  # of this process's steps, without evaluation and checkpoints
+    tokens_per_second: float = 0.0  # useful ones, of that time
+    wait_share: float = 0.0  # of that time, waiting for data; the start (kernels, the first batch) is no part of it
+    compilations: int = 0  # graphs that `--compile` compiled
+    ended: str = "finished"  # or "early stop" or "interrupted"
     out: str = ""
-    plot: str | None = None
+    plot: str | None = None  # `None` without matplotlib
 
 
 @dataclass(slots=True)
@@ -121,11 +91,7 @@ class Counters:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `path` atomically, sealed with its hash: a crash leaves the old file or the new one, never a part.
-
-    Raises:
-        InputError: it cannot be written; what was there is still there.
-    """
+    """Write `path` atomically, sealed with its hash: a crash leaves the old file or the new one, never a part."""
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     content |= {"format_version": FORMAT_VERSION, "config": asdict(checkpoint.config)}
 
@@ -175,11 +141,7 @@ def _damaged(path: Path, why: str) -> InputError:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, or the one in the directory `path`, onto the CPU.
-
-    Raises:
-        InputError: there is none, it is damaged, or another release wrote it.
-    """
+    """Read a checkpoint, or the one in the directory `path`, onto the CPU; what cannot be read is an `InputError`."""
     path = path / CHECKPOINT if path.is_dir() else path
     if not path.is_file():
         run = path.parent if path.suffix else path
@@ -197,11 +159,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT2, Checkpoint]:
-    """The model of a checkpoint, ready to generate, and the checkpoint.
-
-    Raises:
-        InputError: as `load_checkpoint`.
-    """
+    """The model of a checkpoint, ready to generate, and the checkpoint."""
     checkpoint = load_checkpoint(path)
     model = GPT2(checkpoint.config)
     model.load_state_dict(checkpoint.model)

@@ -298,8 +298,7 @@ def train(
         store: an open store or its path.
         options: see `TrainOptions`.
         ranks: who trains together; by default what `torchrun` started, or this process alone.
-        progress: show progress.
-        show: the old name of `progress`.
+        progress: show progress (`show` is the old name).
 
     Returns:
         What was done; everything else is under `options.out`: `metrics.jsonl`, `evaluations.jsonl`,

@@ -55,11 +55,7 @@ CONFIGS: Mapping[str, GPT2Config] = {
 
 
 def config_of(model: str, *, dropout: float = 0.0, tie_weights: bool = True) -> GPT2Config:
-    """The configuration called `model`.
-
-    Raises:
-        InputError: there is none of that name.
-    """
+    """The configuration called `model`."""
     if model not in CONFIGS:
         raise InputError(f"model {model!r}: choose one of {', '.join(CONFIGS)}")
     return replace(CONFIGS[model], dropout=dropout, tie_weights=tie_weights)
@@ -68,9 +64,8 @@ def config_of(model: str, *, dropout: float = 0.0, tie_weights: bool = True) -> 
 class Segments:
     """Where the rows of a packed batch begin and end, for attention that keeps them apart.
 
-    Args:
-        cu_seqlens: int32, cumulative lengths over the flattened batch, starting at 0.
-        longest: no segment is longer; may be generous (the pack's capacity), which spares a wait for the device.
+    `cu_seqlens` is int32, cumulative lengths over the flattened batch, starting at 0. No segment is longer than
+    `longest`, which may be generous (the pack's capacity): that spares a wait for the device.
     """
 
     def __init__(self, cu_seqlens: Tensor, longest: int) -> None:
@@ -235,7 +230,7 @@ class GPT2(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """The last layer's normalized output.
+        """The last layer's normalized output, `(batch, length, width)`.
 
         Args:
             inputs: token ids, int64 `(batch, length)`, right-padded or packed.
@@ -243,9 +238,6 @@ class GPT2(nn.Module):
             cu_seqlens: int32 segment boundaries over the flattened batch, for a packed batch: attention stays
                 within a segment.
             cache: for generation, batch 1 without `cu_seqlens`: the new tokens follow those in the cache.
-
-        Returns:
-            `(batch, length, width)`.
 
         Raises:
             InputError: the batch is longer than the model's context.
@@ -277,15 +269,9 @@ class GPT2(nn.Module):
 
 
 def load_published(path: Path, config: GPT2Config) -> GPT2:
-    """A model with the weights of a local file in the Hugging Face naming.
+    """A model with the weights of a local file in the Hugging Face naming, which must be of the same shape.
 
-    Args:
-        path: `*.safetensors`, or a PyTorch file (`pytorch_model.bin`), which is read as tensors only: a file that
-            holds code is refused.
-        config: the shape; the file must have the same.
-
-    Raises:
-        InputError: the file cannot be read, lacks a tensor, or one has another size.
+    The file is `*.safetensors`, or PyTorch's (`pytorch_model.bin`), of which tensors alone are read, and no code.
     """
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in _read_tensors(path).items()}
     model = GPT2(config)
@@ -313,10 +299,8 @@ def load_published(path: Path, config: GPT2Config) -> GPT2:
 def _remedy(tensors: Mapping[str, Tensor]) -> str:
     width = tensors["wte.weight"].shape[-1]
     layers = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-    fitting = [n for n, c in CONFIGS.items() if (c.width, c.num_layers) == (width, layers)]
-    return f"; the file holds a model of width {width} with {layers} layers" + (
-        f": --model {fitting[0]}" if fitting else ""
-    )
+    fitting = [f": --model {n}" for n, c in CONFIGS.items() if (c.width, c.num_layers) == (width, layers)]
+    return f"; the file holds a model of width {width} with {layers} layers{''.join(fitting)}"
 
 
 def _read_tensors(path: Path) -> Mapping[str, Tensor]:
@@ -338,11 +322,7 @@ def _read_tensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What `torch.save` wrote, onto the CPU: tensors and plain values only, no code is run.
-
-    Raises:
-        InputError: the file is damaged, of another kind, or holds code.
-    """
+    """What `torch.save` wrote, onto the CPU: tensors and plain values only, no code is run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes make the unpickler raise errors of any type

@@ -175,10 +175,7 @@ class TrainOptions(MaskOptions):
     def ending(self, *, step: int, epoch: int, evaluations_since_best: int = 0) -> str | None:
         """How a run has ended, or `None` while it goes on; a pure function of what all ranks know.
 
-        Args:
-            step: optimizer steps done.
-            epoch: whole epochs that all ranks have handed over.
-            evaluations_since_best: evaluations since the lowest validation loss.
+        `epoch` counts whole epochs that all ranks have handed over.
 
         Example:
             >>> TrainOptions(max_steps=5).ending(step=5, epoch=0)
@@ -199,11 +196,7 @@ class TrainOptions(MaskOptions):
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def check_against(self, saved: Mapping[str, Any]) -> None:
-        """Refuse to resume a run with options under which it would become another run.
-
-        Raises:
-            InputError: a fixed option differs.
-        """
+        """Refuse to resume a run with options under which it would become another run: a fixed one differs."""
         own, options = self.plain(), fields(self)
         for item in options:
             if item.metadata["fixed"] and own[item.name] != saved.get(item.name):

@@ -34,12 +34,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 class Ranks:
     """This process's place among those that train together.
 
-    Attributes:
-        rank: from 0.
-        world_size: how many.
-        device: where this rank computes.
-        counters: the group over which counts are summed on the CPU (no wait for the GPU), apart from the gradients' so
-            that `close` can end its threads; `None` if alone.
+    Counts are summed over the group `counters` (`None` if alone): on the CPU, without a wait for the GPU, and apart
+    from the gradients' group so that `close` can end its threads.
     """
 
     rank: int
@@ -178,11 +174,7 @@ def _store_of_this_attempt(rank: int) -> Store:
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here.
-
-    Raises:
-        InputError: it is not there.
-    """
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here; one that is not there is an `InputError`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

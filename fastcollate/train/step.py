@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -23,23 +24,14 @@ from fastcollate.train.ranks import Ranks
 
 
 class MicroBatch(NamedTuple):
-    """A batch on its device.
+    """A batch on its device, with its counts; the two in the middle are there in packed batches only."""
 
-    Attributes:
-        inputs: int64 `(rows, width)`.
-        targets: int64 `(rows, width)`, -100 where nothing is trained.
-        position_ids: int64 `(packs, capacity)`, packed batches only.
-        cu_seqlens: int32 bounds over the flattened batch, packed batches only.
-        num_useful: input cells that hold a row's token.
-        num_trained: targets that are not ignored.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    position_ids: Tensor | None
-    cu_seqlens: Tensor | None
-    num_useful: int
-    num_trained: int
+    inputs: Tensor  # int64 (rows, width)
+    targets: Tensor  # int64 (rows, width), -100 where nothing is trained
+    position_ids: Tensor | None  # int64 (packs, capacity)
+    cu_seqlens: Tensor | None  # int32 bounds over the flattened batch
+    num_useful: int  # input cells that hold a row's token
+    num_trained: int  # targets that are not ignored
 
 
 def empty_batch(device: torch.device) -> MicroBatch:
@@ -126,13 +118,8 @@ class Stepper:
     def step(self, batches: Sequence[MicroBatch], num_trained: int, learning_rate: float) -> Tensor:
         """Train on micro-batches: as many on every rank, `empty_batch` where it has none.
 
-        Args:
-            batches: this rank's.
-            num_trained: trained tokens in all batches of all ranks, not 0.
-            learning_rate: of this step.
-
-        Returns:
-            this rank's part of the mean loss per trained token, on the device; the ranks' parts add up to it.
+        `num_trained` counts the trained tokens in all batches of all ranks, not 0. Returned is this rank's part of the
+        mean loss per trained token, on the device; the ranks' parts add up to it.
         """
         assert num_trained > 0
         for group in self.optimizer.param_groups:
@@ -203,35 +190,21 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 class Offer(NamedTuple):
-    """What one rank has for the next optimizer step.
+    """What one rank has for the next optimizer step."""
 
-    Attributes:
-        num_batches: micro-batches, at most `accumulate`.
-        num_trained: trained tokens in them.
-        num_useful: useful tokens in them.
-        epoch: whole epochs that its loader has handed over.
-        stop: whether somebody asked this rank to stop.
-    """
-
-    num_batches: int
-    num_trained: int
-    num_useful: int
-    epoch: int
-    stop: bool
+    num_batches: int  # micro-batches, at most `accumulate`
+    num_trained: int  # trained tokens in them
+    num_useful: int  # useful tokens in them
+    epoch: int  # whole epochs that its loader has handed over
+    stop: bool  # whether somebody asked this rank to stop
 
 
 def decide(offers: Sequence[Offer]) -> Offer:
     """What every rank does next; a pure function of what all ranks know, so that none gathers while others reduce.
 
     A rank whose loader has ended an epoch (its last batches may be fewer) waits for the others: an epoch is over when
-    all have ended it.
-
-    Args:
-        offers: of all ranks, in any order.
-
-    Returns:
-        the step of all together: micro-batches that each rank runs (0: the epoch is over), tokens of all ranks, epochs
-        that all have ended, and whether to stop before this step.
+    all have ended it. Given what each rank offers, in any order, the step of all together is: micro-batches that each
+    rank runs (0: the epoch is over), tokens of all ranks, epochs that all have ended, whether to stop before this step.
 
     Example:
         >>> decide([Offer(1, 30, 40, epoch=0, stop=False), Offer(0, 0, 0, epoch=1, stop=False)])
@@ -242,17 +215,11 @@ def decide(offers: Sequence[Offer]) -> Offer:
 
 
 class StepData(NamedTuple):
-    """What one optimizer step trains on.
+    """What one optimizer step trains on."""
 
-    Attributes:
-        batches: this rank's, as many as every other rank's; none at the end of an epoch.
-        total: what was decided for all ranks.
-        wait_s: seconds that this rank waited for its batches, compiling not counted.
-    """
-
-    batches: list[MicroBatch]
-    total: Offer
-    wait_s: float
+    batches: list[MicroBatch]  # this rank's, as many as every other rank's; none at the end of an epoch
+    total: Offer  # what was decided for all ranks
+    wait_s: float  # seconds that this rank waited for its batches, compiling not counted
 
 
 class Feed:
@@ -276,15 +243,9 @@ class Feed:
         start = clock()
         own = [] if stop else self._take()
         wait_s = max(0.0, clock() - start)
-        found = self._ranks.exchange(self._offer(own, stop))
-        offers = [Offer(int(b), int(t), int(u), int(e), bool(asked)) for b, t, u, e, asked in found]
-        return self._accept(own, decide(offers), wait_s)
-
-    def _offer(self, own: list[MicroBatch], stop: bool) -> Offer:
         trained, useful = sum(batch.num_trained for batch in own), sum(batch.num_useful for batch in own)
-        return Offer(len(own), trained, useful, self._loader.epoch, stop)
-
-    def _accept(self, own: list[MicroBatch], step: Offer, wait_s: float) -> StepData:
+        found = self._ranks.exchange(Offer(len(own), trained, useful, self._loader.epoch, stop))
+        step = decide([Offer(int(b), int(t), int(u), int(e), bool(asked)) for b, t, u, e, asked in found])
         if step.stop:
             return StepData([], step, wait_s)
         self._state, self.epoch = self._loader.state_dict(), step.epoch
@@ -295,13 +256,7 @@ class Feed:
     def _take(self) -> list[MicroBatch]:
         if self._batches is None:
             self._batches = iter(self._loader)
-        taken: list[MicroBatch] = []
-        while len(taken) < self._accumulate:
-            batch = next(self._batches, None)
-            if batch is None:
-                break
-            taken.append(as_micro_batch(batch))
-        return taken
+        return [as_micro_batch(batch) for batch in islice(self._batches, self._accumulate)]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader was after the last step's batches."""
@@ -377,11 +332,7 @@ def validation_batches(
     store: TokenStore, options: TrainOptions, ranks: Ranks, rows: range, context: int
 ) -> Iterator[MicroBatch]:
     """This rank's batches of the validation rows, always the same ones."""
-    if not rows:
-        return
-    policy = "packed" if options.policy == "packed" else "sequential"
-    loader = make_loader(store, options, ranks, rows, context, policy=policy)
-    for number, batch in enumerate(loader):
-        if options.eval_batches and number >= options.eval_batches:
-            return
-        yield as_micro_batch(batch)
+    if rows:
+        policy = "packed" if options.policy == "packed" else "sequential"
+        loader = make_loader(store, options, ranks, rows, context, policy=policy)
+        yield from map(as_micro_batch, islice(loader, options.eval_batches or None))
