@@ -24,19 +24,11 @@ if TYPE_CHECKING:
     from fastcollate.store.store import TokenStore as TokenStore
 
 _MODULE_OF = {
-    "Batch": "collate.batch",
-    "BatchLoader": "load.loader",
-    "BucketBatchSampler": "integrations.pytorch",
-    "MixedStore": "plan.mixing",
-    "PackedBatch": "collate.batch",
-    "StoreDataset": "integrations.pytorch",
-    "TokenStore": "store.store",
-    "collate_fn": "collate.drop_in",
-    "pack_lengths": "plan.packing",
-    "plan_epoch": "plan.plan",
-    "prepare": "ingest.job",
-    "split_rows": "plan.splits",
-}
+    "Batch": "collate.batch", "BatchLoader": "load.loader", "BucketBatchSampler": "integrations.pytorch",
+    "MixedStore": "plan.mixing", "PackedBatch": "collate.batch", "StoreDataset": "integrations.pytorch",
+    "TokenStore": "store.store", "collate_fn": "collate.drop_in", "pack_lengths": "plan.packing",
+    "plan_epoch": "plan.plan", "prepare": "ingest.job", "split_rows": "plan.splits",
+}  # fmt: skip
 
 __all__ = list(_MODULE_OF)
 __version__ = "0.1.0"

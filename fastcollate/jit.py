@@ -71,7 +71,6 @@ def part(function: F) -> F:
     """A part of kernels: compiled into each of them, without what a call from Python needs, which is half of the work.
 
     Into them, since a call hands over each array as seven numbers: that took a seventh of the time of a short row.
-
     Called from Python it would crash: only kernels and parts may name it (a test looks).
     """
     return cast("F", njit(nogil=True, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function))
@@ -120,14 +119,10 @@ def _imported(path: Path, found: frozenset[Path] = frozenset()) -> frozenset[Pat
 
 
 class Compiling(event.Listener):  # type: ignore[misc]
-    """Tells before the first kernel is compiled, where neither this process nor the disk has it, and counts.
-
-    Attributes:
-        seconds: how long kernels have been compiled so far, on any thread.
-    """
+    """Tells before the first kernel is compiled, where neither this process nor the disk has it, and counts."""
 
     def __init__(self, tell: Callable[[], None] | None = None) -> None:
-        self.seconds = 0.0
+        self.seconds = 0.0  # how long kernels have been compiled so far, on any thread
         self._tell = tell
         self._starts: list[float] = []  # a kernel's parts are compiled within it
 

@@ -11,11 +11,8 @@ T = TypeVar("T")
 def option(default: Any, help_text: str, *flags: str, fixed: bool = False) -> Any:
     """A field of an option dataclass, declared and explained once: the command line takes it from there.
 
-    Args:
-        default: its value where none is given.
-        help_text: what it means.
-        flags: what the command line calls it, the plainest first; `--its-name` without.
-        fixed: of a run: it decides what is trained on what, and cannot change when the run is resumed.
+    `flags` is what that calls it, the plainest first (`--its-name` without). A `fixed` option decides what is trained
+    on what, and cannot change when the run is resumed.
 
     Example:
         >>> from dataclasses import dataclass

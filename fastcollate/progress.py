@@ -15,14 +15,10 @@ if TYPE_CHECKING:
 def progress_bar(
     *columns: str, unit: str = "", progress: bool = True, disable: bool | None = None
 ) -> Iterator[Progress]:
-    """A rich progress display on standard error: description, bar, count, time, then `columns`.
+    """A rich progress display on standard error: description, bar, count, its `unit`, time, then `columns`.
 
-    Args:
-        columns: names of task fields to show at the end of the line, such as `"loss"`; each must be given as a
-            keyword to `add_task` and `update`.
-        unit: what is counted, shown behind the count (`records`, `batches`).
-        progress: show it; nothing otherwise (scripts, `--json`).
-        disable: the old name, the other way round.
+    Columns are names of task fields, such as `"loss"`, each given as a keyword to `add_task` and `update`. Without
+    `progress` (scripts, `--json`) nothing is shown; `disable` is its old name, the other way round.
 
     Example:
         >>> with progress_bar(unit="rows", progress=False) as bar:

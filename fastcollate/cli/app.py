@@ -25,6 +25,9 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object and show no progress.")]
+Fields = Annotated[
+    list[str] | None, typer.Option(help="Where a template field comes from, as instruction=question; repeatable.")
+]
 
 
 def main() -> None:

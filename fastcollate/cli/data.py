@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fastcollate.cli.app import Json, app, print_json, with_options
+from fastcollate.cli.app import Fields, Json, app, print_json, with_options
 from fastcollate.errors import InputError
 from fastcollate.ingest import PrepareOptions
 from fastcollate.train import MaskOptions, OrderOptions
@@ -52,9 +52,7 @@ def prepare(
     ],
     store: Annotated[Path, typer.Argument(help="Directory of the token store to write (the last argument).")],
     options: PrepareOptions,
-    field: Annotated[
-        list[str] | None, typer.Option(help="Where a template field comes from, as instruction=question; repeatable.")
-    ] = None,
+    field: Fields = None,
     json_output: Json = False,
 ) -> None:
     """Tokenize records once into a memory-mapped store; a job that was stopped continues."""
@@ -94,12 +92,7 @@ def convert(
 
 
 def parse_fields(pairs: list[str] | None) -> dict[str, str] | None:
-    """`NAME=SOURCE` pairs as a mapping.
-
-    Example:
-        >>> parse_fields(["instruction=question"])
-        {'instruction': 'question'}
-    """
+    """`NAME=SOURCE` pairs, of `--field`, as a mapping."""
     fields = {}
     for pair in pairs or []:
         name, found, source = pair.partition("=")

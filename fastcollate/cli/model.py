@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fastcollate.cli import data as data_commands
-from fastcollate.cli.app import Json, app, fail, print_json, with_options
+from fastcollate.cli.app import Fields, Json, app, fail, print_json, with_options
 from fastcollate.errors import InputError
 from fastcollate.train import AnswerOptions, TrainOptions
 
@@ -25,9 +25,7 @@ def train(
     ] = None,
     store: Annotated[Path | None, typer.Option(help="A prepared token store, in place of --data.")] = None,
     template: Annotated[str, typer.Option(help="How a record of --data becomes text: alpaca or phi3.")] = "alpaca",
-    field: Annotated[
-        list[str] | None, typer.Option(help="Where a template field comes from, as instruction=question; repeatable.")
-    ] = None,
+    field: Fields = None,
     *,
     options: TrainOptions,
     json_output: Json = False,

@@ -17,7 +17,9 @@ from fastcollate.errors import InputError
 from fastcollate.jit import part, view
 
 if TYPE_CHECKING:
-    from fastcollate.store.shards import ShardColumns as Columns  # its `input_ids` here also int64, `spans` too
+    from fastcollate.store.shards import ShardColumns
+
+    Columns = ShardColumns  # of a shard in memory, ids and spans may also be int64
 
 Int64Array = npt.NDArray[np.int64]
 
