@@ -61,7 +61,6 @@ def write_report(
     Raises:
         InputError: `batch_size` or `num_rows` is below 1.
         MissingExtraError: plotly is not installed.
-        OSError: the file cannot be written.
 
     Example:
         >>> write_report(store, Path("report.html"), inspect_store(store, progress=False))  # needs plotly

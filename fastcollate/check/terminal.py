@@ -49,9 +49,6 @@ class RowView(NamedTuple):
 def view_row(store: TokenStore, row: int, options: MaskOptions | None = None) -> RowView:
     """Collate one row together with the longest, and tell its tokens apart.
 
-    Raises:
-        InputError: there is no such row.
-
     Example:
         >>> view = view_row(store, 3, MaskOptions(mask_prompt=True))
         >>> view.kinds.count("trained") > 0
@@ -118,10 +115,9 @@ def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
 
 
 def print_row(store: TokenStore, view: RowView) -> str:
-    """`render_row` on standard output, in colour where it is a terminal; lines are left to the terminal to wrap.
+    """`render_row` on standard output, in colour where it is a terminal, which wraps the lines.
 
-    Returns:
-        why there is no text, or nothing.
+    Returned is why there is no text, or nothing.
 
     Example:
         >>> print_row(store, view_row(store, 3))

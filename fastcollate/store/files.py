@@ -61,11 +61,8 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
 
     It is written beside `path` under a name of this call's own, synced, renamed, and the rename is synced: a crash
     leaves the old file or the new one, never a part, and several processes may write one `path`. What a link leads to
-    is replaced, not the link; what is there and no file, such as a pipe, is written straight.
-
-    Args:
-        path: the file; its directory exists.
-        sync: `False` for what a crash of the machine may take: the file is whole after a crash of the process alone.
+    is replaced, not the link; what is there and no file, such as a pipe, is written straight. Not synced, a file is
+    whole after a crash of the process alone, not of the machine.
 
     Example:
         >>> with replacing(Path("numbers.txt")) as file:

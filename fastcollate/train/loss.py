@@ -61,14 +61,8 @@ def scaled_loss(
     """The sum of the cells' cross-entropies times `scale`, with gradients for `hidden` and `head_weight`.
 
     With `scale` one over the trained tokens of the whole optimizer step, losses of micro-batches and ranks add up to
-    the mean over that step.
-
-    Args:
-        hidden: what the head reads, `(cells, width)`; no cells give 0.
-        head_weight: `(vocabulary, width)`.
-        labels: int64 `(cells,)`.
-        scale: multiplies the sum.
-        chunk: cells at a time, at most.
+    the mean over that step. `hidden` is what the head reads, `(cells, width)` (no cells give 0), `head_weight`
+    `(vocabulary, width)`, `labels` int64 `(cells,)`; at most `chunk` cells are computed at a time.
 
     Example:
         >>> scaled_loss(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 5]), scale=1 / 2)

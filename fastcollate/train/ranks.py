@@ -119,11 +119,7 @@ class Interrupts:
 def join_ranks(device: str = "auto") -> Ranks:
     """Join the processes that `torchrun` started, or be alone.
 
-    Args:
-        device: `cpu`, `cuda`, `cuda:1`, ... or `auto`: a GPU (this process's own under `torchrun`) if there is one.
-
-    Raises:
-        InputError: the device is not there.
+    The device `auto` is a GPU (this process's own under `torchrun`) if there is one; one that is not there is refused.
 
     Example:
         >>> join_ranks("cpu").world_size  # 1 without torchrun

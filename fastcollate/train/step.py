@@ -289,11 +289,7 @@ def split_rows(num_rows: int, options: TrainOptions) -> dict[str, range]:
 def make_loader(
     store: TokenStore, options: TrainOptions, ranks: Ranks, rows: range, context: int, *, policy: str | None = None
 ) -> BatchLoader:
-    """This rank's loader over some rows.
-
-    Raises:
-        InputError: a batch cannot be divided among the ranks, or a limit is beyond the model's context.
-    """
+    """This rank's loader over some rows; refuses what ranks cannot divide, or the model's context cannot hold."""
     max_length = options.max_length
     packed = (policy or options.policy) == "packed"
     if max_length is None and (packed or store.max_length > context):

@@ -54,10 +54,7 @@ def why_segments_one_by_one(dtype: torch.dtype, dropout: float) -> str | None:
 def varlen(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """Causal attention within each segment, of `(tokens, 3, heads, head size)`: `(tokens, heads, head size)`.
 
-    Args:
-        qkv: float16 or bfloat16, on a CUDA device.
-        cu_seqlens: int32, cumulative lengths, starting at 0.
-        longest: no segment is longer.
+    `qkv` is float16 or bfloat16, on a CUDA device; the arguments behind it are as in `Segments`.
     """
     assert VARLEN_ATTENTION is not None
     query, key, value = qkv.unbind(1)

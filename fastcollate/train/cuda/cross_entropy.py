@@ -44,10 +44,7 @@ def _gradient_of_row(
 def to_gradient(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     """Turn logits into the gradient of the summed cross-entropy, in place; the sum of the labels' log-probabilities.
 
-    Args:
-        logits: contiguous `(cells, columns)`; columns from `vocab_size` on count as minus infinity.
-        labels: int64 `(cells,)`, below `vocab_size`.
-        vocab_size: as above.
+    `logits` are contiguous, `(cells, columns)`; columns from `vocab_size` on count as minus infinity.
     """
     assert logits.is_contiguous()
     log_probs = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
