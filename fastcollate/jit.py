@@ -151,14 +151,7 @@ def clock() -> float:
 
 @contextlib.contextmanager
 def compiling(tell: Callable[[], None]) -> Iterator[Compiling]:
-    """Within a block `tell` is called once, before the first kernel is compiled, if one is; maybe on another thread.
-
-    Example:
-        >>> with compiling(lambda: print("compiling kernels (once)")) as watch:
-        ...     batch = next(iter(loader))
-        >>> watch.seconds
-        3.1
-    """
+    """Within a block `tell` is called once, before the first kernel is compiled, if one is; maybe on another thread."""
     watch = Compiling(tell)
     with event.install_listener("numba:compile", watch):
         yield watch

@@ -53,13 +53,7 @@ def renamed_switch(progress: bool, *, old: str, given: bool | None) -> bool:
 
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:
-    """Print a two-column table on standard output: a name and its value a line.
-
-    Example:
-        >>> print_summary("counts", {"rows": 1234, "tokens": 56789})
-        counts
-        ...
-    """
+    """Print a two-column table on standard output: a name and its value a line."""
     from rich.console import Console
     from rich.table import Table
 

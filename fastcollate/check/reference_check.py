@@ -49,15 +49,13 @@ class Verification:
 
     def summary(self) -> dict[str, object]:
         """What `print_summary` shows of it."""
-        shown: dict[str, object] = {"batches": self.batches, "rows": self.rows, "cells": self.cells}
-        if self.masks is not None:
-            shown["trained"] = self.masks.in_words
-        shown["digest"] = self.digest
-        if self.records is not None:
-            shown["records tokenized again"] = self.records
-        if self.files is not None:
-            shown["files with the right checksum"] = self.files
-        return shown | {"differences": self.num_problems}
+        shown = {
+            "batches": self.batches, "rows": self.rows, "cells": self.cells,
+            "trained": self.masks and self.masks.in_words, "digest": self.digest,
+            "records tokenized again": self.records, "files with the right checksum": self.files,
+            "differences": self.num_problems,
+        }  # fmt: skip
+        return {name: value for name, value in shown.items() if value is not None}
 
     def note(self, problem: str) -> None:
         """Count a difference and keep the first ones."""

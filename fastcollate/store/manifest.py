@@ -136,11 +136,7 @@ def _write_lengths(directory: Path, shards: Sequence[ShardInfo]) -> FileInfo:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a finished store in the shape of format 2, or `None` where there is no store.
-
-    Raises:
-        InputError: the manifest is damaged, or of a format version that this release does not read.
-    """
+    """The manifest of a finished store in the shape of format 2, or `None` where there is no store."""
     raw = None
     with naming(path / MANIFEST), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         raw = (path / MANIFEST).read_bytes()
@@ -254,11 +250,7 @@ def pretty(value: object) -> bytes:
 
 
 def verify_checksums(path: str | Path) -> list[str]:
-    """Read every file of a store and compare it with the manifest; a line for each that is damaged or missing.
-
-    Raises:
-        InputError: there is no finished store, or the manifest itself is damaged.
-    """
+    """Read every file of a store and compare it with the manifest; a line for each that is damaged or missing."""
     root = Path(path)
     manifest = read_manifest(root)
     if manifest is None:

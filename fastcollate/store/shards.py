@@ -236,12 +236,7 @@ def shard_lengths(directory: Path, shard: ShardInfo) -> npt.NDArray[np.int64]:
 
 
 def merge_shards(directory: Path, parts: Sequence[ShardInfo], target: Path, name: str) -> ShardInfo:
-    """Put shards of one schema end to end in one; one is open at a time, and in memory is what the new one holds.
-
-    Raises:
-        InputError: a part is missing, damaged, or of another schema than the first.
-        OSError: the new shard cannot be written; the parts are left as they are.
-    """
+    """Put shards of one schema end to end in one; one is open at a time, and in memory is what the new one holds."""
     return write_shard(target, name, join_columns(parts, (open_shard(directory, part) for part in parts)))
 
 

@@ -175,10 +175,8 @@ class TokenStore:
 def require_served(store: Any) -> None:
     """Refuse a store that batches cannot be made of; its rows can be read all the same.
 
-    What has its rows in memory and says nothing of them is none.
-
-    Raises:
-        InputError: its rows are no instruction rows, hold their own end, or are padded with another id than their end.
+    Its rows are no instruction rows, hold their own end, or are padded with another id than their end. What has its
+    rows in memory and says nothing of them is no such store.
     """
     kind, end = getattr(store, "kind", "rows"), getattr(store, "end", "append")
     pad = getattr(store, "pad_token_id", None)

@@ -51,12 +51,7 @@ class MaskOptions:
         return collator_of(store, {name: getattr(self, name) for name in ("max_length", "mask_prompt", "mode")})
 
     def with_other_mask(self) -> MaskOptions:
-        """The same with the other `mask_prompt`.
-
-        Example:
-            >>> MaskOptions(max_length=512).with_other_mask().mask_prompt
-            True
-        """
+        """The same with the other `mask_prompt`."""
         return replace(self, mask_prompt=not self.mask_prompt)
 
 
