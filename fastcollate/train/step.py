@@ -243,9 +243,15 @@ class Feed:
         start = clock()
         own = [] if stop else self._take()
         wait_s = max(0.0, clock() - start)
+        found = self._ranks.exchange(self._offer(own, stop))
+        offers = [Offer(int(b), int(t), int(u), int(e), bool(asked)) for b, t, u, e, asked in found]
+        return self._accept(own, decide(offers), wait_s)
+
+    def _offer(self, own: list[MicroBatch], stop: bool) -> Offer:
         trained, useful = sum(batch.num_trained for batch in own), sum(batch.num_useful for batch in own)
-        found = self._ranks.exchange(Offer(len(own), trained, useful, self._loader.epoch, stop))
-        step = decide([Offer(int(b), int(t), int(u), int(e), bool(asked)) for b, t, u, e, asked in found])
+        return Offer(len(own), trained, useful, self._loader.epoch, stop)
+
+    def _accept(self, own: list[MicroBatch], step: Offer, wait_s: float) -> StepData:
         if step.stop:
             return StepData([], step, wait_s)
         self._state, self.epoch = self._loader.state_dict(), step.epoch

@@ -47,8 +47,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     monkeypatch.setattr(read_ahead, "ask_for", record)
     monkeypatch.setattr(rows_room, "view", view)
-    for name in ("_ask_for_pages", "_add_stretch", "_ask_for_column", "shard_of", "bounds_of"):
+    for name in ("_ask_for_pages", "_add_stretch", "_ask_for_column"):
         monkeypatch.setattr(read_ahead, name, plain(getattr(read_ahead, name)))
+    for name in ("shard_of", "bounds_of"):
+        monkeypatch.setattr(rows_room, name, plain(getattr(rows_room, name)))
     return asks
 
 
