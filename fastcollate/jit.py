@@ -80,15 +80,17 @@ def _kept(function: Any) -> Any:
     """Compiled, and kept beside its file, or else in the user's cache folder, or else in a temporary one."""
     with contextlib.suppress(RuntimeError):
         return njit(cache=True, nogil=True)(function)
-    before, folder = config.CACHE_DIR, Path(tempfile.gettempdir()) / f"fastcollate-kernels-{_user()}"
+    before = config.CACHE_DIR
     try:
+        folder = Path(tempfile.gettempdir()) / f"fastcollate-kernels-{_user()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         state = folder.lstat()
         if folder.is_symlink() or (os.name == "posix" and (state.st_uid, state.st_mode & 0o077) != (_user(), 0)):
-            return njit(nogil=True)(function)  # somebody else could put code there
+            raise PermissionError  # somebody else could put code there
         config.CACHE_DIR = str(folder)
         return njit(cache=True, nogil=True)(function)
     except (OSError, RuntimeError):
+        _tell_once("the package's, the home and the temporary folder cannot be written, or others can write there too")
         return njit(nogil=True)(function)
     finally:
         config.CACHE_DIR = before

@@ -148,3 +148,46 @@ def test_a_cache_that_is_full_or_damaged_costs_time_and_no_batch(package: Path) 
         for kept in package.rglob(pattern):
             kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
         assert run(package) == COMPILED
+
+
+NO_OVERRIDE = ["setpriv", "--inh-caps=-dac_override", "--bounding-set=-dac_override"]  # root, to whom modes apply
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="folders are made read-only by their modes")
+@pytest.mark.parametrize("cache", [None, "read-only", "missing"])
+def test_where_nothing_can_be_written_each_process_compiles_and_says_so_once(package: Path, cache: str | None) -> None:
+    """A package folder, a home, and a folder for temporary files that may only be read; NUMBA_CACHE_DIR too."""
+    root = package.parent.parent
+    for name in ("home", "tmp", "read-only"):
+        (root / name).mkdir()
+    options = {"HOME": str(root / "home"), "XDG_CACHE_HOME": str(root / "home"), "TMPDIR": str(root / "tmp")}
+    if cache is not None:
+        options["NUMBA_CACHE_DIR"] = str(root / cache)
+    nowhere = (  # behind torch, since dill, which it imports where it is there, ends without a temporary folder
+        "import torch, tempfile; tempfile.tempdir = None; "
+        f"tempfile._candidate_tempdir_list = lambda: [{str(root / 'tmp')!r}]\n"
+    )
+    before = [] if os.geteuid() else NO_OVERRIDE
+    places = [root, *(path for path in root.rglob("*") if path.is_dir())]
+    try:
+        for place in places:
+            place.chmod(0o555)
+        writes = [sys.executable, "-c", f"open({str(package / 'x')!r}, 'w')"]
+        if subprocess.run([*before, *writes], capture_output=True, check=False).returncode == 0:
+            pytest.skip("modes do not apply to this user")
+        for _ in range(2):
+            done = subprocess.run(
+                [*before, sys.executable, "-B", "-W", "always", "-c", nowhere + SCRIPT], capture_output=True, text=True,
+                env={"PATH": os.environ["PATH"], "PYTHONPATH": str(package.parent), **options}, timeout=280,
+                check=False, cwd=package,
+            )  # fmt: skip
+            assert done.stdout.strip() == COMPILED, done.stderr
+            assert (
+                done.stderr.count("compiled kernels cannot be kept (the package's, the home and the temporary folder ")
+                == 1
+            ), done.stderr
+            assert "Traceback" not in done.stderr
+    finally:
+        for place in places:
+            place.chmod(0o755)
