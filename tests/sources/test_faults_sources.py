@@ -279,3 +279,11 @@ def test_a_transform_is_refused(tmp_path: Path, way: str) -> None:
         prepare(data, tmp_path / "s")
     data.reset_format()
     assert prepare(data, tmp_path / "s").num_rows == 3
+
+
+def test_what_datasets_says_of_columns_may_be_nested_beyond_reading(tmp_path: Path) -> None:
+    table = pa.table({"instruction": ["a"], "output": ["b"]})
+    pq.write_table(
+        table.replace_schema_metadata({"huggingface": "[" * 200_000 + "]" * 200_000}), tmp_path / "a.parquet"
+    )
+    assert records_of(tmp_path / "a.parquet") == [{"instruction": "a", "output": "b"}]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fastcollate.errors import InputError
 from fastcollate.train import files as room
-from fastcollate.train.files import Checkpoint, load_checkpoint, save_checkpoint
+from fastcollate.train.files import Checkpoint, load_checkpoint, read_lines, save_checkpoint
 from fastcollate.train.model import GPT2, GPT2Config
 from tests.helpers import run_cli
 
@@ -174,3 +174,9 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on(
     assert "metrics.jsonl: cannot be written (Permission denied)" in capsys.readouterr().err
     assert run_cli(monkeypatch, *command, "--resume") == 0
     assert load_checkpoint(tmp_path / "run").step == 4
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3', "[" * 200_000, '{"a": ' * 5_000 + "1" + "}" * 5_000])
+def test_nothing_behind_a_torn_line_of_a_log_is_believed(tmp_path: Path, torn: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n' + torn + '\n{"step": 4}\n')
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
