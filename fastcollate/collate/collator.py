@@ -179,15 +179,7 @@ class Collator:
         out: Int64Array,
         report: Int64Array,
     ) -> int:
-        """Fill as many packed batches as `out` holds in one kernel call; see `pack_kernels.fill_packed_group`.
-
-        Returns:
-            The number of batches filled; 0 where `out` has fewer cells than the `packed_cells` of the first.
-
-        Raises:
-            InputError: a row does not exist, its shard is damaged, or it does not fit its pack; or the bounds, starts
-                or sizes are not of these rows.
-        """
+        """Like `fill_group`, for packed batches; see `pack_kernels.fill_packed_group`."""
         integer("capacity", capacity, 1, LARGEST_CAPACITY)
         _check_bounds(packs, len(rows), "rows")
         _check_bounds(batches, len(packs) - 1, "packs")

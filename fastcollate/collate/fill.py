@@ -233,19 +233,10 @@ def fill_padded_group(
 ) -> int:
     """Fill as many padded batches as `out` holds, one after another; an empty `out` only measures them all.
 
-    Args:
-        table: see `fill_padded`.
-        settings: see `fill_padded`.
-        rows: int64, row numbers of all batches.
-        bounds: int64 `(num_batches + 1,)`: batch `b` is `rows[bounds[b]:bounds[b + 1]]`.
-        out: int64, any size.
-        report: int64 `(num_batches, REPORT_COLUMNS)`, written a line a batch; where it was only measured, with its
-            shape and where it would lie, but without counts.
-        token: see `fill_padded`.
-        cell: see `fill_padded`.
-
-    Returns:
-        The number of batches filled (or measured), or `-1 - i` where `rows[i]` is broken.
+    Batch `b` is `rows[bounds[b]:bounds[b + 1]]`; the other arguments are those of `fill_padded`. The report, int64
+    `(num_batches, REPORT_COLUMNS)`, is written a line a batch; where it was only measured, with its shape and where it
+    would lie, but without counts. Returns the number of batches filled (or measured), or `-1 - i` where `rows[i]` is
+    broken.
     """
     start = np.int64(0)  # typed: a literal would have `_fill_next` compiled twice
     table, settings, rows, out, report = borrow(table), borrow(settings), borrow(rows), borrow(out), borrow(report)

@@ -138,22 +138,14 @@ def fill_packed_group(
 
     Each row is filled as in a batch of its own; unused cells become segments no longer than a row may be.
 
+    What is not said here is as in `fill.fill_padded_group`.
+
     Args:
-        table: see `fill.fill_padded`.
-        settings: see `fill.fill_padded`.
-        rows: int64, row numbers, pack after pack.
         starts: int64, each row's first token here; empty where each row is cut as `LEFT` says.
         packs: int64 `(num_packs + 1,)`: pack `p` is `rows[packs[p]:packs[p + 1]]`.
         batches: int64 `(num_batches + 1,)`: batch `b` is the packs `batches[b]` to `batches[b + 1]`.
-        capacity: cells a pack.
         out: int64, any size; a batch is inputs, targets, positions, and segment bounds as int32, at the places that
             `packed_cells_of` says.
-        report: see `fill.fill_padded_group`.
-        token: see `fill.fill_padded`.
-        cell: see `fill.fill_padded`.
-
-    Returns:
-        The number of batches filled (or measured), or `-1 - i` where `rows[i]` is broken or does not fit its pack.
     """
     table, settings, rows, starts, out = borrow(table), borrow(settings), borrow(rows), borrow(starts), borrow(out)
     at = 0

@@ -34,18 +34,10 @@ def _span_of(address: int, size: int, index: int) -> int:
 def mask_row(
     table: Any, shard: int, row: int, length: int, start: int, padded: int, settings: Any, targets: Any
 ) -> tuple[int, int]:
-    """Ignore the targets of a row's prompts.
+    """Ignore the targets of a row's prompts; `targets[0]` is the row's column `start`.
 
-    Args:
-        table: see `store/rows.py`.
-        shard: its line that holds the row; and so `row`, its number, and `length`, its tokens.
-        start: the row's column that `targets[0]` is.
-        padded: the row's width before any cut: the reference's slice counts from its end when it is negative.
-        settings: see `settings.py`.
-        targets: int64, the row's.
-
-    Returns:
-        How many of them were trained, or -1 where the spans are broken, and the corners met.
+    `padded` is the row's width before any cut: the reference's slice counts from its end when it is negative. Returns
+    how many of them were trained, or -1 where the spans are broken, and the corners met.
     """
     first, count = layout.bounds_of(table, shard, row, layout.SPAN_OFFSETS, layout.NUM_SPANS)
     if count < 0:

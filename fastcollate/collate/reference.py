@@ -43,17 +43,7 @@ def custom_collate_with_masking_fn(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`custom_collate_fn` for rows with a prompt length: the prompt's targets are ignored as well.
 
-    The prompt's targets become -100 whatever `ignore_index` is.
-
-    Args:
-        batch: `(prompt length, row)` pairs.
-        pad_token_id: appended to each row as end-of-text, and the padding.
-        ignore_index: what replaces padding in the targets.
-        allowed_max_length: columns kept; `None` keeps all.
-        device: where the tensors go.
-
-    Returns:
-        inputs and targets, int64 `(rows, width)` each.
+    They become -100 whatever `ignore_index` is. The batch holds `(prompt length, row)` pairs.
     """
     lengths, rows = zip(*batch, strict=True)
     return _collate(rows, lengths, pad_token_id, ignore_index, allowed_max_length, device)

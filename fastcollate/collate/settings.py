@@ -38,11 +38,7 @@ def make_settings(
     mode: str,
     truncation: str,
 ) -> npt.NDArray[np.int64]:
-    """The settings that the kernels read.
-
-    Raises:
-        InputError: an unknown `mode` or `truncation`, or a number beyond 64 bits.
-    """
+    """The settings that the kernels read; refuses an unknown `mode` or `truncation`, and numbers beyond 64 bits."""
     if mode not in MODES:
         raise InputError(f"mode={mode!r}: choose one of {', '.join(map(repr, MODES))}")
     if truncation not in TRUNCATIONS:

@@ -16,11 +16,7 @@ _PROBE = "Below is an instruction: add 12,345 and 67; spell 'naïve café'.\n\n#
 
 
 def check_model(store: TokenStore | MixedStore, model: nn.Module) -> None:
-    """Compare a store's ids with a model's token embedding.
-
-    Raises:
-        InputError: the embedding has fewer entries than the store has ids.
-    """
+    """Refuse a model whose token embedding has fewer entries than the store has ids."""
     num_ids = _num_embeddings(model)
     if num_ids is not None and num_ids < store.vocab_size:
         raise InputError(
@@ -31,11 +27,7 @@ def check_model(store: TokenStore | MixedStore, model: nn.Module) -> None:
 
 
 def check_tokenizer(store: TokenStore | MixedStore, tokenizer: Any) -> None:
-    """Compare a store's tokenizer with one of Hugging Face, by size and by the ids of a probe text.
-
-    Raises:
-        InputError: they differ.
-    """
+    """Refuse a tokenizer of Hugging Face that differs from the store's, by size or by the ids of a probe text."""
     found = tokenizer.encode(_PROBE, add_special_tokens=False)
     if len(tokenizer) >= store.vocab_size:
         try:
@@ -54,12 +46,7 @@ def check_tokenizer(store: TokenStore | MixedStore, tokenizer: Any) -> None:
 def check_unshifted(input_ids: torch.Tensor, labels: torch.Tensor) -> None:
     """Refuse labels that are shifted already, for a model that shifts them itself.
 
-    Args:
-        input_ids: int64 `(rows, width)`.
-        labels: int64 `(rows, width)`, -100 where not trained.
-
-    Raises:
-        InputError: most trained labels are the next input instead of the input at their own place.
+    They are where most trained ones (not -100) are the next input instead of the input at their own place.
     """
     labels, same, following = labels[:, :-1], input_ids[:, :-1], input_ids[:, 1:]
     trained = labels != -100

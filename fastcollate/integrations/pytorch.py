@@ -305,11 +305,7 @@ def packs_of(batch: Sequence[Any]) -> PackedRows | None:
 
 
 def row_numbers(batch: Sequence[Any]) -> tuple[StoreDataset, Int64Array]:
-    """The data set and the row numbers of a batch of its rows.
-
-    Raises:
-        InputError: the batch is empty, or not of rows of one `StoreDataset`.
-    """
+    """The data set and the row numbers of a batch of its rows; refuses one that is not of one `StoreDataset`."""
     if isinstance(batch, StoreRows):
         return batch.dataset, np.array(batch.numbers, np.int64)
     if not len(batch) or not all(isinstance(row, StoreRow) for row in batch):

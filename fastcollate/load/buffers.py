@@ -24,11 +24,9 @@ class HostPool:
     """Recycled int64 host memory.
 
     A buffer goes back by itself: `take` hands out one that nobody refers to any more. Tensors over a buffer (and
-    views of them, in any library) keep its array alive, which shows in the array's reference count.
-
-    Args:
-        num_buffers: buffers kept. Where none will do, `take` allocates a new one in the place of the largest idle one,
-            or of the oldest, which then belongs to whoever still holds it.
+    views of them, in any library) keep its array alive, which shows in the array's reference count. Where none will do,
+    `take` allocates a new one; of the `num_buffers` kept it then replaces the largest idle one, or the oldest, which
+    belongs to whoever still holds it.
     """
 
     def __init__(self, num_buffers: int = 4) -> None:

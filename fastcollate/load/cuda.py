@@ -40,10 +40,6 @@ class ToCuda:
 
     A buffer is refilled only after its copy has ended. The device's memory comes from PyTorch's caching allocator:
     each copy gets its own, which lives as long as a batch in it.
-
-    Args:
-        device: a CUDA device.
-        num_buffers: pinned buffers kept.
     """
 
     def __init__(self, device: torch.device, num_buffers: int) -> None:

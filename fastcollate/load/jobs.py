@@ -19,16 +19,10 @@ Batches = Callable[[Int64Array, Iterable[list[int]]], Sequence[Batch | PackedBat
 
 
 class Job:
-    """One window's batches, to be filled.
+    """One window's batches, to be filled, by the bounds of their rows or packs.
 
-    Attributes:
-        ends: int64 `(num_batches,)`: where each batch would end, in int64 cells, if all lay in one buffer. Behind a
-            damaged row that is not known: the batches there take none, and are refused when they are filled.
-
-    Args:
-        fill: fills batches by their bounds.
-        batches: the filled batches of a buffer, by the lines of the kernel's report.
-        bounds: int64 `(num_batches + 1,)`, each batch's first row or pack.
+    `ends`, int64 `(num_batches,)`, says where each batch would end, in int64 cells, if all lay in one buffer. Behind a
+    damaged row that is not known: the batches there take none, and are refused when they are filled.
     """
 
     def __init__(self, fill: Fill, batches: Batches, bounds: Int64Array) -> None:
@@ -39,11 +33,7 @@ class Job:
         self.ends = np.maximum.accumulate(report[:, kernels.END])
 
     def fill(self, first: int, stop: int, out: Int64Array) -> Int64Array:
-        """Fill batches `first` to `stop` into a buffer that holds them; returns the kernel's report, a line a batch.
-
-        Raises:
-            InputError: a row does not exist, its shard is damaged, or it does not fit its pack.
-        """
+        """Fill batches `first` to `stop` into a buffer that holds them; returns the kernel's report, a line a batch."""
         report = np.empty((stop - first, kernels.REPORT_COLUMNS), np.int64)
         if self._fill(self._bounds[first : stop + 1], out, report) < len(report):
             raise InputError("the store's shards changed while they were read; prepare the store again")

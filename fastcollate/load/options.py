@@ -54,11 +54,7 @@ def open_store(store: Any) -> Any:
 
 
 def collator_of(store: Any, options: dict[str, Any]) -> Collator:
-    """A collator of a store's rows, by `CollateKeywords`.
-
-    Raises:
-        InputError: an option is wrong, or this release makes no batches of such a store.
-    """
+    """A collator of a store's rows, by `CollateKeywords`; refuses stores that this release makes no batches of."""
     require_served(store)
     options = {**options}
     if options.get("pad_token_id") is None:
@@ -67,11 +63,7 @@ def collator_of(store: Any, options: dict[str, Any]) -> Collator:
 
 
 def row_reports(collator: Collator, rows: Int64Array | range) -> Iterator[tuple[Int64Array, Int64Array]]:
-    """What the kernel says of rows that are each collated by itself: some row numbers, and a line of its report each.
-
-    Raises:
-        InputError: a row does not exist, or its shard is damaged.
-    """
+    """What the kernel says of rows, each collated by itself: some row numbers, and a line of its report each."""
     out = np.empty(1 << 18, np.int64)
     report = np.empty((_AT_ONCE + 1, kernels.REPORT_COLUMNS), np.int64)
     first = 0

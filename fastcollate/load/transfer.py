@@ -35,12 +35,7 @@ class Transfer(Protocol):
 
 
 def make_transfer(device: torch.device, num_buffers: int) -> Transfer:
-    """How batches get to a device.
-
-    Args:
-        device: where to.
-        num_buffers: host buffers kept.
-    """
+    """How batches get to a device, by way of so many host buffers."""
     if device.type == "cpu":
         return _ToCpu(num_buffers)
     if device.type == "cuda":

@@ -138,12 +138,8 @@ def permute(first: int, size: int, key: Any, out: Any) -> None:
 
     A Feistel network over a grid of `rows * columns >= size` cells, walked until it lands below `size`: Black and
     Rogaway, "Ciphers with arbitrary finite domains", 2002, their third method. Four rounds, for order, not secrecy.
-
-    Args:
-        first: the first position.
-        size: at most 2**62, so that a side of the grid fits 31 bits; at most 2**31 where `out` is uint32.
-        key: uint64.
-        out: int64 or uint32, written, a place a position.
+    The key is uint64, `out` int64 or uint32; the size is at most 2**62, so that a side of the grid fits 31 bits, and at
+    most 2**31 where `out` is uint32.
     """
     columns = np.int64(np.ceil(np.sqrt(np.float64(size))))
     rows = (size + columns - 1) // max(columns, 1)
@@ -165,13 +161,8 @@ def permute(first: int, size: int, key: Any, out: Any) -> None:
 def permuted_rows(first: int, num_rows: int, block: int, key: Any, rotation: int, out: Any) -> None:
     """The rows at positions `first`, `first + 1`, ... of a permutation that moves blocks of neighbouring rows.
 
-    Args:
-        first: the first position.
-        num_rows: the size of the data set.
-        block: rows a block; a last, shorter block stays last.
-        key: uint64.
-        rotation: where the first block starts, so that the blocks differ from epoch to epoch.
-        out: int64, or uint32 for less than 2**31 rows, written, a row number a position.
+    A last, shorter block stays last; the first one starts at `rotation`, so that the blocks differ from epoch to epoch.
+    `out` is int64, or uint32 for less than 2**31 rows.
     """
     if block == 1:
         permute(first, num_rows, key, out)
@@ -295,16 +286,8 @@ def pack_best_fit(items: Any, lengths: Any, capacity: int, bin_of: Any) -> int:
     """Best fit decreasing (Johnson, 1973): each item goes to the bin with the least room that still holds it.
 
     A bin that takes one item of a length is the best fit for the next one too, as long as that fits: so each bin takes
-    as many of a length as it holds at once.
-
-    Args:
-        items: int64, shortest first; they are packed from the end.
-        lengths: each item's length in the same order, in `[0, capacity]`.
-        capacity: cells a bin.
-        bin_of: int64, written: each item's bin, by the item's number.
-
-    Returns:
-        The number of bins.
+    as many of a length as it holds at once. Items come shortest first, with their lengths of at most `capacity`, and
+    are packed from the end. Writes each item's bin, by the item's number, and returns the number of bins.
     """
     heads = np.full(capacity + 1, -1, np.int64)  # by room left: the last bin put there
     below = np.empty(len(items), np.int64)  # by bin: the one put there before it
@@ -371,16 +354,7 @@ def take_groups(values: Any, bounds: Any, order: Any, out: Any, out_bounds: Any)
 
 @kernel
 def split_rows(rows: Any, lengths: Any, limit: int, out: Any, out_starts: Any, out_lengths: Any) -> None:
-    """Each row as parts of at most `limit` tokens; a row without tokens is one part.
-
-    Args:
-        rows: int64, row numbers.
-        lengths: each row's length.
-        limit: tokens a part.
-        out: int64, written: each part's row.
-        out_starts: int64, written: each part's first token.
-        out_lengths: written: each part's length.
-    """
+    """Each row as parts of at most `limit` tokens: their row, first token and length; an empty row is one part."""
     count = 0
     for i in range(len(rows)):
         for start in range(0, max(np.int64(lengths[i]), 1), limit):

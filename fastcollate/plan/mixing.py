@@ -236,19 +236,7 @@ def _shares(
 
 
 class Order:
-    """The rows that each epoch takes: all of a store, some by number, or those that a `MixedStore` draws.
-
-    Args:
-        source: a store, or each row's length.
-        rows: row numbers of the store; by default all, or those that are drawn.
-
-    Attributes:
-        num_rows: rows an epoch.
-        mix: what draws them, if something does.
-
-    Raises:
-        InputError: there is no row, or one that the store does not have.
-    """
+    """The rows that each epoch takes: all of a store (or of lengths alone), some by number, or what a mix draws."""
 
     def __init__(self, source: Any, rows: npt.ArrayLike | range | None = None) -> None:
         self._source, self._given = source, rows
@@ -321,11 +309,7 @@ class Order:
 
 
 class OrderedPlan:
-    """An epoch's plan over the rows that an order takes; its windows hold row numbers of the store.
-
-    Attributes:
-        plan: numbers the rows from 0 on.
-    """
+    """An epoch's plan over the rows that an order takes: windows of row numbers of the store; `plan` counts from 0."""
 
     def __init__(self, plan: EpochPlan, rows: Rows, mix: MixedStore | None) -> None:
         self.plan = plan

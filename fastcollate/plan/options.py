@@ -163,11 +163,7 @@ class PlanOptions:
 
 
 def row_numbers(rows: npt.ArrayLike | range, num_rows: int, name: str = "rows") -> range | Int64Array:
-    """Row numbers of a store, a range where they are neighbours in order.
-
-    Raises:
-        InputError: something else than row numbers, or one that the store does not have.
-    """
+    """Row numbers of a store, a range where they are neighbours in order; refuses others than the store has."""
     numbers = np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else np.asarray(rows)
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise InputError(f"{name} are {numbers.dtype} of shape {numbers.shape}: give row numbers")

@@ -64,9 +64,7 @@ class Packs(NamedTuple):
     def filled_up(self, num_packs: int, *, repeat: bool) -> Packs:
         """The same rows in more packs: the packs of most rows are halved.
 
-        Args:
-            num_packs: packs wanted.
-            repeat: where there are fewer rows than packs, repeat rows; otherwise the last packs stay empty.
+        Where there are fewer rows than packs, rows are repeated, or the last packs stay empty.
         """
         bounds = self.bounds
         while len(bounds) - 1 < num_packs:
@@ -88,17 +86,10 @@ class Packs(NamedTuple):
 
 
 def pack_rows(rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit: int, long_rows: str) -> Packs:
-    """Pack rows into as few packs as best fit decreasing needs.
+    """Pack rows, in the order that breaks ties, into as few packs as best fit decreasing needs.
 
-    Args:
-        rows: int64, row numbers, in the order that breaks ties.
-        lengths: each one's length in tokens.
-        capacity: cells a pack.
-        limit: cells of a row at most; not above the capacity.
-        long_rows: what becomes of longer rows: `"truncate"`, `"split"` or `"drop"`.
-
-    Raises:
-        InputError: split rows make more than `MOST_PARTS` parts.
+    A row takes `limit` cells at most, not above the capacity; `long_rows` says what becomes of longer ones. Refuses to
+    split into more than `MOST_PARTS` parts.
     """
     starts = np.empty(0, np.int64)
     if long_rows == "drop":

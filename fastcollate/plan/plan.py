@@ -40,12 +40,7 @@ _ROWS_KEY, _MIX_KEY, _ORDER_KEY, _ROTATION_KEY = range(4)
 
 
 class Window(NamedTuple):
-    """One rank's batches of one window.
-
-    Attributes:
-        rows: int64, row numbers, batch after batch.
-        bounds: int64 `(num_batches + 1,)`: batch `b` is `rows[bounds[b]:bounds[b + 1]]`.
-    """
+    """One rank's batches of one window: batch `b` is the row numbers `rows[bounds[b]:bounds[b + 1]]`."""
 
     rows: Int64Array
     bounds: Int64Array
@@ -61,12 +56,7 @@ class Window(NamedTuple):
 
 
 class PackWindow(NamedTuple):
-    """One rank's packed batches of one window.
-
-    Attributes:
-        packs: rows pack after pack.
-        bounds: int64 `(num_batches + 1,)`: batch `b` is the packs `bounds[b]` to `bounds[b + 1]`.
-    """
+    """One rank's packed batches of one window: batch `b` is the packs `bounds[b]` to `bounds[b + 1]`."""
 
     packs: Packs
     bounds: Int64Array
@@ -378,11 +368,7 @@ def plan_with(lengths: npt.NDArray[Any], options: PlanOptions, epoch: int) -> Ep
 
 
 def as_lengths(lengths: npt.ArrayLike) -> npt.NDArray[Any]:
-    """Lengths as an array.
-
-    Raises:
-        InputError: they are no integers, or not one a row.
-    """
+    """Lengths as an array; refuses what is not one integer a row."""
     array = np.asarray(lengths)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer a row")

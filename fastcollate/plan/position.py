@@ -32,15 +32,7 @@ class Position(NamedTuple):
 
 
 class Epochs:
-    """Epochs of one order of rows by one set of options, and the position of the next batch.
-
-    Args:
-        order: the rows that each epoch takes.
-        options: how they make batches.
-
-    Raises:
-        InputError: an option is wrong, or the options leave no batch.
-    """
+    """Epochs of one order of rows by one set of options, and the position of the next batch."""
 
     _kind = "loader"
 
@@ -168,12 +160,7 @@ class Epochs:
 
 
 class Iteration:
-    """One iteration over an epoch's batches. It moves the position, until a newer one does or the position is set.
-
-    Attributes:
-        planned: the epoch's plan.
-        first: where it starts.
-    """
+    """One iteration over an epoch's batches. It moves the position, until a newer one does or the position is set."""
 
     def __init__(self, epochs: Epochs, planned: OrderedPlan) -> None:
         self._epochs = epochs
