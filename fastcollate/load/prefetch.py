@@ -41,16 +41,29 @@ class Task(NamedTuple):
     stop: int
     out: Int64Array
 
+    def fill(self) -> Int64Array:
+        """Fill the buffer; returns the kernel's report, a line a batch."""
+        return self.job.fill(self.first, self.stop, self.out)
+
 
 class Group(NamedTuple):
-    """Batches of a window, from number `first` on, as views of one buffer."""
+    """Batches that lie in one buffer.
+
+    Attributes:
+        window: the number of their window.
+        first: the first batch's number in the window.
+        batches: views of the buffer.
+        report: the kernel's, int64, a line a batch: first the columns of `Counts`.
+        totals: its sums over the batches.
+        arrival: the copy on the device; `None` where the views themselves are handed over.
+    """
 
     window: int
     first: int
     batches: Sequence[Batch | PackedBatch]
-    report: Int64Array  # the kernel's, a line a batch: first the columns of `Counts`
-    totals: list[int]  # its sums over the batches
-    arrival: Arrival | None  # the copy on the device; `None` where the views themselves are handed over
+    report: Int64Array
+    totals: list[int]
+    arrival: Arrival | None
 
 
 def fill_groups(
@@ -66,8 +79,14 @@ def fill_groups(
 
     The first one has one batch, so that it comes at once, and is filled by the caller's thread: what is compiled on
     the way is compiled there, since a process that is forked while another thread compiles could never compile again.
-    `position` is the window, and the batch within it, to start with. With `prefetch=0` each group is filled when it is
-    asked for, without threads; else `num_threads` fill, and another one plans the next window.
+
+    Args:
+        window_job: plans a window.
+        num_windows: windows in the epoch.
+        position: window, and batch within it, to start with.
+        transfer: gives the buffers and takes them to the device.
+        prefetch: groups filled ahead; 0 fills each when it is asked for, without threads.
+        num_threads: threads that fill; another one plans the next window.
     """
     windows = range(position[0], num_windows)
     if not prefetch:
@@ -109,7 +128,7 @@ def _tasks(jobs: Iterator[Job], position: tuple[int, int], transfer: Transfer, g
 def _finish(transfer: Transfer, task: Task) -> Group:
     """Fill a task's group, and start its copy."""
     try:
-        report = task.job.fill(task.first, task.stop, task.out)
+        report = task.fill()
     except BaseException:
         transfer.drop(task.out)
         raise
@@ -125,6 +144,13 @@ class _Ahead:
 
     Whoever fills takes the next task by itself, and leaves nothing to be done but to hand the group over: what the
     consumer's thread does in Python takes many times as long beside a step that computes.
+
+    Args:
+        tasks: in order.
+        transfer: see `fill_groups`.
+        threads: at least `num_threads`.
+        prefetch: groups filled, or being filled, at most.
+        num_threads: threads that fill.
     """
 
     def __init__(
@@ -145,7 +171,11 @@ class _Ahead:
         self._slots.clear()  # what nobody will hear: an error would keep all of this
 
     def take(self) -> Group | None:
-        """The oldest group, or the error of planning or filling it; `None` behind the last."""
+        """The oldest group; `None` behind the last.
+
+        Raises:
+            InputError: its window could not be planned, or its batches not be filled.
+        """
         while not (self._slots and self._slots[0].done()) and self._fill_next():
             pass
         group = self._slots.popleft().result()
