@@ -121,7 +121,7 @@ def ingredients(folder: Path, scale: Scale) -> dict[str, Any]:
     store = random_rows(folder / "dense", np.full(1024, scale.config.context_length))
     plain = partial(ours, store, scale, "packed")
     room = "fastcollate.train.loss"
-    without_kernel = (f"{room}._kernel", lambda: None)
+    without_kernel = (f"{room}._kernel", lambda device: None)
     without_width = (f"{room}._in_product_type", _as_wide_as_the_vocabulary)
     found: dict[str, Any] = {}
     for name, patches, make in (

@@ -8,6 +8,7 @@ are never computed twice.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -136,7 +137,7 @@ def _to_gradient(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
 
     Columns from `vocab_size` on count as minus infinity.
     """
-    if logits.is_cuda and logits.dtype != torch.float64 and (kernel := _kernel()) is not None:
+    if logits.is_cuda and logits.dtype != torch.float64 and (kernel := _kernel(logits.device)) is not None:
         found: Tensor = kernel(logits, labels, vocab_size)
         return found
     logits[:, vocab_size:] = -torch.inf
@@ -149,11 +150,21 @@ def _to_gradient(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
 
 
 @functools.cache
-def _kernel() -> Any:
-    """`to_gradient` in one pass over the logits; `None` where PyTorch came without Triton (not on Linux)."""
+def _kernel(device: torch.device) -> Any:
+    """`to_gradient` in one pass over the logits; `None` where Triton is missing (not on Linux), or cannot compile."""
     try:
         from fastcollate.train.cuda.cross_entropy import to_gradient
+
+        to_gradient(torch.zeros(1, 128, dtype=torch.bfloat16, device=device), torch.tensor([0], device=device), 100)
     except ImportError:
+        return None
+    except Exception as error:  # it needs a C compiler, and a card that is not too old; each has an error of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"the loss is computed step by step, which is slower: Triton compiles nothing for {device} ({reason}); it "
+            "needs a C compiler (gcc)",
+            RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
         return None
     return to_gradient
 
