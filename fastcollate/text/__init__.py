@@ -6,11 +6,13 @@ from fastcollate.lazy import face
 
 if TYPE_CHECKING:
     from fastcollate.text.backends import Texts, UnencodableError, starts_of
+    from fastcollate.text.chat.rendered import Rendered
     from fastcollate.text.templates import BadRecordError, Template, load_template
     from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "BadRecordError",
+    "Rendered",
     "Template",
     "Texts",
     "Tokenizer",
@@ -21,6 +23,7 @@ __all__ = [
 ]
 _MODULE_OF = {
     **dict.fromkeys(("Texts", "UnencodableError", "starts_of"), "backends"),
+    "Rendered": "chat.rendered",
     **dict.fromkeys(("BadRecordError", "Template", "load_template"), "templates"),
     **dict.fromkeys(("Tokenizer", "load_tokenizer"), "tokenizer"),
 }

@@ -16,6 +16,7 @@ import numpy as np
 from fastcollate.errors import InputError
 from fastcollate.sources import records
 from fastcollate.text.backends import Texts, starts_of
+from fastcollate.text.chat.rendered import Rendered
 from fastcollate.text.jinja_env import BEGIN, END, compile_template
 
 Parts = list[str]
@@ -54,9 +55,12 @@ class Template:
         settings: what decides the texts, beside the name.
         single_turn: whether every record gives exactly one prompt and one response.
         names: the fields that `columns` takes, each by all its names; `None` where only `parts` makes texts.
+        end: `append`, where an end-of-text follows each row; `in_row`, where the template writes rows' ends: a record
+            gives one text by `render`, and not `parts`.
     """
 
     single_turn = True
+    end = "append"
     names: Sequence[Sequence[str]] | None = None
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
@@ -72,6 +76,14 @@ class Template:
 
         Raises:
             BadRecordError: a field is missing or of the wrong type, or there is no text.
+        """
+        raise NotImplementedError
+
+    def render(self, record: Any) -> Rendered:
+        """The record as one text, where the template writes rows' ends.
+
+        Raises:
+            BadRecordError: it cannot be rendered, or what of it is trained is not certain.
         """
         raise NotImplementedError
 
