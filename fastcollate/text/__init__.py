@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from fastcollate.lazy import face
 
 if TYPE_CHECKING:
-    from fastcollate.text.backends import Texts, UnencodableError, starts_of
     from fastcollate.text.chat.rendered import Rendered
+    from fastcollate.text.engines.backends import Texts, UnencodableError, starts_of
     from fastcollate.text.templates import BadRecordError, Template, load_template
     from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -22,7 +22,7 @@ __all__ = [
     "starts_of",
 ]
 _MODULE_OF = {
-    **dict.fromkeys(("Texts", "UnencodableError", "starts_of"), "backends"),
+    **dict.fromkeys(("Texts", "UnencodableError", "starts_of"), "engines.backends"),
     "Rendered": "chat.rendered",
     **dict.fromkeys(("BadRecordError", "Template", "load_template"), "templates"),
     **dict.fromkeys(("Tokenizer", "load_tokenizer"), "tokenizer"),

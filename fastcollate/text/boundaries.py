@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastcollate.text.backends import Texts
+from fastcollate.text.engines.backends import Texts
 
 _SPACE_BYTES = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
 _SURE_BYTES = {  # behind these, and before white space, texts always part

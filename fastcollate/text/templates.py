@@ -15,8 +15,8 @@ import numpy as np
 
 from fastcollate.errors import InputError
 from fastcollate.sources import records
-from fastcollate.text.backends import Texts, starts_of
 from fastcollate.text.chat.rendered import Rendered
+from fastcollate.text.engines.backends import Texts, starts_of
 from fastcollate.text.jinja_env import BEGIN, END, compile_template
 
 Parts = list[str]

@@ -22,10 +22,10 @@ import tiktoken
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.text import boundaries
-from fastcollate.text.agreement import AgreeingBackend
-from fastcollate.text.backends import Engine, RaggedIds, Texts, TiktokenBackend, TokenBounds, TokenizersBackend
-from fastcollate.text.backends import UnencodableError as UnencodableError
-from fastcollate.text.gigatoken import GigatokenBackend
+from fastcollate.text.engines.agreement import AgreeingBackend
+from fastcollate.text.engines.backends import Engine, RaggedIds, Texts, TiktokenBackend, TokenBounds, TokenizersBackend
+from fastcollate.text.engines.backends import UnencodableError as UnencodableError
+from fastcollate.text.engines.gigatoken import GigatokenBackend
 from fastcollate.text.vocabulary import SCHEMES, fingerprint, load_encoding
 
 BACKENDS = ("auto", "tiktoken", "gigatoken")

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from fastcollate.text import agreement
-from fastcollate.text.agreement import AgreeingBackend
-from fastcollate.text.backends import RaggedIds, Texts, TiktokenBackend
+from fastcollate.text.engines import agreement
+from fastcollate.text.engines.agreement import AgreeingBackend
+from fastcollate.text.engines.backends import RaggedIds, Texts, TiktokenBackend
 
 pytest.importorskip("gigatoken")
 CODES = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
@@ -35,7 +35,7 @@ def ranks() -> dict[bytes, int]:
 
 
 def backend_of(scheme: str) -> AgreeingBackend:
-    from fastcollate.text.gigatoken import GigatokenBackend
+    from fastcollate.text.engines.gigatoken import GigatokenBackend
 
     with pytest.MonkeyPatch.context() as patch:  # the vocabularies are not needed for the patterns
         patch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})

@@ -10,8 +10,8 @@ import pytest
 import regex
 from tiktoken_ext import openai_public
 
-from fastcollate.text.backends import Texts
 from fastcollate.text.boundaries import pairs_that_join, parts_at
+from fastcollate.text.engines.backends import Texts
 from fastcollate.text.vocabulary import SCHEMES
 
 # One of each class that a pattern tells from others, and of each that Python's `isspace` and `isalnum` see otherwise.

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcollate.errors import InputError, MissingExtraError
-from fastcollate.text import gigatoken, vocabulary
 from fastcollate.text import tokenizer as module
-from fastcollate.text.backends import RaggedIds, Texts, UnencodableError, without_surrogates
+from fastcollate.text import vocabulary
+from fastcollate.text.engines import gigatoken
+from fastcollate.text.engines.backends import RaggedIds, Texts, UnencodableError, without_surrogates
 from fastcollate.text.tokenizer import Tokenizer, load_tokenizer
 from fastcollate.text.vocabulary import load_encoding
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from fastcollate.text.backends import RaggedIds, Texts
+from fastcollate.text.engines.backends import RaggedIds, Texts
 
 _PIECE_BYTES = 1 << 19  # of text, encoded at once: a call costs a third of a millisecond
 _MOST_GROWTH = 32 << 20  # bytes of memory between blocks of texts, beyond which the caches are thrown away

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.text.backends import RaggedIds, Texts, TiktokenBackend, starts_of
-from fastcollate.text.gigatoken import GigatokenBackend
+from fastcollate.text.engines.backends import RaggedIds, Texts, TiktokenBackend, starts_of
+from fastcollate.text.engines.gigatoken import GigatokenBackend
 
 _NUM_CODES = 0x110000
 _CODES = (*range(0x40000), *range(0xE0000, 0xF0000))  # where any may be that is not for private use

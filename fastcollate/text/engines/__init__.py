@@ -1,0 +1,1 @@
+"""What encodes: tiktoken, tokenizers, gigatoken, and where they agree."""
