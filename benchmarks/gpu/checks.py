@@ -28,6 +28,7 @@ from fastcollate.train.step import Stepper
 
 SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 SANITIZER_LIMIT_S = 150
+CYCLES_A_MS = 1_700_000  # of a card's clock, about
 
 
 def tests(scale: Scale) -> dict[str, Any]:
@@ -56,7 +57,11 @@ def copy(scale: Scale) -> dict[str, Any]:
     bus = {f"{size / 2**20:g} MiB": round(_plain_copies(size), 2) for size in SIZES}
     with tempfile.TemporaryDirectory() as folder:
         store = random_rows(Path(folder) / "dense", np.full(20_000, 1024))
-        loaders = [_copies_of_a_loader(store, cells, scale.device) for cells in (scale.cells, 4 * scale.cells)]
+        loaders = [
+            _copies_of_a_loader(store, cells, scale.device, step_ms)
+            for step_ms in (0.0, 10.0)
+            for cells in (scale.cells, 4 * scale.cells)
+        ]
     for found in loaders:
         found["share_of_plain_copies_of_that_size"] = round(
             found["gb_per_s"] / _plain_copies(int(found["mib_per_copy"] * 2**20)), 4
@@ -65,7 +70,8 @@ def copy(scale: Scale) -> dict[str, Any]:
     return {"plain_copies_gb_per_s": bus, "loaders": loaders}
 
 
-def _copies_of_a_loader(store: TokenStore, cells: int, device: torch.device) -> dict[str, Any]:
+def _copies_of_a_loader(store: TokenStore, cells: int, device: torch.device, step_ms: float) -> dict[str, Any]:
+    """Of a consumer that throws batches away (threads fill buffers all the time), or computes so long on each."""
     loader = BatchLoader(store, policy="packed", max_tokens=cells, max_length=1024, device=device)
     for _ in loader:
         pass  # pins its buffers, compiles
@@ -73,11 +79,17 @@ def _copies_of_a_loader(store: TokenStore, cells: int, device: torch.device) -> 
 
     def epoch() -> None:
         nonlocal batches
-        batches = sum(1 for _ in loader)
+        batches = 0
+        for _ in loader:
+            batches += 1
+            if step_ms and device.type == "cuda":
+                torch.cuda._sleep(int(step_ms * CYCLES_A_MS))
+                torch.cuda.current_stream().synchronize()
 
     times = _times_of_copies(epoch)
     num_bytes = loader.stats.h2d_bytes - before
     return {
+        "ms_per_step": step_ms,
         "mib_per_batch": round(num_bytes / batches / 2**20, 2),
         "mib_per_copy": round(num_bytes / len(times) / 2**20, 2),
         "gb_per_s": round(num_bytes / sum(times) / 1e3, 2),

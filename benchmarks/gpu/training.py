@@ -30,12 +30,21 @@ DENSE = "rows of exactly 1,024 tokens; every token trained"
 CHAT = "log-normal lengths, median 700, mean 1,400 before they are cut at 8,192; the second half of a row trained"
 
 
-def compare(store: TokenStore, scale: Scale, contenders: dict[str, Callable[[], Contender]]) -> dict[str, Any]:
-    """Each contender's figures; one that fails does not cost the others theirs."""
+WITHOUT_OUR_ATTENTION = ("fastcollate.train.cuda.attention.triton_compiles", lambda device: False)
+WITHOUT_OUR_LOSS = ("fastcollate.train.loss.triton_compiles", lambda device: False)
+
+
+def compare(
+    store: TokenStore, scale: Scale, contenders: dict[str, Callable[[], Contender]], *without: tuple[str, Any]
+) -> dict[str, Any]:
+    """Each contender's figures, parts of the step replaced; one that fails does not cost the others theirs."""
     found: dict[str, Any] = {}
     for name, make in contenders.items():
         try:
-            found[name] = measure(make, store, scale)
+            with ExitStack() as stack:
+                for target, replacement in without:
+                    stack.enter_context(mock.patch(target, replacement))
+                found[name] = measure(make, store, scale)
         except (RuntimeError, ValueError, TypeError) as error:
             found[name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
         print(name, found[name], flush=True)
@@ -52,6 +61,8 @@ def dense(folder: Path, scale: Scale) -> dict[str, Any]:
         "packed": partial(ours, store, scale, "packed"),
     }
     found = compare(store, scale, contenders)
+    of_pytorch = {"padded_compiled_with_pytorch_s_attention": contenders["padded_compiled"]}  # cuDNN's on an H100
+    found |= compare(store, scale, of_pytorch, WITHOUT_OUR_ATTENTION)
     peak = peak_of(torch.cuda.get_device_name()) if scale.device.type == "cuda" else None
     for row in found.values():
         if peak and "failed" not in row:
@@ -116,24 +127,20 @@ def chat(folder: Path, scale: Scale) -> dict[str, Any]:
 
 
 def ingredients(folder: Path, scale: Scale) -> dict[str, Any]:
-    """What each part brings on dense rows, packed: the head's width, the loss in one pass, compiling, CUDA graphs."""
+    """What each part brings on dense rows, packed: the head's width, the loss in one pass, our attention, compiling."""
     scale = scale._replace(cells=scale.cells // 2, rounds=3)
     store = random_rows(folder / "dense", np.full(1024, scale.config.context_length))
     plain = partial(ours, store, scale, "packed")
-    room = "fastcollate.train.loss"
-    without_kernel = (f"{room}._kernel", lambda device: None)
-    without_width = (f"{room}._in_product_type", _as_wide_as_the_vocabulary)
+    without_width = ("fastcollate.train.loss._in_product_type", _as_wide_as_the_vocabulary)
     found: dict[str, Any] = {}
-    for name, patches, make in (
-        ("neither", (without_kernel, without_width), plain),
-        ("head_of_50304_columns", (without_kernel,), plain),
-        ("and_loss_in_one_pass", (), plain),
-        ("and_compiled", (), partial(plain, compile=True)),
+    for name, make, *without in (
+        ("none", plain, WITHOUT_OUR_ATTENTION, WITHOUT_OUR_LOSS, without_width),
+        ("head_of_50304_columns", plain, WITHOUT_OUR_ATTENTION, WITHOUT_OUR_LOSS),
+        ("and_loss_in_one_pass", plain, WITHOUT_OUR_ATTENTION),
+        ("and_our_attention", plain),
+        ("and_compiled", partial(plain, compile=True)),
     ):
-        with ExitStack() as stack:
-            for target, replacement in patches:
-                stack.enter_context(mock.patch(target, replacement))
-            found |= compare(store, scale, {name: make})
+        found |= compare(store, scale, {name: make}, *without)
     return {"data": DENSE, "cells_per_step": scale.cells, "contenders": found}
 
 

@@ -7,8 +7,6 @@ are never computed twice.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -16,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fastcollate.train.cuda.compiler import triton_compiles
 
 IGNORE_INDEX = -100
 # On CUDA from 2.7 on; before, only on the CPU.
@@ -137,9 +137,10 @@ def _to_gradient(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
 
     Columns from `vocab_size` on count as minus infinity.
     """
-    if logits.is_cuda and logits.dtype != torch.float64 and (kernel := _kernel(logits.device)) is not None:
-        found: Tensor = kernel(logits, labels, vocab_size)
-        return found
+    if logits.is_cuda and logits.dtype != torch.float64 and triton_compiles(logits.device):
+        from fastcollate.train.cuda.cross_entropy import to_gradient
+
+        return to_gradient(logits, labels, vocab_size)
     logits[:, vocab_size:] = -torch.inf
     log_probs = torch.log_softmax(logits, 1, dtype=_wide_type(logits))
     of_labels = log_probs.gather(1, labels[:, None])
@@ -147,26 +148,6 @@ def _to_gradient(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     # In 16 bits a label's probability near 1 would leave no gradient.
     logits.scatter_(1, labels[:, None], of_labels.expm1().to(logits.dtype))
     return of_labels.sum()
-
-
-@functools.cache
-def _kernel(device: torch.device) -> Any:
-    """`to_gradient` in one pass over the logits; `None` where Triton is missing (not on Linux), or cannot compile."""
-    try:
-        from fastcollate.train.cuda.cross_entropy import to_gradient
-
-        to_gradient(torch.zeros(1, 128, dtype=torch.bfloat16, device=device), torch.tensor([0], device=device), 100)
-    except ImportError:
-        return None
-    except Exception as error:  # it needs a C compiler, and a card that is not too old; each has an error of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(
-            f"the loss is computed step by step, which is slower: Triton compiles nothing for {device} ({reason}); it "
-            "needs a C compiler (gcc)",
-            RuntimeWarning, stacklevel=2,
-        )  # fmt: skip
-        return None
-    return to_gradient
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -62,19 +62,22 @@ def config_of(model: str, *, dropout: float = 0.0, tie_weights: bool = True) -> 
 
 
 class Segments:
-    """Where the rows of a packed batch begin and end, for attention that keeps them apart.
+    """Where the rows of a batch begin and end, for attention that keeps them apart.
 
     `cu_seqlens` is int32, cumulative lengths over the flattened batch, starting at 0. No segment is longer than
-    `longest`, which may be generous (the pack's capacity): that spares a wait for the device.
+    `longest`, which may be generous (the pack's capacity): that spares a wait for the device. `cells` is what our
+    kernel reads, where it is taken: then `cu_seqlens` is not looked at.
     """
 
-    def __init__(self, cu_seqlens: Tensor, longest: int) -> None:
+    def __init__(self, cu_seqlens: Tensor | None, longest: int, cells: tuple[Tensor, Tensor] | None = None) -> None:
         self.cu_seqlens = cu_seqlens
         self.longest = longest
+        self.cells = cells
 
     @functools.cached_property
     def lengths(self) -> list[int]:
         """Tokens of each segment; reading it waits for the device once."""
+        assert self.cu_seqlens is not None
         found: list[int] = self.cu_seqlens.diff().tolist()
         return found
 
@@ -100,9 +103,12 @@ class KeyValueCache:
 
 def _packed_attention(qkv: Tensor, segments: Segments, dropout: float) -> Tensor:
     """Causal attention within each segment, of `(tokens, 3, heads, head size)`: `(tokens, heads, head size)`."""
+    if segments.cells is not None:
+        return attention.our_kernel(qkv, segments.cells)
     if qkv.is_cuda:
         why = attention.why_segments_one_by_one(qkv.dtype, dropout)
         if why is None:
+            assert segments.cu_seqlens is not None
             return attention.varlen(qkv, segments.cu_seqlens, segments.longest)
         _warn_once(f"packed attention runs segment by segment, which is slow on a GPU: {why}")
     # Exact everywhere, and on a CPU faster than one masked or padded call, which computes what it then throws away.
@@ -251,10 +257,10 @@ class GPT2(nn.Module):
                     f"set a length limit (--max-length {self.config.context_length})"
                 )
             position_ids = torch.arange(start, start + length, device=inputs.device)
-        segments = Segments(cu_seqlens, min(length, self.config.context_length)) if cu_seqlens is not None else None
         x = self.drop(self.wte(inputs) + self.wpe(position_ids))
         if torch.is_autocast_enabled(x.device.type):  # what the layers add to is as narrow as what they add
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        segments = self._segments(x, cu_seqlens) if cache is None else None
         with attention.steady_attention(x.device.type):
             for block in self.h:
                 x = block(x, segments, cache)
@@ -262,6 +268,13 @@ class GPT2(nn.Module):
             cache.length += length
         normalized: Tensor = self.ln_f(x)
         return normalized
+
+    def _segments(self, x: Tensor, cu_seqlens: Tensor | None) -> Segments | None:
+        dropout = self.config.dropout if self.training else 0.0
+        cells = attention.cells_for_our_kernel(cu_seqlens, x, self.config.width // self.config.num_heads, dropout)
+        if cells is None and cu_seqlens is None:
+            return None
+        return Segments(cu_seqlens, min(x.shape[1], self.config.context_length), cells)
 
     def forward(self, inputs: Tensor, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits `(batch, length, vocabulary)`; arguments as in `hidden`."""

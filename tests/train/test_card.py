@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from benchmarks import harness
 from benchmarks.gpu import figures as gpu
 from fastcollate.errors import InputError
 from fastcollate.train.cuda import attention as room
+from fastcollate.train.cuda.compiler import triton_compiles
 from fastcollate.train.loss import Readback
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import choose_device, join_ranks
@@ -83,12 +86,33 @@ def test_flash_attention_3_is_lent_to_a_run_where_it_is_there(
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", undo, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda _: "found" if package else None)
+    monkeypatch.setattr(room, "triton_compiles", lambda _: True)
     with room.fastest_attention(torch.device("cuda", 0)) as name:
         there = package and capability == (9, 0)
-        assert (name, done) == (("FlashAttention 3", ["FA3"]) if there else ("as PyTorch comes", []))
+        assert (name, done) == (("FlashAttention 3", ["FA3"]) if there else ("ours", []))
     assert done == (["FA3", "undone"] if there else [])
     with room.fastest_attention(torch.device("cpu")) as name:
         assert name == "as PyTorch comes"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler. Please specify via CC"), ValueError()])
+def test_without_a_compiler_pytorch_s_own_kernels_are_taken(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*_: object) -> None:
+        raise error
+
+    name = "fastcollate.train.cuda.cross_entropy"
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(to_gradient=cannot))
+    triton_compiles.cache_clear()
+    try:
+        with pytest.warns(
+            RuntimeWarning, match=r"slower: Triton compiles nothing for cpu \(.+\); it needs a C compiler"
+        ):
+            assert not triton_compiles(torch.device("cpu"))
+        monkeypatch.setitem(sys.modules, name, None)  # not installed
+        triton_compiles.cache_clear()
+        assert not triton_compiles(torch.device("cpu"))
+    finally:
+        triton_compiles.cache_clear()
 
 
 def test_a_number_is_read_back() -> None:

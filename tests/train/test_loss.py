@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -114,25 +111,3 @@ def test_chunks_are_even_and_miss_no_cell(num_cells: int, chunk: int) -> None:
     sizes = [len(part) for part in parts]
     assert max(sizes, default=0) <= chunk
     assert max(sizes, default=0) - min(sizes, default=0) <= 1
-
-
-@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler. Please specify via CC"), ValueError()])
-def test_without_a_compiler_the_loss_is_computed_step_by_step(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def cannot(*_: object) -> None:
-        raise error
-
-    name = "fastcollate.train.cuda.cross_entropy"
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(to_gradient=cannot))
-    loss._kernel.cache_clear()
-    try:
-        with pytest.warns(
-            RuntimeWarning, match=r"slower: Triton compiles nothing for cpu \(.+\); it needs a C compiler"
-        ):
-            assert loss._kernel(torch.device("cpu")) is None
-        monkeypatch.setitem(sys.modules, name, None)  # not installed
-        loss._kernel.cache_clear()
-        assert loss._kernel(torch.device("cpu")) is None
-    finally:
-        loss._kernel.cache_clear()
