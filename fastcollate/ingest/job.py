@@ -63,7 +63,7 @@ def prepare(
     Any number of processes may ask for the same store at once: one makes it, the others wait and reuse it.
 
     Args:
-        sources: a path, URL or pattern, a `datasets.Dataset`, a sequence of these, or an iterable of records.
+        sources: a path, URL or pattern, a `datasets.Dataset`, a table or frame, a sequence of these, or records.
         store: the store's directory; a finished store of the same content is reused, an unfinished one continued.
         fields: where template fields come from, such as `{"instruction": "question"}`.
         progress: show a progress bar.
@@ -84,7 +84,8 @@ def prepare(
     started = time.perf_counter()
     asked = PrepareOptions(**options)
     spec = JobSpec(asked, dict(fields or {})).sealed()
-    with spooled(find_sources(sources, keep_empty=asked.on_error == "skip"), is_shared=asked.engine == "ray") as found:
+    given = find_sources(sources, keep_empty=asked.on_error == "skip", split=asked.split)
+    with spooled(given, is_shared=asked.engine == "ray") as found:
         job = _Job(found, Path(os.path.expanduser(store)), spec, progress)
         manifest = None if asked.overwrite else _find_at_rest(job)
         reused = manifest is not None
@@ -136,11 +137,10 @@ def _find_at_rest(job: _Job) -> dict[str, Any] | None:
 
 def _version(root: Path) -> tuple[int, ...]:
     """What tells one manifest file from another."""
-    try:
+    with contextlib.suppress(OSError):
         stat = (root / manifests.MANIFEST).stat()
-    except OSError:
-        return ()
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+    return ()
 
 
 class _Job:

@@ -28,6 +28,7 @@ class PrepareKeywords(TypedDict, total=False):
     max_length: int | None
     long_prompt: str
     special_text: str
+    split: str | None
     engine: str
     workers: int | None
     overwrite: bool
@@ -70,6 +71,7 @@ class PrepareOptions:
         "reject",
         "A text like <|endoftext|>: reject (a bad record), encode as text, or strip-end: drop the one at a row's end.",
     )
+    split: str | None = option(None, "The split to take, where a source is a dictionary of splits.")
     engine: str = option("local", "local processes, or ray for a cluster.")
     workers: int | None = option(None, "Worker processes; the usable cores by default.")
     overwrite: bool = option(False, "Make the store anew, whatever lies in its directory.", "--overwrite")

@@ -23,7 +23,14 @@ from fastcollate.sources.compression import open_compressed
 from fastcollate.sources.find import Source
 from fastcollate.sources.json_blocks import EMPTY, Piece, json_pieces
 from fastcollate.sources.remote import open_remote
-from fastcollate.sources.tables import arrow_pieces, csv_pieces, feed_content, open_columns, text_pieces
+from fastcollate.sources.tables import (
+    arrow_pieces,
+    columns_in_memory,
+    csv_pieces,
+    feed_content,
+    open_columns,
+    text_pieces,
+)
 
 _SMALL = 1 << 16  # bytes of a file that goes to a worker with its content
 _MOST_BLOCKS = 4096  # in a unit of work: more small files would take the leader's time instead of the workers'
@@ -159,13 +166,13 @@ def _groups(blocks: Iterator[Block], sizes: Sizes) -> Iterator[list[Block]]:
 
 
 def _pieces(source: Source, targets: Iterator[int]) -> Iterator[Piece]:
-    if source.format == "dataset":
-        yield from arrow_pieces(source.dataset.with_format("arrow").iter(batch_size=4096), targets)
-        return
     if source.is_empty:
         yield EMPTY
         return
     try:
+        if source.format in ("dataset", "table"):
+            yield from arrow_pieces(columns_in_memory(source), targets)
+            return
         with _open(source) as file:
             if source.format in ("parquet", "arrow"):
                 yield from arrow_pieces(open_columns(source, file), targets)

@@ -10,12 +10,13 @@ import stat as stat_module
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from fastcollate.errors import InputError, import_extra
@@ -29,6 +30,11 @@ _FORMATS = {
 }  # fmt: skip
 _EXTRAS = {"s3": "s3", "http": "http", "https": "http", "hf": "hf"}  # what to install for a kind of URL
 _SAVED = ("state.json", "dataset_dict.json")  # what tells a directory that a data set was saved to
+_LIBRARIES = {  # how their objects are read; no library is imported to find out
+    "datasets.Dataset": "dataset", "datasets.IterableDataset": "records",
+    "pandas.DataFrame": "frame", "polars.DataFrame": "frame", "polars.LazyFrame": "frame",
+    "pyarrow.Table": "table", "pyarrow.RecordBatch": "frame", "pyarrow.Dataset": "table",
+}  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SETTLED_NS = 2_000_000_000  # a file that was changed later than so long ago may change again within one tick
 
@@ -39,7 +45,8 @@ class Source:
 
     Attributes:
         name: as the user named it, or the file that a pattern found; of a URL without user, password and query.
-        format: `json`, `lines`, `text`, `csv`, `tsv`, `parquet`, `arrow`, `dataset` or `records`.
+        format: `json`, `lines`, `text`, `csv`, `tsv`, `parquet`, `arrow`; in memory `dataset` or `table`; `records` or
+            `stream`, which can be read only once.
         compression: `gzip`, `zstd`, `bz2`, `xz` or `None`.
         num_bytes: its size as stored; 0 where unknown.
         stamp: what changes whenever the content does: a file's size, times and inode, an object's size and ETag, and
@@ -49,7 +56,7 @@ class Source:
         local: its path, where it is a plain local file.
         is_empty: whether the file holds no byte.
         url: what opens it, where it is remote; it may hold a secret and is never shown.
-        dataset: a `datasets.Dataset`, or the records of an iterable.
+        dataset: what lies in memory: a `datasets.Dataset`, a table of Arrow, the records of an iterable.
     """
 
     name: str
@@ -72,32 +79,34 @@ class Source:
         return found[0].stamp if len(found) == 1 else ()
 
 
-def find_sources(sources: Any, *, keep_empty: bool = False) -> list[Source]:
-    """The files and data sets that the user's words mean, patterns in alphabetical order.
+def find_sources(sources: Any, *, keep_empty: bool = False, split: str | None = None) -> list[Source]:
+    """The files, data sets and tables that the user's words mean, patterns in alphabetical order.
 
-    They may be a path, a URL that fsspec knows, a pattern, a `datasets.Dataset`, a sequence of these, or an iterable of
-    records (mappings). With `keep_empty` a file without a byte is one more source, of one bad record.
+    They may be a path, a URL that fsspec knows, a pattern, a `datasets.Dataset`, a table (of pyarrow, pandas, polars,
+    or whatever gives Arrow's stream), a sequence of these, or an iterable of records (mappings). With `keep_empty` a
+    file without a byte is one more source, of one bad record. `split` is taken of dictionaries of data sets.
 
     Raises:
-        InputError: nothing there, a directory, an empty file, or a format that is not known.
+        InputError: nothing there, a directory, an empty file, a format that is not known, or no such split.
     """
-    if isinstance(sources, str | os.PathLike) or hasattr(sources, "column_names"):
+    if isinstance(sources, str | os.PathLike) or _kind(sources):
         sources = [sources]
     if not isinstance(sources, Iterable) or isinstance(sources, Mapping):
-        raise InputError(f"sources: a {type(sources).__name__}; name files, or give a data set or records")
+        raise InputError(f"sources: a {type(sources).__name__}; name files, or give a data set, a table or records")
     given = iter(sources)
     first = list(islice(given, 1))
-    if first and isinstance(first[0], Mapping):
-        return [Source("the records given", "records", dataset=chain(first, given))]
+    if first and isinstance(first[0], Mapping) and not _kind(first[0]):
+        return [_unsplit(Source("the records given", "records", dataset=chain(first, given)), split)]
     found: list[Source] = []
     names = _names(sources) if isinstance(sources, list | tuple) else {}
     for source in chain(first, given):
-        if hasattr(source, "column_names"):
-            found.append(_dataset(source))
+        if kind := _kind(source):
+            found.append(_in_memory(source, kind, split))
         elif isinstance(source, str | os.PathLike):
-            found += _find_files(os.fspath(source), names.get(source))
+            found += _find_files(os.fspath(source), names.get(source), split)
         else:
-            raise InputError(f"source {source!r:.80}: neither a path, a URL, nor a data set")
+            remedy = "; give turns as records: {'messages': turns}" if isinstance(source, list) else ""
+            raise InputError(f"source {source!r:.80}: neither a path, a URL, a data set, nor a table{remedy}")
     if not found:
         raise InputError("no source given; name at least one file of records")
     if (empty := [source.name for source in found if source.is_empty]) and not keep_empty:
@@ -119,45 +128,121 @@ def _names(sources: Sequence[Any]) -> dict[Any, str]:
     }
 
 
-def _dataset(dataset: Any) -> Source:
-    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+def _kind(given: Any) -> str:
+    """How an object of a library is read; empty for anything else."""
+    if isinstance(given, Mapping):
+        return "splits" if given and all(map(_kind, given.values())) else ""
+    kinds = (_LIBRARIES.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}") for kind in type(given).__mro__)
+    return next(filter(None, kinds), "stream" if hasattr(given, "__arrow_c_stream__") else "")
+
+
+def _in_memory(given: Any, kind: str, split: str | None, name: str = "") -> Source:
+    name = name or f"{type(given).__module__.partition('.')[0]}.{type(given).__name__}"
+    if kind == "splits":
+        chosen = _split_of(name, given, split)
+        return _in_memory(chosen, _kind(chosen), None, f"{name}[{split!r}]")
+    if kind == "dataset" and (given.format or {}).get("type") == "custom":
         raise InputError(
-            "datasets.Dataset: has a transform (set_transform or with_transform), which is not stored; apply it once "
+            f"{name}: has a transform (set_transform or with_transform), which is not stored; apply it once "
             "with dataset.map, or take it off with dataset.reset_format()"
         )
-    return Source("datasets.Dataset", "dataset", dataset=dataset)
+    if kind == "frame":
+        try:
+            given, kind = _table(given), "table"
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            reason = "; ".join(map(str, error.args))
+            raise InputError(
+                f"{name}: cannot be read as a table ({reason}); leave out columns that the template does not read, or "
+                "give the rows as records, as frame.to_dict('records') does"
+            ) from error
+    return _unsplit(Source(name, kind, dataset=given), split)
+
+
+def _table(frame: Any) -> pa.Table:
+    if isinstance(frame, pa.RecordBatch):
+        return pa.Table.from_batches([frame])
+    if hasattr(frame, "collect"):
+        frame = frame.collect()
+    return pa.table(frame) if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
+
+
+def _split_of(name: str, splits: Mapping[str, Any], split: str | None) -> Any:
+    if split is not None and split in splits:
+        return splits[split]
+    known = ", ".join(map(str, splits))
+    what = f"has no split {split!r}" if split is not None else "holds several splits"
+    example = next(iter(splits))
+    raise InputError(f"{name}: {what}; choose one of {known}, such as split={example!r} (--split {example})")
+
+
+def _unsplit(source: Source, split: str | None) -> Source:
+    if split is not None:
+        raise InputError(f"{source.name}: is no dictionary of splits; leave out split={split!r} (--split)")
+    return source
 
 
 @contextlib.contextmanager
 def spooled(sources: Sequence[Source], *, is_shared: bool) -> Iterator[list[Source]]:
-    """The sources, those of an iterable as a temporary file of JSON Lines: they must be read more than once.
+    """The sources, those that can be read only once as temporary files: they must be read more often.
 
     `is_shared` says that other machines do the work, which cannot read that file themselves.
     """
     with contextlib.ExitStack() as stack:
-        yield [_spool(source, stack, is_shared) if source.format == "records" else source for source in sources]
+        yield [_spool(source, stack, is_shared) for source in sources]
 
 
 def _spool(source: Source, stack: contextlib.ExitStack, is_shared: bool) -> Source:
-    descriptor, path = tempfile.mkstemp(suffix=".jsonl", prefix="fastcollate-")
+    if source.format not in ("records", "stream"):
+        return source
+    kind, write = ("lines", _write_lines) if source.format == "records" else ("arrow", _write_batches)
+    descriptor, path = tempfile.mkstemp(prefix="fastcollate-")
     stack.callback(os.unlink, path)
     with open(descriptor, "wb") as file:
-        for number, record in enumerate(source.dataset):
-            try:
-                line = json.dumps(dict(record) if isinstance(record, Mapping) else record, ensure_ascii=False)
-                file.write(_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):x}", line).encode() + b"\n")
-            except (TypeError, ValueError, RecursionError) as error:
-                raise InputError(f"{source.name}, record {number}: cannot be written as JSON ({error})") from error
+        write(source, file)
     num_bytes = os.path.getsize(path)
-    return Source(path if is_shared else source.name, "lines", num_bytes=num_bytes, local=None if is_shared else path)
+    return Source(path if is_shared else source.name, kind, num_bytes=num_bytes, local=None if is_shared else path)
 
 
-def _find_files(url: str, name: str | None = None) -> list[Source]:
+def _write_batches(source: Source, file: IO[bytes]) -> None:
+    try:
+        batches = pa.RecordBatchReader.from_stream(source.dataset)
+        with batches, pa.ipc.new_stream(file, batches.schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    except pa.ArrowException as error:
+        raise InputError(f"{source.name}: cannot be read ({error})") from error
+
+
+def _write_lines(source: Source, file: IO[bytes]) -> None:
+    for number, record in enumerate(source.dataset):
+        try:
+            line = json.dumps(
+                dict(record) if isinstance(record, Mapping) else record, ensure_ascii=False, default=_plain
+            )
+            file.write(_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):x}", line).encode() + b"\n")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"{source.name}, record {number}: cannot be written as JSON ({error})") from error
+
+
+def _plain(value: Any) -> Any:
+    """An array or tensor as lists, one number as a plain one, a mapping as a dictionary."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"a value of type {type(value).__name__}")
+    return value.tolist()
+
+
+def _find_files(url: str, name: str | None = None, split: str | None = None) -> list[Source]:
     """The files that a path, URL or pattern means; `name` is for messages, of a URL that needs another than its own."""
+    if "://" not in url and "::" not in url and any((Path(url).expanduser() / file).is_file() for file in _SAVED):
+        return [_saved_dataset(Path(url).expanduser(), split)]
+    return [_unsplit(source, split) for source in _plain_files(url, name)]
+
+
+def _plain_files(url: str, name: str | None) -> list[Source]:
     if "://" not in url and "::" not in url:
         url = os.path.expanduser(url)
-        if any((Path(url) / file).is_file() for file in _SAVED):
-            return [_saved_dataset(Path(url))]
         if not _is_pattern(url) or os.path.exists(url):
             return [_local_file(url, url)]
     name = name or name_of(url)
@@ -185,17 +270,15 @@ def _is_pattern(name: str) -> bool:
     return any(mark in (name.split("?")[0] if is_web else name) for mark in "*?[")
 
 
-def _saved_dataset(path: Path) -> Source:
+def _saved_dataset(path: Path, split: str | None) -> Source:
     """What `datasets.Dataset.save_to_disk` wrote."""
     datasets = import_extra("datasets", "hf")
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # the package raises whatever a damaged file makes it stumble over
         raise InputError(f"{path}: cannot be read as a saved data set ({type(error).__name__}: {error})") from error
-    if not hasattr(dataset, "column_names") or isinstance(dataset, dict):
-        raise InputError(f"{path}: holds several splits; name one, such as {path / sorted(dataset)[0]}")
-    num_bytes = sum(file.stat().st_size for file in path.glob("*.arrow"))
-    return Source(str(path), "dataset", num_bytes=num_bytes, dataset=dataset)
+    found = _in_memory(dataset, _kind(dataset), split, str(path))
+    return replace(found, num_bytes=sum(file.stat().st_size for file in (path / (split or "")).glob("*.arrow")))
 
 
 def _local_file(path: str, name: str) -> Source:

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -113,6 +114,12 @@ def arrow_pieces(batches: Iterator[Any], targets: Iterator[int]) -> Iterator[Pie
         yield _arrow_piece(pending)
 
 
+def columns_in_memory(source: Source) -> Iterator[Any]:
+    """The tables or record batches of what lies in memory, in the order of its rows; nothing is copied."""
+    data = source.dataset
+    return data.with_format("arrow").iter(batch_size=4096) if source.format == "dataset" else iter(data.to_batches())
+
+
 def open_columns(source: Source, file: IO[bytes]) -> Iterator[pa.RecordBatch]:
     """The record batches of a Parquet or Arrow file."""
     if source.format == "parquet":
@@ -157,6 +164,8 @@ def _halves(table: pa.Table, target: int) -> Iterator[pa.Table]:
 
 def _arrow_piece(tables: list[pa.Table]) -> Piece:
     table = pa.concat_tables(tables).combine_chunks()
+    if len(names := table.column_names) > len(set(names)):
+        raise pa.ArrowInvalid(f"two columns are named {max(names, key=names.count)!r}")
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -191,26 +200,34 @@ def _feed(values: pa.Array, sink: Callable[[Any], object]) -> None:
     label = "text" if is_text else "list" if is_list else "struct" if pa.types.is_struct(kind) else str(kind)
     sink(f"{label} {len(values)} {values.null_count}\0".encode())
     if values.null_count:
-        sink(np.packbits(values.is_valid().to_numpy(zero_copy_only=False)))
+        sink(np.packbits(_numbers(values.is_valid())))
         values = values.drop_null()
     if is_text:
-        lengths = pc.binary_length(values).to_numpy(zero_copy_only=False)
-        sink(lengths.astype("<i8"))
+        sink(_numbers(pc.binary_length(values)).astype("<i8"))
         start = values.offset
         offsets = np.frombuffer(values.buffers()[1], np.int64)[start : start + len(values) + 1]
         if len(values) and offsets[-1] > offsets[0]:
             sink(memoryview(values.buffers()[2])[int(offsets[0]) : int(offsets[-1])])
     elif is_list:
-        sink(pc.list_value_length(values).to_numpy(zero_copy_only=False).astype("<i8"))
+        sink(_numbers(pc.list_value_length(values)).astype("<i8"))
         _feed(values.flatten(), sink)
     elif pa.types.is_struct(kind):
         for field, child in zip(kind, values.flatten(), strict=True):
             sink(f"{field.name}\0".encode("utf-8", "surrogatepass"))
             _feed(child, sink)
     elif pa.types.is_boolean(kind):
-        sink(np.packbits(values.to_numpy(zero_copy_only=False)))
+        sink(np.packbits(_numbers(values)))
     elif not pa.types.is_null(kind):
         _feed_numbers(values, sink)
+
+
+def _numbers(values: pa.Array) -> npt.NDArray[Any]:
+    """Numbers without nulls, or truth as 0 and 1; not by `to_numpy`, which imports pandas: that takes a while."""
+    values = values.cast(pa.uint8()) if pa.types.is_boolean(values.type) else values
+    numbers = np.empty(0, values.type.to_pandas_dtype())
+    if len(values):
+        numbers = np.frombuffer(values.buffers()[1], numbers.dtype, len(values), values.offset * numbers.itemsize)
+    return numbers
 
 
 def _feed_numbers(values: pa.Array, sink: Callable[[Any], object]) -> None:
