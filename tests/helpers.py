@@ -24,6 +24,7 @@ from tests.chapter import format_input
 GPT2 = {
     "name": "gpt2", "fingerprint": "00", "vocab_size": 50257, "pad_token_id": 50256, "end_token_id": 50256, "files": [],
 }  # fmt: skip
+APPEND: Any = SimpleNamespace(end="append", pad_token_id=50256, end_token_id=50256)  # what rows' ends are, of a store
 Row = tuple[Sequence[int], Sequence[int]]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]  # what a test of both is parametrized with
 
@@ -170,8 +171,10 @@ def store_of_rows(
     *,
     vocab_size: int = 50257,
     num_shards: int = 2,
+    end: str = "append",
+    pad_token_id: int | None = None,
 ) -> TokenStore:
-    """A finished store of the rows; the last id of the vocabulary is the end-of-text."""
+    """A finished store of the rows; the last id of the vocabulary is the end-of-text, and by default the padding."""
     path.mkdir(parents=True)
     spans = [[0, len(row)] for row in rows] if spans is None else spans
     written = []
@@ -186,9 +189,10 @@ def store_of_rows(
         written.append(write_shard(path, shard_name(len(written)), columns))
     tokenizer = {
         "name": f"test{vocab_size}", "fingerprint": f"test{vocab_size}", "vocab_size": vocab_size,
-        "pad_token_id": vocab_size - 1, "end_token_id": vocab_size - 1, "files": [],
+        "pad_token_id": vocab_size - 1 if pad_token_id is None else pad_token_id, "end_token_id": vocab_size - 1,
+        "files": [],
     }  # fmt: skip
-    identity = StoreIdentity(sources_of([path.name], len(rows)), tokenizer, {"name": "none"}, {})
+    identity = StoreIdentity(sources_of([path.name], len(rows)), tokenizer, {"name": "none"}, {}, end=end)
     write_manifest(path, identity, written)
     return TokenStore(path)
 

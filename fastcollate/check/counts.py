@@ -67,7 +67,7 @@ def order_of(store: TokenStore, options: MaskOptions, order: OrderOptions | None
     """The order's options; by default a pack holds what a row may take, at most the longest row of the store."""
     chosen = asdict(order or OrderOptions())
     if chosen["policy"] == "packed" and chosen["capacity"] is None:
-        chosen["capacity"] = options.max_length or max(store.max_length, 1)
+        chosen["capacity"] = options.max_length or max(int(store.cells.max()), 1)
     return chosen
 
 
@@ -92,12 +92,13 @@ class Inspection:
 
     path: str
     num_rows: int
-    num_tokens: int  # without the end-of-text of each row
+    num_tokens: int  # without an end-of-text that the collate appends
     num_shards: int
     num_bytes: int  # of all shards
     tokenizer: str
     template: str
     fingerprint: str
+    end: str  # `append` or `in_row`
     options: MaskOptions  # what is counted below depends on them
     mean_length: float
     percentiles: dict[str, int]  # lengths; "50" is the median
@@ -126,11 +127,10 @@ def inspect_store(
         'trained: 100%; 37.2% with --mask-prompt'
     """
     progress = renamed_switch(progress, old="silent", given=silent)
-    options = options or MaskOptions()
+    options = (options or MaskOptions()).of(store)
     by_length = count_lengths(store.lengths)
     totals, other, masks = _both_masks(store, options, progress=progress)
     summary = store.manifest["summary"]
-    limit = store.max_length if options.max_length is None else options.max_length
     return Inspection(
         path=str(store.path),
         num_rows=len(store),
@@ -140,11 +140,11 @@ def inspect_store(
         tokenizer=store.tokenizer_name,
         template=str(store.manifest["template"].get("name", "unknown")),
         fingerprint=store.fingerprint,
+        end=store.end,
         options=options,
         mean_length=store.num_tokens / len(store),
         percentiles={str(p): percentile(by_length, p) for p in PERCENTILES},
         lengths=length_histogram(by_length),
-        rows_cut=int(by_length[limit + 1 :].sum()),
         boundary_mismatches=summary.get("boundary_mismatches"),
         skipped_records=summary.get("num_skipped"),
         masks=masks,
@@ -184,6 +184,7 @@ def _add_up(store: TokenStore, options: MaskOptions, *, progress: bool) -> dict[
             bar.update(task, advance=len(rows))
     return {
         "kept_tokens": int(totals[kernels.REAL]),
+        "rows_cut": int(totals[kernels.CUT_ROWS]),
         "trained_tokens": int(totals[kernels.TRAINED]),
         "rows_without_trained": int(totals[kernels.UNTRAINED]),
         "examples_without_trained": examples,

@@ -52,11 +52,13 @@ class BenchReport:
 
 
 class _Rows(Dataset[Any]):
-    """The store as the chapter's data set: lists of token ids, with the prompt's length where prompts are masked."""
+    """The store as the chapter's data set: lists of token ids, where prompts are masked with the prompt's length, or
+    all spans of rows that hold their end."""
 
     def __init__(self, store: TokenStore, masked: bool) -> None:
         self._rows = [example.input_ids.tolist() for example in store]
-        self._prompts = [int(example.spans[0]) for example in store] if masked else None
+        spans = (example.spans.tolist() for example in store)
+        self._prompts = [s if store.end == "in_row" else s[0] for s in spans] if masked else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -99,12 +101,12 @@ def bench(
         'fastcollate'
     """
     progress = renamed_switch(progress, old="silent", given=silent)
-    options = options or MaskOptions()
+    options = (options or MaskOptions()).of(store)
     if step_ms is not None and not step_ms > 0:
         raise InputError(f"step_ms={step_ms}: give a step's time in milliseconds, above 0")
     if rounds < 1 or not seconds > 0:
         raise InputError(f"rounds={rounds}, seconds={seconds}: give at least one round of more than 0 seconds")
-    if options.mode != "reference":
+    if options.mode != "reference" and store.end == "append":
         raise InputError(f"mode={options.mode!r}: the other contenders are the reference; bench compares equal work")
     chosen = order_of(store, options, order)
     sources = _contenders(store, options, chosen)
@@ -127,13 +129,9 @@ def bench(
 def _contenders(
     store: TokenStore, options: MaskOptions, order: dict[str, Any]
 ) -> dict[str, Callable[[], Iterable[Any]]]:
-    plan = plan_epoch(store.lengths, **order, max_length=options.max_length)
+    plan = plan_epoch(store.cells, **order, max_length=options.max_length)
     rows = _Rows(store, options.mask_prompt)
-    collate = partial(
-        reference.custom_collate_with_masking_fn if options.mask_prompt else reference.custom_collate_fn,
-        pad_token_id=store.pad_token_id,
-        allowed_max_length=options.max_length,
-    )
+    collate = _reference_of(store, options)
     batches: list[list[Any]]
     if plan.capacity is None:
         batches = [batch.tolist() for batch in plan]
@@ -145,9 +143,9 @@ def _contenders(
 
     def by_reference(batch: list[Any]) -> Any:
         if plan.capacity is None:
-            return collate(batch)
+            return collate(batch, options.max_length)
         limit = min(options.max_length or plan.capacity, plan.capacity)
-        packs = [[collate([row], allowed_max_length=limit) for row in pack] for pack in batch]
+        packs = [[collate([row], limit) for row in pack] for pack in batch]
         return reference.put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
 
     def pipeline() -> Iterable[Any]:
@@ -162,6 +160,24 @@ def _contenders(
             DataLoader, rows, batch_sampler=batches, collate_fn=by_reference, num_workers=workers
         )
     return sources
+
+
+def _reference_of(store: TokenStore, options: MaskOptions) -> Callable[[list[Any], int | None], Any]:
+    """The plain Python collate of rows, and of the columns to keep."""
+    if store.end == "in_row":
+
+        def collate(batch: list[Any], limit: int | None) -> Any:
+            spans, rows = zip(*batch, strict=True) if options.mask_prompt else (None, batch)
+            return reference.collate_in_row(rows, spans, store.pad_token_id, max_length=limit)
+
+        return collate
+    if store.pad_token_id != store.end_token_id:
+        raise InputError(
+            f"{store.path}: pads with id {store.pad_token_id} and ends rows with {store.end_token_id}; the chapter's "
+            "collate has one id for both, and bench compares equal work. fastcollate verify compares such a store"
+        )
+    chapter = reference.custom_collate_with_masking_fn if options.mask_prompt else reference.custom_collate_fn
+    return lambda batch, limit: chapter(batch, pad_token_id=store.pad_token_id, allowed_max_length=limit)
 
 
 def _check_equal(sources: dict[str, Callable[[], Iterable[Any]]]) -> None:

@@ -80,7 +80,7 @@ def write_report(
     }
     page = Template(files("fastcollate").joinpath("report_page.html").read_text(encoding="utf-8"))
     text = page.substitute(
-        **_figures(found, padding_by_policy(store.lengths[:_PLANNED_ROWS], found.options.max_length, seed=seed)),
+        **_figures(found, padding_by_policy(store.cells[:_PLANNED_ROWS], found.options.max_length, seed=seed)),
         name=escape(store.path.resolve().name),
         summary=_table(summary_of(found)),
         plotly=offline.get_plotlyjs(),
@@ -144,7 +144,7 @@ def _padding_of(plan: EpochPlan) -> Padding:
 
 def picture(store: TokenStore, options: MaskOptions, policy: str, batch_size: int, seed: int) -> dict[str, Any]:
     """Some batches of an epoch, evenly spaced, each row (each pack) as stretches of cells of one kind."""
-    lengths = store.lengths[:_PLANNED_ROWS] if policy == "packed" else store.lengths
+    lengths = store.cells[:_PLANNED_ROWS] if policy == "packed" else store.cells
     plan = _plan(lengths, policy, batch_size, seed, options.max_length)
     packed = None if plan.capacity is None else list(packed_batches(plan))
     total = len(plan) if packed is None else len(packed)
@@ -202,7 +202,7 @@ def _viewer(store: TokenStore, found: Inspection, tokenizer: Tokenizer | None, n
 
 def _entry(view: RowView, other: RowView, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """One row for the page, without its padding, which is only counted; a run is of one kind under either mask."""
-    end = min(view.num_tokens + 1, len(view.tokens))
+    end = len(view.tokens) - view.kinds.count(PADDING)
     bounds = sorted({start for kinds in (view, other) for _, start, _ in kinds.runs()} | {len(view.tokens)})
     runs = []
     for start, stop in pairwise(bounds):

@@ -94,7 +94,7 @@ def verify(
         True
     """
     progress = renamed_switch(progress, old="silent", given=silent)
-    options = options or MaskOptions()
+    options = (options or MaskOptions()).of(store)
     again = _Records(store, sources) if sources else None
     found = Verification(masks=trained_by_mask(store, options))
     if checksums:
@@ -115,7 +115,7 @@ def _compare_batches(
 ) -> None:
     loader = BatchLoader(store, **asdict(options), **order)
     loader.set_epoch(epoch)
-    plan = plan_epoch(store.lengths, **order, epoch=epoch, max_length=options.max_length)
+    plan = plan_epoch(store.cells, **order, epoch=epoch, max_length=options.max_length)
     seen = np.zeros(len(store), bool)
     digest = hashlib.sha256()
     with progress_bar(unit="batches", progress=progress) as bar:
@@ -146,7 +146,7 @@ class _Expected(NamedTuple):
 
 def _expected_batches(store: TokenStore, plan: EpochPlan, options: MaskOptions) -> Iterator[_Expected]:
     for rows in plan:
-        tensors = expected_batch([store[int(row)] for row in rows], store.pad_token_id, options)
+        tensors = expected_batch([store[int(row)] for row in rows], store, options)
         yield _Expected(rows, [f"row {row}" for row in rows], tensors)
 
 
@@ -155,7 +155,7 @@ def _expected_packs(store: TokenStore, plan: EpochPlan, options: MaskOptions) ->
     limit = min(options.max_length or plan.capacity, plan.capacity)
     alone = replace(options, max_length=limit)
     for rows, _, bounds in packed_batches(plan):
-        cells = [expected_batch([store[int(row)]], store.pad_token_id, alone) for row in rows]
+        cells = [expected_batch([store[int(row)]], store, alone) for row in rows]
         packs = [cells[start:stop] for start, stop in pairwise(bounds.tolist())]
         end_to_end = reference.put_end_to_end(packs, plan.capacity, limit, store.pad_token_id)
         yield _Expected(rows, [f"pack {pack}" for pack in range(len(packs))], end_to_end)
@@ -172,14 +172,31 @@ def _compare_cells(
         found.note(f"{where}: {line}column {column} is {int(got[cell])}, but the reference gives {int(wanted[cell])}")
 
 
-def expected_batch(examples: Sequence[Example], pad: int, options: MaskOptions) -> tuple[torch.Tensor, torch.Tensor]:
+def expected_batch(
+    examples: Sequence[Example], store: TokenStore, options: MaskOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The inputs and targets that the reference makes of some rows, int64 `(rows, width)` each, in plain Python.
 
     Single turns in reference mode go through the chapter's functions as they stand. The chapter has neither several
-    turns nor a positional mode: for those its inputs are taken, and targets are told token by token.
+    turns nor a positional mode: for those its inputs are taken, and targets are told token by token. It has one id for
+    the end and the padding: where these are two, the padding takes the place of the end in inputs that no row's id is.
     """
+    options = options.of(store)
     rows = [example.input_ids.tolist() for example in examples]
     spans = [example.spans.tolist() for example in examples]
+    if store.end == "in_row":
+        return reference.collate_in_row(
+            rows, spans if options.mask_prompt else None, store.pad_token_id, max_length=options.max_length
+        )
+    inputs, targets = _with_end_appended(rows, spans, store.end_token_id, options)
+    for place, row in enumerate(rows):
+        inputs[place, len(row) :] = store.pad_token_id
+    return inputs, targets
+
+
+def _with_end_appended(
+    rows: Sequence[Sequence[int]], spans: Sequence[Sequence[int]], pad: int, options: MaskOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
     limit = options.max_length
     if max(map(len, rows)) == 0:  # the chapter's function gives float32 here
         empty = torch.zeros((len(rows), 0), dtype=torch.int64)

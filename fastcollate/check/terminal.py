@@ -32,10 +32,10 @@ class RowView(NamedTuple):
 
     row: int
     source_row: int  # the record's position in the sources
-    num_tokens: int  # without the end-of-text
+    num_tokens: int  # without an end-of-text that the collate appends
     inputs: Int64Array  # (width,)
     targets: Int64Array  # (width,); that of column `c` is token `c + 1`
-    tokens: list[int]  # `width + 1` (none where the width is 0): the row's own, its end-of-text, and padding
+    tokens: list[int]  # `width + 1` (none where the width is 0): the row's own, an appended end, and padding
     kinds: list[str]  # of each token: one of `KINDS`; it is trained where it is a target, and the first never is one
 
     def runs(self) -> Iterator[tuple[str, int, int]]:
@@ -60,7 +60,7 @@ def view_row(store: TokenStore, row: int, options: MaskOptions | None = None) ->
 def view_rows(store: TokenStore, rows: Iterable[int], options: MaskOptions | None = None) -> Iterator[RowView]:
     """`view_row` of several rows."""
     collator = (options or MaskOptions()).collator(store)
-    longest = int(np.argmax(store.lengths))
+    longest = int(np.argmax(store.lengths))  # and fills the most cells
     for row in rows:
         if not 0 <= row < len(store):
             raise InputError(f"row {row}: the store {store.path} has rows 0 to {len(store) - 1}")
@@ -72,12 +72,13 @@ def _view(store: TokenStore, row: int, batch: Batch) -> RowView:
     example = store[row]
     ids = example.input_ids.tolist()
     width = len(inputs)
-    tokens = (ids + [store.pad_token_id] * (width + 1))[: width + 1] if width else []
+    own = ids if store.end == "in_row" else [*ids, store.end_token_id]
+    tokens = (own + [store.pad_token_id] * (width + 1))[: width + 1] if width else []
     spans = example.spans.tolist()
     untrained = np.full(len(tokens), PADDING, dtype=object)
-    untrained[: len(ids) + 1] = IGNORED
+    untrained[: len(own)] = IGNORED
     for start, count in zip(np.cumsum([0, *spans])[:-1:2], spans[::2], strict=True):
-        untrained[start : min(start + count, len(ids) + 1)] = PROMPT
+        untrained[start : min(start + count, len(own))] = PROMPT
     is_trained = np.append(False, targets != -100)[: len(tokens)]
     kinds = np.where(is_trained, TRAINED, untrained).tolist()
     return RowView(row, example.source_row, len(ids), inputs, targets, tokens, kinds)
@@ -178,6 +179,7 @@ def summary_of(found: Inspection) -> dict[str, object]:
     names = {"0": "shortest", "50": "median", "100": "longest"}
     for percent, length in found.percentiles.items():
         rows[names.get(percent, f"percentile {percent}")] = length
+    rows["a row's end"] = "appended by the collate" if found.end == "append" else "in the row"
     rows["trained tokens"] = f"{found.trained_tokens:,}"
     rows["trained"] = found.masks.in_words
     if found.options.max_length is not None:

@@ -30,7 +30,10 @@ class Collator:
 
     Args:
         shards: the store's shards (`TokenStore.shards`).
-        pad_token_id: appended to each row as end-of-text, and the padding.
+        pad_token_id: the padding.
+        end_token_id: appended to each row as end-of-text; by default the padding, as in the chapter.
+        end: `"append"`, or `"in_row"` for rows that hold their end: nothing is appended, a row of `n` ids takes `n - 1`
+            columns, inputs are its ids but the last and targets its ids but the first; `mode` is positional.
         ignore_index: written over targets that are not trained.
         max_length: columns kept, at least 1; `None` keeps all.
         mask_prompt: train the responses only.
@@ -50,6 +53,8 @@ class Collator:
         shards: Sequence[layout.Columns],
         *,
         pad_token_id: int = 50256,
+        end_token_id: int | None = None,
+        end: str = "append",
         ignore_index: int = -100,
         max_length: int | None = None,
         mask_prompt: bool = False,
@@ -70,6 +75,8 @@ class Collator:
             raise InputError(f"pad_token_id={pad_token_id} does not fit inputs_dtype={inputs_dtype}")
         self.settings = options.make_settings(
             pad_token_id=pad_token_id,
+            end_token_id=end_token_id,
+            end=end,
             ignore_index=ignore_index,
             limit=max_length,
             mask_prompt=mask_prompt,
@@ -229,10 +236,10 @@ class Collator:
         limit = min(int(self.settings[options.LIMIT]), capacity)
         cells = 0
         for i in range(int(packs[pack]), place + 1):
-            length = kernels.widest(self.table.array, rows[i : i + 1])
+            length = kernels.widest(self.table.array, self.settings, rows[i : i + 1])
             first = int(starts[i]) if len(starts) else 0
             if length >= 0 and not 0 <= first <= length:
-                return InputError(f"row {rows[i]} has {length} tokens: a part of it cannot start at token {first}")
+                return InputError(f"row {rows[i]} fills {length} cells: a part of it cannot start at token {first}")
             cells += min(length - first, limit)
             if length >= 0 and cells > capacity:
                 return InputError(

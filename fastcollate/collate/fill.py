@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastcollate.collate.masks import mask_row
-from fastcollate.collate.settings import IGNORE, LEFT, LIMIT, MASK, PAD, REFERENCE
+from fastcollate.collate.settings import END_ID, IGNORE, IN_ROW, LEFT, LIMIT, MASK, PAD, REFERENCE
 from fastcollate.jit import address_of, borrow, kernel, part, prefetch, view
 from fastcollate.store import layout
 
@@ -22,7 +22,8 @@ _REPORT = range(13)
 ROWS, CELLS, REAL, TRAINED, CORNERS, UNTRAINED, CUT_ROWS, CUT_TOKENS, WIDTH, START, TARGETS, END, SEGMENTS = _REPORT
 REPORT_COLUMNS = len(_REPORT)
 
-# Columns of the places of a batch's rows: address of the first token, length, shard.
+# Columns of the places of a batch's rows: address of the first token, length in columns, shard. A row that holds its
+# own end has a column less than tokens: its last token is a target only.
 AT, LENGTH, SHARD, PLACE_COLUMNS = range(4)
 
 AHEAD = 8  # rows whose tokens are asked for at once, before the rows in front of them are filled
@@ -34,7 +35,7 @@ ALIGNMENT = 8  # int64 cells in a cache line: each batch of a group starts on on
 
 
 @part
-def locate(table: Any, rows: Any, places: Any) -> int:
+def locate(table: Any, settings: Any, rows: Any, places: Any) -> int:
     """Write where each row lies; its offsets are checked here, once.
 
     Returns:
@@ -59,8 +60,9 @@ def locate(table: Any, rows: Any, places: Any) -> int:
         if begin < 0 or end < begin or end > table[shard, layout.NUM_TOKENS]:
             return -1 - i
         places[i, AT] = table[shard, layout.TOKENS] + begin * table[shard, layout.TOKEN_SIZE]
-        places[i, LENGTH], places[i, SHARD] = end - begin, shard
-        longest = max(longest, end - begin)
+        length = max(end - begin - settings[IN_ROW], 0)
+        places[i, LENGTH], places[i, SHARD] = length, shard
+        longest = max(longest, length)
     return longest
 
 
@@ -77,9 +79,9 @@ def prefetch_places(table: Any, places: Any, first: int, stop: int) -> None:
 
 
 @kernel
-def widest(table: Any, rows: Any) -> int:
-    """Length of the longest of `rows`, or `-1 - i` where `rows[i]` does not exist or its offsets are broken."""
-    return locate(table, rows, np.empty((len(rows), PLACE_COLUMNS), np.int64))
+def widest(table: Any, settings: Any, rows: Any) -> int:
+    """Columns of the longest of `rows`, or `-1 - i` where `rows[i]` does not exist or its offsets are broken."""
+    return locate(table, settings, rows, np.empty((len(rows), PLACE_COLUMNS), np.int64))
 
 
 # ------------------------------------------------------------------------------------------------- filling rows
@@ -89,15 +91,16 @@ def widest(table: Any, rows: Any) -> int:
 def fill_row(tokens: Any, start: int, inputs: Any, targets: Any, settings: Any) -> tuple[int, int]:
     """Fill one row's columns from `start` on; prompts are masked afterwards, by `mask_row`.
 
-    Column `c` holds token `c` as input and token `c + 1` as target; token `len(tokens)` is the end-of-text, what
-    follows is padding. All inputs, then all targets: two places written by turns take a tenth longer.
+    Column `c` holds token `c` as input and token `c + 1` as target; the last of these is the end-of-text, or in a row
+    that holds its own end, its last token. What follows is padding. All inputs, then all targets: two places written
+    by turns take a tenth longer.
 
     Returns:
         How many targets are trained, and the corners met.
     """
-    pad, ignore, reference = settings[PAD], settings[IGNORE], settings[REFERENCE]
-    length, width = len(tokens), len(targets)
-    copied, shifted = min(max(length - start, 0), width), min(max(length - start - 1, 0), width)
+    pad, end, ignore, reference = settings[PAD], settings[END_ID], settings[IGNORE], settings[REFERENCE]
+    length, width = len(tokens) - settings[IN_ROW], len(targets)
+    copied, shifted = min(max(length - start, 0), width), min(max(len(tokens) - start - 1, 0), width)
     own, following, least = tokens[start : start + copied], tokens[start + 1 : start + 1 + shifted], np.uint64(1)
     for j in range(np.uint64(copied)):  # unsigned: a number that may be negative would count from the end
         inputs[j] = own[j]
@@ -105,34 +108,34 @@ def fill_row(tokens: Any, start: int, inputs: Any, targets: Any, settings: Any) 
         inputs[j] = pad
     for j in range(np.uint64(shifted)):
         token = np.int64(following[j])
-        least = min(least, np.uint64(token ^ pad))
+        least = min(least, np.uint64(token ^ end))
         targets[j] = token
     for j in range(np.uint64(shifted), np.uint64(width)):
         targets[j] = ignore
     trained, corners = shifted, 0
     if shifted < width and start + shifted + 1 == max(length, reference):
-        targets[shifted] = pad
+        targets[shifted] = end
         trained += 1
         corners += length == 0  # the reference trains an empty row's first padding token
     if reference != 0 and length > 1 and (least == 0 or shifted < length - 1):  # what lies beyond a cut counts too
-        first = _first_pad(tokens, pad)
+        first = _first_end(tokens, end)
         if first < length:
             corners += 1
             for column in range(max(first - start, 0), copied):  # what the reference takes for padding
-                if targets[column] == pad:
+                if targets[column] == end:
                     targets[column] = ignore
                     trained -= 1
     return trained, corners
 
 
 @part
-def _first_pad(tokens: Any, pad: int) -> int:
-    """The place of the first `pad` among a row's tokens but the first one, or the row's length."""
+def _first_end(tokens: Any, end: int) -> int:
+    """The place of the first `end` among a row's tokens but the first one, or the row's length."""
     found = 0
     for j in range(np.uint64(1), np.uint64(len(tokens))):  # by vectors; mostly there is none
-        found |= np.int64(tokens[j]) == pad
+        found |= np.int64(tokens[j]) == end
     place = 1 if found != 0 else len(tokens)
-    while place < len(tokens) and np.int64(tokens[place]) != pad:
+    while place < len(tokens) and np.int64(tokens[place]) != end:
         place += 1
     return place
 
@@ -150,7 +153,8 @@ def _fill_rows(
             prefetch_places(table, places, i + AHEAD, i + 2 * AHEAD)
         length = places[i, LENGTH]
         start = max(length - width, 0) if left else 0
-        tokens, first, stop = view(places[i, AT], length, token), i * width, (i + 1) * width
+        tokens = view(places[i, AT], length + settings[IN_ROW], token)
+        first, stop = i * width, (i + 1) * width
         own = targets[first:stop]
         trained, corners = fill_row(tokens, start, inputs[first:stop], own, settings)
         if mask:
@@ -184,7 +188,7 @@ cells_of = kernel(plain_cells_of)  # for kernels; a compiled function costs plai
 def _fill_next(table: Any, settings: Any, rows: Any, start: int, out: Any, report: Any, token: Any, cell: Any) -> int:
     """Fill one batch at `out[start:]` if it fits; returns where it ends, or `-1 - i` where `rows[i]` is broken."""
     places = np.empty((len(rows), PLACE_COLUMNS), np.int64)
-    padded = locate(table, rows, places)
+    padded = locate(table, settings, rows, places)
     if padded < 0:
         return padded
     limit = settings[LIMIT]

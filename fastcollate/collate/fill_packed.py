@@ -32,7 +32,7 @@ from fastcollate.collate.fill import (
     prefetch_places,
 )
 from fastcollate.collate.masks import mask_row
-from fastcollate.collate.settings import IGNORE, LEFT, LIMIT, MASK, PAD
+from fastcollate.collate.settings import IGNORE, IN_ROW, LEFT, LIMIT, MASK, PAD
 from fastcollate.jit import address_of, borrow, kernel, part, view
 
 
@@ -76,7 +76,7 @@ def _fill_pack(
         if width == 0:
             report[UNTRAINED] += 1
             continue
-        stop, tokens = column + width, view(places[i, AT], length, token)
+        stop, tokens = column + width, view(places[i, AT], length + settings[IN_ROW], token)
         own = targets[column:stop]
         trained, corners = fill_row(tokens, first, inputs[column:stop], own, settings)
         if settings[MASK] != 0:
@@ -108,7 +108,7 @@ def _fill_packs(
     size = num_packs * capacity
     limit = min(settings[LIMIT], capacity)
     places = np.empty((len(rows), PLACE_COLUMNS), np.int64)
-    status = locate(table, rows, places)
+    status = locate(table, settings, rows, places)
     if status < 0:
         return int(status)
     targets_at, positions_at, _ = packed_cells_of(num_packs, capacity, len(rows), limit, view(0, 0, cell).itemsize)

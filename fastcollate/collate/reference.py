@@ -79,6 +79,39 @@ def _collate(
     return torch.stack(all_inputs).to(device), torch.stack(all_targets).to(device)
 
 
+def collate_in_row(
+    batch: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[int]] | None,
+    pad_token_id: int,
+    ignore_index: int = -100,
+    max_length: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that hold their own end, which the chapter does not know: inputs are `ids[:-1]`, targets `ids[1:]`.
+
+    Args:
+        batch: rows of token ids.
+        spans: where prompts are masked, alternating counts of prompt and response ids of each row, prompt first.
+        pad_token_id: fills unused inputs.
+        ignore_index: fills unused targets, and those that are ids of a prompt.
+        max_length: columns kept; `None` keeps all.
+
+    Returns:
+        inputs and targets, int64 `(rows, width)` each.
+    """
+    columns = [max(len(ids) - 1, 0) for ids in batch]
+    inputs = torch.full((len(batch), max(columns)), pad_token_id)
+    targets = torch.full((len(batch), max(columns)), ignore_index)
+    for row, ids in enumerate(batch):
+        trained = [True] * len(ids)
+        if spans is not None:
+            trained = [place % 2 == 1 for place, count in enumerate(spans[row]) for _ in range(count)]
+        for column in range(columns[row]):
+            inputs[row, column] = ids[column]
+            if trained[column + 1]:
+                targets[row, column] = ids[column + 1]
+    return inputs[:, :max_length], targets[:, :max_length]
+
+
 def put_end_to_end(
     packs: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]],
     capacity: int,

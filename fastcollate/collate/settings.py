@@ -13,14 +13,15 @@ import numpy.typing as npt
 
 from fastcollate.errors import InputError
 
-_SETTINGS = range(6)
-PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT = _SETTINGS
+_SETTINGS = range(8)
+PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, END_ID, IN_ROW = _SETTINGS
 NUM_SETTINGS = len(_SETTINGS)
 NO_LIMIT = 2**62
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
 
 MODES = ("reference", "positional")
 TRUNCATIONS = ("right", "left")
+ENDS = ("append", "in_row")
 
 
 def clamped(number: int) -> int:
@@ -37,15 +38,22 @@ def make_settings(
     mask_prompt: bool,
     mode: str,
     truncation: str,
+    end_token_id: int | None = None,
+    end: str = "append",
 ) -> npt.NDArray[np.int64]:
-    """The settings that the kernels read; refuses an unknown `mode` or `truncation`, and numbers beyond 64 bits."""
-    if mode not in MODES:
-        raise InputError(f"mode={mode!r}: choose one of {', '.join(map(repr, MODES))}")
-    if truncation not in TRUNCATIONS:
-        raise InputError(f"truncation={truncation!r}: choose one of {', '.join(map(repr, TRUNCATIONS))}")
+    """The settings that the kernels read; refuses a word that is not known, and numbers beyond 64 bits."""
+    for name, word, known in (("mode", mode, MODES), ("truncation", truncation, TRUNCATIONS), ("end", end, ENDS)):
+        if word not in known:
+            raise InputError(f"{name}={word!r}: choose one of {', '.join(map(repr, known))}")
+    if end == "in_row" and mode == "reference":
+        raise InputError(
+            "mode='reference' of rows that hold their own end: the chapter's collate appends one to each row, so it "
+            "knows no such rows; leave mode out, or give mode='positional'"
+        )
     settings = np.zeros(NUM_SETTINGS, np.int64)
     for name, column, value in (
         ("pad_token_id", PAD, pad_token_id),
+        ("end_token_id", END_ID, pad_token_id if end_token_id is None else end_token_id),
         ("ignore_index", IGNORE, ignore_index),
         ("the limit", LIMIT, NO_LIMIT if limit is None else limit),
     ):
@@ -57,5 +65,6 @@ def make_settings(
     settings[MASK] = mask_prompt
     settings[REFERENCE] = mode == "reference"
     settings[LEFT] = truncation == "left"
+    settings[IN_ROW] = end == "in_row"
     settings.flags.writeable = False
     return settings

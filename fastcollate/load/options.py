@@ -22,12 +22,13 @@ _AT_ONCE = 1 << 12  # rows
 class CollateKeywords(TypedDict, total=False):
     """The keyword arguments that decide how rows are collated; `Collator` explains them.
 
-    The padding is the store's own by default.
+    The padding is the store's own by default, and the mode `"positional"` where rows hold their end, else
+    `"reference"`.
     """
 
     max_length: int | None
     mask_prompt: bool
-    mode: str
+    mode: str | None
     truncation: str
     pad_token_id: int | None
     ignore_index: int
@@ -53,12 +54,23 @@ def open_store(store: Any) -> Any:
     return TokenStore(store) if isinstance(store, (str, os.PathLike)) else store
 
 
+def mode_of(store: Any, mode: str | None) -> str:
+    """How targets are told where a store's user does not say it."""
+    return mode or ("positional" if getattr(store, "end", "append") == "in_row" else "reference")
+
+
 def collator_of(store: Any, options: dict[str, Any]) -> Collator:
-    """A collator of a store's rows, by `CollateKeywords`; refuses stores that this release makes no batches of."""
+    """A collator of a store's rows, by `CollateKeywords`; refuses stores that this release makes no batches of.
+
+    `end` may be given too, to see rows that hold their end as if one was appended: their inputs are then all their ids.
+    """
     require_served(store)
-    options = {**options}
+    pad = getattr(store, "pad_token_id", 50256)
+    options = {"end": getattr(store, "end", "append"), **options, "mode": mode_of(store, options.get("mode"))}
+    if getattr(store, "end_token_id", pad) != pad:  # where it is the same id, another padding is another end too
+        options["end_token_id"] = store.end_token_id
     if options.get("pad_token_id") is None:
-        options["pad_token_id"] = getattr(store, "pad_token_id", 50256)
+        options["pad_token_id"] = pad
     return Collator(store.shards, name=str(getattr(store, "path", "the store")), **options)
 
 

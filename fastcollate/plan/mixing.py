@@ -36,7 +36,7 @@ class MixedStore:
     (Hamilton's method).
 
     Args:
-        stores: by name; all of one tokenizer.
+        stores: by name; all of one tokenizer, and alike in their rows' end and padding.
         weights: each source's share, any positive numbers, by name; or
         temperature: shares in proportion to `size ** (1 / temperature)`: 1 (the default) is in proportion to size,
             larger values favour small sources (Arivazhagan et al., 2019).
@@ -47,7 +47,8 @@ class MixedStore:
     Attributes:
         names: the sources, in order.
         shards: the shards of all stores, in order.
-        lengths: each row's length in tokens, `(num_rows_of_all_stores,)`.
+        lengths: each row's length in ids, `(num_rows_of_all_stores,)`.
+        cells: see `TokenStore.cells`.
         starts: int64 `(num_sources + 1,)`, the first row of each source.
         shares: rows that each source gives to an epoch, int64.
 
@@ -92,7 +93,7 @@ class MixedStore:
         self.shares = _shares(self.names, sizes, weights, temperature, num_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "shards": None, "lengths": None}  # a process opens the stores again
+        return {**self.__dict__, "shards": None, "lengths": None, "cells": None}  # a process opens the stores again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -102,6 +103,7 @@ class MixedStore:
         stores = [source.store for source in self._sources]
         self.shards: tuple[shards.ShardColumns, ...] = sum((store.shards for store in stores), ())
         self.lengths: npt.NDArray[Any] = np.concatenate([store.lengths for store in stores])
+        self.cells = np.concatenate([store.cells for store in stores]) if self.end == "in_row" else self.lengths
 
     def _check_tokenizers(self) -> None:
         first = self._sources[0].store
@@ -112,6 +114,12 @@ class MixedStore:
                     f"{store.path} is tokenized by {store.tokenizer_name}, {first.path} by {first.tokenizer_name}: "
                     "their ids mean different texts; prepare one of them again with the other's tokenizer"
                 )
+            ends = [f"end {s.end}, pad id {s.pad_token_id} and end id {s.end_token_id}" for s in (store, first)]
+            if ends[0] != ends[1]:
+                raise InputError(
+                    f"{store.path} has {ends[0]}, {first.path} has {ends[1]}: a batch has one of each; prepare one of "
+                    "them again with the other's (--end)"
+                )
 
     @property
     def path(self) -> str:
@@ -119,9 +127,19 @@ class MixedStore:
         return " + ".join(str(source.store.path) for source in self._sources)
 
     @property
+    def end(self) -> str:
+        """See `TokenStore.end`."""
+        return self._sources[0].store.end
+
+    @property
     def pad_token_id(self) -> int:
-        """The end-of-text id."""
+        """The id that the collate pads with."""
         return self._sources[0].store.pad_token_id
+
+    @property
+    def end_token_id(self) -> int:
+        """The end-of-text id."""
+        return self._sources[0].store.end_token_id
 
     @property
     def vocab_size(self) -> int:
@@ -240,7 +258,7 @@ class Order:
 
     def __init__(self, source: Any, rows: npt.ArrayLike | range | None = None) -> None:
         self._source, self._given = source, rows
-        self._lengths = as_lengths(getattr(source, "lengths", source))
+        self._lengths = as_lengths(getattr(source, "cells", getattr(source, "lengths", source)))
         self.mix = source if isinstance(source, MixedStore) and rows is None else None
         self.rows: Rows = range(len(self._lengths)) if rows is None else row_numbers(rows, len(self._lengths))
         self.num_rows = int(self.mix.shares.sum()) if self.mix else len(self.rows)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import warnings
@@ -84,7 +85,7 @@ class TokenStore:
     shards: tuple[ShardColumns, ...]
     """Each shard's columns, zero-copy; of very many small ones (see `shards.open_shards`), neighbours as one."""
     lengths: npt.NDArray[Any]
-    """Each row's length in tokens, uint16 or uint32 `(num_rows,)`, memory-mapped, without the end-of-text."""
+    """Each row's length in ids, uint16 or uint32 `(num_rows,)`, memory-mapped; see `cells` for what a batch takes."""
     shard_starts: npt.NDArray[np.int64]
     """The first row of each shard, then the number of rows; `(num_shards + 1,)`."""
 
@@ -123,6 +124,12 @@ class TokenStore:
     def end(self) -> str:
         """`append`: the collate appends the end-of-text to each row; `in_row`: rows hold their end themselves."""
         return str(self.manifest["end"])
+
+    @functools.cached_property
+    def cells(self) -> npt.NDArray[Any]:
+        """Cells that each row fills in a batch, which is what plans count: its length, or in an `in_row` store, whose
+        last id is a target only, one less."""
+        return self.lengths - (self.lengths > 0) if self.end == "in_row" else self.lengths
 
     @property
     def pad_token_id(self) -> int:
@@ -175,16 +182,13 @@ class TokenStore:
 def require_served(store: Any) -> None:
     """Refuse a store that batches cannot be made of; its rows can be read all the same.
 
-    Its rows are no instruction rows, hold their own end, or are padded with another id than their end. What has its
-    rows in memory and says nothing of them is no such store.
+    Its rows are no rows of their own. What has its rows in memory and says nothing of them is no such store.
     """
-    kind, end = getattr(store, "kind", "rows"), getattr(store, "end", "append")
-    pad = getattr(store, "pad_token_id", None)
-    last = getattr(store, "end_token_id", pad)
-    if (kind, end) != ("rows", "append") or pad != last:
+    kind = getattr(store, "kind", "rows")
+    if kind != "rows":
         raise InputError(
-            f"{store.path}: a store of {kind} with end {end}, pad id {pad} and end id {last}; this release makes "
-            "batches of rows with end append and one id for both: upgrade with: pip install --upgrade fastcollate"
+            f"{store.path}: a store of {kind}; this release makes batches of rows: upgrade with: "
+            "pip install --upgrade fastcollate"
         )
 
 

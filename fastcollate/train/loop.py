@@ -328,6 +328,7 @@ def _train(store: TokenStore, options: TrainOptions, ranks: Ranks, *, progress: 
         recycle_freed_memory()
     saved = files.find_checkpoint(options)
     options = options.with_precision(ranks.device.type, saved.options if saved is not None else None)
+    options = options.of(store, saved.options if saved is not None else None)
     with (
         fastest_attention(ranks.device),
         Interrupts() as interrupts,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Self
+
 from fastcollate.errors import InputError
 from fastcollate.options import flag_of, option
 
@@ -40,9 +42,18 @@ class MaskOptions:
         False, "Train the responses only, or all (the default).", "--mask-prompt/--train-prompt", " /--no-mask-prompt",
         fixed=True,
     )  # fmt: skip
-    mode: str = option(
-        "reference", "reference: the chapter's masks, corners included; positional: what you mean.", fixed=True
+    mode: str | None = option(
+        None,
+        "reference: the chapter's masks, corners included; positional: what you mean. By default positional where rows "
+        "hold their end, else reference.",
+        fixed=True,
     )
+
+    def of(self, store: TokenStore, saved: Mapping[str, Any] | None = None) -> Self:
+        """The same with a mode, where none was asked for: that of a run which goes on, else the store's."""
+        from fastcollate.load import mode_of
+
+        return replace(self, mode=mode_of(store, self.mode or (saved or {}).get("mode")))
 
     def collator(self, store: TokenStore) -> Collator:
         """The fast path with these options; ignored targets are -100."""
@@ -194,7 +205,8 @@ class TrainOptions(MaskOptions):
         """Refuse to resume a run with options under which it would become another run: a fixed one differs."""
         own, options = self.plain(), fields(self)
         for item in options:
-            if item.metadata["fixed"] and own[item.name] != saved.get(item.name):
+            is_given = item.name != "mode" or self.mode is not None
+            if item.metadata["fixed"] and is_given and own[item.name] != saved.get(item.name):
                 free = (o for o in options if not o.metadata["fixed"] and o.name not in ("out", "resume"))
                 raise InputError(
                     f"{self.out}: the run was started with {flag_of(item)} {saved.get(item.name)}, not "

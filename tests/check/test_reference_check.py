@@ -26,7 +26,7 @@ from fastcollate.load.loader import BatchLoader
 from fastcollate.store.store import TokenStore
 from fastcollate.train import MaskOptions, OrderOptions
 from tests.fuzz_verify import run
-from tests.helpers import Row, run_cli, write_store
+from tests.helpers import APPEND, Row, run_cli, write_store
 
 PAD = 50256
 RECORDS = [{"instruction": f"Count to {n}.", "input": "x" * (n % 3), "output": "1 2 3 " * n} for n in range(1, 24)]
@@ -260,9 +260,9 @@ def test_the_expectation_for_several_turns() -> None:
     from fastcollate.store.store import Example
 
     example = Example(np.array([1, 2, 3, 4, 5], np.uint16), np.array([2, 1, 2], np.uint32), 0)
-    _, targets = expected_batch([example], PAD, MaskOptions(mode="positional", mask_prompt=True))
+    _, targets = expected_batch([example], APPEND, MaskOptions(mode="positional", mask_prompt=True))
     assert targets.tolist() == [[-100, 3, -100, -100, -100]]
-    inputs, targets = expected_batch([example], PAD, MaskOptions(max_length=2, mask_prompt=False))
+    inputs, targets = expected_batch([example], APPEND, MaskOptions(max_length=2, mask_prompt=False))
     assert inputs.tolist() == [[1, 2]]
     assert targets.tolist() == [[2, 3]]
     assert targets.dtype == torch.int64

@@ -15,6 +15,7 @@ FILES = [
     "load/test_loader.py",
     "plan/test_packing.py",
     "collate/test_batch_counts.py",
+    "collate/test_in_row.py",
     "load/test_prefetch.py",
 ]
 

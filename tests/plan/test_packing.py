@@ -19,7 +19,7 @@ from fastcollate.plan.packing import Packs, pack_lengths
 from fastcollate.plan.plan import EpochPlan, plan_epoch
 from fastcollate.store.store import Example
 from fastcollate.train import MaskOptions
-from tests.helpers import make_shards
+from tests.helpers import APPEND, make_shards
 
 PAD = 50256
 
@@ -200,7 +200,7 @@ def oracle(
     for number, pack in enumerate(packs):
         cells: list[tuple[int, int, int]] = []
         for row, start in pack:
-            inputs, targets = (one[0].tolist() for one in expected_batch([examples[row]], PAD, whole))
+            inputs, targets = (one[0].tolist() for one in expected_batch([examples[row]], APPEND, whole))
             if left:
                 start = max(len(inputs) - limit, 0)
             part = slice(start, start + limit)
@@ -291,7 +291,7 @@ def test_packs_that_cannot_be_are_named() -> None:
         ([0, 3], [0, 2], {"capacity": 6}, "row 3 of the store, which has 3 rows"),
         ([0], [0, 1], {"capacity": 2, "starts": [4]}, "cannot start at token 4"),
         ([0], [0, 1], {"capacity": 2, "starts": [-1]}, "cannot start at token -1"),
-        ([2], [0, 1], {"capacity": 2, "starts": [1]}, "row 2 has 0 tokens: a part of it cannot start at token 1"),
+        ([2], [0, 1], {"capacity": 2, "starts": [1]}, "row 2 fills 0 cells: a part of it cannot start at token 1"),
         ([0, 1, 0], [0, 3], {"capacity": 3, "starts": [3, 0, 0]}, "take 6 cells up to row 0, more than capacity=3"),
         ([0], [0, 1], {"capacity": 2, "starts": [0, 1]}, "2 starts of 1 rows"),
         ([0, 1], [0, 1], {"capacity": 9}, "bounds"),

@@ -155,17 +155,9 @@ def special_store(path: Path, **identity: Any) -> TokenStore:
     return TokenStore(path)
 
 
-SPECIAL = [
-    {"kind": "pairs"},
-    {"kind": "documents"},
-    {"end": "in_row"},
-    {"tokenizer": {**GPT2, "end_token_id": 7}},
-]
-
-
-@pytest.mark.parametrize("identity", SPECIAL)
-def test_what_loaders_cannot_serve_is_read_and_refused_by_them(tmp_path: Path, identity: dict[str, Any]) -> None:
-    store = special_store(tmp_path / "store", **identity)
+@pytest.mark.parametrize("kind", ["pairs", "documents"])
+def test_what_loaders_cannot_serve_is_read_and_refused_by_them(tmp_path: Path, kind: str) -> None:
+    store = special_store(tmp_path / "store", kind=kind)
     assert [row.input_ids.tolist() for row in store] == [[1, 2, 3], [4, 5]]
     assert [row.source_row for row in store] == [7, 7]
     assert store.shards[0].extra["label"].tolist() == [1, 0]
@@ -177,7 +169,7 @@ def test_what_loaders_cannot_serve_is_read_and_refused_by_them(tmp_path: Path, i
         lambda: MixedStore({"a": store}),
     ]  # fmt: skip
     for use in uses:
-        with pytest.raises(InputError, match=r"this release makes batches of rows with end append .*: upgrade with"):
+        with pytest.raises(InputError, match=rf"a store of {kind}; this release makes batches of rows: upgrade with"):
             use()
 
 
