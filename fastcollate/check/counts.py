@@ -5,6 +5,7 @@ Whatever is said about masks is read off batches that the fast path has filled, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -227,6 +228,9 @@ def tokenizer_of(store: TokenStore) -> tuple[Tokenizer | None, str]:
         tokenizer = load_tokenizer(name, "auto" if name.endswith(".json") else "tiktoken")
     except InputError as error:
         return None, str(error)
-    if tokenizer.fingerprint != store.manifest["tokenizer"]["fingerprint"]:
+    written = {entry["name"]: entry["sha256"] for entry in store.manifest["files"]}
+    files = store.manifest["tokenizer"]["files"]
+    same = all(hashlib.sha256(tokenizer.files.get(name, b"")).hexdigest() == written[name] for name in files)
+    if tokenizer.fingerprint != store.manifest["tokenizer"]["fingerprint"] or not same:
         return None, f"the vocabulary {name!r} on this machine is not the one the store was made with"
     return tokenizer, ""

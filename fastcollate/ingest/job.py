@@ -184,7 +184,7 @@ class _Job:
 
     def refuse_own_files(self) -> None:
         """Refuse what is read from the store's folder: it would be removed as an earlier job's."""
-        for path in [*(source.local or source.name for source in self.sources), self.spec.options.tokenizer]:
+        for path in [*(source.local or source.name for source in self.sources), self._tokenizer.name]:
             places = Path(os.path.abspath(path)), Path(os.path.realpath(path))
             if any(is_ours(place.name) and place.parent.resolve() == self.root.resolve() for place in places):
                 raise InputError(
@@ -311,7 +311,7 @@ class _Job:
         self._journal.remove_all_but(self._shards)
         if self._num_skipped:
             files.write_file(self.root / SKIPPED, _report_lines(self._journal.skipped(self._next), self.sources))
-        kept = [files.write_file(self.root / name, path.read_bytes()) for name, path in self.spec.tokenizer_files()]
+        kept = [files.write_file(self.root / name, content) for name, content in self._tokenizer.files.items()]
         write_side_file(self.root, seen)
         content = manifests.sources_of([entry.sha256 for entry in seen], sum(self._num_records))
         summary = {**asdict(self._counts), "num_skipped": self._num_skipped}

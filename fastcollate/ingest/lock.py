@@ -20,8 +20,9 @@ LOCK = ".lock"
 _LINE_SECONDS = 10.0
 _MOST_ATTEMPTS = 1000  # to make a folder that others remove at the same time
 _OURS = re.compile(
-    r"(manifest|sources|tokenizer|tokenizer_config)\.json|lengths\.npy|skipped\.txt|shard-\d+\.arrow"
-    r"|\.journal(\.jsonl)?|\.part-.*|\.+(manifest|sources|tokenizer|lengths|skipped|shard-|part-).*\.tmp"
+    r"(manifest|sources|tokenizer|tokenizer_config|special_tokens_map)\.json|chat_template(_\w+)?\.jinja"
+    r"|lengths\.npy|skipped\.txt|shard-\d+\.arrow|\.journal(\.jsonl)?|\.part-.*"
+    r"|\.+(manifest|sources|tokenizer|special_|chat_template|lengths|skipped|shard-|part-).*\.tmp"
 )
 _ONLY_IN_STORES = re.compile(r"\.lock|\.journal(\.jsonl)?|shard-\d+\.arrow")
 _FROM_THE_SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found", "@eadir", "__macosx", "$recycle.bin")

@@ -49,9 +49,12 @@ class PrepareOptions:
     """
 
     template: str = option("alpaca", "How a record becomes text: alpaca, phi3, completion, chat, or a .jinja file.")
-    tokenizer: str = option("gpt2", "gpt2, r50k_base, p50k_base, cl100k_base, o200k_base, or a tokenizer.json.")
+    tokenizer: str = option(
+        "gpt2",
+        "gpt2, r50k_base, p50k_base, cl100k_base, o200k_base, a tokenizer.json, or a folder of save_pretrained.",
+    )
     backend: str = option(
-        "auto", "auto, tiktoken or gigatoken (faster, checked against tiktoken); the ids are the same."
+        "auto", "auto, tiktoken, tokenizers or gigatoken (faster, checked against the others); the ids are the same."
     )
     boundary: str = option(
         "reference",

@@ -28,7 +28,6 @@ SIDE_FILE = "sources.json"
 _SIDE_VERSION = 1
 _REMEDY = "choose another directory, or make this one anew with --overwrite (overwrite=True)"
 _RECORDED = ("boundary", "max_length", "long_prompt", "special_text")  # of the options: those that change rows
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +71,14 @@ class JobSpec:
         """What a store records of a job besides its sources: nothing that changes no row, and no path."""
         found = [tool.identity() for tool in self.tools()]
         tokenizer, template = ({**identity, "name": Path(identity["name"]).name} for identity in found)
+        tokenizer["pad_token_id"] = tokenizer["end_token_id"]  # rows to which the end is appended are filled up with it
         return {
             "kind": "rows",
             "end": "append",
-            "tokenizer": {**tokenizer, "files": [name for name, _ in self.tokenizer_files()]},
+            "tokenizer": tokenizer,
             "template": template,
             "options": {name: getattr(self.options, name) for name in _RECORDED},
         }
-
-    def tokenizer_files(self) -> list[tuple[str, Path]]:
-        """The files that a store keeps of its tokenizer, under the names that they have there."""
-        path = Path(self.options.tokenizer)
-        places = (path, path.with_name(_TOKENIZER_FILES[1])) if path.suffix == ".json" else ()
-        return [(name, place) for name, place in zip(_TOKENIZER_FILES, places, strict=False) if place.is_file()]
 
 
 _LOADED: dict[str, tuple[Tokenizer, Template]] = {}

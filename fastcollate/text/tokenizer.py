@@ -1,18 +1,17 @@
-"""Texts -> ragged token ids. tiktoken defines the ids; a faster exact backend is checked against it while it works.
+"""Texts -> ragged token ids. tiktoken or tokenizers defines the ids; gigatoken is checked against it while it works.
 
-Special tokens are never produced from a text.
+Special tokens are never produced from a text of a record.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-import os
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,15 +21,18 @@ import tiktoken
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.text import boundaries
+from fastcollate.text.added import search_for
 from fastcollate.text.engines.agreement import AgreeingBackend
-from fastcollate.text.engines.backends import Engine, RaggedIds, Texts, TiktokenBackend, TokenBounds, TokenizersBackend
+from fastcollate.text.engines.backends import Engine, RaggedIds, Texts, TiktokenBackend, TokenBounds
 from fastcollate.text.engines.backends import UnencodableError as UnencodableError
 from fastcollate.text.engines.gigatoken import GigatokenBackend
-from fastcollate.text.vocabulary import SCHEMES, fingerprint, load_encoding
+from fastcollate.text.engines.tokenizer_json import TokenizerJson, WarmingBackend
+from fastcollate.text.saved import digest_of, find_saved, read_saved
+from fastcollate.text.vocabulary import KNOWN, SCHEMES, fingerprint, load_encoding
 
-BACKENDS = ("auto", "tiktoken", "gigatoken")
+BACKENDS = ("auto", "tiktoken", "gigatoken", "tokenizers")
 _T = TypeVar("_T")
-_GUARD_CHARACTERS = 16_384  # text re-encoded by tiktoken per block: about 1% of what the block costs
+_GUARD_CHARACTERS = 16_384  # text re-encoded by the reference per block: about 1% of what the block costs
 _GUARDED_SHARE = 512  # of a small block, one in so many
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
@@ -42,26 +44,47 @@ class Tokenizer:
     Attributes:
         name: the encoding's name, or the path of a `tokenizer.json`.
         vocab_size: every id is below it.
-        pad_token_id: the end-of-text id.
-        fingerprint: SHA-256 over the tokens and their ranks; the name plays no part.
-        special_texts: texts that name special tokens; in a record they are refused or ordinary text.
+        pad_token_id: the id that fills rows up: the end-of-text where no other is configured.
+        end_token_id: the end-of-text id.
+        fingerprint: SHA-256 over the tokens and their ranks, or over the `tokenizer.json`; the name plays no part.
+        special_texts: texts that name added tokens; in a record they are refused or ordinary text.
         end_text: the text that names the end-of-text.
+        special_tokens: texts by the names that templates use: `bos_token`, `eos_token`, ...
+        chat_templates: the tokenizer's own, by name: `default`, `tool_use`, ...; none for an encoding.
+        files: what a store keeps of it, by file name; nothing for an encoding.
+        json: what encodes chats; `None` for an encoding.
     """
 
     name: str
     _engine: Engine
-    _backend: Engine | AgreeingBackend
+    _backend: Engine | AgreeingBackend | WarmingBackend
     _scheme: str
     vocab_size: int
     pad_token_id: int
+    end_token_id: int
     fingerprint: str
     special_texts: tuple[str, ...]
     end_text: str
+    special_tokens: Mapping[str, str]
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    json: TokenizerJson | None = None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template that counts where no other is asked for."""
+        return self.chat_templates.get("default")
+
+    @cached_property
+    def added_token_pattern(self) -> re.Pattern[str]:
+        """One search that tells whether a record's text holds the text of an added token."""
+        return search_for(self.special_texts)
 
     @property
     def backend(self) -> str:
         """What encodes: `tiktoken`, `gigatoken` or `tokenizers`."""
-        return self._backend.name
+        used = {self._backend.name} | ({self.json.full.name} if self.json is not None else set())
+        return "gigatoken" if "gigatoken" in used else self._backend.name
 
     def identity(self) -> dict[str, Any]:
         """What a store records of its tokenizer; backends of one vocabulary share it, for they give the same ids."""
@@ -70,8 +93,8 @@ class Tokenizer:
             "fingerprint": self.fingerprint,
             "vocab_size": self.vocab_size,
             "pad_token_id": self.pad_token_id,
-            "end_token_id": self.pad_token_id,
-            "files": [],
+            "end_token_id": self.end_token_id,
+            "files": [*self.files],
         }
 
     def encode(self, text: str) -> list[int]:
@@ -84,7 +107,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
-        return self._engine.decode([int(i) for i in ids])
+        engine = self._engine if self.json is None else self.json.full.exact
+        return engine.decode([int(i) for i in ids])
 
     def encode_batch(self, texts: Texts | Sequence[str]) -> RaggedIds:
         """The ids of many texts, by the backend; lone surrogates count as U+FFFD.
@@ -110,6 +134,13 @@ class Tokenizer:
     def trim(self) -> None:
         """Give back the memory of caches that have grown; call it between blocks of texts."""
         self._backend.trim()
+        if self.json is not None:
+            self.json.full.trim()
+
+    def warm(self, *, chats: bool = False) -> None:
+        """Load now what else the first megabyte of texts, or of chats, would: forked processes then share it."""
+        if self.json is not None:
+            (self.json.full if chats else self.json.plain).warm()
 
     @property
     def bounds_in_bytes(self) -> bool:
@@ -156,12 +187,12 @@ class Tokenizer:
         return boundaries.parts_at(self._scheme, left, right)
 
     def check(self, texts: Texts | Sequence[str], encoded: RaggedIds, *, seed: int) -> None:
-        """Compare a random sample of a batch with the ids that tiktoken gives.
+        """Compare a random sample of a batch with the ids that the reference gives.
 
         Raises:
             RuntimeError: an id differs; names the text.
         """
-        if self.backend == "tiktoken" or not texts:
+        if self._backend.name != "gigatoken" or not texts:
             return
         chance = random.Random(seed)
         texts = texts if isinstance(texts, Texts) else Texts(texts)
@@ -173,8 +204,8 @@ class Tokenizer:
             self._compare(text, encoded, index)
 
     def check_before_start(self) -> None:
-        """Compare backend and tiktoken on texts that are known to be hard."""
-        if self.backend != "tiktoken":
+        """Compare backend and reference on texts that are known to be hard."""
+        if self._backend.name == "gigatoken":
             encoded = self.encode_batch(_HARD_TEXTS)
             for index, text in enumerate(_HARD_TEXTS):
                 self._compare(text, encoded, index)
@@ -187,8 +218,8 @@ class Tokenizer:
             return
         if found != expected:
             raise RuntimeError(
-                f"{self.backend} and tiktoken give different ids for {text[:200]!r}: {found[:50]}, but {expected[:50]} "
-                "is right; run again with --backend tiktoken, and please report the text"
+                f"gigatoken and {self._engine.name} give different ids for {text[:200]!r}: {found[:50]}, but "
+                f"{expected[:50]} is right; run again with --backend {self._engine.name}, and please report the text"
             )
 
 
@@ -213,10 +244,11 @@ def _guarded(name: str, encode: Callable[[], _T]) -> _T:
 
 
 def load_tokenizer(name: str = "gpt2", backend: str = "auto") -> Tokenizer:
-    """The tokenizer of an encoding of tiktoken, or of a Hugging Face `tokenizer.json`.
+    """The tokenizer of an encoding of tiktoken, or of files that Hugging Face's libraries write.
 
     Args:
-        name: `gpt2`, `r50k_base`, `p50k_base`, `cl100k_base`, `o200k_base`, or the path of a `tokenizer.json`.
+        name: `gpt2`, `r50k_base`, `p50k_base`, `cl100k_base`, `o200k_base`; or the path of a `tokenizer.json`, or of a
+            folder that `save_pretrained` has written.
         backend: `auto` takes gigatoken where it is installed and supports the encoding.
 
     Raises:
@@ -225,30 +257,26 @@ def load_tokenizer(name: str = "gpt2", backend: str = "auto") -> Tokenizer:
     """
     if backend not in BACKENDS:
         raise InputError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if name.endswith(".json") or os.sep in name:
-        return _cached(name, backend, _content(Path(name)), _content(Path(name).parent / "tokenizer_config.json"))
-    return _cached(name, backend)
-
-
-def _content(path: Path) -> bytes:
-    """A file's hash; empty where it cannot be read."""
-    try:
-        return hashlib.sha256(path.read_bytes()).digest()
-    except OSError:
-        return b""
+    path = None if name in KNOWN else find_saved(name)
+    return _cached(name, backend) if path is None else _cached(str(path), backend, digest_of(path))
 
 
 @lru_cache(maxsize=8)
-def _cached(name: str, backend: str = "auto", *content: bytes) -> Tokenizer:
-    """The tokenizer of a name; one of files is another when `content`, their hashes, is."""
-    if content:
+def _cached(name: str, backend: str = "auto", digest: bytes = b"") -> Tokenizer:
+    """The tokenizer of a name; one of files is another when their digest is."""
+    if digest:
         return _from_tokenizer_json(Path(name), backend)
+    if backend == "tokenizers":
+        raise InputError(f"backend {backend!r}: the encodings are tiktoken's; use auto")
     encoding = load_encoding(name)
     scheme = SCHEMES[encoding.name]
     engine, fast = TiktokenBackend(encoding), _choose_backend(backend, encoding, scheme)
-    special, digest = tuple(sorted(encoding.special_tokens_set)), fingerprint(encoding._mergeable_ranks)
-    vocab_size, end = encoding.max_token_value + 1, encoding.decode([encoding.eot_token])
-    return Tokenizer(encoding.name, engine, fast, scheme, vocab_size, encoding.eot_token, digest, special, end)
+    special, ranks = tuple(sorted(encoding.special_tokens_set)), fingerprint(encoding._mergeable_ranks)
+    vocab_size, end = encoding.max_token_value + 1, encoding.eot_token
+    text = encoding.decode([end])
+    return Tokenizer(
+        encoding.name, engine, fast, scheme, vocab_size, end, end, ranks, special, text, {"eos_token": text}
+    )
 
 
 def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> TiktokenBackend | AgreeingBackend:
@@ -257,7 +285,7 @@ def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> T
     elif backend == "tiktoken" or importlib.util.find_spec("gigatoken") is None:
         return TiktokenBackend(encoding)
     try:
-        fast = GigatokenBackend(encoding, scheme)
+        fast = GigatokenBackend.of_ranks(encoding, scheme)
     except RuntimeError as error:  # such as a vocabulary whose ranks have gaps
         if backend == "auto":
             return TiktokenBackend(encoding)
@@ -267,44 +295,44 @@ def _choose_backend(backend: str, encoding: tiktoken.Encoding, scheme: str) -> T
 
 
 def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
-    if backend != "auto":
-        raise InputError(f"backend {backend!r}: a tokenizer.json is encoded by the package tokenizers; use auto")
-    tokenizers = import_extra("tokenizers", "hf")
-    try:
-        raw = path.read_bytes()
-        loaded = tokenizers.Tokenizer.from_str(raw.decode())
-    except OSError as error:
-        raise InputError(f"tokenizer {str(path)!r}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # the package raises bare Exception for a malformed file
-        raise InputError(f"tokenizer {str(path)!r}: not a tokenizer.json ({error})") from error
-    loaded.encode_special_tokens = True  # a text never becomes a special token
-    loaded.no_truncation()
-    loaded.no_padding()
-    loaded.post_processor = None  # it adds special tokens, which are not wanted, and takes white space out of offsets
-    engine, vocab_size = TokenizersBackend(loaded), 1 + max(loaded.get_vocab(with_added_tokens=True).values())
-    special = tuple(sorted(token.content for token in loaded.get_added_tokens_decoder().values() if token.special))
-    digest, end = hashlib.sha256(raw).hexdigest(), _end_of_text(path, loaded)
-    return Tokenizer(str(path), engine, engine, "unknown", vocab_size, end, digest, special, loaded.id_to_token(end))
+    if backend == "tiktoken":
+        raise InputError(f"backend {backend!r}: does not read a tokenizer.json; use auto")
+    saved = read_saved(path)
+    digest = hashlib.sha256(saved.files["tokenizer.json"]).hexdigest()
+    made = TokenizerJson(saved, path, digest, backend)
+    if backend == "gigatoken":
+        import_extra("gigatoken", "fast")
+        made.plain.warm()
+        if made.plain.fast is None:
+            raise InputError(f"tokenizer {str(path)!r}: gigatoken does not take it; use auto")
+    end = _end_of_text(path, made.loaded, saved.names)
+    pad = made.loaded.token_to_id(saved.names.get("pad_token", made.loaded.id_to_token(end)))
+    return Tokenizer(
+        str(path),
+        made.plain.exact,
+        made.plain,
+        "unknown",
+        1 + max(made.loaded.get_vocab(with_added_tokens=True).values()),
+        pad,
+        end,
+        digest,
+        tuple(sorted(made.added.control)),
+        made.loaded.id_to_token(end),
+        saved.names,
+        saved.chat_templates,
+        saved.files,
+        made,
+    )
 
 
-def _end_of_text(path: Path, tokenizer: Any) -> int:
-    """The end-of-text id: what a `tokenizer_config.json` beside the file names, else a well-known name.
+def _end_of_text(path: Path, tokenizer: Any, names: Mapping[str, str]) -> int:
+    """The end-of-text id: what the configuration names, else a well-known name.
 
     Raises:
-        InputError: there is none, or that file is malformed: passing over it could choose another token than it means.
+        InputError: there is none.
     """
-    names, config = list(_END_OF_TEXT), path.parent / "tokenizer_config.json"
-    try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        names.insert(0, token["content"] if isinstance(token, dict) else token)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{config}: cannot be read as a tokenizer's configuration ({error}); mend or remove it"
-        ) from error
-    for name in names:
-        found = tokenizer.token_to_id(name) if isinstance(name, str) else None
+    for name in (names.get("eos_token", ""), *_END_OF_TEXT):
+        found = tokenizer.token_to_id(name)
         if found is not None:
             return int(found)
     raise InputError(

@@ -15,6 +15,7 @@ from fastcollate.errors import InputError
 
 SCHEMES = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "cl100k", "o200k_base": "o200k"}
 _ALIASES = {"r50k": "r50k_base", "p50k": "p50k_base", "cl100k": "cl100k_base", "o200k": "o200k_base"}
+KNOWN = {*SCHEMES, *_ALIASES}
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _DOWNLOAD_SECONDS = 20.0
 
@@ -29,7 +30,8 @@ def load_encoding(name: str = "gpt2") -> tiktoken.Encoding:
     name = _ALIASES.get(name, name)
     if name not in SCHEMES:
         raise InputError(
-            f"tokenizer {name!r}: choose one of {', '.join(SCHEMES)}, or give the path of a tokenizer.json"
+            f"tokenizer {name!r}: choose one of {', '.join(SCHEMES)}, or give the path of a tokenizer.json or "
+            "of a folder that save_pretrained has written"
         )
     encoding, problem = _with_time_limit(lambda: tiktoken.get_encoding(name))
     is_small = name in ("gpt2", "r50k_base")

@@ -44,7 +44,7 @@ def backend_of(scheme: str) -> AgreeingBackend:
         pattern = constructor()["pat_str"]
     encoding = tiktoken.Encoding(f"test_{scheme}", pat_str=pattern, mergeable_ranks=ranks(), special_tokens={})
     return AgreeingBackend(
-        GigatokenBackend(encoding, scheme.removesuffix("_base")), TiktokenBackend(encoding), f"test {scheme}"
+        GigatokenBackend.of_ranks(encoding, scheme.removesuffix("_base")), TiktokenBackend(encoding), f"test {scheme}"
     )
 
 

@@ -1,6 +1,7 @@
-"""Where gigatoken and tiktoken part: code points that only one of their Unicode tables knows.
+"""Where gigatoken and the reference part: code points that only one of their Unicode tables knows.
 
-Which these are is found by asking both, once for a vocabulary and two releases; texts that hold one go to tiktoken.
+Which these are is found by asking both, once for a vocabulary and two releases; texts that hold one go to the
+reference, which is tiktoken or, for a `tokenizer.json`, tokenizers.
 """
 
 from __future__ import annotations
@@ -10,35 +11,39 @@ import hashlib
 import json
 import os
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.text.engines.backends import RaggedIds, Texts, TiktokenBackend, starts_of
+from fastcollate.text.engines.backends import Engine, RaggedIds, Texts, exchanged, serial_tokenizers
 from fastcollate.text.engines.gigatoken import GigatokenBackend
 
 _NUM_CODES = 0x110000
-_CODES = (*range(0x40000), *range(0xE0000, 0xF0000))  # where any may be that is not for private use
+_CODES = (*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xF0000))  # those that are not for private use
 _RUN = 256  # code points that are asked about at once
 _SLICE = 1 << 20  # bytes looked through at once
 
 
 class AgreeingBackend:
-    """gigatoken; tiktoken for texts that hold a code point on which the two differ.
+    """gigatoken; the reference for texts that hold a code point on which the two differ.
 
-    `fingerprint` is the vocabulary's.
+    `fingerprint` is the vocabulary's. Where the tokenizer `normalizes` (NFC), texts that this changes are also the
+    reference's.
     """
 
     name = "gigatoken"
 
-    def __init__(self, fast: GigatokenBackend, exact: TiktokenBackend, fingerprint: str) -> None:
+    def __init__(self, fast: GigatokenBackend, exact: Engine, fingerprint: str, *, normalizes: bool = False) -> None:
         self.fast = fast
         self._exact = exact
         self._fingerprint = fingerprint
+        self._normalizes = normalizes
 
     def trim(self) -> None:
         """Give back memory that earlier texts have left behind."""
@@ -50,19 +55,18 @@ class AgreeingBackend:
         if not odd:
             return self.fast.encode_batch(texts)
         strings = texts.strings()
-        exact = [np.array(self._exact.encode(strings[number]), np.uint32) for number in odd]
+        exact = {number: self._exact.encode(strings[number]) for number in odd}
         for number in odd:
             strings[number] = ""
-        encoded = self.fast.encode_batch(Texts(strings))
-        lengths, pieces = np.diff(encoded.offsets), np.split(encoded.ids, encoded.offsets[odd])
-        lengths[odd] = [len(ids) for ids in exact]
-        parts = [part for pair in zip(pieces, exact, strict=False) for part in pair]
-        ids = np.concatenate([*parts, pieces[-1]]).astype(encoded.ids.dtype, copy=False)
-        return RaggedIds(ids, starts_of(lengths))
+        return RaggedIds(*exchanged(*self.fast.encode_batch(Texts(strings)), exact))
 
     def differing_texts(self, texts: Texts) -> list[int]:
-        """The numbers of the texts that hold a code point of `differing_codes`."""
+        """The numbers of the texts that hold a code point of `differing_codes`, or that are to be normalized."""
         values, found = np.frombuffer(texts.data + bytes(3), np.uint8), [np.zeros(0, np.int64)]
+        if self._normalizes:
+            beyond = np.searchsorted(texts.offsets, np.flatnonzero(values >= 0x80), side="right") - 1
+            changed = [i for i in np.unique(beyond).tolist() if not unicodedata.is_normalized("NFC", texts[i])]
+            found.append(texts.offsets[changed])
         is_code, is_pair, is_lead = self._tables
         for start in range(0, len(texts.data), _SLICE):
             places = np.flatnonzero(is_lead[values[start : start + _SLICE]]) + start
@@ -81,8 +85,8 @@ class AgreeingBackend:
         return is_code, is_pair, is_lead
 
     def differing_codes(self) -> list[int]:
-        """The code points on which gigatoken and tiktoken differ, from the cache or by asking both."""
-        releases = f"{version('gigatoken')} {version('tiktoken')} {self._fingerprint}"
+        """The code points on which gigatoken and the reference differ, from the cache or by asking both."""
+        releases = f"{version('gigatoken')} {version(self._exact.name)} {self._fingerprint}"
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastcollate"
         path = folder / f"unicode-{hashlib.sha256(releases.encode()).hexdigest()[:16]}.json"
         with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -98,22 +102,28 @@ class AgreeingBackend:
 
     def _ask_both(self) -> list[int]:
         found = []
-        codes = [code for code in _CODES if unicodedata.ucd_3_2_0.category(chr(code)) == "Cn"]
-        runs = [codes[start : start + _RUN] for start in range(0, len(codes), _RUN)]
+        runs = [_CODES[start : start + _RUN] for start in range(0, len(_CODES), _RUN)]
         for number in self._differences(["".join(map(_in_context, run)) for run in runs]):
             found += [runs[number][i] for i in self._differences(list(map(_in_context, runs[number])))]
         self.fast.trim()
-        return found
+        unknown = (code for code in _CODES if self._normalizes and unicodedata.category(chr(code)) == "Cn")
+        return sorted({*found, *unknown})  # of what Python does not know it cannot say whether it is normalized
 
     def _differences(self, texts: list[str]) -> list[int]:
-        encoded = self.fast.encode_batch(Texts(texts))
-        rows = np.split(encoded.ids, encoded.offsets[1:-1])
-        return [number for number, text in enumerate(texts) if rows[number].tolist() != self._exact.encode(text)]
+        halves = [Texts(texts[: len(texts) // 2]), Texts(texts[len(texts) // 2 :])]
+        with ThreadPoolExecutor(len(halves)) as pool, serial_tokenizers():
+            exact = [row for half in pool.map(self._exact.encode_batch, halves) for row in _rows(half)]
+        rows = _rows(self.fast.encode_batch(Texts(texts)))
+        return [number for number, (a, b) in enumerate(zip(rows, exact, strict=True)) if not np.array_equal(a, b)]
+
+
+def _rows(encoded: RaggedIds) -> list[npt.NDArray[Any]]:
+    return [encoded.ids[start:stop] for start, stop in pairwise(encoded.offsets.tolist())]
 
 
 def _in_context(code: int) -> str:
-    """A code point where the class of what no table knows parts otherwise than letters, marks, numbers and spaces."""
-    return f"{chr(code)}'s"
+    """A code point where letters, marks, numbers, spaces and what no table knows part each in another way."""
+    return f"{chr(code)}'s {chr(code)}1234 {chr(code)}s {chr(code)}\n"
 
 
 def _codes_at(values: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

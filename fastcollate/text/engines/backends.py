@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
@@ -81,6 +83,17 @@ def starts_of(lengths: Any) -> npt.NDArray[np.int64]:
     return starts
 
 
+def exchanged(
+    values: npt.NDArray[Any], offsets: npt.NDArray[np.int64], rows: Mapping[int, Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Ragged rows of which some, ascending, are exchanged for others."""
+    found, lengths, place = [], np.diff(offsets), 0
+    for row, new in rows.items():
+        found += [values[offsets[place] : offsets[row]], np.asarray(new).astype(values.dtype)]
+        lengths[row], place = len(new), row + 1
+    return np.concatenate([*found, values[offsets[place] :]]), starts_of(lengths)
+
+
 class TiktokenBackend:
     """tiktoken in a serial loop: its batch call starts a thread per text, which costs more than short texts do."""
 
@@ -112,6 +125,20 @@ class TiktokenBackend:
         return ends - self._num_bytes[ids], ends
 
 
+@contextlib.contextmanager
+def serial_tokenizers() -> Iterator[None]:
+    """Keep `tokenizers` from threads of its own, after which a process that is forked from this one would warn."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
 class TokenizersBackend:
     """A Hugging Face `tokenizer.json`."""
 
@@ -133,6 +160,11 @@ class TokenizersBackend:
         """The ids of each text."""
         encoded = self._tokenizer.encode_batch_fast(texts.strings(), add_special_tokens=False)
         return _ragged_ids([item.ids for item in encoded])
+
+    def encode_placed(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of each text, and where each token begins and ends in characters, as transformers sees it."""
+        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [(item.ids, item.offsets) for item in encoded]
 
     def trim(self) -> None:
         """Nothing to give back: its cache is bounded."""

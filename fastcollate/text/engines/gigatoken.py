@@ -11,7 +11,8 @@ import gc
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +25,46 @@ from fastcollate.text.engines.backends import RaggedIds, Texts
 _PIECE_BYTES = 1 << 19  # of text, encoded at once: a call costs a third of a millisecond
 _MOST_GROWTH = 32 << 20  # bytes of memory between blocks of texts, beyond which the caches are thrown away
 _MOST_GROWTH_AT_WORK = 96 << 20  # the same within a block, whose own memory counts with them
+_GROWTH_OF_JSON = 96 << 20  # as much more where it takes a second to begin again
 
 
 class GigatokenBackend:
-    """gigatoken without special tokens; several threads may use it."""
+    """gigatoken; several threads may use it. `make` gives one of its tokenizers with empty caches."""
 
     name = "gigatoken"
 
-    def __init__(self, encoding: tiktoken.Encoding, scheme: str) -> None:
-        self._encoding = encoding
-        self._scheme = scheme
-        self._dtype = np.uint16 if encoding.max_token_value < 1 << 16 else np.uint32
+    def __init__(self, make: Callable[[], Any], *, more_growth: int = 0) -> None:
+        self._make = make
+        self._more_growth = more_growth
         self._lock = threading.Lock()
         self._load()
+        self._dtype = np.uint16 if self._tokenizer.vocab_size <= 1 << 16 else np.uint32
 
-    def _load(self) -> None:
+    @classmethod
+    def of_ranks(cls, encoding: tiktoken.Encoding, scheme: str) -> GigatokenBackend:
+        """For an encoding, without its special tokens."""
+        return cls(lambda: _from_ranks(encoding, scheme))
+
+    @classmethod
+    def of_json(cls, content: str) -> GigatokenBackend:
+        """For a `tokenizer.json`."""
         import gigatoken
 
-        lines = b"".join(
-            base64.b64encode(token) + b" %d\n" % rank for token, rank in self._encoding._mergeable_ranks.items()
+        return cls(
+            lambda: gigatoken.Tokenizer(gigatoken.gigatoken_rs.load_hf_json(content)), more_growth=_GROWTH_OF_JSON
         )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "ranks.tiktoken"
-            path.write_bytes(lines)
-            self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer=self._scheme, special_tokens={})
+
+    def _load(self) -> None:
+        self._tokenizer = self._make()
         self._floor = resident_bytes()
+
+    @cached_property
+    def num_bytes(self) -> npt.NDArray[np.int64]:
+        """How many bytes of text each token has, `(vocab_size,)`."""
+        lengths = np.zeros(self._tokenizer.vocab_size, np.int64)
+        for token, content in self._tokenizer.vocab.items():
+            lengths[token] = len(content)
+        return lengths
 
     def encode_batch(self, texts: Texts) -> RaggedIds:
         """The ids of each text."""
@@ -70,7 +86,7 @@ class GigatokenBackend:
     def _renew_beyond(self, growth: int) -> None:
         """Begin again with empty caches where the process has grown by so many bytes since it last did."""
         with self._lock:
-            if resident_bytes() - self._floor > growth:
+            if resident_bytes() - self._floor > growth + self._more_growth:
                 del self._tokenizer  # a thread that is at work keeps it until it is done
                 gc.collect()
                 return_free_memory()
@@ -78,9 +94,19 @@ class GigatokenBackend:
 
     def trim(self) -> None:
         """Give back what a block has left behind, and renew grown caches; call it between blocks."""
-        if resident_bytes() - self._floor > _MOST_GROWTH:
+        if resident_bytes() - self._floor > _MOST_GROWTH + self._more_growth:
             return_free_memory()
             self._renew_beyond(_MOST_GROWTH)
+
+
+def _from_ranks(encoding: tiktoken.Encoding, scheme: str) -> Any:
+    import gigatoken
+
+    lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in encoding._mergeable_ranks.items())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ranks.tiktoken"
+        path.write_bytes(lines)
+        return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer=scheme, special_tokens={})
 
 
 def _pieces(texts: Texts) -> Iterator[Any]:

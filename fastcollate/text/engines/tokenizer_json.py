@@ -1,0 +1,164 @@
+"""A `tokenizer.json`: tokenizers defines the ids; gigatoken gives the same ones sooner where it takes the file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fastcollate.errors import InputError, import_extra
+from fastcollate.text.added import AddedTokens
+from fastcollate.text.engines.agreement import AgreeingBackend
+from fastcollate.text.engines.backends import RaggedIds, Texts, TokenizersBackend
+from fastcollate.text.engines.gigatoken import GigatokenBackend
+from fastcollate.text.saved import Saved, SavedToken
+
+_SOON = 1 << 20  # bytes of text that tokenizers has encoded sooner than gigatoken is loaded
+
+
+class TokenizerJson:
+    """What encodes by a `tokenizer.json`.
+
+    Attributes:
+        loaded: the tokenizer of the package tokenizers, with the tokens that the configuration adds.
+        added: its added tokens.
+        plain: what takes no text for an added token.
+        full: what takes each for one: for texts that a template wrote.
+        pieces: as `plain`, for the pieces of such a text between its added tokens.
+    """
+
+    def __init__(self, saved: Saved, path: Path, fingerprint: str, backend: str) -> None:
+        self._tokenizers = import_extra("tokenizers", "hf")
+        content = msgspec.json.encode(saved.parts).decode()
+        self.loaded = self._load(content, path)
+        self.loaded.no_truncation()
+        self.loaded.no_padding()
+        if self._add(saved.named):
+            content = self.loaded.to_str()
+        parts = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+        self.added = AddedTokens(msgspec.json.decode(parts.get("added_tokens") or b"[]", type=list[SavedToken]))
+        others = self.added.without_control(self.loaded.get_vocab_size(with_added_tokens=False))
+        plain, pieces = self._plain(others), self._plain(others)
+        pieces.post_processor = self.loaded.post_processor
+        self.pieces = TokenizersBackend(pieces)
+        takes = backend != "tokenizers" and _gigatoken_takes(parts, self.added)
+        normalizes = any(step["type"] == "NFC" for step in _steps(parts.get("normalizer")))
+
+        def backend_of(text: str, exact: TokenizersBackend) -> WarmingBackend:
+            def make() -> AgreeingBackend:
+                return AgreeingBackend(GigatokenBackend.of_json(text), exact, fingerprint, normalizes=normalizes)
+
+            return WarmingBackend(exact, make if takes else None)
+
+        without = msgspec.json.encode({**parts, "added_tokens": msgspec.Raw(msgspec.json.encode(others))}).decode()
+        self.plain = backend_of(without, TokenizersBackend(plain))
+        self.full = backend_of(content, TokenizersBackend(self.loaded))
+
+    def _load(self, content: str, path: Path) -> Any:
+        try:
+            return self._tokenizers.Tokenizer.from_str(content)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises bare Exception for a malformed file, and may panic
+            raise InputError(f"tokenizer {str(path)!r}: not a tokenizer.json ({error})") from error
+
+    def _add(self, tokens: Sequence[SavedToken]) -> int:
+        """Add those that the file does not have, as transformers does; how many these are."""
+        have = {token.content for token in self.loaded.get_added_tokens_decoder().values()}
+        new = {token.content: token for token in tokens if token.content not in have}
+        return int(self.loaded.add_tokens([self._token(token) for token in new.values()]))
+
+    def _token(self, token: SavedToken) -> Any:
+        flags = {name: value for name, value in msgspec.structs.asdict(token).items() if name not in ("content", "id")}
+        return self._tokenizers.AddedToken(token.content, **flags)
+
+    def _plain(self, others: Sequence[SavedToken]) -> Any:
+        """The same tokenizer, in memory too, with other added tokens."""
+        plain = self._tokenizers.Tokenizer(self.loaded.model)
+        plain.normalizer, plain.pre_tokenizer = self.loaded.normalizer, self.loaded.pre_tokenizer
+        plain.add_tokens([self._token(token) for token in others])
+        assert all(plain.token_to_id(token.content) == token.id for token in others)
+        return plain
+
+
+class _Model(msgspec.Struct):
+    """The part of a model that decides whether gigatoken takes it; the values are those that it does."""
+
+    type: str = "BPE"
+    dropout: float | None = None
+    unk_token: str | None = None
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
+    byte_fallback: bool = False
+    ignore_merges: bool = False
+
+
+def _gigatoken_takes(parts: Mapping[str, msgspec.Raw], added: AddedTokens) -> bool:
+    """Whether the file is of the kind on which the two are known to agree; of others gigatoken passes over parts."""
+    if importlib.util.find_spec("gigatoken") is None:
+        return False
+    model = msgspec.json.decode(parts["model"], type=_Model)
+    split, after = _steps(parts.get("pre_tokenizer")), _steps(parts.get("post_processor"))
+    return (
+        model == _Model(ignore_merges=model.ignore_merges)
+        and [step["type"] for step in _steps(parts.get("normalizer"))] in ([], ["NFC"])
+        and any(step["type"] == "ByteLevel" for step in split)
+        and not any(step.get("add_prefix_space") for step in split)
+        and not any(step.get("trim_offsets") for step in after)
+        and added.are_simple
+    )
+
+
+def _steps(part: msgspec.Raw | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or post-processor."""
+
+    def steps(value: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(value, dict) and value.get("type") == "Sequence":
+            inner = (value.get(name) or [] for name in ("normalizers", "pretokenizers", "processors"))
+            yield from (step for found in inner for one in found for step in steps(one))
+        elif isinstance(value, dict):
+            yield value
+
+    return list(steps(msgspec.json.decode(part or b"null")))
+
+
+class WarmingBackend:
+    """The reference for the first megabyte of texts, gigatoken from then on, or at once when it is asked to `warm`."""
+
+    def __init__(self, exact: TokenizersBackend, make: Callable[[], AgreeingBackend] | None) -> None:
+        self.exact = exact
+        self._make = make
+        self.fast: AgreeingBackend | None = None  # gigatoken, once it is loaded
+        self._num_bytes = 0
+
+    @property
+    def name(self) -> str:
+        """What encodes now."""
+        return "gigatoken" if self.fast is not None else "tokenizers"
+
+    def warm(self) -> None:
+        """Load gigatoken, if it takes the file."""
+        make, self._make = self._make, None
+        if make is not None:
+            with contextlib.suppress(Exception):  # a pattern that it does not know: tokenizers goes on
+                self.fast = make()
+
+    def encode_batch(self, texts: Texts) -> RaggedIds:
+        """The ids of each text."""
+        self.begin(len(texts.data))
+        return (self.fast or self.exact).encode_batch(texts)
+
+    def begin(self, num_bytes: int) -> None:
+        """Say how much text comes now."""
+        self._num_bytes += num_bytes
+        if self._num_bytes > _SOON:
+            self.warm()
+
+    def trim(self) -> None:
+        """Give back memory that earlier texts have left behind."""
+        if self.fast is not None:
+            self.fast.trim()
