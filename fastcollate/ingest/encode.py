@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.ingest.spans import BadRecord, Parts, count, limit_prompts, mark
-from fastcollate.ingest.spec import Counts, JobSpec, LostRecord, UnitResult, unit_digest
+from fastcollate.ingest.ids.rows import read_rows
+from fastcollate.ingest.spans import BadRecord, Parts, Rows, count, limit_prompts, mark
+from fastcollate.ingest.spec import TOKENIZED, Counts, JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.sources import Block, Unit, records
 from fastcollate.store import shards
 from fastcollate.text import BadRecordError, Template, Texts, Tokenizer, UnencodableError, starts_of
@@ -50,18 +51,11 @@ def encode_unit(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encode
 
 def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
     tokenizer, template = spec.tools()
-    lost = _Lost(unit)
-    parts, digests = _read(unit, spec, lost)
-    while True:
-        counts, started = Counts(), time.thread_time()
-        try:
-            encoded = tokenizer.encode_batch(parts.texts)
-            seconds = time.thread_time() - started
-            rows = mark(parts, encoded.ids, encoded.offsets, tokenizer, template, spec.options, counts)
-            break
-        except UnencodableError as error:
-            parts = _without(parts, error, lost)
-    tokenizer.check(parts.texts, encoded, seed=unit.index)
+    lost, counts, seconds = _Lost(unit), Counts(), 0.0
+    if template.name == TOKENIZED:
+        rows, digests = read_rows(unit, template.settings["fields"], tokenizer.vocab_size, lost.add_all)
+    else:
+        rows, digests, seconds = _encoded_rows(unit, spec, lost, counts)
     too_long: list[BadRecord] = []
     rows = limit_prompts(rows, spec.options, counts, too_long)
     lost.add_rows(too_long)
@@ -72,6 +66,24 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
         name = f".part-{token}-{unit.index:05d}-{secrets.token_hex(3)}.arrow"
         part = shards.write_shard(Path(directory), name, columns, sync=False)
     return Encoded(UnitResult(unit.index, unit_digest(unit, digests), part, counts, lost.sorted(), seconds), digests)
+
+
+def _encoded_rows(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tuple[Rows, list[bytes], float]:
+    """A unit's rows from its records' texts, each block's digest, the seconds in the tokenizer."""
+    tokenizer, template = spec.tools()
+    parts, digests = _read(unit, spec, lost)
+    while True:
+        found, started = Counts(), time.thread_time()
+        try:
+            encoded = tokenizer.encode_batch(parts.texts)
+            seconds = time.thread_time() - started
+            rows = mark(parts, encoded.ids, encoded.offsets, tokenizer, template, spec.options, found)
+            break
+        except UnencodableError as error:
+            parts = _without(parts, error, lost)
+    tokenizer.check(parts.texts, encoded, seed=unit.index)
+    counts.add(found)
+    return rows, digests, seconds
 
 
 def _without(parts: Parts, error: UnencodableError, lost: _Lost) -> Parts:

@@ -44,14 +44,18 @@ class PrepareOptions:
         InputError: a value is none of those that its option knows.
 
     Example:
-        >>> PrepareOptions(template="phi3", workers=2).tokenizer
-        'gpt2'
+        >>> PrepareOptions(template="phi3", workers=2).boundary
+        'reference'
     """
 
-    template: str = option("alpaca", "How a record becomes text: alpaca, phi3, completion, chat, or a .jinja file.")
+    template: str = option(
+        "alpaca",
+        "How a record becomes text: alpaca, phi3, completion, chat, or a .jinja file; tokenized: it holds ids already.",
+    )
     tokenizer: str = option(
-        "gpt2",
-        "gpt2, r50k_base, p50k_base, cl100k_base, o200k_base, a tokenizer.json, or a folder of save_pretrained.",
+        "auto",
+        "gpt2 (auto for texts), r50k_base, p50k_base, cl100k_base, o200k_base, a tokenizer.json, or a folder of "
+        "save_pretrained.",
     )
     backend: str = option(
         "auto", "auto, tiktoken, tokenizers or gigatoken (faster, checked against the others); the ids are the same."

@@ -11,20 +11,23 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from fastcollate.errors import InputError, SourceReadError
+from fastcollate.ingest.ids.columns import columns_of_ids
 from fastcollate.ingest.options import PrepareOptions
 from fastcollate.progress import progress_bar
-from fastcollate.sources import Block, Source, Unit, read_blocks
+from fastcollate.sources import Block, Source, Unit, read_blocks, records
 from fastcollate.store import ShardInfo, files
 from fastcollate.store import manifest as manifests
 from fastcollate.text import Template, Tokenizer, load_template, load_tokenizer
 
 SIDE_FILE = "sources.json"
+TOKENIZED = "tokenized"  # the template of records that hold ids
 _SIDE_VERSION = 1
 _REMEDY = "choose another directory, or make this one anew with --overwrite (overwrite=True)"
 _RECORDED = ("boundary", "max_length", "long_prompt", "special_text")  # of the options: those that change rows
@@ -41,6 +44,17 @@ class JobSpec:
     fields: Mapping[str, str] = field(default_factory=dict)
     seal: str = ""
 
+    def chosen(self, sources: Sequence[Source]) -> JobSpec:
+        """The same job with what its first record decides: which columns of ids are taken."""
+        asked, fields = self.options, self.fields
+        if asked.template == TOKENIZED:
+            if asked.tokenizer == "auto":
+                raise InputError("tokenizer='auto': records that hold ids need the one that made them (--tokenizer)")
+            first = _first_record(sources)
+            if first is not None:
+                fields = columns_of_ids(list(first), fields)
+        return replace(self, fields=fields)
+
     def tools(self) -> tuple[Tokenizer, Template]:
         """The tokenizer and the template, loaded once in a process for a sealed job.
 
@@ -49,7 +63,8 @@ class JobSpec:
         """
         if not self.seal or self.seal not in _LOADED:
             asked = self.options
-            tools = load_tokenizer(asked.tokenizer, asked.backend), load_template(asked.template, self.fields)
+            name = "gpt2" if asked.tokenizer == "auto" else asked.tokenizer
+            tools = load_tokenizer(name, asked.backend), load_template(asked.template, self.fields)
             if self.seal and self._digest(*tools) != self.seal:
                 raise SourceReadError(
                     f"the file of tokenizer {asked.tokenizer!r} or template {asked.template!r} was changed while the "
@@ -71,14 +86,26 @@ class JobSpec:
         """What a store records of a job besides its sources: nothing that changes no row, and no path."""
         found = [tool.identity() for tool in self.tools()]
         tokenizer, template = ({**identity, "name": Path(identity["name"]).name} for identity in found)
-        tokenizer["pad_token_id"] = tokenizer["end_token_id"]  # rows to which the end is appended are filled up with it
+        if (end := self.tools()[1].end) == "append":
+            tokenizer["pad_token_id"] = tokenizer["end_token_id"]  # such rows are filled up with their end
         return {
             "kind": "rows",
-            "end": "append",
+            "end": end,
             "tokenizer": tokenizer,
             "template": template,
             "options": {name: getattr(self.options, name) for name in _RECORDED},
         }
+
+
+def _first_record(sources: Sequence[Source]) -> Any:
+    """The first record that is an object, of those that are read first; `None` where there is none."""
+    for block in islice(read_blocks(sources), 1):
+        for chunk in records.read_records(block, block.read()):
+            for number in range(len(chunk)):
+                with contextlib.suppress(ValueError):
+                    if isinstance(record := chunk[number], dict):
+                        return record
+    return None
 
 
 _LOADED: dict[str, tuple[Tokenizer, Template]] = {}

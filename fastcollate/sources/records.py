@@ -15,10 +15,14 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fastcollate.sources.blocks import Block
 from fastcollate.sources.json_blocks import NOT_UTF8, scan_array
+from fastcollate.sources.tables import numbers
 
 _MOST_DIGITS = 4300  # of a whole number, for Python's `json`
 _BLANK = b" \t\r\n"
@@ -26,6 +30,50 @@ _ESCAPE = re.compile(  # in JSON: a pair of surrogates, a lone one, or any other
     r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.S
 )
 _CHUNK_BYTES = 1 << 19  # read at once
+_NO_NUMBERS = np.zeros(0, np.int64)
+_OTHER: Any = object()  # stands for what is no list of whole numbers
+
+
+class Lists(NamedTuple):
+    """A field that holds a list of whole numbers in each record: they lie end to end.
+
+    Attributes:
+        values: int64 `(num_values,)`, true as 1.
+        offsets: int64 `(num_records + 1,)`, where each record's begin.
+        is_list: bool `(num_records,)`, whether the record holds such a list; the values of one that does not are
+            of no account.
+        is_there: bool `(num_records,)`, whether it holds anything but null.
+    """
+
+    values: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    is_list: npt.NDArray[np.bool_]
+    is_there: npt.NDArray[np.bool_]
+
+    def of(self, good: npt.NDArray[np.bool_]) -> Lists:
+        """Those of some of the records, end to end."""
+        lengths = np.diff(self.offsets)
+        values = self.values if good.all() else self.values[np.repeat(good, lengths)]
+        return Lists(values, np.append(0, np.cumsum(lengths[good])), self.is_list[good], self.is_there[good])
+
+
+def _whole_numbers(value: Any) -> Any:
+    return value if value is None or (isinstance(value, list) and {*map(type, value)} <= {int, bool}) else _OTHER
+
+
+def _lists_of(column: Sequence[Any]) -> Lists:
+    """A field of all records: a list of whole numbers, `None`, or `_OTHER`."""
+    is_there = np.fromiter((value is not None for value in column), np.bool_, len(column))
+    found = [None if value is _OTHER else value for value in column]
+    while True:
+        offsets = np.append(0, np.cumsum([len(value or ()) for value in found], dtype=np.int64))
+        try:
+            values = np.fromiter(chain.from_iterable(value or () for value in found), np.int64, int(offsets[-1]))
+        except OverflowError:  # a number of more than 64 bits
+            found = [None if value and max(map(abs, value)) >= 1 << 63 else value for value in found]
+            continue
+        is_list = np.fromiter((value is not None for value in found), np.bool_, len(found))
+        return Lists(values, offsets, is_list, is_there)
 
 
 class JsonRecords:
@@ -65,13 +113,35 @@ class JsonRecords:
         text under one of the names.
         """
         names = tuple(dict.fromkeys(chain.from_iterable(fields)))
-        decode = _decoder(names) if self._is_sure else None
+        decode = _decoder(names, str | None) if self._is_sure else None
         if decode is None:
             found: Iterable[Sequence[Any]] = [self._values(number, names) for number in range(len(self))]
         else:
             found = map(msgspec.structs.astuple, self._decoded(decode))
         values = list(chain.from_iterable(found))
         return _first_columns(fields, {name: values[index :: len(names)] for index, name in enumerate(names)})
+
+    def lists(self, names: Sequence[str]) -> dict[str, Lists]:
+        """Some fields of all records as lists of whole numbers; a record that cannot be parsed holds none."""
+        decode = _decoder(tuple(names), list[int | bool] | None) if self._is_sure else None
+        found: list[Sequence[Any]] = []
+        for number, piece in enumerate(self._pieces):
+            try:
+                if decode is None:
+                    raise msgspec.DecodeError
+                found.append(msgspec.structs.astuple(decode(piece)))
+            except (msgspec.DecodeError, RecursionError):
+                found.append([_whole_numbers(value) for value in self._all(number, names)])
+        columns = zip(*found, strict=True) if found else [()] * len(names)
+        return {name: _lists_of(column) for name, column in zip(names, columns, strict=True)}
+
+    def _all(self, number: int, names: Sequence[str]) -> Sequence[Any]:
+        """Some fields of a record, whatever they hold; `None` where it is none."""
+        try:
+            record = self[number]
+            return [record.get(name) for name in names]
+        except (ValueError, AttributeError):
+            return [None] * len(names)
 
     def _decoded(self, decode: Callable[[bytes], Any]) -> list[Any]:
         found: list[Any] = []
@@ -84,11 +154,7 @@ class JsonRecords:
                 found.append(nothing)
 
     def _values(self, number: int, names: Sequence[str]) -> Sequence[str | None]:
-        try:
-            record = self[number]
-            values = tuple(record.get(name) for name in names)
-        except (ValueError, AttributeError):
-            return (None,) * len(names)
+        values = self._all(number, names)
         return values if {*map(type, values)} <= {str, type(None)} else (None,) * len(names)
 
 
@@ -122,6 +188,28 @@ class TableRecords:
             for i in odd:
                 column[i] = None
         return columns
+
+    def lists(self, names: Sequence[str]) -> dict[str, Lists]:
+        """As of JSON records."""
+        return {name: self._list(name) for name in names}
+
+    def _list(self, name: str) -> Lists:
+        if name not in self._columns:
+            return _lists_of([None] * len(self))
+        column = pa.concat_arrays(self._columns[name].chunks)
+        is_there = numbers(column.is_valid()).astype(np.bool_)
+        kind = getattr(column.type, "value_type", pa.null())
+        if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)) or pa.types.is_dictionary(column.type):
+            return Lists(_NO_NUMBERS, np.zeros(len(self) + 1, np.int64), np.zeros(len(self), np.bool_), is_there)
+        column = column.cast(pa.large_list(pa.int64()), safe=False)
+        offsets = np.append(0, np.cumsum(numbers(pc.fill_null(pc.list_value_length(column), 0))))
+        values, is_list = column.flatten(), is_there
+        if values.null_count:
+            null = np.flatnonzero(numbers(values.is_null()))
+            is_list = is_there.copy()
+            is_list[np.searchsorted(offsets, null, side="right") - 1] = False
+            values = pc.fill_null(values, 0)
+        return Lists(numbers(values), offsets, is_list, is_there)
 
     def _values(self, name: str, start: int, stop: int) -> list[Any]:
         if name not in self._columns:
@@ -221,11 +309,11 @@ _decode = msgspec.json.Decoder().decode
 
 
 @lru_cache(maxsize=64)
-def _decoder(names: tuple[str, ...]) -> Callable[[bytes], Any] | None:
+def _decoder(names: tuple[str, ...], kind: Any) -> Callable[[bytes], Any] | None:
     """What reads some fields of an object and passes over the others; `None` for names that msgspec cannot take."""
     fields = {f"field{index}": name for index, name in enumerate(names)}
     try:
-        record = msgspec.defstruct("Record", [(field, str | None, None) for field in fields], rename=fields, gc=False)
+        record = msgspec.defstruct("Record", [(field, kind, None) for field in fields], rename=fields, gc=False)
     except ValueError:
         return None
     return msgspec.json.Decoder(record).decode

@@ -200,28 +200,28 @@ def _feed(values: pa.Array, sink: Callable[[Any], object]) -> None:
     label = "text" if is_text else "list" if is_list else "struct" if pa.types.is_struct(kind) else str(kind)
     sink(f"{label} {len(values)} {values.null_count}\0".encode())
     if values.null_count:
-        sink(np.packbits(_numbers(values.is_valid())))
+        sink(np.packbits(numbers(values.is_valid())))
         values = values.drop_null()
     if is_text:
-        sink(_numbers(pc.binary_length(values)).astype("<i8"))
+        sink(numbers(pc.binary_length(values)).astype("<i8"))
         start = values.offset
         offsets = np.frombuffer(values.buffers()[1], np.int64)[start : start + len(values) + 1]
         if len(values) and offsets[-1] > offsets[0]:
             sink(memoryview(values.buffers()[2])[int(offsets[0]) : int(offsets[-1])])
     elif is_list:
-        sink(_numbers(pc.list_value_length(values)).astype("<i8"))
+        sink(numbers(pc.list_value_length(values)).astype("<i8"))
         _feed(values.flatten(), sink)
     elif pa.types.is_struct(kind):
         for field, child in zip(kind, values.flatten(), strict=True):
             sink(f"{field.name}\0".encode("utf-8", "surrogatepass"))
             _feed(child, sink)
     elif pa.types.is_boolean(kind):
-        sink(np.packbits(_numbers(values)))
+        sink(np.packbits(numbers(values)))
     elif not pa.types.is_null(kind):
         _feed_numbers(values, sink)
 
 
-def _numbers(values: pa.Array) -> npt.NDArray[Any]:
+def numbers(values: pa.Array) -> npt.NDArray[Any]:
     """Numbers without nulls, or truth as 0 and 1; not by `to_numpy`, which imports pandas: that takes a while."""
     values = values.cast(pa.uint8()) if pa.types.is_boolean(values.type) else values
     numbers = np.empty(0, values.type.to_pandas_dtype())

@@ -207,6 +207,19 @@ class Jinja(Template):
         return parts if parts[-1] else parts[:-1]
 
 
+class Tokenized(Template):
+    """Records that hold ids already, with what of them is trained: no text is made of them.
+
+    `fields` says which columns are taken, as `fastcollate.ingest.ids.rows` knows them.
+    """
+
+    single_turn = False
+    end = "in_row"
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        super().__init__("tokenized", {"fields": dict(fields)})
+
+
 def load_template(name: str, fields: Mapping[str, str] | None = None) -> Template:
     """A template by name, or a Jinja template from a file (`*.jinja`, `*.j2`).
 
@@ -224,8 +237,10 @@ def load_template(name: str, fields: Mapping[str, str] | None = None) -> Templat
         if fields:
             raise InputError("fields: a Jinja template names the record's fields itself")
         return Jinja(name, _read_template(Path(name)))
+    if name == "tokenized":
+        return Tokenized(fields)
     if name != "chat" and name not in _TEXTS:
-        known = ", ".join((*_TEXTS, "chat"))
+        known = ", ".join((*_TEXTS, "chat", "tokenized"))
         raise InputError(f"template {name!r}: choose one of {known}, or give the path of a .jinja file")
     if name == "completion":
         fields = {{"prompt": "instruction", "completion": "output"}.get(key, key): f for key, f in fields.items()}
