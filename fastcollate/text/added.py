@@ -17,12 +17,6 @@ import msgspec
 
 from fastcollate.text.saved import SavedToken
 
-ALLOWED_IN_ANSWERS = tuple(
-    f"<{slash}{name}>"
-    for name in ("think", "tool_call", "tool_calls", "tool_response", "tool_responses", "tools", "answer")
-    for slash in ("", "/")
-)
-"""Tags that models write in answers and templates write again."""
 _BLANK = re.compile(r"[\s▁]*")
 
 
@@ -45,6 +39,8 @@ class AddedTokens:
     def __init__(self, tokens: Sequence[SavedToken]) -> None:
         self._tokens = {token.content: token for token in tokens}
         self.control = {t.content: t.id for t in tokens if t.special or not _BLANK.fullmatch(t.content)}
+        self.any_of_single_words = any(token.single_word for token in tokens)
+        self.any_normalized = any(token.normalized for token in tokens)
         self.blank = [token for token in tokens if token.content not in self.control]
 
     def without_control(self, vocab_size: int) -> list[SavedToken]:
@@ -61,18 +57,13 @@ class AddedTokens:
 
     @cached_property
     def are_simple(self) -> bool:
-        """Whether each is found wherever its text stands, alone: none takes white space with it or overlaps another."""
-        tokens = self._tokens.values()
-        if any(token.lstrip or token.rstrip or token.single_word for token in tokens):
+        """Whether the leftmost, longest ones are found, as they stand, though normalized ones are looked for last."""
+        if self.any_of_single_words or any(token.lstrip or token.rstrip for token in self._tokens.values()):
             return False
-        if len({token.normalized for token in tokens}) < 2:
-            return True
-        heads = {text[:stop] for text in self._tokens for stop in range(1, len(text) + 1)}
-        everywhere = search_for([*self._tokens])
-        return not any(
-            everywhere.search(text, 1) or any(text[start:] in heads for start in range(1, len(text)))
-            for text in self._tokens
-        )
+        first, last = ([t.content for t in self._tokens.values() if t.normalized is kind] for kind in (False, True))
+        heads = {text[:stop] for text in first for stop in range(1, len(text) + 1)} if last else set()
+        search = search_for(first)
+        return not any(search.search(text) or any(text[i:] in heads for i in range(1, len(text))) for text in last)
 
     @cached_property
     def search(self) -> re.Pattern[str]:
@@ -85,44 +76,31 @@ class AddedTokens:
         groups = [[t.content for t in self._tokens.values() if t.normalized is kind] for kind in (False, True)]
         return [search_for(group) for group in groups if group]
 
-    def pieces(
-        self, text: str, protected: Sequence[tuple[int, int, bool]], allowed: Collection[str]
-    ) -> Iterator[Piece]:
-        """What a text is parted into: added tokens, and ordinary text between them.
-
-        Args:
-            text: the text.
-            protected: ranges of it in which their texts are ordinary, and whether it is an answer: there, those of
-                `allowed` are tokens.
-            allowed: texts.
-        """
+    def pieces(self, text: str, protected: Sequence[tuple[int, int, bool]]) -> list[Piece]:
+        """What a text is parted into: added tokens, which no `protected` range touches, and the text between them."""
         pieces = [Piece(0, len(text), -1)]
         for search in self._searches:
-            pieces = [
-                p for q in pieces for p in ([q] if q.token >= 0 else self._parted(text, q, search, protected, allowed))
-            ]
-        return (piece for piece in pieces if piece.start < piece.stop)
+            parted = (self._parted(text, piece, search, protected) for piece in pieces)
+            pieces = [piece for found in parted for piece in found if piece.start < piece.stop]
+        return pieces
 
     def _parted(
-        self,
-        text: str,
-        piece: Piece,
-        search: re.Pattern[str],
-        protected: Sequence[tuple[int, int, bool]],
-        allowed: Collection[str],
+        self, text: str, piece: Piece, search: re.Pattern[str], protected: Sequence[tuple[int, int, bool]]
     ) -> Iterator[Piece]:
+        if piece.token >= 0:
+            yield piece
+            return
         place = done = piece.start
         while (found := search.search(text, place, piece.stop)) is not None:
             start, stop = found.span()
-            touched = [is_answer for first, last, is_answer in protected if start < last and stop > first]
             token = self._tokens[found.group()]
-            if touched and token.content in self.control and not (all(touched) and token.content in allowed):
+            if token.content in self.control and any(start < last and stop > first for first, last, _ in protected):
                 place = start + 1
                 continue
             if token.lstrip:
-                start = max(done, len(text[done:start].rstrip()) + done)
+                start = done + len(text[done:start].rstrip())
             if token.rstrip:
-                stop += len(text[stop : piece.stop]) - len(text[stop : piece.stop].lstrip())
+                stop = piece.stop - len(text[stop : piece.stop].lstrip())
             yield Piece(done, start, -1)
             yield Piece(start, stop, token.id)
             place = done = stop

@@ -22,8 +22,10 @@ import tiktoken
 from fastcollate.errors import InputError, import_extra
 from fastcollate.text import boundaries
 from fastcollate.text.added import search_for
+from fastcollate.text.chat.ids import EncodedChats, encode_chats
+from fastcollate.text.chat.rendered import Rendered
 from fastcollate.text.engines.agreement import AgreeingBackend
-from fastcollate.text.engines.backends import Engine, RaggedIds, Texts, TiktokenBackend, TokenBounds
+from fastcollate.text.engines.backends import DifferentIdsError, Engine, RaggedIds, Texts, TiktokenBackend, TokenBounds
 from fastcollate.text.engines.backends import UnencodableError as UnencodableError
 from fastcollate.text.engines.gigatoken import GigatokenBackend
 from fastcollate.text.engines.tokenizer_json import TokenizerJson, WarmingBackend
@@ -128,6 +130,30 @@ class Tokenizer:
                     found[number] = str(one)
             raise UnencodableError(found or dict.fromkeys(range(len(texts)), str(error))) from error
 
+    def encode_chats(self, chats: Sequence[Rendered], *, seed: int = 0) -> EncodedChats:
+        """The ids and spans of rendered chats; `seed` draws those that are compared with the reference.
+
+        Raises:
+            InputError: an encoding has no tokens that a chat template could write.
+            UnencodableError: some chats cannot be encoded; says which.
+            DifferentIdsError: an id or a span differs; names the chat.
+        """
+        if self.json is None:
+            raise InputError(f"tokenizer {self.name!r}: has no chat template; give a folder that save_pretrained wrote")
+        json = self.json
+        try:
+            return _guarded(self.backend, lambda: encode_chats(json, chats, seed=seed))
+        except UnencodableError as error:
+            if error.__cause__ is None or len(chats) < 2:
+                raise
+            found: dict[int, str] = {}
+            for number, chat in enumerate(chats):
+                try:
+                    self.encode_chats([chat])
+                except UnencodableError as one:
+                    found[number] = str(one)
+            raise UnencodableError(found or dict.fromkeys(range(len(chats)), str(error))) from error
+
     def _encode_batch(self, texts: Texts) -> RaggedIds:
         return _guarded(self.backend, lambda: self._backend.encode_batch(texts))
 
@@ -190,7 +216,7 @@ class Tokenizer:
         """Compare a random sample of a batch with the ids that the reference gives.
 
         Raises:
-            RuntimeError: an id differs; names the text.
+            DifferentIdsError: an id differs; names the text.
         """
         if self._backend.name != "gigatoken" or not texts:
             return
@@ -217,7 +243,7 @@ class Tokenizer:
         except UnencodableError:  # then it cannot say
             return
         if found != expected:
-            raise RuntimeError(
+            raise DifferentIdsError(
                 f"gigatoken and {self._engine.name} give different ids for {text[:200]!r}: {found[:50]}, but "
                 f"{expected[:50]} is right; run again with --backend {self._engine.name}, and please report the text"
             )
@@ -236,7 +262,7 @@ def _guarded(name: str, encode: Callable[[], _T]) -> _T:
     """What `encode` gives; whatever it raises, also a panic of compiled code, as one error."""
     try:
         return encode()
-    except (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit, UnencodableError, DifferentIdsError):
         raise
     except BaseException as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -42,6 +42,10 @@ class UnencodableError(Exception):
         self.reasons = reasons
 
 
+class DifferentIdsError(RuntimeError):
+    """gigatoken and the reference give different ids for a text; the message names it."""
+
+
 class Texts:
     """Many texts, end to end as UTF-8; lone surrogates become U+FFFD.
 

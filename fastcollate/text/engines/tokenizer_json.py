@@ -28,7 +28,9 @@ class TokenizerJson:
         added: its added tokens.
         plain: what takes no text for an added token.
         full: what takes each for one: for texts that a template wrote.
-        pieces: as `plain`, for the pieces of such a text between its added tokens.
+        pieces: as `plain`, for the pieces of such a text between its added tokens; only where it `has_pieces`.
+        normalizes: whether it changes texts before it parts them.
+        unknown: the id of what is not in the vocabulary, or -1.
     """
 
     def __init__(self, saved: Saved, path: Path, fingerprint: str, backend: str) -> None:
@@ -46,11 +48,14 @@ class TokenizerJson:
         pieces.post_processor = self.loaded.post_processor
         self.pieces = TokenizersBackend(pieces)
         takes = backend != "tokenizers" and _gigatoken_takes(parts, self.added)
-        normalizes = any(step["type"] == "NFC" for step in _steps(parts.get("normalizer")))
+        self.normalizes = bool(_steps(parts.get("normalizer")))
+        model = msgspec.json.decode(parts["model"], type=_Model)
+        self.unknown = self.added.control.get(model.unk_token or "", -1)
+        self.has_pieces = _has_pieces(parts, self.added)
 
         def backend_of(text: str, exact: TokenizersBackend) -> WarmingBackend:
             def make() -> AgreeingBackend:
-                return AgreeingBackend(GigatokenBackend.of_json(text), exact, fingerprint, normalizes=normalizes)
+                return AgreeingBackend(GigatokenBackend.of_json(text), exact, fingerprint, normalizes=self.normalizes)
 
             return WarmingBackend(exact, make if takes else None)
 
@@ -110,6 +115,16 @@ def _gigatoken_takes(parts: Mapping[str, msgspec.Raw], added: AddedTokens) -> bo
         and not any(step.get("add_prefix_space") for step in split)
         and not any(step.get("trim_offsets") for step in after)
         and added.are_simple
+    )
+
+
+def _has_pieces(parts: Mapping[str, msgspec.Raw], added: AddedTokens) -> bool:
+    """Whether a text's ids are those of its pieces, end to end."""
+    kinds = [step["type"] for step in _steps(parts.get("normalizer"))]
+    return (
+        not added.any_of_single_words
+        and (kinds in ([], ["NFC"]) or not added.any_normalized)
+        and not any(step.get("prepend_scheme") == "first" for step in _steps(parts.get("pre_tokenizer")))
     )
 
 
