@@ -57,9 +57,9 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
     else:
         rows, digests, seconds = _encoded_rows(unit, spec, lost, counts)
     too_long: list[BadRecord] = []
-    rows = limit_prompts(rows, spec.options, counts, too_long)
+    rows = limit_prompts(rows, spec.options, counts, too_long, end=template.end)
     lost.add_rows(too_long)
-    count(rows, tokenizer, spec.options, counts)
+    count(rows, tokenizer, spec.options, counts, end=template.end)
     part = None
     if len(rows.source_row):
         columns = shards.ShardColumns(rows.ids.astype(shards.token_dtype(tokenizer.vocab_size), copy=False), *rows[1:])

@@ -315,7 +315,7 @@ class _Job:
         write_side_file(self.root, seen)
         content = manifests.sources_of([entry.sha256 for entry in seen], sum(self._num_records))
         summary = {**asdict(self._counts), "num_skipped": self._num_skipped}
-        summary |= length_summary(self.root, self._shards)
+        summary |= length_summary(self.root, self._shards, self.identity["end"])
         identity = manifests.StoreIdentity(content, **self.identity)
         manifests.write_manifest(self.root, identity, self._shards, files=kept, summary=summary)
         self._journal.finish()
@@ -372,14 +372,14 @@ def _report_lines(records: Iterable[LostRecord], sources: Sequence[Source]) -> I
         yield line.encode("utf-8", "replace").decode()
 
 
-def length_summary(root: Path, infos: Sequence[ShardInfo]) -> dict[str, Any]:
+def length_summary(root: Path, infos: Sequence[ShardInfo], end: str = "append") -> dict[str, Any]:
     """Percentiles of row lengths, and the padded share of batches of 8 and 64 rows, random and bucketed.
 
-    Of more than about a million rows, evenly spaced ones are taken. The end-of-text is not counted.
+    Of more than about a million rows, evenly spaced ones are taken. An end-of-text that is appended is not counted.
     """
     step = -(-sum(info.num_rows for info in infos) // _SAMPLE_ROWS)
     lengths = np.concatenate([shards.shard_lengths(root, info)[::step] for info in infos])
-    order = np.random.default_rng(0).permutation(lengths)
+    order = np.random.default_rng(0).permutation(lengths - (lengths > 0) * (end == "in_row"))
     quantiles = (0, 5, 50, 95, 99, 100)
     found = np.percentile(lengths, quantiles, method="nearest").tolist()
     summary: dict[str, Any] = {f"length_p{q}": int(length) for q, length in zip(quantiles, found, strict=True)}

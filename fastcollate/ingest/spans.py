@@ -128,7 +128,7 @@ def _with_replaced(rows: Rows, replaced: Mapping[int, tuple[npt.NDArray[Any], li
     return Rows(np.concatenate(ids), starts, np.concatenate(spans), span_starts, rows.source_row[kept])
 
 
-def limit_prompts(rows: Rows, options: PrepareOptions, counts: Counts, bad: list[BadRecord]) -> Rows:
+def limit_prompts(rows: Rows, options: PrepareOptions, counts: Counts, bad: list[BadRecord], *, end: str) -> Rows:
     """Apply the policy for rows whose first prompt leaves no column within the limit; lost ones go to `bad`."""
     if options.max_length is None or not len(rows.source_row):
         return rows
@@ -145,7 +145,8 @@ def limit_prompts(rows: Rows, options: PrepareOptions, counts: Counts, bad: list
             bad.append(BadRecord(int(rows.source_row[row]), 0, reason))
         return _with_replaced(rows, dict.fromkeys(long.tolist()))
     counts.long_prompts += len(long)
-    return _cut_left(rows, long.tolist(), options.max_length) if options.long_prompt == "cut" else rows
+    room = options.max_length + (end == "in_row")  # the last id of such a row is a target only
+    return _cut_left(rows, long.tolist(), room) if options.long_prompt == "cut" else rows
 
 
 def _first_spans(rows: Rows) -> npt.NDArray[np.int64]:
@@ -156,7 +157,7 @@ def _first_spans(rows: Rows) -> npt.NDArray[np.int64]:
 
 
 def _cut_left(rows: Rows, long: list[int], limit: int) -> Rows:
-    """Cut prompts from the left until the row and its end-of-text fit the limit; one prompt token stays."""
+    """Cut prompts from the left until the row's ids fit the limit; one prompt token stays."""
     replaced = {}
     for row in long:
         ids = rows.ids[rows.offsets[row] : rows.offsets[row + 1]]
@@ -167,15 +168,18 @@ def _cut_left(rows: Rows, long: list[int], limit: int) -> Rows:
     return _with_replaced(rows, replaced)
 
 
-def count(rows: Rows, tokenizer: Tokenizer, options: PrepareOptions, counts: Counts) -> None:
+def count(rows: Rows, tokenizer: Tokenizer, options: PrepareOptions, counts: Counts, *, end: str) -> None:
     """Note rows, tokens, and the rows that need a second look."""
     lengths = np.diff(rows.offsets)
     counts.num_rows, counts.num_tokens = len(lengths), int(lengths.sum())
     if not len(lengths):
         return
     prompts = _first_spans(rows)
-    limit = lengths if options.max_length is None else np.minimum(lengths, options.max_length)
+    columns = lengths - (end == "in_row")
+    limit = columns if options.max_length is None else np.minimum(columns, options.max_length)
     counts.untrained_rows = int(np.count_nonzero(prompts - 1 >= limit))
+    if end == "in_row":
+        return  # no corners
     corner = prompts == 0
     for place in np.flatnonzero(rows.ids == tokenizer.pad_token_id).tolist():
         corner[np.searchsorted(rows.offsets, place, side="right") - 1] = True

@@ -16,16 +16,21 @@ import pyarrow.compute as pc
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.pytorch import StoreDataset
-from fastcollate.store import ShardInfo, TokenStore, shards
+from fastcollate.store import ShardInfo, TokenStore, files, require_served, shards
 from fastcollate.store import manifest as manifests
 
+Int64Array = npt.NDArray[np.int64]
+
 IGNORE = -100
+_MASKS = ("completion_mask", "assistant_masks")
+_OTHER_MASKS = {"loss_mask", "labels_mask", "target_mask", "weights", "loss_weights"}
 SHARD_ROWS = 1 << 16
+BATCH_ROWS = 1000  # of a batch of Arrow, as `datasets` writes them
 LENGTH_ROWS = 10_000  # whose tokens are read at once to count them
 
 
 def lengths_of(dataset: Any) -> npt.NDArray[np.int64]:
-    """Tokens in each row that a model will see: of a `StoreDataset` with the end-of-text, or a `datasets.Dataset`.
+    """Tokens in each row that a model will see: of a `StoreDataset` with its end, or a `datasets.Dataset`.
 
     Raises:
         InputError: the data set has no tokenized column `input_ids`.
@@ -37,7 +42,7 @@ def lengths_of(dataset: Any) -> npt.NDArray[np.int64]:
         array([3, 1])
     """
     if isinstance(dataset, StoreDataset):
-        return dataset.lengths.astype(np.int64) + 1
+        return dataset.lengths.astype(np.int64) + (dataset.store.end == "append")
     if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
         raise InputError(
             f"{type(dataset).__name__} without a column 'input_ids': tokenize it first, or make a store of it with "
@@ -48,35 +53,97 @@ def lengths_of(dataset: Any) -> npt.NDArray[np.int64]:
     return np.concatenate([np.empty(0, np.int64), *lengths])
 
 
-def open_dataset(store: TokenStore | str | os.PathLike[str]) -> Any:
-    """A store as a `datasets.Dataset`, memory-mapped: nothing is copied.
+def open_dataset(store: TokenStore | str | os.PathLike[str], *, mask_prompt: bool = True) -> Any:
+    """A store as a `datasets.Dataset` that `SFTTrainer` takes as it is: plain, packed, or padding-free.
 
-    Its columns are the store's: `input_ids` (without the end-of-text), `spans`, `source_row`.
+    Its columns are `input_ids`, each row with its end; `labels`, the ids that are trained and -100 elsewhere; and
+    `assistant_masks`, which says the same to TRL before 1.7. They are written once, 9 bytes a token, into the folder
+    where `datasets` keeps what it prepares (`HF_DATASETS_CACHE`), and memory-mapped from there.
+
+    Args:
+        store: the store, or its directory.
+        mask_prompt: train the responses only, or all.
 
     Example:
         >>> from fastcollate.integrations.huggingface import open_dataset
         >>> dataset = open_dataset("store")
         >>> dataset.column_names, len(dataset)
-        (['input_ids', 'spans', 'source_row'], 600)
+        (['input_ids', 'labels', 'assistant_masks'], 600)
+        >>> dataset.to_iterable_dataset().column_names  # where the trainer shall stream
+        ['input_ids', 'labels', 'assistant_masks']
     """
     datasets = import_extra("datasets", "hf")
     store = store if isinstance(store, TokenStore) else TokenStore(store)
-    table = pa.Table.from_batches([shards.record_batch(columns) for columns in store.shards])
+    require_served(store)
+    what = f"labelled 1 {store.fingerprint} {mask_prompt}"
+    name = hashlib.sha256(what.encode()).hexdigest()[:32]
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "fastcollate" / f"{name}.arrow"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(path, sync=False) as file:
+            _write_labelled(store, mask_prompt, file)
     # given a fingerprint, `datasets` does not read the whole table to compute one
-    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=store.fingerprint[:16])
+    return datasets.Dataset(datasets.table.MemoryMappedTable.from_file(str(path)), fingerprint=name)
 
 
-def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: Any) -> TokenStore:
+def _write_labelled(store: TokenStore, mask_prompt: bool, file: Any) -> None:
+    """All rows with their labels, as the stream of Arrow batches that `datasets` reads; a shard a batch, or several."""
+    kinds = {"input_ids": pa.int32(), "labels": pa.int32(), "assistant_masks": pa.uint8()}
+    with pa.ipc.new_stream(file, pa.schema({name: pa.list_(kind) for name, kind in kinds.items()})) as writer:
+        for shard in store.shards:
+            offsets, ids, trained = _with_ends(shard, store)
+            if not mask_prompt:
+                trained = np.ones_like(trained)
+            columns = ids, np.where(trained, ids, IGNORE), trained.astype(np.uint8)
+            for first in range(0, len(offsets) - 1, BATCH_ROWS):
+                own = offsets[first : first + BATCH_ROWS + 1]
+                part = slice(own[0], own[-1])
+                arrays = [
+                    pa.ListArray.from_arrays((own - own[0]).astype(np.int32), pa.array(np.asarray(values)[part], kind))
+                    for values, kind in zip(columns, kinds.values(), strict=True)
+                ]
+                writer.write_batch(pa.record_batch(arrays, names=list(kinds)))
+
+
+def _with_ends(
+    shard: shards.ShardColumns, store: TokenStore
+) -> tuple[Int64Array, npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """A shard's rows with their ends: offsets, ids, and which of these are trained where prompts are masked.
+
+    An appended end is trained with the last response, and where a row is one prompt without a response, unless its
+    span covers the end too.
+    """
+    ids, offsets, num_spans = shard.input_ids.astype(np.int32), shard.offsets, np.diff(shard.span_offsets)
+    if store.end == "append":
+        ids = np.insert(ids, offsets[1:], store.end_token_id)
+        offsets = offsets + np.arange(len(offsets))
+    before = np.concatenate([[0], np.cumsum(shard.spans, dtype=np.int64)])
+    rest = np.diff(offsets) - np.diff(before[shard.span_offsets])
+    if (rest < 0).any():
+        row = int(np.argmax(rest < 0))
+        raise InputError(f"{store.path}: spans of row {row} of a shard are longer than it; prepare the store again")
+    is_response = (np.arange(len(shard.spans)) - np.repeat(shard.span_offsets[:-1], num_spans)) % 2 == 1
+    ends_trained = (num_spans % 2 == 0) | (num_spans == 1)
+    places = shard.span_offsets[1:]
+    counts = np.insert(shard.spans.astype(np.int64), places, rest)
+    return offsets, ids, np.repeat(np.insert(is_response, places, ends_trained), counts)
+
+
+def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: Any, *, end: str = "auto") -> TokenStore:
     """Make a store of a tokenized `datasets.Dataset` (for one of texts, give it to `fastcollate.prepare`).
 
     Args:
-        dataset: with `input_ids`, and with `labels` (-100 where not trained) or `completion_mask`, or neither: then
-            all tokens are trained. An end-of-text that closes a row is taken off: the collate appends it.
+        dataset: with `input_ids`, and with `labels` (-100 where not trained, else the id at the same place),
+            `completion_mask`, `assistant_masks`, or none: then all tokens are trained, else those that all of them
+            train. With `seq_lengths`, as `trl.pack_dataset` gives, each sequence becomes a row.
         path: the store's directory, which holds no store yet.
         tokenizer: the one of Hugging Face that made the ids.
+        end: `"auto"` or `"in_row"`: rows are exactly these ids. `"append"`: an end-of-text that closes a row is taken
+            off, since the collate appends one to each row, as the chapter does.
 
     Raises:
-        InputError: the data set is not tokenized, the tokenizer has no end-of-text, or there is a store already.
+        InputError: the data set is not tokenized, its labels are shifted or other ids, the tokenizer has no
+            end-of-text, or there is a store already.
 
     Example:
         >>> from datasets import Dataset
@@ -88,67 +155,104 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
         >>> rows = Dataset.from_dict({"input_ids": [[0, 1, 2], [1, 2]], "completion_mask": [[0, 1, 1], [1, 1]]})
         >>> store = store_from_dataset(rows, "tokenized", tokenizer)
         >>> store[0].input_ids, store[0].spans
-        (array([0, 1], dtype=uint16), array([1, 1], dtype=uint32))
+        (array([0, 1, 2], dtype=uint16), array([1, 2], dtype=uint32))
     """
-    root, end = Path(path), tokenizer.eos_token_id
-    if end is None:
-        raise InputError(f"{type(tokenizer).__name__} has no eos_token: set it, for every row ends with it")
+    root, end = Path(path), "in_row" if end == "auto" else end
+    if end not in manifests.ENDS:
+        raise InputError(f"end={end!r}: choose one of 'auto', {', '.join(map(repr, manifests.ENDS))}")
+    last, pad = tokenizer.eos_token_id, getattr(tokenizer, "pad_token_id", None)
+    if last is None:
+        raise InputError(f"{type(tokenizer).__name__} has no eos_token: set it; a store names the id that ends a text")
     if manifests.read_manifest(root) is not None:
         raise InputError(f"{root}: there is a store already; open it with TokenStore, or choose another directory")
     lengths_of(dataset)
     root.mkdir(parents=True, exist_ok=True)
-    columns = [name for name in ("input_ids", "labels", "completion_mask") if name in dataset.column_names]
+    unknown = sorted(set(dataset.column_names) & _OTHER_MASKS)
+    if unknown:
+        raise InputError(
+            f"the data set has a column {unknown[0]!r}, which would be left out: make labels of it (-100 where not "
+            "trained), or remove it"
+        )
+    columns = [name for name in ("input_ids", "labels", *_MASKS, "seq_lengths") if name in dataset.column_names]
     vocab_size = len(tokenizer)
     infos: list[ShardInfo] = []
     first = 0
     for part in dataset.select_columns(columns).with_format("numpy").iter(batch_size=SHARD_ROWS):
-        shard = _shard(part, first, end, vocab_size)
+        shard = _shard(part, first, last if end == "append" else None, vocab_size)
         infos.append(shards.write_shard(root, shards.shard_name(len(infos)), shard))
-        first += len(shard.source_row)
+        first += len(part["input_ids"])
     identity = {
         "name": str(tokenizer.name_or_path or type(tokenizer).__name__),
         "fingerprint": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
         "vocab_size": vocab_size,
-        "pad_token_id": int(end),
-        "end_token_id": int(end),
+        "pad_token_id": int(last if pad is None or end == "append" else pad),
+        "end_token_id": int(last),
         "files": [],
     }
     sources = manifests.sources_of([str(dataset._fingerprint)], len(dataset))
-    made_from = manifests.StoreIdentity(sources, identity, {"name": "tokenized"}, {"columns": columns})
+    made_from = manifests.StoreIdentity(sources, identity, {"name": "tokenized"}, {"columns": columns}, end=end)
     manifests.write_manifest(root, made_from, infos)
     return TokenStore(root)
 
 
-def _shard(part: Mapping[str, Any], first: int, end: int, vocab_size: int) -> shards.ShardColumns:
-    rows, spans = [], []
+def _shard(part: Mapping[str, Any], first: int, end: int | None, vocab_size: int) -> shards.ShardColumns:
+    """Rows as a shard; an `end` is taken off where it closes a row."""
+    rows, spans, source_rows = [], [], []
     for number, ids in enumerate(part["input_ids"]):
         ids = np.asarray(ids, np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise InputError(f"row {first + number} has ids beyond the tokenizer's {vocab_size:,}: it made other ids")
-        trained = np.ones(len(ids), bool)
-        if "labels" in part:
-            trained = np.asarray(part["labels"][number]) != IGNORE
-        elif "completion_mask" in part:
-            trained = np.asarray(part["completion_mask"][number]) != 0
-        if len(trained) != len(ids):
-            raise InputError(f"row {first + number} has {len(ids)} ids and {len(trained)} labels: give one an id")
-        closed = len(ids) > 0 and int(ids[-1]) == end
-        rows.append(ids[:-1] if closed else ids)
-        # the end-of-text is trained like the row's last token, unless the row says it itself
-        spans.append(_spans(trained if closed else np.append(trained, trained[-1:])))
+        trained = _trained(part, number, ids, first + number)
+        bounds = [len(ids)]
+        if "seq_lengths" in part:
+            bounds = np.cumsum(part["seq_lengths"][number]).tolist()
+            if bounds[-1:] != [len(ids)]:
+                raise InputError(
+                    f"row {first + number} has {len(ids)} ids, but its seq_lengths add up to {bounds[-1:]}"
+                )
+        for start, stop in zip([0, *bounds], bounds, strict=False):
+            own, flags = ids[start:stop], trained[start:stop]
+            if end is not None:
+                closed = len(own) > 0 and int(own[-1]) == end
+                own = own[:-1] if closed else own
+                # the end-of-text is trained like the row's last token, unless the row says it itself
+                flags = flags if closed else np.append(flags, flags[-1:])
+            rows.append(own)
+            spans.append(_spans(flags, counts_end=end is None))
+            source_rows.append(first + number)
     return shards.ShardColumns(
         np.concatenate(rows).astype(shards.token_dtype(vocab_size)),
         np.cumsum([0, *map(len, rows)], dtype=np.int64),
         np.concatenate(spans).astype(np.uint32),
         np.cumsum([0, *map(len, spans)], dtype=np.int64),
-        np.arange(first, first + len(rows), dtype=np.uint64),
+        np.array(source_rows, np.uint64),
     )
 
 
-def _spans(trained: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Alternating counts, prompt first, of a row with its end-of-text, whose own place a response does not count."""
+def _trained(part: Mapping[str, Any], number: int, ids: Int64Array, row: int) -> npt.NDArray[np.bool_]:
+    """Which ids of a row are trained: those that its labels and all of its masks say."""
+    trained = np.ones(len(ids), bool)
+    for name in ("labels", *_MASKS):
+        if name not in part:
+            continue
+        values = np.asarray(part[name][number], np.int64)
+        if len(values) != len(ids):
+            raise InputError(f"row {row} has {len(ids)} ids and {len(values)} {name}: give one an id")
+        own = values != (IGNORE if name == "labels" else 0)
+        place = int(np.argmax(own & (values != ids))) if name == "labels" and len(ids) else 0
+        if name == "labels" and len(ids) and own[place] and values[place] != ids[place]:
+            raise InputError(
+                f"row {row}: label {place} is {values[place]}, and id {place} is {ids[place]}. Give each label at the "
+                "place of its own id, -100 where that is not trained; shifted labels lie one place too early"
+            )
+        trained &= own
+    return trained
+
+
+def _spans(trained: npt.NDArray[np.bool_], *, counts_end: bool) -> Int64Array:
+    """Alternating counts, prompt first; of an end-of-text that is appended, a response does not count the place."""
     edges = np.flatnonzero(np.diff(trained, prepend=False, append=not trained[-1] if len(trained) else False))
     counts = np.diff(edges, prepend=0)
-    if len(counts) % 2 == 0 and len(counts):
+    if not counts_end and len(counts) % 2 == 0 and len(counts):
         counts[-1] -= 1
     return counts

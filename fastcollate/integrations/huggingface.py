@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from fastcollate.collate import collate_fn
+from fastcollate.collate import collate_fn, settings
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted
 from fastcollate.integrations.flow import FlowingSampler
@@ -21,6 +21,7 @@ from fastcollate.load import trained_rows
 from fastcollate.plan import MixedStore
 
 IGNORE = -100
+MASKS = ("completion_mask", "assistant_masks")
 LAYOUTS = ("padded", "flattened")
 
 
@@ -29,20 +30,22 @@ class DataCollator:
 
     The labels are unshifted, as models of Hugging Face want them: label `i` belongs to token `i`.
 
-    From a `StoreDataset` each row is its tokens and the end-of-text; its options (`mask_prompt`, `max_length`, ...)
-    decide the labels and the cut, `max_length` counting columns of `input_ids`. Features are mappings with `input_ids`
-    and either `labels`, `completion_mask` or nothing more (then all tokens are trained); they are taken as they are,
-    and other keys are left out. The first column's label is -100: it is no target, and a loss that is divided by the
-    number of labels would come out too small.
+    From a `StoreDataset` each row is exactly its ids, with the end-of-text where the store says that one is appended;
+    its options (`mask_prompt`, `max_length`, ...) decide the labels and the cut, `max_length` counting columns of
+    `input_ids`. Features are mappings with `input_ids`, and with `labels`, `completion_mask`, `assistant_masks` or
+    nothing more (then all tokens are trained, else those that all of them train). With `seq_lengths`, as
+    `trl.pack_dataset` gives, each of a pack's sequences is a row of the flattened form; the padded one refuses packs.
+    Other keys are left out. The first column's label is -100: it is no target, and a loss that is divided by the number
+    of labels would come out too small.
 
     Args:
         layout: `"padded"` gives `input_ids`, `labels` and `attention_mask`, int64 `(rows, width)`, as
             `DataCollatorForSeq2Seq` does; `"flattened"` gives one long row without padding, `input_ids`, `labels`
             (-100 where a row begins) and `position_ids` (from 0 in each row), int64 `(1, num_tokens)`, with
-            `cu_seq_lens_q` and `cu_seq_lens_k` (int32 `(rows + 1,)`) and `max_length_q` and `max_length_k` (int), as
-            `DataCollatorWithFlattening` does.
-        pad_token_id: what fills `input_ids`; by default the tokenizer's, else the store's end-of-text, else 0 (the
-            attention mask excludes it).
+            `cu_seq_lens_q` and `cu_seq_lens_k` (int32 `(rows + 1,)`), `max_length_q` and `max_length_k` (int) and
+            `seq_idx` (int32 `(1, num_tokens)`, the row of each token), as `DataCollatorWithFlattening` does.
+        pad_token_id: what fills `input_ids`; by default the tokenizer's, else the store's, else 0 (the attention mask
+            excludes it).
         pad_to_multiple_of: the padded width is a multiple of this.
         tokenizer: the model's; a store made with another one is refused.
 
@@ -94,10 +97,12 @@ class DataCollator:
             raise InputError(f"return_tensors={return_tensors!r}: only 'pt'")
         if not len(features):
             raise InputError("the batch has no rows; a data set of length 0, or a sampler that yields nothing")
+        lengths = None
         if isinstance(features[0], StoreRow):
             input_ids, labels, mask = self._from_store(features)
         elif isinstance(features[0], Mapping):
             input_ids, labels, mask = self._from_features(features)
+            lengths = self._lengths_in_packs(features)
         else:
             raise InputError(
                 f"the batch holds {type(features[0]).__name__}: give rows of a StoreDataset, or mappings with "
@@ -105,7 +110,7 @@ class DataCollator:
             )
         labels[:, :1] = IGNORE  # no model trains it, and a count of the labels would be too large by one a row
         if self.layout == "flattened":
-            return _flatten(input_ids, labels, mask)
+            return _flatten(input_ids, labels, mask, mask.sum(1) if lengths is None else lengths)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
 
     def _from_store(self, features: Sequence[StoreRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -113,28 +118,27 @@ class DataCollator:
         if self.tokenizer is not None and "tokenizer" not in self._checked:
             check_tokenizer(dataset.store, self.tokenizer)
             self._checked.add("tokenizer")
-        limit, end = dataset.options["max_length"], dataset.store.pad_token_id
+        limit, appended = dataset.options["max_length"], int(getattr(dataset.store, "end", "append") == "append")
         packs = packs_of(features)
         if packs is not None:
             self._check_packs(packs)
             limit = dataset.limit_of(packs)
-        if limit is not None and dataset.options["truncation"] == "left":
-            inputs, targets = dataset.collator(max_length=limit - 1)(rows) if limit > 1 else _no_columns(len(rows))
-        else:
-            inputs, targets = dataset.collator()(rows)
-        width = inputs.shape[1] + 1 if limit is None else min(inputs.shape[1] + 1, limit)
+        asked = dataset.collator(whole=True).settings
+        cut = limit
+        if appended and limit is not None and dataset.options["truncation"] == "left":
+            cut = limit - 1  # the last column is the end's
+        inputs, targets = _no_columns(len(rows)) if cut == 0 else dataset.collator(max_length=cut, whole=True)(rows)
+        width = inputs.shape[1] + appended if limit is None else min(inputs.shape[1] + appended, limit)
         shape = (len(rows), self._padded(width))
-        input_ids = torch.full(shape, end, device="cpu")
+        input_ids = torch.full(shape, int(asked[settings.END_ID]), device="cpu")
         input_ids[:, : inputs.shape[1]] = inputs[:, :width]
         labels = torch.full(shape, IGNORE, device="cpu")
         labels[:, 1:width] = targets[:, : width - 1]
-        ignored = dataset.options["ignore_index"]
-        if ignored != IGNORE:
-            labels[labels == ignored] = IGNORE
-        lengths = torch.from_numpy(dataset.lengths[rows].astype(np.int64)) + 1
+        lengths = torch.from_numpy(dataset.lengths[rows].astype(np.int64)) + appended
         mask = (torch.arange(shape[1], device="cpu") < lengths.clamp(max=width)[:, None]).long()
-        if self.pad_token_id is not None and self.pad_token_id != end:
-            input_ids[mask == 0] = self.pad_token_id
+        if not appended:
+            labels[mask == 0] = IGNORE  # where an end would be
+        input_ids[mask == 0] = int(asked[settings.PAD]) if self.pad_token_id is None else self.pad_token_id
         return input_ids, labels, mask
 
     def _check_packs(self, packs: PackedRows) -> None:
@@ -156,10 +160,11 @@ class DataCollator:
             mask = _pad([feature["attention_mask"] for feature in features], 0)
         if "labels" in features[0]:
             labels = _pad([feature["labels"] for feature in features], IGNORE)
-        elif "completion_mask" in features[0]:
-            labels = input_ids.masked_fill(_pad([feature["completion_mask"] for feature in features], 0) == 0, IGNORE)
         else:
             labels = input_ids.masked_fill(mask == 0, IGNORE)
+        for name in MASKS:
+            if name in features[0]:
+                labels = labels.masked_fill(_pad([feature[name] for feature in features], 0) == 0, IGNORE)
         if labels.shape != input_ids.shape or mask.shape != input_ids.shape:
             raise InputError("labels, masks and input_ids of a row must have the same length")
         if "shift" not in self._checked:
@@ -172,6 +177,23 @@ class DataCollator:
             for tensor, value in zip((input_ids, labels, mask), fills, strict=True)
         )
         return input_ids, labels, mask
+
+    def _lengths_in_packs(self, features: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
+        """Tokens of each sequence, where the features are packs of them."""
+        if "seq_lengths" not in features[0]:
+            return None
+        lengths = [torch.as_tensor(feature["seq_lengths"], dtype=torch.int64, device="cpu") for feature in features]
+        if self.layout != "flattened" and any(len(of_pack) > 1 for of_pack in lengths):
+            raise InputError(
+                f"layout={self.layout!r} with packs (seq_lengths): a pack's sequences would see each other; give "
+                "DataCollator('flattened')"
+            )
+        for of_pack, feature in zip(lengths, features, strict=True):
+            if int(of_pack.sum()) != len(feature["input_ids"]):
+                raise InputError(
+                    f"seq_lengths={of_pack.tolist()} of a pack of {len(feature['input_ids'])} tokens: they must add up"
+                )
+        return torch.cat(lengths)
 
     def _padded(self, width: int) -> int:
         step = self.pad_to_multiple_of or 1
@@ -188,28 +210,32 @@ def _no_columns(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return empty, empty
 
 
-def _flatten(input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-    """The rows end to end, without padding."""
-    real = mask.bool()
-    lengths = mask.sum(1)
-    keep = lengths > 0
-    bounds = torch.nn.functional.pad(lengths[keep].cumsum(0), (1, 0)).to(torch.int32)
+def _flatten(
+    input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor
+) -> dict[str, Any]:
+    """Rows of these lengths end to end, without padding."""
+    real, lengths = mask.bool(), lengths[lengths > 0]
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    flat = labels[real]
+    flat[bounds[:-1]] = IGNORE
     longest = int(lengths.max())
+    number = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
     return {
         "input_ids": input_ids[real][None],
-        "labels": labels[real][None],
-        "position_ids": torch.arange(real.shape[1], device="cpu").expand(real.shape)[real][None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
+        "labels": flat[None],
+        "position_ids": (torch.arange(len(flat), device="cpu") - bounds[number])[None],
+        "cu_seq_lens_q": bounds.to(torch.int32),
+        "cu_seq_lens_k": bounds.to(torch.int32),
         "max_length_q": longest,
         "max_length_k": longest,
+        "seq_idx": number.to(torch.int32)[None],
     }
 
 
 def _rows_with_labels(dataset: StoreDataset) -> np.ndarray[Any, np.dtype[np.int64]] | None:
     """The rows that have a label, `None` where all have: a batch without one has the loss NaN in a `Trainer`."""
-    limit = dataset.options["max_length"]
-    if limit is None and not dataset.options["mask_prompt"]:
+    limit, options = dataset.options["max_length"], dataset.options
+    if limit is None and not options["mask_prompt"] and (dataset.store.end == "append" or dataset.lengths.min() > 1):
         return None
     labels = None if limit is None else limit - 1  # the first column's is ignored
     rows = np.arange(0) if labels == 0 else trained_rows(dataset.collator(labels), np.arange(len(dataset)))

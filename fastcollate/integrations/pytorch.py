@@ -237,7 +237,7 @@ class StoreDataset(Dataset[StoreRow]):
         self.options: dict[str, Any] = {
             "max_length": None, "mask_prompt": False, "truncation": "right", "ignore_index": -100, **options
         }  # fmt: skip
-        self._collators: dict[int | None, Collator] = {}
+        self._collators: dict[tuple[int | None, bool], Collator] = {}
         self.collator()
 
     @property
@@ -261,12 +261,17 @@ class StoreDataset(Dataset[StoreRow]):
             )
         return StoreRows(self, indices)
 
-    def collator(self, max_length: int | None = None) -> Collator:
-        """The kernel's front with this data set's options; `max_length` overrides theirs."""
+    def collator(self, max_length: int | None = None, *, whole: bool = False) -> Collator:
+        """The kernel's front with this data set's options; `max_length` overrides theirs.
+
+        `whole` gives inputs that are all ids of a row, also where rows hold their end, and ignores with -100.
+        """
         limit = self.options["max_length"] if max_length is None else max_length
-        if limit not in self._collators:
-            self._collators[limit] = collator_of(self.store, {**self.options, "max_length": limit})
-        return self._collators[limit]
+        key = limit, whole
+        if key not in self._collators:
+            own = {"end": "append", "ignore_index": -100} if whole else {}
+            self._collators[key] = collator_of(self.store, {**self.options, **own, "max_length": limit})
+        return self._collators[key]
 
     def trained_rows(self) -> Int64Array:
         """The rows that have a trained target, for `rows=`; the others cost time and teach nothing. Reads all once."""

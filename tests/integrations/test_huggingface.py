@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -103,7 +104,7 @@ def test_padded_equals_data_collator_for_seq2seq(store: TokenStore, rows: list[i
 @pytest.mark.parametrize("masked", [False, True])
 def test_flattened_equals_data_collator_with_flattening(store: TokenStore, rows: list[int], masked: bool) -> None:
     features = [{key: (FEATURES if masked else PLAIN)[i][key] for key in ("input_ids", "labels")} for i in rows]
-    wanted = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)(features)
+    wanted = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(features)
     ours = DataCollator("flattened")
     same(ours(StoreDataset(store, mask_prompt=masked).__getitems__(rows)), wanted)
     same(ours(features), wanted)
@@ -113,7 +114,7 @@ def test_flattened_equals_data_collator_with_flattening(store: TokenStore, rows:
 def test_a_packed_batch_is_flattened_as_theirs(store: TokenStore, layout: str) -> None:
     dataset = StoreDataset(store, mask_prompt=True)
     sampler = BucketBatchSampler(lengths_of(dataset), policy="packed", batch_size=2, capacity=64)
-    theirs = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    theirs = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     seen = []
     for rows in sampler:
         features = [{key: FEATURES[i][key] for key in ("input_ids", "labels")} for i in rows]
@@ -351,15 +352,24 @@ def test_sft_trainer_with_completion_only_loss_gives_the_same_losses(tmp_path: P
     assert ours != pytest.approx(wanted, abs=1e-6)
 
 
-def test_datasets_opens_a_store_without_copying(store: TokenStore) -> None:
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads a process's maps as Linux tells them")
+def test_datasets_opens_a_store_by_memory_map(store: TokenStore, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     opened = open_dataset(store)
-    assert len(opened) == 60
-    assert opened[7]["input_ids"] == ROWS[7]
-    assert opened[7]["spans"] == SPANS[7]
-    buffer = opened.data.column("input_ids").chunk(0).values.buffers()[1]
-    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "shard-00000" in line]
-    ranges = [[int(part, 16) for part in fields[0].split("-")] for fields in mapped]
-    assert any(start <= buffer.address < stop for start, stop in ranges)
+    assert opened.column_names == ["input_ids", "labels", "assistant_masks"]
+    wanted = [
+        {"input_ids": f["input_ids"], "labels": f["labels"], "assistant_masks": [int(x != -100) for x in f["labels"]]}
+        for f in FEATURES
+    ]
+    assert opened.to_list() == wanted
+    (written,) = (tmp_path / "fastcollate").iterdir()
+    assert str(written) in Path("/proc/self/maps").read_text()
+    stamp = written.stat().st_mtime_ns
+    again = pickle.loads(pickle.dumps(open_dataset(store)))
+    assert (again.to_list(), written.stat().st_mtime_ns) == (wanted, stamp)
+    everything = open_dataset(store.path, mask_prompt=False)
+    assert everything["labels"] == everything["input_ids"] == opened["input_ids"]
+    assert len(list((tmp_path / "fastcollate").iterdir())) == 2
 
 
 def test_a_tokenized_dataset_becomes_a_store(tmp_path: Path) -> None:
@@ -369,7 +379,7 @@ def test_a_tokenized_dataset_becomes_a_store(tmp_path: Path) -> None:
         {"input_ids": [1, 2], "labels": [-100, -100]},
         {"input_ids": [7, EOS], "labels": [7, EOS]},
     ]
-    made = store_from_dataset(table(FEATURES + chats), tmp_path / "made", make_tokenizer())
+    made = store_from_dataset(table(FEATURES + chats), tmp_path / "made", make_tokenizer(), end="append")
     assert [row.input_ids.tolist() for row in made] == [*ROWS, [1, 2, 3, 4, 5, 6], [1, 2, 3], [1, 2], [7]]
     assert [row.spans.tolist() for row in made] == [*SPANS, [2, 1, 1, 2], [1, 1, 2], [3], [0, 1]]
     found = DataCollator(tokenizer=make_tokenizer())(StoreDataset(made, mask_prompt=True).__getitems__([60, 61]))
@@ -378,7 +388,7 @@ def test_a_tokenized_dataset_becomes_a_store(tmp_path: Path) -> None:
         {"input_ids": f["input_ids"], "completion_mask": [int(label != -100) for label in f["labels"]]}
         for f in FEATURES
     ]
-    again = store_from_dataset(datasets.Dataset.from_list(masks), tmp_path / "again", make_tokenizer())
+    again = store_from_dataset(datasets.Dataset.from_list(masks), tmp_path / "again", make_tokenizer(), end="append")
     assert [row.spans.tolist() for row in again] == SPANS
     with pytest.raises(InputError, match="a store already"):
         store_from_dataset(table(FEATURES), tmp_path / "again", make_tokenizer())
