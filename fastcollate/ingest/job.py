@@ -84,7 +84,7 @@ def prepare(
     started = time.perf_counter()
     asked = PrepareOptions(**options)
     given = find_sources(sources, keep_empty=asked.on_error == "skip", split=asked.split)
-    with spooled(given, is_shared=asked.engine == "ray") as found:
+    with spooled(given, is_shared=asked.engine == "ray", progress=progress) as found:
         spec = JobSpec(asked, dict(fields or {})).chosen(found).sealed()
         job = _Job(found, Path(os.path.expanduser(store)), spec, progress)
         manifest = None if asked.overwrite else _find_at_rest(job)

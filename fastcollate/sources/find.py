@@ -9,8 +9,9 @@ import re
 import stat as stat_module
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,7 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from fastcollate.errors import InputError, import_extra
+from fastcollate.progress import progress_bar
 from fastcollate.sources.compression import COMPRESSIONS
 from fastcollate.sources.remote import attempt, name_of
 
@@ -36,6 +38,7 @@ _LIBRARIES = {  # how their objects are read; no library is imported to find out
     "pyarrow.Table": "table", "pyarrow.RecordBatch": "frame", "pyarrow.Dataset": "table",
 }  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_TOLD = 1000  # records between two signs of progress
 _SETTLED_NS = 2_000_000_000  # a file that was changed later than so long ago may change again within one tick
 
 
@@ -92,7 +95,8 @@ def find_sources(sources: Any, *, keep_empty: bool = False, split: str | None = 
     if isinstance(sources, str | os.PathLike) or _kind(sources):
         sources = [sources]
     if not isinstance(sources, Iterable) or isinstance(sources, Mapping):
-        raise InputError(f"sources: a {type(sources).__name__}; name files, or give a data set, a table or records")
+        remedy = "a data set, a table (of columns: pyarrow.table(columns)) or a list of records"
+        raise InputError(f"sources: a single {type(sources).__name__}; name files, or give {remedy}")
     given = iter(sources)
     first = list(islice(given, 1))
     if first and isinstance(first[0], Mapping) and not _kind(first[0]):
@@ -106,7 +110,7 @@ def find_sources(sources: Any, *, keep_empty: bool = False, split: str | None = 
             found += _find_files(os.fspath(source), names.get(source), split)
         else:
             remedy = "; give turns as records: {'messages': turns}" if isinstance(source, list) else ""
-            raise InputError(f"source {source!r:.80}: neither a path, a URL, a data set, nor a table{remedy}")
+            raise InputError(f"source {source!r:.80}: neither a path, a URL, a data set, a table, nor a record{remedy}")
     if not found:
         raise InputError("no source given; name at least one file of records")
     if (empty := [source.name for source in found if source.is_empty]) and not keep_empty:
@@ -182,39 +186,44 @@ def _unsplit(source: Source, split: str | None) -> Source:
 
 
 @contextlib.contextmanager
-def spooled(sources: Sequence[Source], *, is_shared: bool) -> Iterator[list[Source]]:
+def spooled(sources: Sequence[Source], *, is_shared: bool, progress: bool = False) -> Iterator[list[Source]]:
     """The sources, those that can be read only once as temporary files: they must be read more often.
 
     `is_shared` says that other machines do the work, which cannot read that file themselves.
     """
+    once = [source for source in sources if source.format in ("records", "stream")]
     with contextlib.ExitStack() as stack:
-        yield [_spool(source, stack, is_shared) for source in sources]
+        with progress_bar(unit="records", progress=progress and bool(once)) as bar:
+            task = bar.add_task("reading", total=None)
+            files = {id(source): _spool(source, stack, is_shared, partial(bar.advance, task)) for source in once}
+        yield [files.get(id(source), source) for source in sources]
 
 
-def _spool(source: Source, stack: contextlib.ExitStack, is_shared: bool) -> Source:
-    if source.format not in ("records", "stream"):
-        return source
+def _spool(source: Source, stack: contextlib.ExitStack, is_shared: bool, advance: Callable[[int], object]) -> Source:
     kind, write = ("lines", _write_lines) if source.format == "records" else ("arrow", _write_batches)
     descriptor, path = tempfile.mkstemp(prefix="fastcollate-")
     stack.callback(os.unlink, path)
     with open(descriptor, "wb") as file:
-        write(source, file)
+        write(source, file, advance)
     num_bytes = os.path.getsize(path)
     return Source(path if is_shared else source.name, kind, num_bytes=num_bytes, local=None if is_shared else path)
 
 
-def _write_batches(source: Source, file: IO[bytes]) -> None:
+def _write_batches(source: Source, file: IO[bytes], advance: Callable[[int], object]) -> None:
     try:
         batches = pa.RecordBatchReader.from_stream(source.dataset)
         with batches, pa.ipc.new_stream(file, batches.schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
+                advance(batch.num_rows)
     except pa.ArrowException as error:
         raise InputError(f"{source.name}: cannot be read ({error})") from error
 
 
-def _write_lines(source: Source, file: IO[bytes]) -> None:
+def _write_lines(source: Source, file: IO[bytes], advance: Callable[[int], object]) -> None:
     for number, record in enumerate(source.dataset):
+        if number % _TOLD == _TOLD - 1:
+            advance(_TOLD)
         try:
             line = json.dumps(
                 dict(record) if isinstance(record, Mapping) else record, ensure_ascii=False, default=_plain

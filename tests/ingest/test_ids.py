@@ -19,6 +19,7 @@ from fastcollate.ingest.ids.columns import KNOWN, columns_of_ids
 from fastcollate.ingest.ids.rows import rows_of_ids
 from fastcollate.sources.blocks import Block
 from fastcollate.sources.records import Records, TableRecords, read_records
+from tests.helpers import run_cli
 
 VOCAB = 50
 Record = dict[str, Any]
@@ -252,3 +253,17 @@ def test_ids_need_their_tokenizer_and_are_placed_by_line(tmp_path: Path) -> None
         prepare(tmp_path / "a.jsonl", tmp_path / "s", template="tokenized", tokenizer="gpt2")
     report = prepare(tmp_path / "a.jsonl", tmp_path / "s", template="tokenized", tokenizer="gpt2", on_error="skip")
     assert (report.num_rows, report.summary["num_skipped"]) == (1, 1)
+
+
+def test_the_command_line_takes_files_of_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pa.table({"tokens": [[1, 2, 3], [4, 5]], "loss_mask": [[0, 1, 1], [1, 0]], "id": ["a", "b"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    asked = ("--template", "tokenized", "--tokenizer", "gpt2")
+    assert run_cli(monkeypatch, "prepare", tmp_path / "a.parquet", tmp_path / "s", *asked) == 1
+    assert "no column 'input_ids' (columns here: 'tokens', 'loss_mask', 'id')" in capsys.readouterr().err
+    named = (*asked, "--field", "input_ids=tokens", "--json")
+    assert run_cli(monkeypatch, "prepare", tmp_path / "a.parquet", tmp_path / "s", *named) == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["num_rows"] == 2
+    assert [row.spans.tolist() for row in TokenStore(tmp_path / "s")] == [[1, 2], [0, 1, 1]]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from test_prepare import many, store_hash, write_lines
 
@@ -467,3 +468,21 @@ def test_an_overwrite_begins_anew_where_another_job_was_stopped(
             prepare(source, tmp_path / "s", workers=1, overwrite=True)
         assert done[:6] == list(range(6))  # nothing of what the other job, or one without overwrite, had finished
     assert store_hash(tmp_path / "s") == expected
+
+
+def test_what_lies_in_memory_goes_on_where_it_was(tmp_path: Path, done: list[int]) -> None:
+    records = many(900, seed=1)
+    columns = {name: [record[name] for record in records] for name in records[0]}
+    for number, give in enumerate(
+        (lambda: iter(records), lambda: pa.table(columns), lambda: pa.table(columns).to_reader(7))
+    ):
+        plain, store = tmp_path / f"plain{number}", tmp_path / f"store{number}"
+        prepare(give(), plain, workers=1)
+        expected = done.copy()
+        done.clear()
+        with stopped_after(5, StopHere()):
+            prepare(give(), store, workers=1)
+        prepare(give(), store, workers=1)
+        assert sorted(done) == sorted([*expected, 5])  # the one whose end was not noted is done again
+        assert store_hash(store) == store_hash(plain)
+        done.clear()

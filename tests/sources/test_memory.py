@@ -17,6 +17,7 @@ import pytest
 
 from fastcollate import TokenStore, prepare
 from fastcollate.errors import InputError
+from tests.helpers import run_cli
 
 RECORDS = [
     {
@@ -145,6 +146,13 @@ def test_a_split_is_named(tmp_path: Path, files: Path) -> None:
         prepare(datasets.DatasetDict(train=dataset().select_columns("output")), tmp_path / "s", split="train")
 
 
+def test_the_command_line_takes_a_split(tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.DatasetDict(test=dataset().take(9), train=dataset()).save_to_disk(tmp_path / "saved")
+    assert run_cli(monkeypatch, "prepare", tmp_path / "saved", tmp_path / "s", "--split", "train") == 0
+    assert bytes_of(tmp_path / "s") == bytes_of(files / "parquet")
+
+
 def broken_reader() -> pa.RecordBatchReader:
     def batches() -> Any:
         yield TABLE.to_batches()[0]
@@ -186,10 +194,10 @@ def test_arrays_in_records_are_lists(tmp_path: Path) -> None:
         (pa.table({"instruction": ["a", None], "output": ["a", "b"]}), r"Table, record 1: field 'instruction' is null"),
         (pa.table([pa.array(["x"])] * 2, names=["a", "a"]), r"Table: cannot be read \(two columns are named 'a'"),
         (TABLE.slice(0, 0), "no usable record"),
-        ({"instruction": ["a"], "output": ["b"]}, "sources: a dict; name files"),
+        ({"instruction": ["a"], "output": ["b"]}, "sources: a single dict; name files"),
         ([[{"role": "user", "content": "a"}]], r"give turns as records: \{'messages': turns\}"),
-        (5, "sources: a int"),
-        ([TABLE, 5], "source 5: neither a path"),
+        (5, "sources: a single int"),
+        ([TABLE, 5], "source 5: neither a path, a URL, a data set, a table, nor a record"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_clear_line(given: Any, message: str, tmp_path: Path) -> None:
