@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 from fastcollate.lazy import face
 
 if TYPE_CHECKING:
+    from fastcollate.ingest.ids.columns import columns_of_ids as columns_of_ids
+    from fastcollate.ingest.ids.rows import rows_of_ids as rows_of_ids
+    from fastcollate.ingest.ids.rows import with_end_appended as with_end_appended
     from fastcollate.ingest.job import prepare as prepare
     from fastcollate.ingest.options import PrepareOptions as PrepareOptions
 
-__getattr__, __dir__ = face(__name__, {"PrepareOptions": "options", "prepare": "job"})
+_MODULE_OF = {
+    "PrepareOptions": "options", "columns_of_ids": "ids.columns", "prepare": "job", "rows_of_ids": "ids.rows",
+    "with_end_appended": "ids.rows",
+}  # fmt: skip
+__getattr__, __dir__ = face(__name__, _MODULE_OF)

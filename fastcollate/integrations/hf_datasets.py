@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastcollate.errors import InputError, import_extra
+from fastcollate.ingest import columns_of_ids, rows_of_ids, with_end_appended
 from fastcollate.integrations.pytorch import StoreDataset
+from fastcollate.sources import records
 from fastcollate.store import ShardInfo, TokenStore, files, require_served, shards
 from fastcollate.store import manifest as manifests
 
 Int64Array = npt.NDArray[np.int64]
 
 IGNORE = -100
-_MASKS = ("completion_mask", "assistant_masks")
-_OTHER_MASKS = {"loss_mask", "labels_mask", "target_mask", "weights", "loss_weights"}
 SHARD_ROWS = 1 << 16
 BATCH_ROWS = 1000  # of a batch of Arrow, as `datasets` writes them
 LENGTH_ROWS = 10_000  # whose tokens are read at once to count them
@@ -133,9 +133,9 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
     """Make a store of a tokenized `datasets.Dataset` (for one of texts, give it to `fastcollate.prepare`).
 
     Args:
-        dataset: with `input_ids`, and with `labels` (-100 where not trained, else the id at the same place),
-            `completion_mask`, `assistant_masks`, or none: then all tokens are trained, else those that all of them
-            train. With `seq_lengths`, as `trl.pack_dataset` gives, each sequence becomes a row.
+        dataset: with `input_ids`, and with `labels` (-100 where not trained, else the id at the same place), masks, or
+            none: then all tokens are trained. `fastcollate.prepare(dataset, path, template="tokenized", tokenizer=...)`
+            reads the same columns by the same rules (docs/prepare.md); this takes the tokenizer as an object.
         path: the store's directory, which holds no store yet.
         tokenizer: the one of Hugging Face that made the ids.
         end: `"auto"` or `"in_row"`: rows are exactly these ids. `"append"`: an end-of-text that closes a row is taken
@@ -167,20 +167,15 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
         raise InputError(f"{root}: there is a store already; open it with TokenStore, or choose another directory")
     lengths_of(dataset)
     root.mkdir(parents=True, exist_ok=True)
-    unknown = sorted(set(dataset.column_names) & _OTHER_MASKS)
-    if unknown:
-        raise InputError(
-            f"the data set has a column {unknown[0]!r}, which would be left out: make labels of it (-100 where not "
-            "trained), or remove it"
-        )
-    columns = [name for name in ("input_ids", "labels", *_MASKS, "seq_lengths") if name in dataset.column_names]
+    columns = columns_of_ids(dataset.column_names, {})
     vocab_size = len(tokenizer)
     infos: list[ShardInfo] = []
-    first = 0
-    for part in dataset.select_columns(columns).with_format("numpy").iter(batch_size=SHARD_ROWS):
-        shard = _shard(part, first, last if end == "append" else None, vocab_size)
+    first, content = 0, hashlib.sha256()
+    for part in dataset.select_columns([*columns.values()]).with_format("arrow").iter(batch_size=SHARD_ROWS):
+        shard = _shard(part, columns, first, vocab_size, last if end == "append" else None)
         infos.append(shards.write_shard(root, shards.shard_name(len(infos)), shard))
-        first += len(part["input_ids"])
+        content.update(infos[-1].sha256.encode())
+        first += part.num_rows
     identity = {
         "name": str(tokenizer.name_or_path or type(tokenizer).__name__),
         "fingerprint": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
@@ -189,70 +184,23 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
         "end_token_id": int(last),
         "files": [],
     }
-    sources = manifests.sources_of([str(dataset._fingerprint)], len(dataset))
-    made_from = manifests.StoreIdentity(sources, identity, {"name": "tokenized"}, {"columns": columns}, end=end)
+    sources = manifests.sources_of([content.hexdigest()], len(dataset))
+    made_from = manifests.StoreIdentity(sources, identity, {"name": "tokenized", "fields": columns}, {}, end=end)
     manifests.write_manifest(root, made_from, infos)
     return TokenStore(root)
 
 
-def _shard(part: Mapping[str, Any], first: int, end: int | None, vocab_size: int) -> shards.ShardColumns:
-    """Rows as a shard; an `end` is taken off where it closes a row."""
-    rows, spans, source_rows = [], [], []
-    for number, ids in enumerate(part["input_ids"]):
-        ids = np.asarray(ids, np.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-            raise InputError(f"row {first + number} has ids beyond the tokenizer's {vocab_size:,}: it made other ids")
-        trained = _trained(part, number, ids, first + number)
-        bounds = [len(ids)]
-        if "seq_lengths" in part:
-            bounds = np.cumsum(part["seq_lengths"][number]).tolist()
-            if bounds[-1:] != [len(ids)]:
-                raise InputError(
-                    f"row {first + number} has {len(ids)} ids, but its seq_lengths add up to {bounds[-1:]}"
-                )
-        for start, stop in zip([0, *bounds], bounds, strict=False):
-            own, flags = ids[start:stop], trained[start:stop]
-            if end is not None:
-                closed = len(own) > 0 and int(own[-1]) == end
-                own = own[:-1] if closed else own
-                # the end-of-text is trained like the row's last token, unless the row says it itself
-                flags = flags if closed else np.append(flags, flags[-1:])
-            rows.append(own)
-            spans.append(_spans(flags, counts_end=end is None))
-            source_rows.append(first + number)
+def _shard(
+    part: pa.Table, columns: Mapping[str, str], first: int, vocab_size: int, end: int | None
+) -> shards.ShardColumns:
+    """The rows of records from number `first` on; an `end` is taken off where it closes a row."""
+    found, bad = rows_of_ids(records.TableRecords(part), columns, vocab_size)
+    if bad:
+        number = min(bad)
+        raise InputError(f"row {first + number}: {bad[number]}")
+    rows = found if end is None else with_end_appended(found, end)
     return shards.ShardColumns(
-        np.concatenate(rows).astype(shards.token_dtype(vocab_size)),
-        np.cumsum([0, *map(len, rows)], dtype=np.int64),
-        np.concatenate(spans).astype(np.uint32),
-        np.cumsum([0, *map(len, spans)], dtype=np.int64),
-        np.array(source_rows, np.uint64),
+        rows.ids.astype(shards.token_dtype(vocab_size)),
+        *rows[1:4],
+        rows.source_row + np.uint64(first),
     )
-
-
-def _trained(part: Mapping[str, Any], number: int, ids: Int64Array, row: int) -> npt.NDArray[np.bool_]:
-    """Which ids of a row are trained: those that its labels and all of its masks say."""
-    trained = np.ones(len(ids), bool)
-    for name in ("labels", *_MASKS):
-        if name not in part:
-            continue
-        values = np.asarray(part[name][number], np.int64)
-        if len(values) != len(ids):
-            raise InputError(f"row {row} has {len(ids)} ids and {len(values)} {name}: give one an id")
-        own = values != (IGNORE if name == "labels" else 0)
-        place = int(np.argmax(own & (values != ids))) if name == "labels" and len(ids) else 0
-        if name == "labels" and len(ids) and own[place] and values[place] != ids[place]:
-            raise InputError(
-                f"row {row}: label {place} is {values[place]}, and id {place} is {ids[place]}. Give each label at the "
-                "place of its own id, -100 where that is not trained; shifted labels lie one place too early"
-            )
-        trained &= own
-    return trained
-
-
-def _spans(trained: npt.NDArray[np.bool_], *, counts_end: bool) -> Int64Array:
-    """Alternating counts, prompt first; of an end-of-text that is appended, a response does not count the place."""
-    edges = np.flatnonzero(np.diff(trained, prepend=False, append=not trained[-1] if len(trained) else False))
-    counts = np.diff(edges, prepend=0)
-    if not counts_end and len(counts) % 2 == 0 and len(counts):
-        counts[-1] -= 1
-    return counts

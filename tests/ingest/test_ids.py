@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fastcollate import TokenStore, prepare
 from fastcollate.errors import InputError
 from fastcollate.ingest.ids.columns import KNOWN, columns_of_ids
-from fastcollate.ingest.ids.rows import rows_of_ids
+from fastcollate.ingest.ids.rows import rows_of_ids, with_end_appended
 from fastcollate.sources.blocks import Block
 from fastcollate.sources.records import Records, TableRecords, read_records
 from tests.helpers import run_cli
@@ -132,6 +132,30 @@ def test_rows_are_those_of_the_rule(records: list[Record]) -> None:
     columns = columns_of_ids(list(records[0]), {})
     for chunk in chunks_of(records):
         assert rows_in(chunk, columns) == (expected, {})
+
+
+@given(record_lists(), st.integers(0, 2))
+@settings(max_examples=200, deadline=None)
+def test_an_end_that_closes_a_row_gives_way_to_the_appended_one(records: list[Record], end: int) -> None:
+    """Compared cell by cell: ids with their end behind them, and which of these are trained."""
+    for record in records:
+        record["input_ids"] = [token % 3 for token in record["input_ids"]]
+        record.pop("labels", None)
+    rows, bad = rows_of_ids(TableRecords(pa.Table.from_pylist(records)), columns_of_ids(list(records[0]), {}), VOCAB)
+    made = with_end_appended(rows, end)
+    assert not bad
+    assert (made.ids.dtype, made.offsets.dtype, made.spans.dtype) == ("uint32", "int64", "uint32")
+    expected = [row for number, record in enumerate(records) for row in naive_rows(number, record)]
+    for number, (ids, spans, _) in enumerate(expected):
+        trained = [i % 2 == 1 for i, count in enumerate(spans) for _ in range(count)]
+        if ids[-1] != end:
+            ids, trained = [*ids, end], [*trained, trained[-1]]
+        own = made.ids[made.offsets[number] : made.offsets[number + 1]].tolist()
+        counts = made.spans[made.span_offsets[number] : made.span_offsets[number + 1]].tolist()
+        flags = [i % 2 == 1 for i, count in enumerate(counts) for _ in range(count)]
+        assert [*own, end] == ids
+        assert flags + [len(counts) % 2 == 0] * (len(ids) - len(flags)) == trained
+        assert sum(counts) - len(own) == len(counts) % 2  # a last prompt covers the end too
 
 
 GOOD: Record = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}

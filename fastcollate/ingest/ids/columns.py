@@ -12,7 +12,7 @@ PER_TOKEN = ("labels", *MASKS, "attention_mask", "position_ids")  # a value for 
 COUNTS = ("spans", "seq_lengths")  # that sum up to the number of ids
 KNOWN = ("input_ids", *PER_TOKEN, *COUNTS)
 _HARMLESS = ("special_tokens_mask", "token_type_ids")
-_SUSPECT = re.compile("mask|weight|label")
+_SUSPECT = re.compile("mask|weight|labels|target")
 
 
 def columns_of_ids(names: Sequence[str], fields: Mapping[str, str]) -> dict[str, str]:

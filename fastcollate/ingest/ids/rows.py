@@ -206,3 +206,17 @@ def _cut(ids: npt.NDArray[np.int64], begins: _Truth, trained: _Truth, record: np
         np.append(np.searchsorted(bounds, starts), len(bounds)),
         record[starts].astype(np.uint64),
     )
+
+
+def with_end_appended(rows: Rows, end: int) -> Rows:
+    """Rows as the collate closes them by an end-of-text: one that closes a row already is taken off.
+
+    It is trained as the row says where it has one, else as the row's last id is.
+    """
+    last = rows.offsets[1:] - 1
+    is_closed = rows.ids[last] == end
+    ends_trained = np.diff(rows.span_offsets) % 2 == 0
+    spans = rows.spans.astype(np.int64)
+    spans[rows.span_offsets[1:] - 1] += np.where(ends_trained, -1 * is_closed, ~is_closed)
+    offsets = starts_of(np.diff(rows.offsets) - is_closed)
+    return rows._replace(ids=np.delete(rows.ids, last[is_closed]), offsets=offsets, spans=spans.astype(np.uint32))
