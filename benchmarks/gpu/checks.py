@@ -63,9 +63,9 @@ def copy(scale: Scale) -> dict[str, Any]:
             for cells in (scale.cells, 4 * scale.cells)
         ]
     for found in loaders:
-        found["share_of_plain_copies_of_that_size"] = round(
-            found["gb_per_s"] / _plain_copies(int(found["mib_per_copy"] * 2**20)), 4
-        )
+        size = int(found["mib_per_copy"] * 2**20)
+        found["share_of_plain_copies_of_that_size"] = round(found["gb_per_s"] / _plain_copies(size), 4)
+        found["share_of_those_just_written"] = round(found["gb_per_s"] / _plain_copies(size, written=True), 4)
         found["share_of_plain_copies_of_64_mib"] = round(found["gb_per_s"] / bus["64 MiB"], 4)
     return {"plain_copies_gb_per_s": bus, "loaders": loaders}
 
@@ -96,11 +96,19 @@ def _copies_of_a_loader(store: TokenStore, cells: int, device: torch.device, ste
     }
 
 
-def _plain_copies(size: int) -> float:
-    """GB a second of copies of one pinned buffer after another."""
+def _plain_copies(size: int, *, written: bool = False) -> float:
+    """GB a second of copies of one pinned buffer after another, each `written` anew before, or not."""
     host = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(4)]
     there = torch.empty(size, dtype=torch.uint8, device="cuda")
-    times = _times_of_copies(lambda: [there.copy_(host[n % 4], non_blocking=True) for n in range(60)])
+
+    def copies() -> None:
+        for n in range(60):
+            if written:
+                torch.cuda.synchronize()
+                host[n % 4].fill_(n)
+            there.copy_(host[n % 4], non_blocking=True)
+
+    times = _times_of_copies(copies)
     return size / statistics.median(times) / 1e3
 
 

@@ -47,8 +47,11 @@ def nanogpt_flops_per_token(config: GPT2Config) -> float:
     return 6 * num_parameters + 12 * config.num_layers * config.width * config.context_length
 
 
+BETWEEN_KERNELS_US = 10.0  # one ends and the next begins, copies or not
+
+
 def profiled(events: list[tuple[str, float, float]], steps: int) -> dict[str, Any]:
-    """Sums of what ran on the card, a step.
+    """Sums of what ran on the card, a step. A copy is hidden where kernels run, or one follows another at once.
 
     Args:
         events: name, start and end in microseconds, each kernel and copy once.
@@ -57,8 +60,9 @@ def profiled(events: list[tuple[str, float, float]], steps: int) -> dict[str, An
     copies = [(start, end) for name, start, end in events if "memcpy htod" in name.lower()]
     kernels = [event for event in events if not event[0].lower().startswith("mem")]
     busy = merge([(start, end) for _, start, end in kernels])
+    working = merge(busy, BETWEEN_KERNELS_US)
     copied = sum(end - start for start, end in copies)
-    hidden = sum(max(0.0, min(end, e) - max(start, s)) for start, end in copies for s, e in busy)
+    hidden = sum(max(0.0, min(end, e) - max(start, s)) for start, end in copies for s, e in working)
     computed = sum(e - s for s, e in busy)
     by_name: Counter[str] = Counter()
     for name, start, end in kernels:
@@ -72,11 +76,11 @@ def profiled(events: list[tuple[str, float, float]], steps: int) -> dict[str, An
     }
 
 
-def merge(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Overlapping spans as one."""
+def merge(spans: list[tuple[float, float]], gap: float = 0.0) -> list[tuple[float, float]]:
+    """Spans that overlap, or lie at most so far apart, as one."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
+        if merged and start <= merged[-1][1] + gap:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
             merged.append((start, end))

@@ -15,7 +15,7 @@ from benchmarks import harness
 from benchmarks.gpu import figures as gpu
 from fastcollate.errors import InputError
 from fastcollate.train.cuda import attention as room
-from fastcollate.train.cuda.compiler import triton_compiles
+from fastcollate.train.cuda.compiler import _compiles, triton_compiles
 from fastcollate.train.loss import Readback
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import choose_device, join_ranks
@@ -102,17 +102,30 @@ def test_without_a_compiler_pytorch_s_own_kernels_are_taken(error: Exception, mo
 
     name = "fastcollate.train.cuda.cross_entropy"
     monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(to_gradient=cannot))
-    triton_compiles.cache_clear()
+    _compiles.cache_clear()
     try:
         with pytest.warns(
             RuntimeWarning, match=r"slower: Triton compiles nothing for cpu \(.+\); it needs a C compiler"
         ):
             assert not triton_compiles(torch.device("cpu"))
         monkeypatch.setitem(sys.modules, name, None)  # not installed
-        triton_compiles.cache_clear()
+        _compiles.cache_clear()
         assert not triton_compiles(torch.device("cpu"))
     finally:
-        triton_compiles.cache_clear()
+        _compiles.cache_clear()
+
+
+def test_whether_triton_compiles_is_a_constant_to_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def answer(device: torch.device) -> bool:
+        asked.append(device)
+        return True
+
+    monkeypatch.setattr("fastcollate.train.cuda.compiler._compiles", answer)
+    compiled = torch.compile(lambda x: x + triton_compiles(x.device), backend="eager", fullgraph=True)
+    assert [int(compiled(torch.tensor(n))) for n in (1, 2, 3)] == [2, 3, 4]
+    assert asked == [torch.device("cpu")]
 
 
 def test_a_number_is_read_back() -> None:
@@ -144,15 +157,17 @@ def test_a_card_is_found_by_whole_words(card: str, peak: int | None) -> None:
 
 
 def test_a_profile_counts_each_kernel_once() -> None:
-    events = [("gemm", 0.0, 10.0), ("gemm", 20.0, 30.0), ("add", 5.0, 12.0), ("Memcpy HtoD", 8.0, 14.0),
-              ("Memset", 40.0, 50.0)]  # fmt: skip
+    events = [("gemm", 0.0, 10.0), ("gemm", 30.0, 40.0), ("add", 5.0, 12.0), ("Memcpy HtoD", 8.0, 14.0),
+              ("Memset", 50.0, 60.0)]  # fmt: skip
     assert gpu.profiled(events, steps=2) == {
         "h2d_us_per_step": 3.0,
         "h2d_hidden_share": round(4 / 6, 4),
         "gpu_busy_us_per_step": 11.0,
-        "gpu_idle_share": round(1 - 22 / 30, 4),
+        "gpu_idle_share": round(1 - 22 / 40, 4),
         "top_kernels": [{"name": "gemm", "us_per_step": 10.0}, {"name": "add", "us_per_step": 3.5}],
     }
+    one_behind_the_other = [*events[:1], ("gemm", 14.0, 20.0), *events[2:]]
+    assert gpu.profiled(one_behind_the_other, steps=2)["h2d_hidden_share"] == 1.0
 
 
 def test_results_are_saved_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,14 @@ import torch
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def triton_compiles(device: torch.device) -> bool:
-    """Asked once a device: a kernel is compiled and run. Where it cannot be, PyTorch's own operations do the work."""
+    """Whether it does; a constant to `torch.compile`. Where not, PyTorch's own operations do the work."""
+    return _compiles(device)
+
+
+@functools.cache
+def _compiles(device: torch.device) -> bool:
+    """Asked once a device: a kernel is compiled and run."""
     try:
         from fastcollate.train.cuda.cross_entropy import to_gradient
 
@@ -23,7 +28,7 @@ def triton_compiles(device: torch.device) -> bool:
         warnings.warn(
             f"loss and attention take PyTorch's own kernels, which are slower: Triton compiles nothing for {device} "
             f"({reason}); it needs a C compiler (gcc)",
-            RuntimeWarning, stacklevel=2,
+            RuntimeWarning, stacklevel=3,
         )  # fmt: skip
         return False
     return True
