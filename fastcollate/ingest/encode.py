@@ -18,7 +18,9 @@ from fastcollate.ingest.spans import BadRecord, Parts, Rows, count, limit_prompt
 from fastcollate.ingest.spec import TOKENIZED, Counts, JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.sources import Block, Unit, records
 from fastcollate.store import shards
-from fastcollate.text import BadRecordError, Template, Texts, Tokenizer, UnencodableError, starts_of
+from fastcollate.text import BadRecordError, Rendered, Template, Texts, Tokenizer, UnencodableError, starts_of
+
+_IS_SPECIAL = "holds the special token {!r} as text; store it as ordinary text with --special-text encode"
 
 
 class Encoded(NamedTuple):
@@ -55,7 +57,8 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
     if template.name == TOKENIZED:
         rows, digests = read_rows(unit, template.settings["fields"], tokenizer.vocab_size, lost.add_all)
     else:
-        rows, digests, seconds = _encoded_rows(unit, spec, lost, counts)
+        make = _encoded_rows if template.end == "append" else _encoded_chats
+        rows, digests, seconds = make(unit, spec, lost, counts)
     too_long: list[BadRecord] = []
     rows = limit_prompts(rows, spec.options, counts, too_long, end=template.end)
     lost.add_rows(too_long)
@@ -84,6 +87,49 @@ def _encoded_rows(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tup
     tokenizer.check(parts.texts, encoded, seed=unit.index)
     counts.add(found)
     return rows, digests, seconds
+
+
+def _encoded_chats(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tuple[Rows, list[bytes], float]:
+    """As `_encoded_rows`, where the template writes whole texts."""
+    tokenizer, _ = spec.tools()
+    chats: dict[int, Rendered] = {}
+    digests = []
+    for block in unit.blocks:
+        data = block.read()
+        digests.append(block.digest(data))
+        bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
+        chats |= _rendered(block, data, spec, bad)
+        lost.add_all(block, data, bad)
+    started = time.thread_time()
+    while True:
+        try:
+            encoded = tokenizer.encode_chats([*chats.values()], seed=unit.index)
+            break
+        except UnencodableError as error:
+            numbers = [*chats]
+            failed = {numbers[place]: reason for place, reason in sorted(error.reasons.items())}
+            lost.add_rows([BadRecord(number, 0, reason) for number, reason in failed.items()])
+            chats = {number: chat for number, chat in chats.items() if number not in failed}
+    rows = Rows(*encoded, np.fromiter(chats, np.uint64, len(chats)))
+    return rows, digests, time.thread_time() - started
+
+
+def _rendered(block: Block, data: bytes, spec: JobSpec, bad: list[BadRecord]) -> dict[int, Rendered]:
+    """A block's records as text, by their numbers; those that give none go to `bad`."""
+    _, template = spec.tools()
+    refuses, found, row = spec.options.special_text != "encode", {}, block.first_row
+    for chunk in records.read_records(block, data):
+        for number in range(len(chunk)):
+            try:
+                chat = template.render(chunk[number])
+                if chat.protected and refuses:
+                    start, stop, _ = chat.protected[0]
+                    raise BadRecordError(_IS_SPECIAL.format(chat.text[start:stop]))
+                found[row + number] = chat
+            except (BadRecordError, ValueError) as error:
+                bad.append(BadRecord(row + number, 0, str(error)))
+        row += len(chunk)
+    return found
 
 
 def _without(parts: Parts, error: UnencodableError, lost: _Lost) -> Parts:
@@ -252,7 +298,7 @@ class _SpecialTexts:
                 f"ends in {found.group()!r} as text; drop it with --special-text strip-end, or store it as text with"
             )
         else:
-            reason = f"holds the special token {found.group()!r} as text; store it as ordinary text with"
+            raise BadRecordError(_IS_SPECIAL.format(found.group()))
         raise BadRecordError(f"{reason} --special-text encode")
 
     def places(self, data: bytes) -> list[int]:

@@ -41,7 +41,8 @@ def _local_runner(workers: int | None) -> Runner:
         if count == 1 or len(head) < _FEW:
             yield from ((unit, encode_unit(unit, spec, root, token)) for unit in units)
             return
-        spec.tools()  # forked workers share them
+        tokenizer, template = spec.tools()
+        tokenizer.warm(chats=template.end == "in_row")  # forked workers share what is loaded
         is_safe = sys.platform == "linux" and threading.active_count() == 1
         context = multiprocessing.get_context("fork" if is_safe else "spawn")
         with ProcessPoolExecutor(count, context, _begin_worker) as pool:
@@ -96,6 +97,7 @@ def _in_order(
 def _begin_worker() -> None:
     """End when the leader ends, however it does: another job may then begin, and this one's work is nobody's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each core has a worker already
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -24,7 +24,7 @@ from fastcollate.text import boundaries
 from fastcollate.text.added import search_for
 from fastcollate.text.chat.ids import EncodedChats, encode_chats
 from fastcollate.text.chat.rendered import Rendered
-from fastcollate.text.engines.agreement import AgreeingBackend
+from fastcollate.text.engines.agreement import HARD_TEXTS, AgreeingBackend
 from fastcollate.text.engines.backends import DifferentIdsError, Engine, RaggedIds, Texts, TiktokenBackend, TokenBounds
 from fastcollate.text.engines.backends import UnencodableError as UnencodableError
 from fastcollate.text.engines.gigatoken import GigatokenBackend
@@ -232,8 +232,8 @@ class Tokenizer:
     def check_before_start(self) -> None:
         """Compare backend and reference on texts that are known to be hard."""
         if self._backend.name == "gigatoken":
-            encoded = self.encode_batch(_HARD_TEXTS)
-            for index, text in enumerate(_HARD_TEXTS):
+            encoded = self.encode_batch(HARD_TEXTS)
+            for index, text in enumerate(HARD_TEXTS):
                 self._compare(text, encoded, index)
 
     def _compare(self, text: str, encoded: RaggedIds, index: int) -> None:
@@ -247,15 +247,6 @@ class Tokenizer:
                 f"gigatoken and {self._engine.name} give different ids for {text[:200]!r}: {found[:50]}, but "
                 f"{expected[:50]} is right; run again with --backend {self._engine.name}, and please report the text"
             )
-
-
-_HARD_TEXTS = (
-    "", " ", "\n\n\n", "  \n \t x", "a  b   c\r\n\r\nd", "I'll we've they'Re it's don't 'tis",
-    "3.14159 1234567890 x1y2 ½ ² ٣", "naïve café Ünïcödé ﬁ", "日本語のテキスト 中文 한국어",
-    "👩‍👩‍👧‍👦 👍🏽 \u200d\ufe0f", "e\u0301 \u0345 \u0e33 नमस्ते", "<|endoftext|> <|im_start|>",
-    "\x00\x01\x7f\x80\xa0\u2028\u3000\ufeff", "{}[]();:==!=->// __init__ \\n",
-    "Below is an instruction.\n\n### Response:\n  indented", "word " * 40,
-)  # fmt: skip
 
 
 def _guarded(name: str, encode: Callable[[], _T]) -> _T:

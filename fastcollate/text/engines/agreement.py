@@ -30,6 +30,15 @@ _RUN = 256  # code points that are asked about at once
 _SLICE = 1 << 20  # bytes looked through at once
 
 
+HARD_TEXTS = (
+    "", " ", "\n\n\n", "  \n \t x", "a  b   c\r\n\r\nd", "I'll we've they'Re it's don't 'tis",
+    "3.14159 1234567890 x1y2 ½ ² ٣", "naïve café Ünïcödé ﬁ", "日本語のテキスト 中文 한국어",
+    "👩‍👩‍👧‍👦 👍🏽 \u200d\ufe0f", "e\u0301 \u0345 \u0e33 नमस्ते", "<|endoftext|> <|im_start|>",
+    "\x00\x01\x7f\x80\xa0\u2028\u3000\ufeff", "{}[]();:==!=->// __init__ \\n",
+    "Below is an instruction.\n\n### Response:\n  indented", "word " * 40,
+)  # fmt: skip
+
+
 class AgreeingBackend:
     """gigatoken; the reference for texts that hold a code point on which the two differ.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgspec
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.text.added import AddedTokens
-from fastcollate.text.engines.agreement import AgreeingBackend
+from fastcollate.text.engines.agreement import HARD_TEXTS, AgreeingBackend
 from fastcollate.text.engines.backends import RaggedIds, Texts, TokenizersBackend
 from fastcollate.text.engines.gigatoken import GigatokenBackend
 from fastcollate.text.saved import Saved, SavedToken
@@ -57,7 +58,7 @@ class TokenizerJson:
             def make() -> AgreeingBackend:
                 return AgreeingBackend(GigatokenBackend.of_json(text), exact, fingerprint, normalizes=self.normalizes)
 
-            return WarmingBackend(exact, make if takes else None)
+            return WarmingBackend(exact, make if takes else None, [*self.added.control])
 
         without = msgspec.json.encode({**parts, "added_tokens": msgspec.Raw(msgspec.json.encode(others))}).decode()
         self.plain = backend_of(without, TokenizersBackend(plain))
@@ -144,9 +145,12 @@ def _steps(part: msgspec.Raw | None) -> list[dict[str, Any]]:
 class WarmingBackend:
     """The reference for the first megabyte of texts, gigatoken from then on, or at once when it is asked to `warm`."""
 
-    def __init__(self, exact: TokenizersBackend, make: Callable[[], AgreeingBackend] | None) -> None:
+    def __init__(
+        self, exact: TokenizersBackend, make: Callable[[], AgreeingBackend] | None, added: Sequence[str]
+    ) -> None:
         self.exact = exact
         self._make = make
+        self._hard_texts = [*HARD_TEXTS, "".join(added), " a ".join(added)]
         self.fast: AgreeingBackend | None = None  # gigatoken, once it is loaded
         self._num_bytes = 0
 
@@ -156,11 +160,14 @@ class WarmingBackend:
         return "gigatoken" if self.fast is not None else "tokenizers"
 
     def warm(self) -> None:
-        """Load gigatoken, if it takes the file."""
+        """Load gigatoken, if it takes the file and agrees on texts that are known to be hard."""
         make, self._make = self._make, None
         if make is not None:
             with contextlib.suppress(Exception):  # a pattern that it does not know: tokenizers goes on
-                self.fast = make()
+                fast = make()
+                found = fast.encode_batch(Texts(self._hard_texts))
+                rows = [found.ids[a:b].tolist() for a, b in pairwise(found.offsets.tolist())]
+                self.fast = fast if rows == list(map(self.exact.encode, self._hard_texts)) else None
 
     def encode_batch(self, texts: Texts) -> RaggedIds:
         """The ids of each text."""
