@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, tokenizer_of, trained_by_mask
+from fastcollate.check.ids import differing_rows
 from fastcollate.collate import reference
 from fastcollate.errors import InputError
 from fastcollate.load import BatchLoader
@@ -26,6 +27,7 @@ from fastcollate.text import BadRecordError, Template, Tokenizer, load_template
 from fastcollate.train import MaskOptions, OrderOptions
 
 _MOST_PROBLEMS = 20
+TOKENIZED = "tokenized"  # records that hold ids: no text is tokenized again
 
 
 @dataclass(slots=True)
@@ -243,9 +245,9 @@ class _Records:
         self.store = store
         self.sources = find_sources(list(sources), keep_empty=True)
         tokenizer, problem = tokenizer_of(store)
-        if tokenizer is None:
+        if tokenizer is None and store.manifest["template"].get("name") != TOKENIZED:
             raise InputError(f"{store.path}: its ids cannot be checked, {problem}")
-        self.tokenizer: Tokenizer = tokenizer
+        self.tokenizer = tokenizer
         saved = store.manifest["template"]
         if saved["name"].endswith(".jinja") and not Path(saved["name"]).is_file():
             raise InputError(
@@ -267,6 +269,13 @@ class _Records:
                 for position, (chunk, number) in enumerate(parsed, block.first_row):
                     if row == len(store) or int(store[row].source_row) != position:
                         continue  # skipped when the store was prepared
+                    if self.tokenizer is None or self.template.name == TOKENIZED:
+                        num_rows, problems = differing_rows(store, row, position, chunk, number)
+                        for problem in problems:
+                            found.note(problem)
+                        row += num_rows
+                        found.records += 1
+                        continue
                     try:
                         parts = self.template.parts(chunk[number])
                         _compare_row(store, row, parts, self.tokenizer, self.template.single_turn, found)
