@@ -199,7 +199,7 @@ def gather_lengths(lengths: Any, rows: Any, limit: int, out: Any) -> None:
 
 @kernel
 def sort_by_length(rows: Any, lengths: Any, longest: int, sorted_rows: Any, sorted_lengths: Any) -> None:
-    """A stable counting sort (Seward, 1954), shortest first; `lengths` are 0 to `longest`.
+    """A stable counting sort (Seward, 1954), shortest first; `lengths` (any numbers) are 0 to `longest`.
 
     `sorted_lengths` of size 0 are not written.
     """
@@ -321,44 +321,3 @@ def pack_best_fit(items: Any, lengths: Any, capacity: int, bin_of: Any) -> int:
             heads[left] = chosen
             words[left >> 5] |= 1 << (left & 31)
     return num_bins
-
-
-@kernel
-def group_by_bin(bin_of: Any, items: Any, bounds: Any) -> None:
-    """Items by bin, in the order of their numbers: bin `b` is `items[bounds[b]:bounds[b + 1]]`; both are written."""
-    bounds[:] = 0
-    for i in range(len(bin_of)):
-        bounds[bin_of[i] + 1] += 1
-    for b in range(len(bounds) - 1):
-        bounds[b + 1] += bounds[b]
-    for i in range(len(bin_of)):
-        place = bounds[bin_of[i]]
-        bounds[bin_of[i]] = place + 1
-        items[place] = i
-    for b in range(len(bounds) - 1, 0, -1):  # each bound has moved to its bin's end
-        bounds[b] = bounds[b - 1]
-    bounds[0] = 0
-
-
-@kernel
-def take_groups(values: Any, bounds: Any, order: Any, out: Any, out_bounds: Any) -> None:
-    """Groups of values in another order, end to end."""
-    count = 0
-    out_bounds[0] = 0
-    for g in range(len(order)):
-        for i in range(bounds[order[g]], bounds[order[g] + 1]):
-            out[count] = values[i]
-            count += 1
-        out_bounds[g + 1] = count
-
-
-@kernel
-def split_rows(rows: Any, lengths: Any, limit: int, out: Any, out_starts: Any, out_lengths: Any) -> None:
-    """Each row as parts of at most `limit` tokens: their row, first token and length; an empty row is one part."""
-    count = 0
-    for i in range(len(rows)):
-        for start in range(0, max(np.int64(lengths[i]), 1), limit):
-            out[count] = rows[i]
-            out_starts[count] = start
-            out_lengths[count] = min(np.int64(lengths[i]) - start, limit)
-            count += 1

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
 from fastcollate.plan.options import PlanOptions, row_numbers
-from fastcollate.plan.plan import EpochPlan, PackWindow, Window, as_lengths, plan_with, too_long
+from fastcollate.plan.plan import EpochPlan, PackWindow, Window, as_lengths, key_of, plan_with, too_long
 from fastcollate.store import Example, TokenStore, require_served, shards
 
 Int64Array = npt.NDArray[np.int64]
@@ -172,8 +172,7 @@ class MixedStore:
 
     def count_sources(self, rows: npt.ArrayLike) -> Int64Array:
         """How many of some rows come from each source, int64 `(num_sources,)`."""
-        sources = np.searchsorted(self.starts, np.asarray(rows, np.int64), side="right") - 1
-        return np.bincount(sources, minlength=len(self.names)).astype(np.int64)
+        return self.count_sources_up_to(np.asarray(rows, np.int64), np.array([0, np.size(rows)]))[-1]
 
     def count_sources_up_to(self, rows: Int64Array, bounds: Int64Array) -> Int64Array:
         """How many of the rows before each bound come from each source, int64 `(num_bounds, num_sources)`."""
@@ -205,10 +204,7 @@ class MixedStore:
             repeat, place = divmod(first, len(rows))
             order = _numbers(rows).copy()
             with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
-                key = np.uint64(self._seed & 0xFFFFFFFFFFFFFFFF)
-                for part in (index, repeat):
-                    key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
-                plan_kernels.shuffle(order, key)
+                plan_kernels.shuffle(order, key_of(self._seed, index, repeat))
             parts.append(order[place : place + count])
             first, count = first + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
@@ -254,13 +250,16 @@ def _shares(
 
 
 class Order:
-    """The rows that each epoch takes: all of a store (or of lengths alone), some by number, or what a mix draws."""
+    """The rows that each epoch takes: all of a store (or of lengths alone), some by number, or what a mix draws.
+
+    `lengths` are those of the whole store.
+    """
 
     def __init__(self, source: Any, rows: npt.ArrayLike | range | None = None) -> None:
         self._source, self._given = source, rows
-        self._lengths = as_lengths(getattr(source, "cells", getattr(source, "lengths", source)))
+        self.lengths = as_lengths(getattr(source, "cells", getattr(source, "lengths", source)))
         self.mix = source if isinstance(source, MixedStore) and rows is None else None
-        self.rows: Rows = range(len(self._lengths)) if rows is None else row_numbers(rows, len(self._lengths))
+        self.rows: Rows = range(len(self.lengths)) if rows is None else row_numbers(rows, len(self.lengths))
         self.num_rows = int(self.mix.shares.sum()) if self.mix else len(self.rows)
         if not self.num_rows:
             raise InputError("no rows to load: the store, or the choice of rows, is empty")
@@ -275,13 +274,8 @@ class Order:
         """The sources of a mix."""
         return self.mix.names if self.mix else ()
 
-    @property
-    def num_store_rows(self) -> int:
-        """Rows of the whole store."""
-        return len(self._lengths)
-
     def _lengths_of(self, rows: Rows) -> npt.NDArray[Any]:
-        return self._lengths[rows.start : rows.stop] if isinstance(rows, range) else self._lengths[rows]
+        return self.lengths[rows.start : rows.stop] if isinstance(rows, range) else self.lengths[rows]
 
     def plan(self, options: PlanOptions, epoch: int) -> OrderedPlan:
         """An epoch's plan, by checked options."""
@@ -319,7 +313,7 @@ class Order:
         if not self._identity:
             self._identity = {
                 "num_rows": self.num_rows,
-                "store": str(getattr(self._source, "fingerprint", "")) or f"lengths {_digest(self._lengths)}",
+                "store": str(getattr(self._source, "fingerprint", "")) or f"lengths {_digest(self.lengths)}",
                 "rows": identity_of(self.rows),
                 "mix": self.mix.identity() if self.mix else None,
             }

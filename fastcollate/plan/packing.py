@@ -47,14 +47,10 @@ class Packs(NamedTuple):
 
     def take(self, order: Int64Array) -> Packs:
         """Some of the packs, in another order."""
-        bounds = np.empty(len(order) + 1, np.int64)
-        size = int((self.bounds[order + 1] - self.bounds[order]).sum())
-        rows = np.empty(size, np.int64)
-        starts = np.empty(size if len(self.starts) else 0, np.int64)
-        if len(starts):
-            plan_kernels.take_groups(self.starts, self.bounds, order, starts, bounds)
-        plan_kernels.take_groups(self.rows, self.bounds, order, rows, bounds)
-        return Packs(rows, starts, bounds)
+        sizes = np.diff(self.bounds)[order]
+        bounds = np.append(0, np.cumsum(sizes))
+        places = np.arange(bounds[-1]) + np.repeat(self.bounds[order] - bounds[:-1], sizes)
+        return Packs(self.rows[places], self.starts[places] if len(self.starts) else self.starts, bounds)
 
     def followed_by(self, other: Packs) -> Packs:
         """These packs, then others."""
@@ -96,20 +92,27 @@ def pack_rows(rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit:
         kept = lengths <= limit
         rows, lengths = rows[kept], lengths[kept]
     elif long_rows == "split" and len(rows) and lengths.max() > limit:
-        num_parts = int(np.maximum(-(-lengths.astype(np.int64) // limit), 1).sum())
-        if num_parts > MOST_PARTS:
-            row, length = int(rows[np.argmax(lengths)]), int(lengths.max())
-            raise InputError(
-                f"{len(rows)} rows in parts of {limit} tokens are {num_parts:,} parts, more than {MOST_PARTS:,} in one "
-                f"window (row {row} alone has {length} tokens): raise the capacity, or give a smaller window"
-            )
-        parts = np.empty(num_parts, np.int64), np.empty(num_parts, np.int64), np.empty(num_parts, lengths.dtype)
-        plan_kernels.split_rows(rows, lengths, limit, *parts)
-        rows, starts, lengths = parts
+        rows, starts, lengths = _split(rows, lengths, limit)
     bin_of, num_bins = _pack(np.minimum(lengths, limit), capacity)
-    items, bounds = np.empty(len(rows), np.int64), np.empty(num_bins + 1, np.int64)
-    plan_kernels.group_by_bin(bin_of, items, bounds)
+    items = np.empty(len(rows), np.int64)
+    plan_kernels.sort_by_length(np.arange(len(rows)), bin_of.astype(np.int32), num_bins, items, items[:0])
+    bounds = np.append(0, np.cumsum(np.bincount(bin_of, minlength=num_bins)))
     return Packs(rows[items], starts[items] if len(starts) else starts, bounds)
+
+
+def _split(rows: Int64Array, lengths: npt.NDArray[Any], limit: int) -> tuple[Int64Array, Int64Array, npt.NDArray[Any]]:
+    """Rows as parts of `limit` tokens, and less at the end: the row, first token and length of each part."""
+    counts = np.maximum(-(-lengths.astype(np.int64) // limit), 1)  # an empty row is one part
+    num_parts = int(counts.sum())
+    if num_parts > MOST_PARTS:
+        row, length = int(rows[np.argmax(lengths)]), int(lengths.max())
+        raise InputError(
+            f"{len(rows)} rows in parts of {limit} tokens are {num_parts:,} parts, more than {MOST_PARTS:,} in one "
+            f"window (row {row} alone has {length} tokens): raise the capacity, or give a smaller window"
+        )
+    starts = limit * (np.arange(num_parts) - np.repeat(np.cumsum(counts) - counts, counts))
+    lengths = np.minimum(np.repeat(lengths, counts) - starts, limit).astype(lengths.dtype)
+    return np.repeat(rows, counts), starts, lengths
 
 
 def _pack(lengths: npt.NDArray[Any], capacity: int) -> Packing:

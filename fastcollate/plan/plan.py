@@ -233,8 +233,10 @@ class EpochPlan:
                 packs = packs.filled_up(packs.num_packs + missing, repeat=options.tail == "repeat")
             order = np.arange(packs.num_packs)
             plan_kernels.shuffle(order, self._key(_ORDER_KEY, index))
-        packs = self._last_packs(packs, order) if is_last and missing else packs.take(order)
-        own = packs.take(np.arange(options.rank, packs.num_packs, options.world_size))
+        if is_last and missing:
+            packs = self._last_packs(packs, order)
+            order = np.arange(packs.num_packs)
+        own = packs.take(order[options.rank :: options.world_size])
         return PackWindow(own, np.append(np.arange(0, own.num_packs, options.batch_size), own.num_packs))
 
     def _last_packs(self, packs: Packs, order: Int64Array) -> Packs:
@@ -253,10 +255,7 @@ class EpochPlan:
             raise IndexError(f"window {index} of a plan with {self.num_windows}")
 
     def _key(self, purpose: int, index: int = 0) -> np.uint64:
-        key: np.uint64 = np.uint64(self.options.seed & 0xFFFFFFFFFFFFFFFF)
-        for part in (self.epoch, purpose, index):
-            key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
-        return key
+        return key_of(self.options.seed, self.epoch, purpose, index)
 
     def _rows(self, index: int) -> npt.NDArray[Any]:
         """The window's rows in the policy's order, of a number that the tail policy makes right."""
@@ -311,6 +310,14 @@ class EpochPlan:
         if count < 0:
             raise too_long(int(rows[-1 - count]), int(lengths[-1 - count]), options)
         return bounds[: count + 1]
+
+
+def key_of(seed: int, *purpose: int) -> np.uint64:
+    """The key of a stream of random numbers, by a seed and what they are for."""
+    key = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+    for part in purpose:
+        key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
+    return key
 
 
 def too_long(row: int, length: int, options: PlanOptions) -> InputError:

@@ -244,7 +244,7 @@ class SavedState:
 
     def _identity_2(self, order: Order) -> dict[str, Any]:
         """What a state of version 2 must agree on."""
-        num_rows = order.num_store_rows if order.mix else order.num_rows
+        num_rows = len(order.lengths) if order.mix else order.num_rows
         if "store" not in self._state:  # of a sampler
             warnings.warn(
                 "a sampler's state of version 2 does not say of which store and rows it is: only their number is "

@@ -5,34 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError, integer
+from fastcollate.store import Example
 
 Int64Array = npt.NDArray[np.int64]
 _HASH_BYTES = 8
-
-
-class Row(Protocol):
-    """What splitting needs of a row; `Example` is one."""
-
-    @property
-    def input_ids(self) -> npt.NDArray[Any]:
-        """The row's tokens."""
-
-    @property
-    def spans(self) -> npt.NDArray[np.uint32]:
-        """Alternating counts of prompt and response tokens, prompt first."""
 
 
 Key = str | Sequence[object] | npt.NDArray[Any] | Callable[[Any], object]
 
 
 def split_rows(
-    store: Sequence[Row] | Any,
+    store: Sequence[Example] | Any,
     proportions: Mapping[str, float],
     *,
     key: Key = "row",

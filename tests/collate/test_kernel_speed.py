@@ -132,11 +132,3 @@ def test_pack_best_fit(benchmark: Any) -> None:
     filled = np.bincount(bin_of, lengths, minlength=num_bins)
     assert filled.max() <= 1024
     assert filled.sum() >= 0.99 * 1024 * num_bins
-
-
-def test_group_by_bin(benchmark: Any) -> None:
-    bin_of = np.random.default_rng(7).integers(0, 1 << 12, 1 << 16)
-    items, bounds = np.empty(1 << 16, np.int64), np.empty((1 << 12) + 1, np.int64)
-    benchmark(plan_kernels.group_by_bin, bin_of, items, bounds)
-    assert items.tolist() == np.argsort(bin_of, kind="stable").tolist()
-    assert np.diff(bounds).tolist() == np.bincount(bin_of, minlength=1 << 12).tolist()

@@ -11,8 +11,7 @@ import torch
 from fastcollate.collate import fill as kernels
 from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
-from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.packing import Packs, pack_lengths, pack_rows
+from fastcollate.plan.packing import Packs, _split, pack_lengths, pack_rows
 from fastcollate.plan.plan import plan_epoch
 from tests.helpers import make_shards
 
@@ -155,9 +154,9 @@ def test_a_window_that_is_not_there(index: int) -> None:
 
 
 def test_rows_are_split_in_order() -> None:
-    out, starts, lengths = (np.empty(5, np.int64) for _ in range(3))
-    plan_kernels.split_rows(np.array([7, 8, 9]), np.array([9, 0, 4]), 4, out, starts, lengths)
-    assert list(zip(out.tolist(), starts.tolist(), lengths.tolist(), strict=True)) == [
+    parts = _split(np.array([7, 8, 9]), np.array([9, 0, 4], np.int32), 4)
+    assert [part.dtype for part in parts] == [np.int64, np.int64, np.int32]
+    assert list(zip(*(part.tolist() for part in parts), strict=True)) == [
         (7, 0, 4), (7, 4, 4), (7, 8, 1), (8, 0, 0), (9, 0, 4),
     ]  # fmt: skip
 
