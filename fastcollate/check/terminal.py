@@ -7,9 +7,8 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from fastcollate.check.counts import Histogram, Inspection, tokenizer_of
+from fastcollate.check.counts import Histogram, Inspection, Int64Array, tokenizer_of
 from fastcollate.collate import Batch
 from fastcollate.errors import InputError
 from fastcollate.progress import print_summary
@@ -19,8 +18,6 @@ from fastcollate.train import MaskOptions
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-Int64Array = npt.NDArray[np.int64]
 
 PROMPT, TRAINED, IGNORED, PADDING = KINDS = ("prompt", "trained", "ignored", "padding")
 MARKS = {PROMPT: "?", TRAINED: "+", IGNORED: "x", PADDING: "."}

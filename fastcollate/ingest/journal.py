@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -43,7 +42,7 @@ class MergedShard:
     info: ShardInfo | None
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager["Journal"]):
     """The journal of the job in a folder whose lock is held.
 
     Opening it removes what dead jobs have left behind, and nothing that is finished.
@@ -77,7 +76,6 @@ class Journal:
                 "or begin anew with --overwrite (overwrite=True)"
             )
         if header is None:
-            self.units, self.shards = {}, {}
             discard(self._path)
         noted = [*(unit.part for unit in self.units.values()), *(shard.info for shard in self.shards.values())]
         _remove_all_but(root, (info for info in noted if info is not None))  # others were being written at a death
@@ -89,12 +87,7 @@ class Journal:
         host = socket.gethostname()
         self._write("run", {"token": self.token, "pid": os.getpid(), "host": host, "started": int(time.time())})
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def has_part(self, index: int) -> bool:
@@ -155,6 +148,8 @@ class Journal:
                 units[entry["index"]] = msgspec.convert(entry, UnitResult)
             elif kind == "shard":
                 shards[entry["number"]] = msgspec.convert(entry, MergedShard)
+        if header is None:
+            return None
         for number, shard in shards.items():
             of_shard = [units[index] for index in range(shard.first, shard.last + 1) if index in units]
             if _digest(of_shard) == shard.sha256 and (shard.info is None or self._has_size(shard.info)):
@@ -170,10 +165,8 @@ class Journal:
 
     def _is_whole(self, part: ShardInfo | None) -> bool:
         """Whether a part is what was written; it was not synced."""
-        if part is None:
-            return True
         with contextlib.suppress(OSError):
-            return self._has_size(part) and files.describe(self._root / part.name).sha256 == part.sha256
+            return part is None or files.describe(self._root / part.name).sha256 == part.sha256
         return False
 
     def remove_all_but(self, shards: Iterable[ShardInfo]) -> None:

@@ -12,11 +12,10 @@ import numpy.typing as npt
 
 from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.options import PlanOptions, row_numbers
+from fastcollate.plan.options import Int64Array, PlanOptions, row_numbers
 from fastcollate.plan.plan import EpochPlan, PackWindow, Window, as_lengths, key_of, plan_with, too_long
 from fastcollate.store import Example, TokenStore, require_served, shards
 
-Int64Array = npt.NDArray[np.int64]
 Rows = range | npt.NDArray[np.int64]
 _CHUNK = 1 << 20
 
@@ -46,6 +45,7 @@ class MixedStore:
 
     Attributes:
         names: the sources, in order.
+        path: the stores' paths, for messages; other attributes of a store are those of each.
         shards: the shards of all stores, in order.
         lengths: each row's length in ids, `(num_rows_of_all_stores,)`.
         cells: see `TokenStore.cells`.
@@ -67,6 +67,13 @@ class MixedStore:
         40
     """
 
+    path: str
+    end: str
+    pad_token_id: int
+    end_token_id: int
+    vocab_size: int
+    tokenizer_name: str
+
     def __init__(
         self,
         stores: Mapping[str, TokenStore],
@@ -86,6 +93,10 @@ class MixedStore:
         self._check_tokenizers()
         self._seed = integer("seed", seed)
         self.names = tuple(stores)
+        self.path = " + ".join(str(store.path) for store in stores.values())
+        first = self._sources[0].store
+        self.end, self.pad_token_id, self.end_token_id = first.end, first.pad_token_id, first.end_token_id
+        self.vocab_size, self.tokenizer_name = first.vocab_size, first.tokenizer_name
         self._join()
         self.starts: Int64Array = np.cumsum([0, *(len(store) for store in stores.values())], dtype=np.int64)
         sizes = [len(source.rows) for source in self._sources]
@@ -121,36 +132,6 @@ class MixedStore:
                     "them again with the other's (--end)"
                 )
 
-    @property
-    def path(self) -> str:
-        """The stores' paths, for messages."""
-        return " + ".join(str(source.store.path) for source in self._sources)
-
-    @property
-    def end(self) -> str:
-        """See `TokenStore.end`."""
-        return self._sources[0].store.end
-
-    @property
-    def pad_token_id(self) -> int:
-        """The id that the collate pads with."""
-        return self._sources[0].store.pad_token_id
-
-    @property
-    def end_token_id(self) -> int:
-        """The end-of-text id."""
-        return self._sources[0].store.end_token_id
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids."""
-        return self._sources[0].store.vocab_size
-
-    @property
-    def tokenizer_name(self) -> str:
-        """The encoding's name."""
-        return self._sources[0].store.tokenizer_name
-
     def __len__(self) -> int:
         """Rows in all stores, whether an epoch draws them or not."""
         return len(self.lengths)
@@ -172,7 +153,8 @@ class MixedStore:
 
     def count_sources(self, rows: npt.ArrayLike) -> Int64Array:
         """How many of some rows come from each source, int64 `(num_sources,)`."""
-        return self.count_sources_up_to(np.asarray(rows, np.int64), np.array([0, np.size(rows)]))[-1]
+        sources = np.searchsorted(self.starts, np.asarray(rows, np.int64), side="right") - 1
+        return np.bincount(sources, minlength=len(self.names)).astype(np.int64)
 
     def count_sources_up_to(self, rows: Int64Array, bounds: Int64Array) -> Int64Array:
         """How many of the rows before each bound come from each source, int64 `(num_bounds, num_sources)`."""

@@ -9,8 +9,7 @@ import numpy.typing as npt
 
 from fastcollate.errors import LARGEST_CAPACITY, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
-
-Int64Array = npt.NDArray[np.int64]
+from fastcollate.plan.options import Int64Array
 
 MOST_PARTS = 1 << 26  # what packs them takes some three gigabytes
 

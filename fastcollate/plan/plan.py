@@ -26,11 +26,9 @@ from typing_extensions import Unpack
 
 from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.options import PlanKeywords, PlanOptions
+from fastcollate.plan.options import Int64Array, PlanKeywords, PlanOptions
 from fastcollate.plan.packing import Packs, pack_rows
 from fastcollate.store import pages
-
-Int64Array = npt.NDArray[np.int64]
 
 BLOCK = 64
 BLOCK_FROM = 1 << 22
@@ -314,7 +312,7 @@ class EpochPlan:
 
 def key_of(seed: int, *purpose: int) -> np.uint64:
     """The key of a stream of random numbers, by a seed and what they are for."""
-    key = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+    key: np.uint64 = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
     for part in purpose:
         key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
     return key

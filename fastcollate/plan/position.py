@@ -11,13 +11,10 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan.mixing import Order, OrderedPlan
-from fastcollate.plan.options import PlanOptions
-
-Int64Array = npt.NDArray[np.int64]
+from fastcollate.plan.options import Int64Array, PlanOptions
 
 STATE_VERSION = 3
 _SIZES = ("batch_size", "max_tokens", "world_size", "shares")  # may differ, as long as a step holds the same rows

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError, integer
+from fastcollate.plan.options import Int64Array
 from fastcollate.store import Example
 
-Int64Array = npt.NDArray[np.int64]
 _HASH_BYTES = 8
 
 

@@ -75,6 +75,12 @@ class TokenStore:
                 "and each row gets one, also those that had none; make the store anew where rows differ in that",
                 stacklevel=2,
             )
+        self.fingerprint, self.kind, self.end = manifest["fingerprint"], manifest["kind"], manifest["end"]
+        self.num_tokens, self.max_length = manifest["num_tokens"], manifest["max_length"]
+        tokenizer = manifest["tokenizer"]
+        self.vocab_size, own = tokenizer["vocab_size"], tokenizer["files"]
+        self.pad_token_id, self.end_token_id = tokenizer["pad_token_id"], tokenizer["end_token_id"]
+        self.tokenizer_name = str(self._from_anywhere / own[0]) if own else tokenizer["name"]
         schema = shard_schema(token_dtype(self.vocab_size), manifest["columns"])
         self.shards = open_shards(self.path, [ShardInfo(**entry) for entry in manifest["shards"]], schema)
         self.lengths = _open_lengths(self.path, manifest)
@@ -88,58 +94,30 @@ class TokenStore:
     """Each row's length in ids, uint16 or uint32 `(num_rows,)`, memory-mapped; see `cells` for what a batch takes."""
     shard_starts: npt.NDArray[np.int64]
     """The first row of each shard, then the number of rows; `(num_shards + 1,)`."""
-
-    @property
-    def fingerprint(self) -> str:
-        """What the store was made from (sources, tokenizer, template, options), as one hash."""
-        return str(self.manifest["fingerprint"])
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in all rows, without the end-of-text of each."""
-        return int(self.manifest["num_tokens"])
-
-    @property
-    def max_length(self) -> int:
-        """The longest row's length in tokens."""
-        return int(self.manifest["max_length"])
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids; every id of the store is below it."""
-        return int(self.manifest["tokenizer"]["vocab_size"])
-
-    @property
-    def tokenizer_name(self) -> str:
-        """The encoding's name, such as `gpt2`, or the path of the store's own `tokenizer.json`."""
-        tokenizer = self.manifest["tokenizer"]
-        return str(self._from_anywhere / tokenizer["files"][0]) if tokenizer["files"] else str(tokenizer["name"])
-
-    @property
-    def kind(self) -> str:
-        """What rows are: `rows`; `pairs`, two neighbouring rows of one `source_row` each; or `documents`."""
-        return str(self.manifest["kind"])
-
-    @property
-    def end(self) -> str:
-        """`append`: the collate appends the end-of-text to each row; `in_row`: rows hold their end themselves."""
-        return str(self.manifest["end"])
+    fingerprint: str
+    """What the store was made from (sources, tokenizer, template, options), as one hash."""
+    num_tokens: int
+    """Tokens in all rows, without the end-of-text of each."""
+    max_length: int
+    """The longest row's length in tokens."""
+    vocab_size: int
+    """The number of token ids; every id of the store is below it."""
+    tokenizer_name: str
+    """The encoding's name, such as `gpt2`, or the path of the store's own `tokenizer.json`."""
+    kind: str
+    """What rows are: `rows`; `pairs`, two neighbouring rows of one `source_row` each; or `documents`."""
+    end: str
+    """`append`: the collate appends the end-of-text to each row; `in_row`: rows hold their end themselves."""
+    pad_token_id: int
+    """The id that the collate pads with."""
+    end_token_id: int
+    """The end-of-text id, which the collate appends to each row of an `append` store."""
 
     @functools.cached_property
     def cells(self) -> npt.NDArray[Any]:
         """Cells that each row fills in a batch, which is what plans count: its length, or in an `in_row` store, whose
         last id is a target only, one less."""
         return self.lengths - (self.lengths > 0) if self.end == "in_row" else self.lengths
-
-    @property
-    def pad_token_id(self) -> int:
-        """The id that the collate pads with."""
-        return int(self.manifest["tokenizer"]["pad_token_id"])
-
-    @property
-    def end_token_id(self) -> int:
-        """The end-of-text id, which the collate appends to each row of an `append` store."""
-        return int(self.manifest["tokenizer"]["end_token_id"])
 
     def _check_lengths(self) -> None:
         """Compare `lengths.npy`, which plans are made of, with the shards: all sums, and some rows of each shard."""

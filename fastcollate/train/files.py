@@ -38,6 +38,7 @@ BEST = "best.pt"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 PLOT = "loss.png"
+_SHOWN = ("loss", "learning_rate", "useful_tokens", "validation_loss")  # in TensorBoard
 
 
 @dataclass(slots=True, kw_only=True)
@@ -236,40 +237,34 @@ class RunLog:
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = True) -> None:
+        self._files = {}
         with writing(directory):
             for path in (directory / METRICS, directory / EVALUATIONS):
                 if path.exists():
                     kept = [json.dumps(line) for line in read_lines(path) if line["step"] <= first_step]
                     files.write_file(path, kept)
-            self._metrics = open(directory / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-            self._evaluations = open(directory / EVALUATIONS, "a", encoding="utf-8")  # noqa: SIM115
+                self._files[path.name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._writer = None
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
 
-    def step(self, values: Mapping[str, float | int | None]) -> None:
-        """Write a step's line; `None` stands for a loss that there is not."""
-        self._write(self._metrics, values, ("loss", "learning_rate", "useful_tokens"))
-
-    def evaluation(self, values: Mapping[str, float | int | None]) -> None:
-        """Write an evaluation's line."""
-        self._write(self._evaluations, values, ("validation_loss",))
-
-    def _write(self, file: Any, values: Mapping[str, Any], shown: tuple[str, ...]) -> None:
+    def write(self, name: str, values: Mapping[str, float | int | None]) -> None:
+        """Write a line to the file `METRICS` or `EVALUATIONS`; `None` stands for a loss that there is not."""
+        file = self._files[name]
         with writing(Path(file.name)):
             file.write(json.dumps(values, allow_nan=False) + "\n")
             file.flush()
         if self._writer is not None:
-            for name in shown:
-                if values.get(name) is not None:
-                    self._writer.add_scalar(name, values[name], values["step"])
+            for shown in _SHOWN:
+                if values.get(shown) is not None:
+                    self._writer.add_scalar(shown, values[shown], values["step"])
 
     def close(self) -> None:
         """Close the files."""
-        self._metrics.close()
-        self._evaluations.close()
+        for file in self._files.values():
+            file.close()
         if self._writer is not None:
             self._writer.close()
 

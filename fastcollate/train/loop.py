@@ -172,7 +172,7 @@ class _Run:
             if self.report.first_loss is None:
                 self.report.first_loss = loss
         if self.log is not None:
-            self.log.step(values)
+            self.log.write(files.METRICS, values)
 
     def _shown(self) -> dict[str, Any]:
         seconds = max(self.report.seconds, 1e-9)
@@ -202,7 +202,8 @@ class _Run:
         else:
             counters.evaluations_since_best += 1
         if self.log is not None:
-            self.log.evaluation({"step": counters.step, "validation_loss": loss, "trained_tokens": int(total)})
+            values = {"step": counters.step, "validation_loss": loss, "trained_tokens": int(total)}
+            self.log.write(files.EVALUATIONS, values)
 
     def _end_epoch(self) -> None:
         if not self.steps_in_epoch and self.report.epochs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -173,10 +174,9 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here; one that is not there is an `InputError`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"--device {device!r}: choose auto, cpu, cuda or cuda:N") from error
+    if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9]\d{0,2}))?", device):
+        raise InputError(f"--device {device!r}: choose auto, cpu, cuda or cuda:N")
+    chosen = torch.device(device)
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
@@ -187,8 +187,6 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
                     f"{torch.cuda.device_count()}; start at most so many ranks here (--nproc-per-node)"
                 )
             chosen = torch.device("cuda", local_rank)
-    elif chosen.type != "cpu":
-        raise InputError(f"--device {device!r}: choose auto, cpu, cuda or cuda:N")
     return chosen
 
 
