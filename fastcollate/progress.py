@@ -5,16 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.table import Table
 
 
 @contextmanager
 def progress_bar(
     *columns: str, unit: str = "", progress: bool = True, disable: bool | None = None
-) -> Iterator[Progress]:
+) -> Iterator[rich_progress.Progress]:
     """A rich progress display on standard error: description, bar, count, its `unit`, time, then `columns`.
 
     Columns are names of task fields, such as `"loss"`, each given as a keyword to `add_task` and `update`. Without
@@ -26,9 +26,6 @@ def progress_bar(
         ...     for row in range(3):
         ...         bar.update(task, advance=1)
     """
-    from rich import progress as rich_progress
-    from rich.console import Console
-
     progress = renamed_switch(progress, old="disable", given=disable)
     layout: list[str | rich_progress.ProgressColumn] = [
         "{task.description}", rich_progress.BarColumn(bar_width=20), rich_progress.MofNCompleteColumn(),
@@ -54,9 +51,6 @@ def renamed_switch(progress: bool, *, old: str, given: bool | None) -> bool:
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:
     """Print a two-column table on standard output: a name and its value a line."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")

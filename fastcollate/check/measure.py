@@ -11,6 +11,8 @@ from itertools import islice, pairwise
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, trained_by_mask
@@ -262,9 +264,6 @@ def _advice(contenders: list[Verdict], step_ms: float | None, policy: str) -> li
 
 def print_report(report: BenchReport) -> None:
     """A line a contender, then the advice."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(
         title=f"{report.policy}, {report.batch_size} {'packs' if report.policy == 'packed' else 'rows'} a batch",
         title_justify="left",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
 from html import escape
 from importlib.resources import files
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from fastcollate.check.counts import Histogram, Inspection, packed_batches, tokenizer_of
 from fastcollate.check.terminal import KINDS, MARKS, PADDING, PROMPT, TRAINED, RowView, summary_of, view_rows
 from fastcollate.collate import Batch, PackedBatch
-from fastcollate.errors import InputError, import_extra
+from fastcollate.errors import import_extra, integer
 from fastcollate.plan import EpochPlan, plan_epoch
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer
@@ -65,9 +64,8 @@ def write_report(
     Example:
         >>> write_report(store, Path("report.html"), inspect_store(store, progress=False))  # needs plotly
     """
-    for name, value in (("batch_size", batch_size), ("num_rows", num_rows)):
-        if value < 1:
-            raise InputError(f"{name}={value}: give at least 1")
+    integer("batch_size", batch_size, 1)
+    integer("num_rows", num_rows, 1)
     offline = import_extra("plotly.offline", "report")
     other = found.options.with_other_mask()
     tokenizer, problem = tokenizer_of(store)
@@ -146,23 +144,18 @@ def picture(store: TokenStore, options: MaskOptions, policy: str, batch_size: in
     """Some batches of an epoch, evenly spaced, each row (each pack) as stretches of cells of one kind."""
     lengths = store.cells[:_PLANNED_ROWS] if policy == "packed" else store.cells
     plan = _plan(lengths, policy, batch_size, seed, options.max_length)
-    packed = None if plan.capacity is None else list(packed_batches(plan))
-    total = len(plan) if packed is None else len(packed)
+    total, collator = len(plan), options.collator(store)
     every = -(-total // _PICTURED_BATCHES)
-    collator, window_of = options.collator(store), lru_cache(1)(plan.window)
+    planned: Iterable[Any] = plan if plan.capacity is None else packed_batches(plan)
     batches = []
-    for step in range(0, total, every):
+    for found in islice(planned, 0, None, every):
         batch: Batch | PackedBatch
-        if packed is None:
-            index, place = plan.locate(step)
-            rows, bounds = window_of(index)
-            rows = rows[bounds[place] : bounds[place + 1]]
-            batch, used = collator(rows), lengths[rows].astype(np.int64)
+        if plan.capacity is None:
+            batch, used = collator(found), lengths[found].astype(np.int64)
         else:
-            rows, _, bounds = packed[step]
-            batch = collator.pack(rows, bounds, capacity=plan.capacity)
-            ends = np.cumsum(np.minimum(lengths[rows].astype(np.int64), plan.capacity))
-            used = np.diff(np.append(0, ends)[bounds])
+            batch = collator.pack(found.rows, found.bounds, capacity=plan.capacity)
+            ends = np.cumsum(np.minimum(lengths[found.rows].astype(np.int64), plan.capacity))
+            used = np.diff(np.append(0, ends)[found.bounds])
         batches.append({"width": batch.inputs.shape[1], "rows": stretches(batch, used)})
     return {"total": total, "every": every, "batches": batches}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.text import Text
 
 from fastcollate.check.counts import Histogram, Inspection, Int64Array, tokenizer_of
 from fastcollate.collate import Batch
@@ -15,9 +17,6 @@ from fastcollate.progress import print_summary
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer
 from fastcollate.train import MaskOptions
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 PROMPT, TRAINED, IGNORED, PADDING = KINDS = ("prompt", "trained", "ignored", "padding")
 MARKS = {PROMPT: "?", TRAINED: "+", IGNORED: "x", PADDING: "."}
@@ -86,8 +85,6 @@ def _view(store: TokenStore, row: int, batch: Batch) -> RowView:
 
 def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
     """The row's text with a marked margin a kind, then a line a column: input, target, and what becomes of it."""
-    from rich.text import Text
-
     out = Text()
     out.append(f"row {view.row}, record {view.source_row}: {view.num_tokens} tokens, shown {len(view.inputs)} wide\n")
     for kind in KINDS:
@@ -122,8 +119,6 @@ def print_row(store: TokenStore, view: RowView) -> str:
         row 3, record 3: ...
         ''
     """
-    from rich.console import Console
-
     tokenizer, problem = tokenizer_of(store)
     Console(highlight=False).print(render_row(view, tokenizer), soft_wrap=True, end="")
     return problem

@@ -139,14 +139,6 @@ class EpochPlan:
             return rows.reshape(whole, -1)  # iterated over in half the time of slices
         return [rows[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
 
-    def locate(self, step: int) -> tuple[int, int]:
-        """The window and the batch within it that the epoch's batch number `step` is.
-
-        Needs `batch_size`, and another policy than packed, whose windows differ in batches.
-        """
-        assert self.has_even_windows
-        return divmod(step, self.window_rows // self.options.group)
-
     def window(self, index: int) -> Window:
         """Plan one window; costs the same wherever it lies.
 

@@ -272,8 +272,7 @@ def read_records(block: Block, data: bytes) -> Iterator[Records]:
             yield TableRecords(table.slice(start, rows))
         return
     for chunk, pieces in _array_chunks(data) if block.kind == "array" else _line_chunks(data, block.num_rows):
-        is_sure = _is_utf8(chunk) and not _has_long_number(chunk)
-        yield JsonRecords(pieces, is_sure=is_sure, is_table=block.kind == "rows")
+        yield JsonRecords(pieces, is_sure=_is_plain(chunk), is_table=block.kind == "rows")
 
 
 def _line_chunks(data: bytes, num_rows: int) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -319,17 +318,14 @@ def _decoder(names: tuple[str, ...], kind: Any) -> Callable[[bytes], Any] | None
     return msgspec.json.Decoder(record).decode
 
 
-def _is_utf8(data: bytes) -> bool:
+def _is_plain(data: bytes) -> bool:
+    """Whether it is UTF-8, without more digits in a row than `json` takes: such a row has a byte of each so many."""
     try:
-        return data.isascii() or bool(data.decode())
+        data.isascii() or data.decode()
     except UnicodeDecodeError:
         return False
-
-
-def _has_long_number(data: bytes) -> bool:
-    """Whether more digits stand in a row than `json` takes: every such row holds a byte of each so many."""
     half = _MOST_DIGITS // 2
-    return any(data[place : place + half].isdigit() for place in range(0, len(data), half))
+    return not any(data[place : place + half].isdigit() for place in range(0, len(data), half))
 
 
 def parse_record(piece: bytes) -> Any:

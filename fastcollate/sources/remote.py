@@ -187,7 +187,6 @@ class _Remote(io.RawIOBase):
         self._size: int | None = self._version[0]
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def seekable(self) -> bool:
@@ -195,11 +194,9 @@ class _Remote(io.RawIOBase):
         return not self.is_http and self._size is not None
 
     def tell(self) -> int:
-        """The place of the next byte."""
         return self._position
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place."""
         if not self.seekable():
             raise io.UnsupportedOperation("seek")
         self._position = offset + (0, self._position, self._size or 0)[whence]
@@ -294,6 +291,5 @@ class _Remote(io.RawIOBase):
                 file.close()
 
     def close(self) -> None:
-        """Close it."""
         self._drop()
         super().close()

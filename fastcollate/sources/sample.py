@@ -81,11 +81,8 @@ class _Tasks:
 
     def sort_numbers(self) -> _Task:
         numbers = [self.number(1, 99) for _ in range(self.number(3, 15))]
-        return (
-            "Sort the numbers from small to large.",
-            ", ".join(map(str, numbers)),
-            ", ".join(map(str, sorted(numbers))),
-        )
+        given, ordered = (", ".join(map(str, part)) for part in (numbers, sorted(numbers)))
+        return "Sort the numbers from small to large.", given, ordered
 
     def convert(self) -> _Task:
         large, small, factor = self.one_of(UNITS)
@@ -106,21 +103,16 @@ class _Tasks:
         return "Which number is larger?", f"{a} or {b}", f"{max(a, b)} is larger than {min(a, b)}."
 
     def past_tense(self) -> _Task:
-        name, verb = (
-            self.one_of(NAMES),
-            self.one_of(("walk", "talk", "cook", "paint", "play", "work", "jump", "listen")),
-        )
+        name = self.one_of(NAMES)
+        verb = self.one_of(("walk", "talk", "cook", "paint", "play", "work", "jump", "listen"))
         place = self.one_of(("at home", "in the garden", "near the river", "with a friend", "all day"))
         return "Put the sentence into the past tense.", f"{name} {verb}s {place}.", f"{name} {verb}ed {place}."
 
     def list_multiples(self) -> _Task:
         base, count = self.number(2, 12), self.number(5, 20)
         numbers = ", ".join(str(base * i) for i in range(1, count + 1))
-        return (
-            f"List the first {count} multiples of {base}.",
-            "",
-            f"The first {count} multiples of {base} are {numbers}.",
-        )
+        what = f"the first {count} multiples of {base}"
+        return f"List {what}.", "", f"{what.capitalize()} are {numbers}."
 
     def shopping(self) -> _Task:
         name, count = self.one_of(NAMES), self.number(2, 7)

@@ -207,16 +207,11 @@ def _known_schema(schema: pa.Schema) -> pa.Schema | None:
     """The schema that a file with this one must have to be a shard, or `None` where it cannot be one."""
     if schema.names[:1] != ["input_ids"]:
         return None
-    extra = {field.name: _numpy_type(field.type) for field in list(schema)[len(_COLUMNS) :]}
+    types = {pa.from_numpy_dtype(name): name for name in EXTRA_DTYPES}
+    fields = list(schema)[len(_COLUMNS) :]
     wide = schema.field(0).type == shard_schema(np.uint32).field(0).type
-    return shard_schema(np.uint32 if wide else np.uint16, extra) if set(extra.values()) <= set(EXTRA_DTYPES) else None
-
-
-def _numpy_type(type_: pa.DataType) -> str:
-    try:
-        return str(np.dtype(type_.to_pandas_dtype()))
-    except NotImplementedError:
-        return str(type_)
+    extra = {field.name: types[field.type] for field in fields if field.type in types}
+    return shard_schema(np.uint32 if wide else np.uint16, extra) if len(extra) == len(fields) else None
 
 
 def _view(buffer: pa.Buffer | None, dtype: Any, count: int, path: Path) -> npt.NDArray[Any]:
