@@ -66,7 +66,7 @@ def _mix(
     return mixed, total, most
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_cells"])  # compiled once, whatever the batch
 def _forward_block(
     qkv, starts, out, log_sums, num_cells, scale,
     heads: tl.constexpr, size: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
@@ -111,7 +111,7 @@ def _queries_pass(
     return grad_query
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_cells"])  # compiled once, whatever the batch
 def _backward_queries(
     qkv, starts, out, grads, log_sums, deltas, grad_qkv, num_cells, scale, factor,
     heads: tl.constexpr, size: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
@@ -162,7 +162,7 @@ def _keys_pass(
     return grad_key, grad_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_cells"])  # compiled once, whatever the batch
 def _backward_keys(
     qkv, ends, grads, log_sums, deltas, grad_qkv, num_cells, scale, factor,
     heads: tl.constexpr, size: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
