@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fastcollate.integrations.pytorch import StoreDataset
 from fastcollate.sources import records
 from fastcollate.store import ShardInfo, TokenStore, files, require_served, shards
 from fastcollate.store import manifest as manifests
+from fastcollate.text import load_tokenizer
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -168,7 +171,8 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
     lengths_of(dataset)
     root.mkdir(parents=True, exist_ok=True)
     columns = columns_of_ids(dataset.column_names, {})
-    vocab_size = len(tokenizer)
+    identity, own_files = _saved(tokenizer)
+    vocab_size = identity["vocab_size"]
     infos: list[ShardInfo] = []
     first, content = 0, hashlib.sha256()
     for part in dataset.select_columns([*columns.values()]).with_format("arrow").iter(batch_size=SHARD_ROWS):
@@ -176,18 +180,27 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
         infos.append(shards.write_shard(root, shards.shard_name(len(infos)), shard))
         content.update(infos[-1].sha256.encode())
         first += part.num_rows
-    identity = {
-        "name": str(tokenizer.name_or_path or type(tokenizer).__name__),
-        "fingerprint": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
-        "vocab_size": vocab_size,
-        "pad_token_id": int(last if pad is None or end == "append" else pad),
-        "end_token_id": int(last),
-        "files": [],
-    }
+    identity |= {"pad_token_id": int(last if pad is None or end == "append" else pad), "end_token_id": int(last)}
     sources = manifests.sources_of([content.hexdigest()], len(dataset))
     made_from = manifests.StoreIdentity(sources, identity, {"name": "tokenized", "fields": columns}, {}, end=end)
-    manifests.write_manifest(root, made_from, infos)
+    kept = [files.write_file(root / name, content) for name, content in own_files.items()]
+    manifests.write_manifest(root, made_from, infos, files=kept)
     return TokenStore(root)
+
+
+def _saved(tokenizer: Any) -> tuple[dict[str, Any], Mapping[str, bytes]]:
+    """What a store records of a tokenizer, and the files by which it decodes itself; none where it cannot be saved."""
+    identity = {
+        "name": Path(str(tokenizer.name_or_path)).name or type(tokenizer).__name__,
+        "fingerprint": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "vocab_size": len(tokenizer),
+        "files": [],
+    }
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(InputError):
+        tokenizer.save_pretrained(folder)
+        saved = load_tokenizer(folder)
+        return {**saved.identity(), "name": identity["name"]}, saved.files
+    return identity, {}
 
 
 def _shard(

@@ -13,7 +13,9 @@ import torch
 
 from fastcollate import BatchLoader, StoreDataset, TokenStore
 from fastcollate.check import verify
+from fastcollate.check.counts import tokenizer_of
 from fastcollate.errors import InputError
+from fastcollate.integrations.checks import check_tokenizer
 from fastcollate.integrations.huggingface import DataCollator, lengths_of, open_dataset, store_from_dataset
 from fastcollate.integrations.pytorch import BucketBatchSampler
 from fastcollate.train import MaskOptions
@@ -178,6 +180,20 @@ def test_wrong_data_sets_are_refused(tmp_path: Path) -> None:
         make({"input_ids": [1, 2, 3], "seq_lengths": [2, 2]})
     with pytest.raises(InputError, match="end='never': choose one of 'auto', 'append', 'in_row'"):
         make({"input_ids": [1, 2, 3]}, end="never")
+
+
+def test_a_store_of_ready_ids_decodes_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = chats.byte_tokenizer()
+    rows = [chats.by_transformers(tokenizer, chat) for chat in chats.make_chats(20)]
+    made = store_from_dataset(datasets.Dataset.from_list(rows), tmp_path / "store", tokenizer)
+    assert "tokenizer.json" in made.manifest["tokenizer"]["files"]
+    monkeypatch.chdir(tmp_path)
+    own, problem = tokenizer_of(TokenStore("store"))
+    assert (problem, own is not None) == ("", True)
+    for row in made:
+        assert own is not None
+        assert own.decode(row.input_ids.tolist()) == tokenizer.decode(row.input_ids)
+    check_tokenizer(made, tokenizer)
 
 
 def test_rows_of_one_id_make_no_batch_of_a_trainer(tmp_path: Path) -> None:
