@@ -94,6 +94,8 @@ def find_sources(sources: Any, *, keep_empty: bool = False, split: str | None = 
     """
     if isinstance(sources, str | os.PathLike) or _kind(sources):
         sources = [sources]
+    if not isinstance(sources, Iterable) and hasattr(sources, "__getitem__") and hasattr(sources, "__len__"):
+        sources = map(sources.__getitem__, range(len(sources)))  # a map-style data set of PyTorch
     if not isinstance(sources, Iterable) or isinstance(sources, Mapping):
         remedy = "a data set, a table (of columns: pyarrow.table(columns)) or a list of records"
         raise InputError(f"sources: a single {type(sources).__name__}; name files, or give {remedy}")
@@ -225,21 +227,35 @@ def _write_lines(source: Source, file: IO[bytes], advance: Callable[[int], objec
         if number % _TOLD == _TOLD - 1:
             advance(_TOLD)
         try:
-            line = json.dumps(
-                dict(record) if isinstance(record, Mapping) else record, ensure_ascii=False, default=_plain
-            )
-            file.write(_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):x}", line).encode() + b"\n")
+            line = _line(dict(record) if isinstance(record, Mapping) else record)
         except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"{source.name}, record {number}: cannot be written as JSON ({error})") from error
+            fields = record.items() if isinstance(record, Mapping) else ()
+            where = next((f", field {name!r}" for name, value in fields if not _is_json(value)), "")
+            raise InputError(
+                f"{source.name}, record {number}{where}: cannot be written as JSON ({error}); leave it out"
+            ) from error
+        file.write(_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):x}", line).encode() + b"\n")
+
+
+def _line(record: Any) -> str:
+    return json.dumps(record, ensure_ascii=False, default=_plain)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(_line(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _plain(value: Any) -> Any:
-    """An array or tensor as lists, one number as a plain one, a mapping as a dictionary."""
+    """An array or tensor as lists, one number as a plain one, a mapping as a dictionary, a time as text."""
     if isinstance(value, Mapping):
         return dict(value)
-    if not hasattr(value, "tolist"):
-        raise TypeError(f"a value of type {type(value).__name__}")
-    return value.tolist()
+    for method in ("tolist", "isoformat"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    raise TypeError(f"a value of type {type(value).__name__}")
 
 
 def _find_files(url: str, name: str | None = None, split: str | None = None) -> list[Source]:

@@ -201,9 +201,8 @@ class TableRecords:
         kind = getattr(column.type, "value_type", pa.null())
         if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)) or pa.types.is_dictionary(column.type):
             return Lists(_NO_NUMBERS, np.zeros(len(self) + 1, np.int64), np.zeros(len(self), np.bool_), is_there)
-        column = column.cast(pa.large_list(pa.int64()), safe=False)
-        offsets = np.append(0, np.cumsum(numbers(pc.fill_null(pc.list_value_length(column), 0))))
-        values, is_list = column.flatten(), is_there
+        offsets = np.append(0, np.cumsum(numbers(pc.fill_null(pc.list_value_length(column), 0)), dtype=np.int64))
+        values, is_list = column.flatten().cast(pa.int64(), safe=False), is_there
         if values.null_count:
             null = np.flatnonzero(numbers(values.is_null()))
             is_list = is_there.copy()

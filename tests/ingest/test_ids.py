@@ -223,7 +223,7 @@ def test_what_a_table_holds_under_a_null_is_of_no_account() -> None:
 
 
 @pytest.mark.parametrize("kind", [pa.int8(), pa.uint16(), pa.int32(), pa.uint64()])
-@pytest.mark.parametrize("list_of", [pa.list_, pa.large_list, lambda kind: pa.list_(kind, 3)])
+@pytest.mark.parametrize("list_of", [pa.list_, pa.large_list, pa.list_view, lambda kind: pa.list_(kind, 3)])
 def test_integers_and_lists_of_any_kind(kind: pa.DataType, list_of: Any) -> None:
     table = pa.table({"input_ids": pa.array([[1, 2, 3], [4, 5, 6]], list_of(kind))})
     assert rows_in(TableRecords(table), {"input_ids": "input_ids"}) == (

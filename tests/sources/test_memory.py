@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -80,6 +81,7 @@ ITERABLES: dict[str, Callable[[], Any]] = {
     "list": lambda: RECORDS,
     "generator": lambda: (dict(record) for record in RECORDS),
     "streaming": lambda: dataset().to_iterable_dataset(),
+    "map-style": lambda: MapStyle(),
 }
 
 
@@ -174,17 +176,38 @@ def test_what_an_iterable_raises_is_the_users_and_leaves_nothing(
         prepare(broken_generator(), tmp_path / "s")
     with pytest.raises(OSError, match="the line broke"):
         prepare(broken_reader(), tmp_path / "s")
-    with pytest.raises(InputError, match=r"the records given, record 1: cannot be written as JSON \(.*type set\)"):
-        prepare([RECORDS[0], {"instruction": {1}, "output": "b"}], tmp_path / "s")
+    with pytest.raises(
+        InputError, match=r"the records given, record 1, field 'output': cannot be written as JSON \(.*type set\)"
+    ):
+        prepare([RECORDS[0], {"instruction": "a", "output": {1}}], tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_arrays_in_records_are_lists(tmp_path: Path) -> None:
     import torch
 
-    record = {"instruction": "a", "output": "b", "n": np.float32(0.5), "ids": np.arange(3), "tensor": torch.ones(2)}
+    day = datetime.date(2026, 1, 31)
+    record = {
+        "instruction": "a",
+        "output": "b",
+        "n": np.float32(0.5),
+        "ids": np.arange(3),
+        "x": torch.ones(2),
+        "d": day,
+    }
     prepare([record], tmp_path / "s")
-    assert prepare([{**record, "n": 0.5, "ids": [0, 1, 2], "tensor": [1.0, 1.0]}], tmp_path / "s").reused
+    plain = {**record, "n": 0.5, "ids": [0, 1, 2], "x": [1.0, 1.0], "d": "2026-01-31"}
+    assert prepare([plain], tmp_path / "s").reused
+
+
+class MapStyle:
+    """A data set as PyTorch has them."""
+
+    def __len__(self) -> int:
+        return len(RECORDS)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return RECORDS[number % len(RECORDS)]  # there is no end to it but its length
 
 
 @pytest.mark.parametrize(
