@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.ingest.ids.rows import read_rows
-from fastcollate.ingest.spans import BadRecord, Parts, Rows, count, limit_prompts, mark
+from fastcollate.ingest.spans import BadRecord, Parts, Rows, count, encode_parts, limit_prompts
 from fastcollate.ingest.spec import TOKENIZED, Counts, JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.sources import Block, Unit, records
 from fastcollate.store import shards
@@ -78,15 +78,12 @@ def _encoded_rows(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tup
     while True:
         found, started = Counts(), time.thread_time()
         try:
-            encoded = tokenizer.encode_batch(parts.texts)
-            seconds = time.thread_time() - started
-            rows = mark(parts, encoded.ids, encoded.offsets, tokenizer, template, spec.options, found)
+            rows = encode_parts(parts, tokenizer, template, spec.options, found, seed=unit.index)
             break
         except UnencodableError as error:
             parts = _without(parts, error, lost)
-    tokenizer.check(parts.texts, encoded, seed=unit.index)
     counts.add(found)
-    return rows, digests, seconds
+    return rows, digests, time.thread_time() - started
 
 
 def _encoded_chats(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tuple[Rows, list[bytes], float]:

@@ -6,7 +6,7 @@ provably tokenize apart they are encoded once, end to end; elsewhere the whole t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fastcollate.ingest.options import PrepareOptions
 from fastcollate.ingest.spec import Counts
-from fastcollate.text import Template, Texts, Tokenizer, UnencodableError, starts_of
+from fastcollate.text import Template, Texts, Tokenizer, starts_of
 
 
 class BadRecord(NamedTuple):
@@ -43,36 +43,48 @@ class Parts(NamedTuple):
     rows: npt.NDArray[np.uint64]
 
 
-def mark(
-    parts: Parts,
-    ids: npt.NDArray[Any],
-    offsets: npt.NDArray[np.int64],
-    tokenizer: Tokenizer,
-    template: Template,
-    options: PrepareOptions,
-    counts: Counts,
+def encode_parts(
+    parts: Parts, tokenizer: Tokenizer, template: Template, options: PrepareOptions, counts: Counts, *, seed: int
 ) -> Rows:
     """Rows and spans: the parts' own tokens where the parts provably part, else those of the whole text.
 
+    `seed` draws the texts of which the ids are compared with the reference's.
+
     Raises:
-        UnencodableError: the tokenizer fails on a row's whole text; names the row's first text.
+        UnencodableError: the tokenizer fails on a row's texts; names one of as many as the row has parts.
     """
-    texts, starts = parts.texts, parts.starts
-    spans = np.diff(offsets).astype(np.uint32)
-    row_offsets = offsets[starts]
-    replaced: dict[int, tuple[npt.NDArray[Any], list[int]]] = {}
-    for row in _rows_that_join(texts, starts, tokenizer):
-        pieces = texts.strings(int(starts[row]), int(starts[row + 1]))
-        make_row = _reference_row if template.single_turn and options.boundary == "reference" else _exact_row
-        try:
-            replaced[row] = make_row(pieces, tokenizer, counts)
-        except UnencodableError as error:
-            raise UnencodableError({int(starts[row]): str(error)}) from error
-    num_parts = np.diff(starts)
-    for row in np.flatnonzero(num_parts % 2).tolist():
+    starts = parts.starts
+    joined = _rows_that_join(parts.texts, starts, tokenizer)
+    texts = _with_whole(parts, joined) if joined else parts.texts
+    encoded = tokenizer.encode_batch(texts)
+    tokenizer.check(texts, encoded, seed=seed)
+    spans = np.diff(encoded.offsets).astype(np.uint32)
+    replaced = {}
+    for row in joined:
+        whole, prompt = (encoded.ids[slice(*encoded.offsets[i : i + 2])] for i in (starts[row], starts[row] + 1))
+        if template.single_turn and options.boundary == "reference":
+            found = [len(prompt), len(whole) - len(prompt)] if len(prompt) <= len(whole) else [len(whole) + 1]
+            is_same = np.array_equal(whole[: len(prompt)], prompt)
+        else:
+            found = _exact_spans(parts.texts.strings(int(starts[row]), int(starts[row + 1])), whole, tokenizer)
+            is_same = np.array_equal(whole[: found[0]], prompt)
+        counts.boundary_mismatches += not is_same
+        replaced[row] = whole, found
+    for row in np.flatnonzero(np.diff(starts) % 2).tolist():
         spans[starts[row + 1] - 1] += 1  # a last prompt also covers the end-of-text
-    rows = Rows(ids, row_offsets, spans, starts, parts.rows)
+        if row in replaced:
+            replaced[row][1][-1] += 1
+    rows = Rows(encoded.ids, encoded.offsets[starts], spans, starts, parts.rows)
     return _with_replaced(rows, replaced) if replaced else rows
+
+
+def _with_whole(parts: Parts, joined: Sequence[int]) -> Texts:
+    """The texts; in place of the first two of some rows the row's whole text and its first prompt, then nothing."""
+    strings, starts = parts.texts.strings(), parts.starts.tolist()
+    for row in joined:
+        pieces = strings[starts[row] : starts[row + 1]]
+        strings[starts[row] : starts[row + 1]] = ["".join(pieces), pieces[0], *[""] * (len(pieces) - 2)]
+    return Texts(strings)
 
 
 def _rows_that_join(texts: Texts, starts: npt.NDArray[np.int64], tokenizer: Tokenizer) -> list[int]:
@@ -87,26 +99,12 @@ def _rows_that_join(texts: Texts, starts: npt.NDArray[np.int64], tokenizer: Toke
     return joined
 
 
-def _reference_row(pieces: list[str], tokenizer: Tokenizer, counts: Counts) -> tuple[npt.NDArray[Any], list[int]]:
-    """The whole text's ids; the prompt's length is that of the prompt tokenized by itself."""
-    ids = tokenizer.encode("".join(pieces))
-    prompt = tokenizer.encode(pieces[0])
-    counts.boundary_mismatches += ids[: len(prompt)] != prompt
-    spans = [len(prompt), len(ids) - len(prompt)] if len(prompt) <= len(ids) else [len(ids) + 1]
-    return np.array(ids, np.uint32), spans
-
-
-def _exact_row(pieces: list[str], tokenizer: Tokenizer, counts: Counts) -> tuple[npt.NDArray[Any], list[int]]:
-    """The whole text's ids; a token that holds a response character belongs to the response."""
-    text = "".join(pieces)
-    ids = np.array(tokenizer.encode(text), np.uint32)
+def _exact_spans(pieces: list[str], ids: npt.NDArray[Any], tokenizer: Tokenizer) -> list[int]:
+    """The spans of a row's whole text: a token that holds a response character belongs to the response."""
     places = np.cumsum([len(piece) for piece in pieces])[:-1].tolist()
-    bounds = np.maximum.accumulate([0, *tokenizer.response_bounds(text, ids, places), len(ids)]).tolist()
-    counts.boundary_mismatches += ids[: bounds[1]].tolist() != tokenizer.encode(pieces[0])
-    spans = np.diff(bounds).tolist()
-    if len(pieces) % 2:
-        spans[-1] += 1
-    return ids, spans
+    bounds = [0, *tokenizer.response_bounds("".join(pieces), ids, places), len(ids)]
+    spans: list[int] = np.diff(np.maximum.accumulate(bounds)).tolist()
+    return spans
 
 
 def _with_replaced(rows: Rows, replaced: Mapping[int, tuple[npt.NDArray[Any], list[int]] | None]) -> Rows:

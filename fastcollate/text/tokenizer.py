@@ -185,8 +185,13 @@ class Tokenizer:
             ids: its ids.
             places: where the responses begin and end, by turns, in characters of `text`, ascending.
         """
-        starts, ends = self.token_bounds(text, ids)
-        if self.bounds_in_bytes:
+        sizes = None if self.json is None else self.json.plain.sizes_of(text, ids)
+        if sizes is not None:
+            ends = np.cumsum(sizes)
+            starts = ends - sizes
+        else:
+            starts, ends = self.token_bounds(text, ids)
+        if sizes is not None or self.bounds_in_bytes:
             places = [len(text[:place].encode()) for place in places]
         bounds = [0]
         for number, place in enumerate(places):
@@ -328,7 +333,7 @@ def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
         str(path),
         made.plain.exact,
         made.plain,
-        "unknown",
+        made.scheme,
         1 + max(made.loaded.get_vocab(with_added_tokens=True).values()),
         pad,
         end,

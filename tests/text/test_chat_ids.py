@@ -228,3 +228,27 @@ def test_spans_of_ranges(rows_of: list[tuple[int, list[int]]]) -> None:
     assert starts.dtype == np.int64
     found = [spans[a:b].tolist() for a, b in itertools.pairwise(starts.tolist())]
     assert [row if row != [0] else [] for row in found] == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_texts_part_the_ids_are_theirs(both: Pair, seed: int) -> None:
+    dice = random.Random(seed)
+    words = [*WORDS, "x", "7", "\n", " ", "Z\n", "/", "\n/"]
+    proved = 0
+    for _ in range(3000):
+        left, right = ("".join(dice.choices(words, k=dice.randrange(4))) for _ in range(2))
+        if both.ours.parts_at(left, right):
+            proved += bool(left and right)
+            assert both.ours.encode(left + right) == both.ours.encode(left) + both.ours.encode(right), (left, right)
+    kind = both.ours.json.scheme if both.ours.json is not None else ""
+    assert (proved > 100) == (kind != "unknown")
+
+
+def test_a_response_has_the_tokens_that_hold_a_character_of_it(both: Pair) -> None:
+    both.ours.warm()
+    for pieces in chats([], 300, 5):
+        text = "".join(pieces)
+        places = list(itertools.accumulate(map(len, pieces)))[:-1]
+        ids = np.array(both.slow.encode(text), np.int64)
+        assert both.ours.encode(text) == ids.tolist()
+        assert both.ours.response_bounds(text, ids, places) == both.slow.response_bounds(text, ids, places)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from fastcollate.errors import InputError, import_extra
 from fastcollate.text.added import AddedTokens
@@ -31,6 +33,7 @@ class TokenizerJson:
         full: what takes each for one: for texts that a template wrote.
         pieces: as `plain`, for the pieces of such a text between its added tokens; only where it `has_pieces`.
         normalizes: whether it changes texts before it parts them.
+        scheme: whose texts part at the same places; see `boundaries`.
         unknown: the id of what is not in the vocabulary, or -1.
     """
 
@@ -51,6 +54,7 @@ class TokenizerJson:
         takes = backend != "tokenizers" and _gigatoken_takes(parts, self.added)
         self.normalizes = bool(_steps(parts.get("normalizer")))
         model = msgspec.json.decode(parts["model"], type=_Model)
+        self.scheme = _scheme(_steps(parts.get("pre_tokenizer"))) if takes else "unknown"
         self.unknown = self.added.control.get(model.unk_token or "", -1)
         self.has_pieces = _has_pieces(parts, self.added)
 
@@ -91,6 +95,15 @@ class TokenizerJson:
         return plain
 
 
+# Llama 3's and Qwen's; they differ in which characters make a word, and how many digits a number.
+_LIKE_CL100K = {
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{word}+|{number}"
+    rf"| ?[^\s\p{{L}}{mark}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for word, mark in ((r"\p{L}", ""), (r"[\p{L}\p{M}]", r"\p{M}"))
+    for number in (r"\p{N}", r"\p{N}{1,3}")
+}
+
+
 class _Model(msgspec.Struct):
     """The part of a model that decides whether gigatoken takes it; the values are those that it does."""
 
@@ -117,6 +130,16 @@ def _gigatoken_takes(parts: Mapping[str, msgspec.Raw], added: AddedTokens) -> bo
         and not any(step.get("trim_offsets") for step in after)
         and added.are_simple
     )
+
+
+def _scheme(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Of which encoding's scheme a pre-tokenizer is, as far as `boundaries` speaks of it."""
+    if len(steps) == 1 and steps[0].get("use_regex", True):
+        return "gpt2"
+    if len(steps) == 2 and not steps[1].get("use_regex", True):
+        pattern = steps[0].get("pattern", {}).get("Regex")
+        return "cl100k" if steps[0].get("behavior") == "Isolated" and pattern in _LIKE_CL100K else "unknown"
+    return "unknown"
 
 
 def _has_pieces(parts: Mapping[str, msgspec.Raw], added: AddedTokens) -> bool:
@@ -173,6 +196,13 @@ class WarmingBackend:
         """The ids of each text."""
         self.begin(len(texts.data))
         return (self.fast or self.exact).encode_batch(texts)
+
+    def sizes_of(self, text: str, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64] | None:
+        """How many bytes of a text each of its tokens has, where these are known to be the whole text."""
+        if self.fast is None or self.fast.differing_texts(Texts([text])):
+            return None
+        sizes: npt.NDArray[np.int64] = self.fast.fast.num_bytes[ids]
+        return sizes
 
     def begin(self, num_bytes: int) -> None:
         """Say how much text comes now."""
