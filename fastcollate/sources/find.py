@@ -34,7 +34,7 @@ _EXTRAS = {"s3": "s3", "http": "http", "https": "http", "hf": "hf"}  # what to i
 _SAVED = ("state.json", "dataset_dict.json")  # what tells a directory that a data set was saved to
 _LIBRARIES = {  # how their objects are read; no library is imported to find out
     "datasets.Dataset": "dataset", "datasets.IterableDataset": "records",
-    "pandas.DataFrame": "frame", "polars.DataFrame": "frame", "polars.LazyFrame": "frame",
+    "pandas.DataFrame": "pandas", "polars.DataFrame": "frame", "polars.LazyFrame": "frame",
     "pyarrow.Table": "table", "pyarrow.RecordBatch": "frame", "pyarrow.Dataset": "table",
 }  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -152,24 +152,31 @@ def _in_memory(given: Any, kind: str, split: str | None, name: str = "") -> Sour
             f"{name}: has a transform (set_transform or with_transform), which is not stored; apply it once "
             "with dataset.map, or take it off with dataset.reset_format()"
         )
-    if kind == "frame":
-        try:
-            given, kind = _table(given), "table"
-        except (pa.ArrowException, TypeError, ValueError) as error:
-            reason = "; ".join(map(str, error.args))
-            raise InputError(
-                f"{name}: cannot be read as a table ({reason}); leave out columns that the template does not read, or "
-                "give the rows as records, as frame.to_dict('records') does"
-            ) from error
+    if kind in ("frame", "pandas"):
+        kind, given = _from_pandas(given, name) if kind == "pandas" else ("table", _table(given))
     return _unsplit(Source(name, kind, dataset=given), split)
 
 
 def _table(frame: Any) -> pa.Table:
     if isinstance(frame, pa.RecordBatch):
         return pa.Table.from_batches([frame])
-    if hasattr(frame, "collect"):
-        frame = frame.collect()
-    return pa.table(frame) if hasattr(frame, "to_arrow") else pa.Table.from_pandas(frame, preserve_index=False)
+    return pa.table(frame.collect() if hasattr(frame, "collect") else frame)
+
+
+def _from_pandas(frame: Any, name: str) -> tuple[str, Any]:
+    """A frame as a table; as records where it holds objects, which a table would give each other's keys, or mixes."""
+    if not frame.columns.is_unique:
+        raise InputError(f"{name}: two columns are named {frame.columns[frame.columns.duplicated()][0]!r}")
+    with contextlib.suppress(pa.ArrowException, TypeError, ValueError, OverflowError):
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        if not any(_holds_objects(column.type) for column in table.schema):
+            return "table", table
+    names, plain = [*map(str, frame.columns)], frame.astype(object).where(frame.notna(), None)
+    return "records", (dict(zip(names, row, strict=True)) for row in plain.itertuples(index=False, name=None))
+
+
+def _holds_objects(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) or any(_holds_objects(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _split_of(name: str, splits: Mapping[str, Any], split: str | None) -> Any:

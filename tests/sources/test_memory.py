@@ -67,7 +67,6 @@ TABLES: dict[str, Callable[[], Any]] = {
     "reader": lambda: TABLE.to_reader(50),
     "stream": Stream,
     "files": lambda: pads.dataset(TABLE),
-    "pandas": pandas_frame,
     "polars": polars_frame,
     "lazy": lambda: polars_frame().lazy(),
     "duckdb": duckdb_relation,
@@ -82,6 +81,7 @@ ITERABLES: dict[str, Callable[[], Any]] = {
     "generator": lambda: (dict(record) for record in RECORDS),
     "streaming": lambda: dataset().to_iterable_dataset(),
     "map-style": lambda: MapStyle(),
+    "pandas": pandas_frame,
 }
 
 
@@ -239,11 +239,33 @@ def test_what_a_frame_holds(tmp_path: Path) -> None:
     assert [row.input_ids.tolist() for row in TokenStore(tmp_path / "s")] == [
         row.input_ids.tolist() for row in TokenStore(tmp_path / "t")
     ]
-    for mixed in (pandas.DataFrame({"a": [1, "x"]}), pandas.DataFrame([[1, 2]], columns=["a", "a"])):
-        with pytest.raises(
-            InputError, match=r"pandas.DataFrame: cannot be read as a table \(.*a.*\); leave out columns"
-        ):
-            prepare(mixed, tmp_path / "s")
+    with pytest.raises(InputError, match=r"pandas.DataFrame: two columns are named 'a'"):
+        prepare(pandas.DataFrame([[1, 2]], columns=["a", "a"]), tmp_path / "s")
+
+
+def test_a_frame_of_plain_columns_is_its_table(tmp_path: Path) -> None:
+    prepare(TABLE.drop_columns(["more"]), tmp_path / "s")
+    assert prepare(pandas_frame().drop(columns="more"), tmp_path / "s").reused
+
+
+def test_a_frames_objects_keep_their_own_keys(tmp_path: Path) -> None:
+    """As a table each would have the others' keys, null; and columns of mixed types could not be told."""
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / "t.jinja").write_text("{{ q }}{% generation %}{{ o | tojson }}{{ x or 'none' }}{% endgeneration %}")
+    rows = [
+        {"q": "a", "o": {"city": "Rome", "at": [1, {"x": 1}]}, "x": None},
+        {"q": "b", "o": {"unit": "C"}, "x": "five"},
+        {"q": "c", "o": [{"z": None}], "x": "six"},
+    ]
+    asked: Any = {"template": str(tmp_path / "t.jinja"), "special_text": "encode"}
+    for number, some in enumerate((rows[:2], rows)):
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        prepare(tmp_path / f"{number}.jsonl", tmp_path / f"file{number}", **asked)
+        assert prepare(pandas.DataFrame(some), tmp_path / f"file{number}", **asked).reused
+    times = pandas.DataFrame({"instruction": ["a"], "output": ["b"], "o": [{"t": pandas.Timestamp("2026-01-31")}]})
+    assert prepare(times, tmp_path / "times").num_rows == 1
+    with pytest.raises(InputError, match=r"pandas.DataFrame, record 0, field 'o': cannot be written as JSON"):
+        prepare(times.assign(o=[{"t": {1}}]), tmp_path / "sets")
 
 
 def test_no_library_is_imported_but_the_objects_own(tmp_path: Path) -> None:
