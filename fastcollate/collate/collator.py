@@ -5,7 +5,7 @@ The loader and the data set adapters are built on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,8 @@ class Collator:
         self.table = layout.Table(shards, name=name)
         self._addresses = self.table.array
         self._inputs_dtype = _INT32 if inputs_dtype == torch.int32 else _INT64
-        self._types = self.table.token, self._inputs_dtype.type(0)  # the kernels are compiled for these
+        # The kernels are compiled for these.
+        self._types = self.table.token, self._inputs_dtype.type(0), self.table.span if mask_prompt else None
         if not np.iinfo(self._inputs_dtype).min <= pad_token_id <= np.iinfo(self._inputs_dtype).max:
             raise InputError(f"pad_token_id={pad_token_id} does not fit inputs_dtype={inputs_dtype}")
         self.settings = options.make_settings(
@@ -123,16 +124,14 @@ class Collator:
             raise self.table.explain(int(rows[-1 - filled]))
         return int(filled)
 
-    def batches(self, out: Int64Array, lines: Iterable[list[int]]) -> list[Batch]:
+    def batches(self, out: Int64Array, lines: Iterable[list[int]]) -> Iterator[Batch]:
         """The tensors of the batches that a kernel has filled, a line of its report each; views, nothing is copied."""
         dtype, array, tensor, new = self._inputs_dtype, np.ndarray, torch.from_numpy, tuple.__new__
-        found: list[Batch] = []
         for line in lines:  # `make_batch`, without a call for each
             shape = (line[kernels.ROWS], line[kernels.WIDTH])
             inputs = tensor(array(shape, dtype, out, 8 * line[kernels.START]))
             note_counts(inputs, line)
-            found.append(new(Batch, (inputs, tensor(array(shape, _INT64, out, 8 * line[kernels.TARGETS])))))
-        return found
+            yield new(Batch, (inputs, tensor(array(shape, _INT64, out, 8 * line[kernels.TARGETS]))))
 
     def pack(
         self,
@@ -209,9 +208,9 @@ class Collator:
         limit = min(int(self.settings[options.LIMIT]), capacity)
         return int(pack_kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self._inputs_dtype.itemsize)[2])
 
-    def packed_batches(self, out: Int64Array, lines: Iterable[list[int]]) -> list[PackedBatch]:
+    def packed_batches(self, out: Int64Array, lines: Iterable[list[int]]) -> Iterator[PackedBatch]:
         """Like `batches`, for packed ones."""
-        return [self._packed_batch(out, line) for line in lines]
+        return (self._packed_batch(out, line) for line in lines)
 
     def _packed_batch(self, out: Int64Array, line: list[int]) -> PackedBatch:
         capacity, start, num_segments = line[kernels.WIDTH], line[kernels.START], line[kernels.SEGMENTS]

@@ -15,11 +15,12 @@ import torch
 from fastcollate.collate import fill as kernels
 from fastcollate.collate.batch import Batch
 from fastcollate.collate.collator import Int64Array, fits_int64, make_batch
-from fastcollate.collate.settings import clamped, make_settings
+from fastcollate.collate.settings import MASK, clamped, make_settings
 from fastcollate.errors import InputError
 
 _INT64 = np.dtype(np.int64)
-_TYPES = {4: (np.uint32(0), np.int64(0)), 8: (np.int64(0), np.int64(0))}  # of tokens and inputs, for the kernels
+_TOKENS = {4: np.uint32(0), 8: np.int64(0)}
+_ZERO = np.int64(0)
 _NO_CELLS: Int64Array = np.array([], np.int64)
 
 
@@ -112,7 +113,8 @@ def _collate_rows(rows: _Rows, settings: Int64Array) -> Batch:
         ],
         np.int64,
     )  # fmt: skip
-    numbers, types = rows.span_offsets[:num_rows], _TYPES[rows.input_ids.itemsize]  # 0, 1, 2, ...
+    numbers = rows.span_offsets[:num_rows]  # 0, 1, 2, ...
+    types = _TOKENS[rows.input_ids.itemsize], _ZERO, _ZERO if settings[MASK] else None
     width, middle, end = kernels.fill_padded(table, settings, numbers, _NO_CELLS, *types)
     out = np.empty(end, np.int64)
     width, middle, end = kernels.fill_padded(table, settings, numbers, out, *types)

@@ -1,8 +1,8 @@
 """Numba loops that read rows and fill padded batches: over caller-owned arrays, and nothing else.
 
 The callers validate, size and allocate; a kernel only loops. `store/rows.py` says what a **table** is, `settings.py`
-what the **settings** are. Tokens and inputs have the types of the numbers `token` and `cell` that a kernel is called
-with: what a call does not need is not compiled.
+what the **settings** are. Tokens, inputs and spans have the types of the numbers `token`, `cell` and `span` that a
+kernel is called with, and `span` is `None` where no prompt is masked: what a call does not need is not compiled.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastcollate.collate.masks import mask_row
-from fastcollate.collate.settings import END_ID, IGNORE, IN_ROW, LEFT, LIMIT, MASK, PAD, REFERENCE
+from fastcollate.collate.settings import END_ID, IGNORE, IN_ROW, LEFT, LIMIT, PAD, REFERENCE
 from fastcollate.jit import address_of, borrow, kernel, part, prefetch, view
 from fastcollate.store import layout
 
@@ -142,10 +142,11 @@ def _first_end(tokens: Any, end: int) -> int:
 
 @part
 def _fill_rows(
-    table: Any, settings: Any, rows: Any, places: Any, padded: int, inputs: Any, targets: Any, report: Any, token: Any
-) -> int:
+    table: Any, settings: Any, rows: Any, places: Any, padded: int, inputs: Any, targets: Any, report: Any, token: Any,
+    span: Any,
+) -> int:  # fmt: skip
     """Fill a batch's inputs and targets; returns 0, or `-1 - i` where `rows[i]` is broken."""
-    width, left, mask = report[WIDTH], settings[LEFT] != 0, settings[MASK] != 0
+    width, left = report[WIDTH], settings[LEFT] != 0
     sum_real = sum_trained = sum_corners = sum_untrained = sum_cut_rows = sum_cut = 0
     prefetch_places(table, places, np.int64(0), np.int64(AHEAD))
     for i in range(len(rows)):
@@ -157,8 +158,8 @@ def _fill_rows(
         first, stop = i * width, (i + 1) * width
         own = targets[first:stop]
         trained, corners = fill_row(tokens, start, inputs[first:stop], own, settings)
-        if mask:
-            masked, more = mask_row(table, places[i, SHARD], rows[i], length, start, padded, settings, own)
+        if span is not None:
+            masked, more = mask_row(table, places[i, SHARD], rows[i], length, start, padded, settings, own, span)
             if masked < 0:
                 return -1 - i
             trained -= masked
@@ -185,7 +186,9 @@ cells_of = kernel(plain_cells_of)  # for kernels; a compiled function costs plai
 
 
 @part
-def _fill_next(table: Any, settings: Any, rows: Any, start: int, out: Any, report: Any, token: Any, cell: Any) -> int:
+def _fill_next(
+    table: Any, settings: Any, rows: Any, start: int, out: Any, report: Any, token: Any, cell: Any, span: Any
+) -> int:
     """Fill one batch at `out[start:]` if it fits; returns where it ends, or `-1 - i` where `rows[i]` is broken."""
     places = np.empty((len(rows), PLACE_COLUMNS), np.int64)
     padded = locate(table, settings, rows, places)
@@ -202,12 +205,14 @@ def _fill_next(table: Any, settings: Any, rows: Any, start: int, out: Any, repor
         return end
     at, size = address_of(out) + 8 * start, len(rows) * width
     inputs, targets = view(at, size, cell), view(at + 8 * targets_at, size, np.int64)
-    status = _fill_rows(table, settings, rows, places, padded, inputs, targets, report, token)
+    status = _fill_rows(table, settings, rows, places, padded, inputs, targets, report, token, span)
     return status if status < 0 else end
 
 
 @kernel
-def fill_padded(table: Any, settings: Any, rows: Any, out: Any, token: Any, cell: Any) -> tuple[int, int, int]:
+def fill_padded(
+    table: Any, settings: Any, rows: Any, out: Any, token: Any, cell: Any, span: Any
+) -> tuple[int, int, int]:
     """Fill one padded batch at the start of `out`; takes no report, since each array costs the caller.
 
     Args:
@@ -217,6 +222,7 @@ def fill_padded(table: Any, settings: Any, rows: Any, out: Any, token: Any, cell
         out: int64, any size: inputs, then targets. Left alone where the batch does not fit.
         token: a number of the tokens' type.
         cell: a number of the inputs' type.
+        span: a number of the spans' type, or `None` where prompts are trained.
 
     Returns:
         The width, and the cells where the targets start and the batch ends, as `cells_of` has them. In the place of
@@ -225,7 +231,7 @@ def fill_padded(table: Any, settings: Any, rows: Any, out: Any, token: Any, cell
     report = np.empty(REPORT_COLUMNS, np.int64)
     # Borrowed: to count references in each function takes as long as filling a row or two.
     table, settings, rows, out, own = borrow(table), borrow(settings), borrow(rows), borrow(out), borrow(report)
-    end = _fill_next(table, settings, rows, np.int64(0), out, own, token, cell)
+    end = _fill_next(table, settings, rows, np.int64(0), out, own, token, cell, span)
     if end < 0:
         return end, 0, 0
     return report[WIDTH], report[TARGETS], end
@@ -233,7 +239,7 @@ def fill_padded(table: Any, settings: Any, rows: Any, out: Any, token: Any, cell
 
 @kernel
 def fill_padded_group(
-    table: Any, settings: Any, rows: Any, bounds: Any, out: Any, report: Any, token: Any, cell: Any
+    table: Any, settings: Any, rows: Any, bounds: Any, out: Any, report: Any, token: Any, cell: Any, span: Any
 ) -> int:
     """Fill as many padded batches as `out` holds, one after another; an empty `out` only measures them all.
 
@@ -245,7 +251,7 @@ def fill_padded_group(
     start = np.int64(0)  # typed: a literal would have `_fill_next` compiled twice
     table, settings, rows, out, report = borrow(table), borrow(settings), borrow(rows), borrow(out), borrow(report)
     for b in range(len(bounds) - 1):
-        end = _fill_next(table, settings, rows[bounds[b] : bounds[b + 1]], start, out, report[b], token, cell)
+        end = _fill_next(table, settings, rows[bounds[b] : bounds[b + 1]], start, out, report[b], token, cell, span)
         if end < 0:
             return int(end - bounds[b])
         if end > len(out) > 0:

@@ -32,7 +32,7 @@ from fastcollate.collate.fill import (
     prefetch_places,
 )
 from fastcollate.collate.masks import mask_row
-from fastcollate.collate.settings import IGNORE, IN_ROW, LEFT, LIMIT, MASK, PAD
+from fastcollate.collate.settings import IGNORE, IN_ROW, LEFT, LIMIT, PAD
 from fastcollate.jit import address_of, borrow, kernel, part, view
 
 
@@ -58,7 +58,7 @@ def _add_segment(column: int, end: int, start: int, positions: Any, segments: An
 @part
 def _fill_pack(
     table: Any, settings: Any, rows: Any, starts: Any, places: Any, begin: int, end: int, limit: int, start: int,
-    inputs: Any, targets: Any, positions: Any, segments: Any, report: Any, token: Any,
+    inputs: Any, targets: Any, positions: Any, segments: Any, report: Any, token: Any, span: Any,
 ) -> int:  # fmt: skip
     """Fill a pack with rows `begin` to `end`, from cell `start` on; returns 0, or `-1 - i` if a row does not fit."""
     capacity, column = len(positions), 0
@@ -79,8 +79,8 @@ def _fill_pack(
         stop, tokens = column + width, view(places[i, AT], length + settings[IN_ROW], token)
         own = targets[column:stop]
         trained, corners = fill_row(tokens, first, inputs[column:stop], own, settings)
-        if settings[MASK] != 0:
-            masked, more = mask_row(table, places[i, SHARD], rows[i], length, first, length, settings, own)
+        if span is not None:
+            masked, more = mask_row(table, places[i, SHARD], rows[i], length, first, length, settings, own, span)
             if masked < 0:
                 return -1 - i
             trained -= masked
@@ -101,8 +101,9 @@ def _fill_pack(
 
 @part
 def _fill_packs(
-    table: Any, settings: Any, rows: Any, starts: Any, packs: Any, at: int, report: Any, token: Any, cell: Any
-) -> int:
+    table: Any, settings: Any, rows: Any, starts: Any, packs: Any, at: int, report: Any, token: Any, cell: Any,
+    span: Any,
+) -> int:  # fmt: skip
     """Fill one batch at an address; returns 0, or `-1 - i` where `rows[i]` is broken or does not fit."""
     num_packs, capacity, first = len(packs) - 1, report[WIDTH], report[START]
     size = num_packs * capacity
@@ -122,7 +123,7 @@ def _fill_packs(
         begin, end, start, stop = packs[p] - packs[0], packs[p + 1] - packs[0], p * capacity, (p + 1) * capacity
         status = _fill_pack(
             table, settings, rows, starts, places, begin, end, limit, start, inputs[start:stop], targets[start:stop],
-            positions[start:stop], segments, report, token,
+            positions[start:stop], segments, report, token, span,
         )  # fmt: skip
         if status < 0:
             return int(status)
@@ -132,7 +133,7 @@ def _fill_packs(
 @kernel
 def fill_packed_group(
     table: Any, settings: Any, rows: Any, starts: Any, packs: Any, batches: Any, capacity: int, out: Any, report: Any,
-    token: Any, cell: Any,
+    token: Any, cell: Any, span: Any,
 ) -> int:  # fmt: skip
     """Fill as many packed batches as `out` holds, one after another; an empty `out` only measures them all.
 
@@ -162,7 +163,7 @@ def fill_packed_group(
             return b
         if len(out) > 0:
             first = address_of(out) + 8 * at
-            status = _fill_packs(table, settings, part, part_starts, own, first, line, token, cell)
+            status = _fill_packs(table, settings, part, part_starts, own, first, line, token, cell, span)
             if status < 0:
                 return int(status - own[0])
         at += end

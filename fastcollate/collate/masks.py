@@ -23,16 +23,8 @@ def _ignore_columns(targets: Any, begin: int, end: int, value: int, ignore: int)
 
 
 @part
-def _span_of(address: int, size: int, index: int) -> int:
-    """One of a row's spans: uint32, or int64 where a caller gave prompt lengths."""
-    if size == 4:
-        return np.int64(view(address, index + 1, np.uint32)[index])  # type: ignore[no-any-return]
-    return view(address, index + 1, np.int64)[index]  # type: ignore[no-any-return]
-
-
-@part
 def mask_row(
-    table: Any, shard: int, row: int, length: int, start: int, padded: int, settings: Any, targets: Any
+    table: Any, shard: int, row: int, length: int, start: int, padded: int, settings: Any, targets: Any, span: Any
 ) -> tuple[int, int]:
     """Ignore the targets of a row's prompts; `targets[0]` is the row's column `start`.
 
@@ -42,16 +34,17 @@ def mask_row(
     first, count = layout.bounds_of(table, shard, row, layout.SPAN_OFFSETS, layout.NUM_SPANS)
     if count < 0:
         return -1, 0
-    size, ignore, reference = table[shard, layout.SPAN_SIZE], settings[IGNORE], settings[REFERENCE] != 0
-    at, value = table[shard, layout.SPANS] + first * size, MASKED if reference else ignore
-    if size == 4:  # those of a store end within the row and its end-of-text
+    ignore, reference = settings[IGNORE], settings[REFERENCE] != 0
+    value = MASKED if reference else ignore
+    spans = view(table[shard, layout.SPANS] + first * table[shard, layout.SPAN_SIZE], count, span)
+    if spans.itemsize == 4:  # those of a store end within the row and its end-of-text
         total = np.int64(0)
         for k in range(count):
-            total += _span_of(at, size, k)
+            total += np.int64(spans[k])
             if total > length + 1:
                 return -1, 0
     if count <= 2:
-        prompt = _span_of(at, size, np.int64(0)) if count > 0 else np.int64(0)
+        prompt = np.int64(spans[0]) if count > 0 else np.int64(0)
         stop, corner = max(prompt, -NO_LIMIT) - 1, 0  # any integer is legal, also the least
         if reference and stop < 0 and count > 0:
             stop = max(padded + stop, 0)
@@ -59,9 +52,9 @@ def mask_row(
         return _ignore_columns(targets, -start, stop - start, value, ignore), corner
     masked, position = 0, np.int64(0)
     for k in range(0, count, 2):
-        end = position + _span_of(at, size, k)
+        end = position + np.int64(spans[k])
         if k + 1 == count:
             end = max(end, length + 1)  # no response follows, so nothing trains the end-of-text
         masked += _ignore_columns(targets, position - 1 - start, end - 1 - start, value, ignore)
-        position = end + (_span_of(at, size, k + 1) if k + 1 < count else np.int64(0))
+        position = end + (np.int64(spans[k + 1]) if k + 1 < count else np.int64(0))
     return masked, 0

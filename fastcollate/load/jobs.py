@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from fastcollate.plan import Packs
 
 Int64Array = npt.NDArray[np.int64]
 Fill = Callable[[Int64Array, Int64Array, Int64Array], int]  # bounds, buffer, report -> batches filled
-Batches = Callable[[Int64Array, Iterable[list[int]]], Sequence[Batch | PackedBatch]]
+Batches = Callable[[Int64Array, Iterable[list[int]]], Iterator[Batch | PackedBatch]]
 
 
 class Job:
@@ -39,8 +39,8 @@ class Job:
             raise InputError("the store's shards changed while they were read; prepare the store again")
         return report
 
-    def batches(self, out: Int64Array, report: Int64Array) -> Sequence[Batch | PackedBatch]:
-        """The filled batches, as views of the buffer."""
+    def batches(self, out: Int64Array, report: Int64Array) -> Iterator[Batch | PackedBatch]:
+        """The filled batches, as views of the buffer, each made when it is asked for."""
         return self._batches(out, report.tolist())
 
 

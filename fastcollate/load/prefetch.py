@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -52,7 +52,8 @@ class Group(NamedTuple):
     Attributes:
         window: the number of their window.
         first: the first batch's number in the window.
-        batches: views of the buffer.
+        batches: views of the buffer, each made when it is handed over: what a thread makes here in Python would keep
+            the consumer from the interpreter.
         report: the kernel's, int64, a line a batch: first the columns of `Counts`.
         totals: its sums over the batches.
         arrival: the copy on the device; `None` where the views themselves are handed over.
@@ -60,7 +61,7 @@ class Group(NamedTuple):
 
     window: int
     first: int
-    batches: Sequence[Batch | PackedBatch]
+    batches: Iterator[Batch | PackedBatch]
     report: Int64Array
     totals: list[int]
     arrival: Arrival | None
@@ -135,15 +136,15 @@ def _finish(transfer: Transfer, task: Task) -> Group:
     # The consumer may take the first of these batches for inference, and train on the others.
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
         arrival = transfer.send(task.out, int(report[-1, kernels.END]))
-        batches = task.job.batches(task.out, report)
+    batches = task.job.batches(task.out, report)
     return Group(task.window, task.first, batches, report, report.sum(0).tolist(), arrival)
 
 
 class _Ahead:
     """Groups that are filled before they are asked for, on threads, and by the consumer where it had to wait.
 
-    Whoever fills takes the next task by itself, and leaves nothing to be done but to hand the group over: what the
-    consumer's thread does in Python takes many times as long beside a step that computes.
+    Whoever fills takes the next task by itself: the less the consumer's thread does beside a step that computes, the
+    better. Only the tensors are left to it, as `Group` says.
 
     Args:
         tasks: in order.

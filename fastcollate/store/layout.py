@@ -64,6 +64,7 @@ class Table:
         array: int64 `(num_shards, TABLE_COLUMNS)`.
         num_rows: rows in all shards.
         token: 0 as a number of the tokens' dtype, which is the same in all shards.
+        span: the same of the spans'.
 
     Raises:
         InputError: a column's dtype, shape or memory layout is not one that the kernels read.
@@ -82,13 +83,17 @@ class Table:
                 spans.ctypes.data, len(spans), spans.itemsize, shard.span_offsets.ctypes.data,
             )  # fmt: skip
             self.num_rows += len(shard.offsets) - 1
-        dtypes = {shard.input_ids.dtype for shard in self._shards}
+        self.token: Any = self._zero("input_ids")
+        self.span: Any = self._zero("spans")
+
+    def _zero(self, column: str) -> Any:
+        dtypes = {getattr(shard, column).dtype for shard in self._shards}
         if len(dtypes) > 1:
             raise InputError(
-                f"{name} has shards of {' and '.join(sorted(map(str, dtypes)))}: a collator reads tokens of one dtype; "
-                "prepare them with one tokenizer, or make a loader of each"
+                f"{self.name} has shards with {column} of {' and '.join(sorted(map(str, dtypes)))}: a collator reads "
+                "one dtype; prepare them with one tokenizer, or make a loader of each"
             )
-        self.token: Any = next(iter(dtypes), np.dtype(np.uint16)).type(0)
+        return next(iter(dtypes), np.dtype(np.uint16)).type(0)
 
     def _check(self, index: int, shard: Columns) -> None:
         for column, dtypes in (

@@ -79,7 +79,7 @@ def test_one_wrong_cell_of_a_pack_is_found(prepared: TokenStore, monkeypatch: py
     original = Collator.packed_batches
 
     def broken(self: Collator, *args: Any) -> list[PackedBatch]:
-        batches = original(self, *args)
+        batches = list(original(self, *args))
         for batch in batches:
             if torch.equal(batch.inputs, wanted):
                 batch.position_ids[0, 3] += 1
@@ -106,7 +106,7 @@ def test_one_wrong_cell_is_found(prepared: TokenStore, monkeypatch: pytest.Monke
     original = Collator.batches
 
     def broken(self: Collator, *args: Any) -> list[Batch]:
-        batches = original(self, *args)
+        batches = list(original(self, *args))
         for batch in batches:
             if torch.equal(batch.inputs, wanted):
                 batch[tensor][2, 3] += 1

@@ -126,6 +126,9 @@ def test_memory_that_does_not_hold_a_report_is_refused() -> None:
 def test_shards_of_two_dtypes_are_refused() -> None:
     with pytest.raises(InputError, match="uint16 and uint32"):
         Collator([*make_shards([[1]], dtype=np.uint16), *make_shards([[1]], dtype=np.uint32)])
+    (shard,) = make_shards([[1]])
+    with pytest.raises(InputError, match="spans of int64 and uint32"):
+        Collator([shard._replace(spans=shard.spans.astype(dtype)) for dtype in (np.uint32, np.int64)], mask_prompt=True)
 
 
 def test_a_pad_that_does_not_fit_the_inputs_is_refused() -> None:
