@@ -148,6 +148,7 @@ def windows_table() -> str:
 GPU = {
     ("dense", "padded_compiled"): "rows of 1,024, padded, compiled",
     ("dense", "packed_compiled"): "rows of 1,024, packed, compiled",
+    ("dense", "padded_compiled_with_pytorch_s_attention"): "the same, padded, with PyTorch's attention (cuDNN)",
     ("dense", "packed"): "rows of 1,024, packed",
     ("t0", "chapter"): "T0-like lengths, the chapter's loop",
     ("t0", "chapter_tuned"): "T0-like lengths, the same, tuned",
