@@ -53,6 +53,10 @@ def prepare(
     store: Annotated[Path, typer.Argument(help="Directory of the token store to write (the last argument).")],
     options: PrepareOptions,
     field: Fields = None,
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="An argument of a chat template, as enable_thinking=false; repeatable.", show_default=False),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Tokenize records once into a memory-mapped store; a job that was stopped continues."""
@@ -67,13 +71,15 @@ def prepare(
             f"fastcollate prepare {given} store"
         )
     # the options' own keywords, which a type checker cannot know of a dataclass
-    report = run(sources, store, fields=parse_fields(field), progress=not json_output, **asdict(options))
+    names, arguments = parse_fields(field), _parse_arguments(template_arg)
+    report = run(sources, store, fields=names, template_args=arguments, progress=not json_output, **asdict(options))
     if json_output:
         print_json(asdict(report))
     elif report.reused:
         print(f"{report.title}; {report.num_rows:,} rows. fastcollate inspect {store} shows what is in it")
     else:
-        print_summary(report.title, {name.replace("_", " "): value for name, value in report.summary.items()})
+        summary = {name.replace("_", " "): value for name, value in report.summary.items()}
+        print_summary(report.title, {"template": report.template, **summary})
         if report.skipped_report:
             print(f"skipped records are listed in {report.skipped_report}")
 
@@ -100,6 +106,20 @@ def parse_fields(pairs: list[str] | None) -> dict[str, str] | None:
             raise InputError(f"--field {pair!r}: write it as NAME=SOURCE, such as instruction=question")
         fields[name] = source
     return fields or None
+
+
+def _parse_arguments(pairs: list[str] | None) -> dict[str, object]:
+    """`NAME=VALUE` pairs, of `--template-arg`; a value is JSON, else a text."""
+    found: dict[str, object] = {}
+    for pair in pairs or []:
+        name, sign, value = pair.partition("=")
+        if not (name and sign):
+            raise InputError(f"--template-arg {pair!r}: write it as NAME=VALUE, such as enable_thinking=false")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 StoreFolder = Annotated[Path, typer.Argument(help="Directory of the token store.")]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastcollate.errors import InputError
 from fastcollate.ingest.ids.rows import read_rows
 from fastcollate.ingest.spans import BadRecord, Parts, Rows, count, encode_parts, limit_prompts
 from fastcollate.ingest.spec import TOKENIZED, Counts, JobSpec, LostRecord, UnitResult, unit_digest
@@ -123,6 +124,8 @@ def _rendered(block: Block, data: bytes, spec: JobSpec, bad: list[BadRecord]) ->
                     start, stop, _ = chat.protected[0]
                     raise BadRecordError(_IS_SPECIAL.format(chat.text[start:stop]))
                 found[row + number] = chat
+            except InputError:  # the template's fault, not the record's
+                raise
             except (BadRecordError, ValueError) as error:
                 bad.append(BadRecord(row + number, 0, str(error)))
         row += len(chunk)

@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -26,13 +26,12 @@ from typing_extensions import Unpack
 
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.encode import Encoded
-from fastcollate.ingest.journal import Journal, begin_anew, holder, tidy
+from fastcollate.ingest.journal import Journal, begin_anew, holder, place_of, report_lines, tidy
 from fastcollate.ingest.lock import JobLock, is_ours
 from fastcollate.ingest.options import PrepareKeywords, PrepareOptions, PrepareReport
 from fastcollate.ingest.spec import (
     Counts,
     JobSpec,
-    LostRecord,
     UnitResult,
     find_finished,
     seen_of,
@@ -44,10 +43,12 @@ from fastcollate.progress import progress_bar
 from fastcollate.sources import Source, Unit, find_sources, read_units, spooled
 from fastcollate.store import ShardInfo, files, shards
 from fastcollate.store import manifest as manifests
+from fastcollate.text import Template
 
 SKIPPED = "skipped.txt"
 _SAMPLE_ROWS = 1 << 20
 _WINDOW_BATCHES = 64
+_FIRST_ROWS = 1000
 
 
 def prepare(
@@ -55,6 +56,7 @@ def prepare(
     store: str | os.PathLike[str],
     *,
     fields: Mapping[str, str] | None = None,
+    template_args: Mapping[str, Any] | None = None,
     progress: bool = False,
     **options: Unpack[PrepareKeywords],
 ) -> PrepareReport:
@@ -66,7 +68,7 @@ def prepare(
         sources: a path, URL or pattern, a `datasets.Dataset`, a table or frame, a sequence of these, or records.
         store: the store's directory; a finished store of the same content is reused, an unfinished one continued.
         fields: where template fields come from, such as `{"instruction": "question"}`.
-        progress: show a progress bar.
+        template_args: further arguments of a chat template, such as `{"enable_thinking": False}`.
         options: see `fastcollate.ingest.PrepareOptions`.
 
     Raises:
@@ -85,7 +87,7 @@ def prepare(
     asked = PrepareOptions(**options)
     given = find_sources(sources, keep_empty=asked.on_error == "skip", split=asked.split)
     with spooled(given, is_shared=asked.engine == "ray", progress=progress) as found:
-        spec = JobSpec(asked, dict(fields or {})).chosen(found).sealed()
+        spec = JobSpec(asked, dict(fields or {}), dict(template_args or {})).chosen(found).sealed()
         job = _Job(found, Path(os.path.expanduser(store)), spec, progress)
         manifest = None if asked.overwrite else _find_at_rest(job)
         reused = manifest is not None
@@ -164,7 +166,7 @@ class _Job:
         self._digests = [hashlib.sha256() for _ in sources]
         self._num_records = [0] * len(sources)
         self._counts = Counts()
-        self._num_skipped = 0
+        self._num_skipped = self._unproved = 0
         self._tokenize_seconds = 0.0
 
     def find_finished(self) -> dict[str, Any] | None:
@@ -272,7 +274,8 @@ class _Job:
             reason, num_records = result.bad[0].reason, sum(block.num_rows for block in unit.blocks)
             alike = sum(bad.reason == reason for bad in result.bad)
             more = f" (the same in {alike} of the {num_records} records that were read with it)" if alike > 1 else ""
-            raise InputError(f"{_place(self.sources, result.bad[0])}: {reason}{more}")
+            raise InputError(f"{place_of(self.sources, result.bad[0])}: {reason}{more}")
+        self._check_proved(result)
         if unit.shard != self._open_number:
             self._close_shard()
             self._open_number = unit.shard
@@ -283,6 +286,13 @@ class _Job:
         self._counts.add(result.counts)
         self._num_skipped += len(result.bad)
         self._tokenize_seconds += result.tokenize_seconds
+
+    def _check_proved(self, result: UnitResult) -> None:
+        """Stop where more than 1% of the first thousand chats do not show which of them is trained."""
+        self._unproved += sum(bad.row < _FIRST_ROWS and Template.unproved in bad.reason for bad in result.bad)
+        if self._unproved > _FIRST_ROWS // 100:
+            first = next(bad.reason for bad in result.bad if Template.unproved in bad.reason)
+            raise InputError(f"{self._unproved} of the first {_FIRST_ROWS} records are no good: {first}")
 
     def _close_shard(self) -> None:
         """Put the parts of a shard together, all of which are there."""
@@ -310,7 +320,7 @@ class _Job:
         seen = [seen_of(source, digest.hexdigest(), num_records) for source, digest, num_records in contents]
         self._journal.remove_all_but(self._shards)
         if self._num_skipped:
-            files.write_file(self.root / SKIPPED, _report_lines(self._journal.skipped(self._next), self.sources))
+            files.write_file(self.root / SKIPPED, report_lines(self._journal.skipped(self._next), self.sources))
         kept = [files.write_file(self.root / name, content) for name, content in self._tokenizer.files.items()]
         write_side_file(self.root, seen)
         content = manifests.sources_of([entry.sha256 for entry in seen], sum(self._num_records))
@@ -355,21 +365,8 @@ class _Job:
             self._tokenizer.backend,
             summary,
             str(skipped) if summary["num_skipped"] and skipped.exists() else None,
+            self.spec.why,
         )
-
-
-def _place(sources: Sequence[Source], bad: LostRecord) -> str:
-    name = sources[bad.source].name
-    return f"{name}, line {bad.line}, record {bad.row}" if bad.line else f"{name}, record {bad.row}"
-
-
-def _report_lines(records: Iterable[LostRecord], sources: Sequence[Source]) -> Iterator[str]:
-    """The report of skipped records: file, line, record, reason, separated by tabs."""
-    yield "file\tline\trecord\treason"
-    for bad in records:
-        reason = bad.reason.replace("\t", " ").replace("\n", " ")
-        line = f"{sources[bad.source].name}\t{bad.line or '-'}\t{bad.row}\t{reason}"
-        yield line.encode("utf-8", "replace").decode()
 
 
 def length_summary(root: Path, infos: Sequence[ShardInfo], end: str = "append") -> dict[str, Any]:

@@ -24,6 +24,7 @@ import msgspec
 from fastcollate.errors import InputError
 from fastcollate.ingest.lock import JobLock, discard, is_ours
 from fastcollate.ingest.spec import LostRecord, UnitResult, differences
+from fastcollate.sources import Source
 from fastcollate.store import ShardInfo, files
 from fastcollate.store import manifest as manifests
 
@@ -236,3 +237,18 @@ def begin_anew(root: Path, identity: Mapping[str, Any]) -> None:
             (root / name).unlink(missing_ok=True)
         except PermissionError as error:
             raise InputError(f"{root / name}: cannot be removed, it is in use ({error.strerror or error})") from error
+
+
+def place_of(sources: Sequence[Source], bad: LostRecord) -> str:
+    """Where a record stands, in words."""
+    name = sources[bad.source].name
+    return f"{name}, line {bad.line}, record {bad.row}" if bad.line else f"{name}, record {bad.row}"
+
+
+def report_lines(records: Iterable[LostRecord], sources: Sequence[Source]) -> Iterator[str]:
+    """The report of skipped records: file, line, record, reason, separated by tabs."""
+    yield "file\tline\trecord\treason"
+    for bad in records:
+        reason = bad.reason.replace("\t", " ").replace("\n", " ")
+        line = f"{sources[bad.source].name}\t{bad.line or '-'}\t{bad.row}\t{reason}"
+        yield line.encode("utf-8", "replace").decode()

@@ -9,6 +9,8 @@ from fastcollate.errors import InputError
 from fastcollate.options import explained, option
 
 _CHOICES = {
+    "end": ("auto", "append", "in_row"),
+    "train_on": ("all", "last"),
     "boundary": ("reference", "exact"),
     "on_error": ("raise", "skip"),
     "long_prompt": ("reject", "keep", "cut"),
@@ -23,6 +25,10 @@ class PrepareKeywords(TypedDict, total=False):
     template: str
     tokenizer: str
     backend: str
+    end: str
+    train_on: str
+    mask_heading: bool
+    date: str | None
     boundary: str
     on_error: str
     max_length: int | None
@@ -49,8 +55,9 @@ class PrepareOptions:
     """
 
     template: str = option(
-        "alpaca",
-        "How a record becomes text: alpaca, phi3, completion, chat, or a .jinja file; tokenized: it holds ids already.",
+        "auto",
+        "How a record becomes text: auto (by the first record's fields), tokenizer (the chat template that comes with "
+        "it), alpaca, phi3, completion, text, chat (ChatML), or a .jinja file; tokenized: it holds ids already.",
     )
     tokenizer: str = option(
         "auto",
@@ -60,6 +67,15 @@ class PrepareOptions:
     backend: str = option(
         "auto", "auto, tiktoken, tokenizers or gigatoken (faster, checked against the others); the ids are the same."
     )
+    end: str = option(
+        "auto",
+        "What ends a row: in_row, what a chat template writes; append, an end-of-text; auto goes by the template.",
+    )
+    train_on: str = option("all", "Of a chat: all answers, or the last one.")
+    mask_heading: bool = option(
+        False, "Do not train the constant heading of a response, such as alpaca's.", "--mask-heading"
+    )
+    date: str | None = option(None, "The date that a chat template may write, as 2026-01-31.")
     boundary: str = option(
         "reference",
         "reference: the length of the prompt tokenized by itself; exact: the response begins at the first token that "
@@ -101,6 +117,7 @@ class PrepareReport:
         backend: what tokenized.
         summary: counts, length percentiles, padding to expect; as in the manifest.
         skipped_report: the file that lists skipped records, or `None`.
+        template: the template, and why it was chosen where it was not asked for.
     """
 
     store: str
@@ -110,6 +127,7 @@ class PrepareReport:
     backend: str
     summary: dict[str, Any]
     skipped_report: str | None
+    template: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -123,4 +141,10 @@ class PrepareReport:
 
     def __str__(self) -> str:
         """A line a figure."""
-        return "\n".join([self.title, *(f"  {name.replace('_', ' ')}: {v}" for name, v in self.summary.items())])
+        return "\n".join(
+            [
+                self.title,
+                f"  template: {self.template}",
+                *(f"  {name.replace('_', ' ')}: {v}" for name, v in self.summary.items()),
+            ]
+        )

@@ -24,7 +24,7 @@ from fastcollate.progress import progress_bar
 from fastcollate.sources import Block, Source, Unit, read_blocks, records
 from fastcollate.store import ShardInfo, files
 from fastcollate.store import manifest as manifests
-from fastcollate.text import Template, Tokenizer, load_template, load_tokenizer
+from fastcollate.text import Template, Tokenizer, choose_template, load_template, load_tokenizer
 
 SIDE_FILE = "sources.json"
 TOKENIZED = "tokenized"  # the template of records that hold ids
@@ -37,23 +37,33 @@ _RECORDED = ("boundary", "max_length", "long_prompt", "special_text")  # of the 
 class JobSpec:
     """What decides the rows of a job, besides its sources; picklable.
 
-    `seal` tells a worker what the leader has found in the tokenizer's and the template's files; see `sealed`.
+    `why` says which template was chosen, and for what; `seal` tells a worker what the leader has found in the
+    tokenizer's and the template's files; see `sealed`.
     """
 
     options: PrepareOptions
     fields: Mapping[str, str] = field(default_factory=dict)
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
     seal: str = ""
 
     def chosen(self, sources: Sequence[Source]) -> JobSpec:
-        """The same job with what its first record decides: which columns of ids are taken."""
-        asked, fields = self.options, self.fields
+        """The same job with what its first record decides: the template, and which columns of ids are taken."""
+        asked, fields, why = self.options, self.fields, self.options.template
+        first = _first_record(sources) if asked.template in ("auto", TOKENIZED) else None
+        if asked.template == "auto":
+            name, why = choose_template(first, fields, self._tokenizer, asked.end)
+            asked, why = replace(asked, template=name), f"{name} ({why})"
         if asked.template == TOKENIZED:
             if asked.tokenizer == "auto":
                 raise InputError("tokenizer='auto': records that hold ids need the one that made them (--tokenizer)")
-            first = _first_record(sources)
             if first is not None:
                 fields = columns_of_ids(list(first), fields)
-        return replace(self, fields=fields)
+        return replace(self, options=asked, fields=fields, why=why)
+
+    def _tokenizer(self) -> Tokenizer:
+        asked = self.options
+        return load_tokenizer("gpt2" if asked.tokenizer == "auto" else asked.tokenizer, asked.backend)
 
     def tools(self) -> tuple[Tokenizer, Template]:
         """The tokenizer and the template, loaded once in a process for a sealed job.
@@ -63,8 +73,15 @@ class JobSpec:
         """
         if not self.seal or self.seal not in _LOADED:
             asked = self.options
-            name = "gpt2" if asked.tokenizer == "auto" else asked.tokenizer
-            tools = load_tokenizer(name, asked.backend), load_template(asked.template, self.fields)
+            tokenizer = self._tokenizer()
+            template = load_template(
+                asked.template,
+                self.fields,
+                tokenizer,
+                arguments=self.template_args,
+                **{name: getattr(asked, name) for name in ("date", "train_on", "end", "mask_heading")},
+            )
+            tools = tokenizer, template
             if self.seal and self._digest(*tools) != self.seal:
                 raise SourceReadError(
                     f"the file of tokenizer {asked.tokenizer!r} or template {asked.template!r} was changed while the "
@@ -99,12 +116,13 @@ class JobSpec:
 
 def _first_record(sources: Sequence[Source]) -> Any:
     """The first record that is an object, of those that are read first; `None` where there is none."""
-    for block in islice(read_blocks(sources), 1):
-        for chunk in records.read_records(block, block.read()):
-            for number in range(len(chunk)):
-                with contextlib.suppress(ValueError):
-                    if isinstance(record := chunk[number], dict):
-                        return record
+    with contextlib.suppress(InputError):  # of the storage or a record: the job says so in its turn
+        for block in islice(read_blocks(sources), 1):
+            for chunk in records.read_records(block, block.read()):
+                for number in range(len(chunk)):
+                    with contextlib.suppress(ValueError):
+                        if isinstance(record := chunk[number], dict):
+                            return record
     return None
 
 

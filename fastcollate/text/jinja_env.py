@@ -1,37 +1,158 @@
-"""The environment in which a user's Jinja template runs: sandboxed, with the filters, globals and tags of transformers.
+"""The environment in which Jinja templates run: sandboxed, with the filters, globals and tags of transformers.
 
-Different on purpose: a field that is missing and a value that is no text are errors, `tojson` refuses NaN, and there is
-no `strftime_now`, by which the same job would give other rows tomorrow.
+A tokenizer's chat template runs as there, `strftime_now` at a date that is given. A user's own template of records is
+held to more: a field that is missing and a value that is no text are errors.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
 from typing import Any, NoReturn
 
 from fastcollate.errors import InputError, import_extra
 
 BEGIN, END = "\x00\ufdd0", "\x00\ufdd1"  # around what is trained; noncharacters: no text that means anything holds them
+_MOST_SECONDS = 30.0  # a chat may take, of a template that nobody has read
+_MOST_CHARACTERS = 1 << 28  # and write
+_MOST_ITEMS = 1 << 20  # and count through by `range`
 
 
-def compile_template(name: str, source: str, printable: Callable[[Any], Any]) -> Any:
-    """A template whose every printed value goes through `printable`.
+class ChatProgram:
+    """A compiled chat template.
+
+    Args:
+        name: for messages.
+        source: its text.
+        date: what `strftime_now` gives; without one a template that calls it is refused, for tomorrow it would give
+            other rows.
 
     Raises:
         InputError: it is malformed; names the line.
         MissingExtraError: the package jinja2 is not installed.
     """
+
+    def __init__(self, name: str, source: str, date: datetime | None = None) -> None:
+        def strftime_now(form: str) -> str:
+            if date is None:
+                raise InputError(
+                    f"template {name!r}: writes today's date, so that the same job would give other rows tomorrow; fix "
+                    "it by --date 2026-01-31 (date=), or by the template's own argument for it, if it has one"
+                )
+            return date.strftime(form)
+
+        environment = _environment(_tracked_generation())
+        environment.globals.update(strftime_now=strftime_now, range=_range)
+        self._template = _compiled(environment, name, source)
+        self.has_generation = bool(getattr(environment, "has_generation", False))
+
+    def run(self, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        """What it writes, and the `{% generation %}` blocks in it, in characters.
+
+        Raises:
+            jinja2.TemplateError: it fails, writes without end, or does not write a block where it stands.
+        """
+        with _running() as run:
+            blocks = []
+            for block in self._template.generate(variables):
+                blocks.append(block)
+                run.written += len(block)
+                if run.written > _MOST_CHARACTERS or time.monotonic() > run.deadline:
+                    _refuse(f"it wrote {run.written:,} characters in {_MOST_SECONDS:.0f} seconds or less without end")
+            text = "".join(blocks)
+        for start, block in run.blocks:
+            if not text.startswith(block, start):
+                _refuse("it changes what stands in {% generation %} after that, so that its place is not known")
+        return text, [(start, start + len(block)) for start, block in run.blocks if block]
+
+
+class _Run:
+    """A chat that is being rendered: what is written, the generation blocks with their places, what is left of it."""
+
+    __slots__ = ("blocks", "deadline", "items", "written")
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[int, str]] = []
+        self.written = self.items = 0
+        self.deadline = time.monotonic() + _MOST_SECONDS
+
+
+_RUN: ContextVar[_Run | None] = ContextVar("run", default=None)
+
+
+@contextmanager
+def _running() -> Iterator[_Run]:
+    run = _Run()
+    token = _RUN.set(run)
+    try:
+        yield run
+    finally:
+        _RUN.reset(token)
+
+
+def _range(*bounds: int) -> range:
+    """`range` of which a chat can count through so many items."""
+    found, run = range(*bounds), _RUN.get()
+    if run is not None:
+        run.items += len(found)
+        if run.items > _MOST_ITEMS:
+            _refuse("it counts without end")
+    return found
+
+
+def compile_template(name: str, source: str, printable: Callable[[Any], Any]) -> Any:
+    """A user's template of records, whose every printed value goes through `printable`.
+
+    Raises:
+        InputError: it is malformed; names the line.
+        MissingExtraError: the package jinja2 is not installed.
+    """
+    undefined = import_extra("jinja2", "jinja").StrictUndefined
+    return _compiled(_environment(_generation(), undefined=undefined, finalize=printable), name, source)
+
+
+def variables_of(source: str) -> set[str]:
+    """The names that a template takes from outside; none where it is malformed."""
     jinja2 = import_extra("jinja2", "jinja")
-    environment = import_extra("jinja2.sandbox", "jinja").ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        extensions=[_generation(), "jinja2.ext.loopcontrols"],
-        finalize=printable,
+    try:
+        found = import_extra("jinja2.meta", "jinja").find_undeclared_variables(
+            _environment(_generation()).parse(source)
+        )
+    except (jinja2.TemplateSyntaxError, RecursionError):
+        return set()
+    return {str(name) for name in found}
+
+
+def _environment(generation: type, **settings: Any) -> Any:
+    sandbox = import_extra("jinja2.sandbox", "jinja")
+
+    class Environment(sandbox.ImmutableSandboxedEnvironment):  # type: ignore[misc, name-defined]
+        intercepted_binops = frozenset(["*", "**"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            """A product or power, of a size that a chat may need."""
+            size = sum(len(value) if isinstance(value, str | list | tuple) else 0 for value in (left, right))
+            times = next((value for value in (left, right) if isinstance(value, int)), 0)
+            if size * times > _MOST_CHARACTERS or (
+                operator == "**" and not (abs(left) < 1 << 64 and abs(right) < 1024)
+            ):
+                _refuse(f"it makes too much of {operator}")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[generation, "jinja2.ext.loopcontrols"], **settings
     )
     environment.filters["tojson"] = _tojson
     environment.globals.update(raise_exception=_refuse, dict=_Dict(), namespace=_namespace())
+    return environment
+
+
+def _compiled(environment: Any, name: str, source: str) -> Any:
+    jinja2 = import_extra("jinja2", "jinja")
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
@@ -88,18 +209,35 @@ def _namespace() -> type:
 
 
 def _generation() -> type:
-    """The tag `{% generation %}` ... `{% endgeneration %}`: what is trained."""
+    """The tag `{% generation %}` ... `{% endgeneration %}`, by marks in the text: what is trained."""
+    return _extension(lambda text: BEGIN + text + END)
+
+
+def _tracked_generation() -> type:
+    """The same tag; its blocks are noted, with their places in what is written."""
+
+    def note(text: str) -> str:
+        run = _RUN.get()
+        if run is not None:
+            run.blocks.append((run.written, text))
+        return text
+
+    return _extension(note)
+
+
+def _extension(mark: Callable[[str], str]) -> type:
     nodes = import_extra("jinja2", "jinja").nodes
 
     class Generation(import_extra("jinja2.ext", "jinja").Extension):  # type: ignore[misc]
         tags = {"generation"}  # noqa: RUF012 (jinja2's own convention)
 
         def parse(self, parser: Any) -> Any:
+            self.environment.has_generation = True
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
         def _mark(self, caller: Callable[[], str]) -> str:
-            return BEGIN + caller() + END
+            return mark(caller())
 
     return Generation

@@ -5,9 +5,8 @@ Single-turn templates also work on whole columns at once, which is what makes sh
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,20 @@ import numpy as np
 
 from fastcollate.errors import InputError
 from fastcollate.sources import records
-from fastcollate.text.chat.rendered import Rendered
+from fastcollate.text.chat.chatml import Chat
+from fastcollate.text.chat.template import ChatSettings, ChatTemplate, Tokens
 from fastcollate.text.engines.backends import Texts, starts_of
-from fastcollate.text.jinja_env import BEGIN, END, compile_template
-
-Parts = list[str]
-"""A record's texts: prompt, response, prompt, ..."""
+from fastcollate.text.jinja_env import BEGIN, END, compile_template, variables_of
+from fastcollate.text.record import BadRecordError as BadRecordError
+from fastcollate.text.record import Parts, kind_of
+from fastcollate.text.record import Template as Template
 
 _NAMES = {  # under which fields are recognised
     "instruction": ("instruction", "question", "prompt", "query", "problem"),
     "input": ("input", "context"),
     "output": ("output", "answer", "response", "completion", "solution"),
-    "messages": ("messages", "conversations"),
 }
+_CHAT_FIELDS = ("messages", "system", "tools")
 _TEXTS = {  # before the instruction, the input and the output
     "alpaca": (
         "Below is an instruction that describes a task. "
@@ -38,69 +38,18 @@ _TEXTS = {  # before the instruction, the input and the output
     "phi3": ("<|user|>\n", "\n", "\n<|assistant|>:\n"),
     "completion": ("", "\n", ""),
 }
-_TURN_NAMES = (("role", "from"), ("content", "value"))
-_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
-_ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-
-
-class BadRecordError(Exception):
-    """A record that does not give a text; the message is the reason, without the place."""
-
-
-class Template:
-    """How a record becomes text.
-
-    Attributes:
-        name: what the user asked for.
-        settings: what decides the texts, beside the name.
-        single_turn: whether every record gives exactly one prompt and one response.
-        names: the fields that `columns` takes, each by all its names; `None` where only `parts` makes texts.
-        end: `append`, where an end-of-text follows each row; `in_row`, where the template writes rows' ends: a record
-            gives one text by `render`, and not `parts`.
-    """
-
-    single_turn = True
-    end = "append"
-    names: Sequence[Sequence[str]] | None = None
-
-    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
-        self.name = name
-        self.settings = settings
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the texts."""
-        return {"name": self.name, **self.settings}
-
-    def parts(self, record: Any) -> Parts:
-        """The record's texts.
-
-        Raises:
-            BadRecordError: a field is missing or of the wrong type, or there is no text.
-        """
-        raise NotImplementedError
-
-    def render(self, record: Any) -> Rendered:
-        """The record as one text, where the template writes rows' ends.
-
-        Raises:
-            BadRecordError: it cannot be rendered, or what of it is trained is not certain.
-        """
-        raise NotImplementedError
-
-    def columns(self, fields: Sequence[list[str | None]]) -> tuple[Texts, list[int]]:
-        """The texts of many records, given as a column for each of `names`: prompt, response, prompt, ...
-
-        Behind them the numbers of records that need `parts`: a fault, an unusual field; they have some texts too.
-        """
-        raise NotImplementedError
 
 
 class SingleTurn(Template):
-    """A prompt made of an instruction and perhaps an input, and a response."""
+    """A prompt made of an instruction and perhaps an input, and a response.
 
-    def __init__(self, name: str, fields: Mapping[str, str]) -> None:
-        super().__init__(name, {"fields": dict(fields)})
-        self._head, self._before_input, self._before_output = _TEXTS[name]
+    The heading of the response is trained with it, or part of the prompt if `mask_heading`.
+    """
+
+    def __init__(self, name: str, fields: Mapping[str, str], mask_heading: bool = False) -> None:
+        super().__init__(name, {"fields": dict(fields), **({"mask_heading": True} if mask_heading else {})})
+        self._head, self._before_input, heading = _TEXTS[name]
+        self._after_prompt, self._before_output = (heading, "") if mask_heading else ("", heading)
         self.names = [_candidates(fields, field) for field in ("instruction", "input", "output")]
 
     def parts(self, record: Any) -> Parts:
@@ -112,7 +61,8 @@ class SingleTurn(Template):
         if not instruction and not extra and not output:
             raise BadRecordError("no text: every field is empty")
         prompt = self._head + instruction
-        return [prompt + self._before_input + extra if extra else prompt, self._before_output + output]
+        prompt = prompt + self._before_input + extra if extra else prompt
+        return [prompt + self._after_prompt, self._before_output + output]
 
     def columns(self, fields: Sequence[list[str | None]]) -> tuple[Texts, list[int]]:
         """The texts of many records, given as a column for each of `names`."""
@@ -121,7 +71,7 @@ class SingleTurn(Template):
         if not (all(instructions) and all(outputs)):
             rows = enumerate(zip(instructions, inputs, outputs, strict=True))
             irregular = [i for i, (a, b, c) in rows if a is None or c is None or not (a or b or c)]
-        count, head, before_output = len(outputs), self._head, self._before_output
+        count, head, before_output = len(outputs), self._head, self._after_prompt + self._before_output
         pieces = [head] * (5 * count)
         pieces[1::5] = [text or "" for text in instructions]
         pieces[2::5] = [self._before_input + text if text else "" for text in inputs]
@@ -131,42 +81,30 @@ class SingleTurn(Template):
         is_ascii, columns = text.isascii(), [pieces[place::5] for place in (1, 2, 4)]
         lengths = [np.fromiter(map(len, c if is_ascii else map(str.encode, c)), np.int64, count) for c in columns]
         sizes = np.empty((count, 2), np.int64)
-        sizes[:, 0] = len(head) + lengths[0] + lengths[1]
-        sizes[:, 1] = len(before_output) + lengths[2]
+        sizes[:, 0] = len(head) + lengths[0] + lengths[1] + len(self._after_prompt)
+        sizes[:, 1] = len(self._before_output) + lengths[2]
         return Texts(data=text.encode(), offsets=starts_of(sizes.reshape(-1))), irregular
 
 
-class Chat(Template):
-    """ChatML over `messages` (`role`, `content`) or ShareGPT's `conversations` (`from`, `value`).
-
-    Every assistant turn and its `<|im_end|>` are a response; headings, other roles and line breaks are prompt.
-    """
-
-    single_turn = False
+class WholeText(Template):
+    """A text, all of which is trained."""
 
     def __init__(self, fields: Mapping[str, str]) -> None:
-        super().__init__("chat", {"fields": dict(fields)})
-        self._turns = _candidates(fields, "messages")
+        super().__init__("text", {"fields": dict(fields)})
+        self.names = [(fields.get("text", "text"),)]
 
     def parts(self, record: Any) -> Parts:
-        """Prompt, response, prompt, ..."""
-        turns = record[_name(record, self._turns, "messages")]
-        if not isinstance(turns, list):
-            raise BadRecordError(f"messages is {_kind(turns)}, not a list of turns")
-        if not turns:
-            raise BadRecordError("no text: there are no turns")
-        parts, prompt = [], ""
-        for number, turn in enumerate(turns):
-            role, content = _turn(turn, number)
-            heading = f"<|im_start|>{role}\n"
-            if number:
-                heading = "\n" + heading
-            if role == "assistant":
-                parts += [prompt + heading, content + "<|im_end|>"]
-                prompt = ""
-            else:
-                prompt += heading + content + "<|im_end|>"
-        return [*parts, prompt] if prompt else parts
+        """No prompt, and the text."""
+        text = _text(record, (self.names or [("text",)])[0], "text")
+        if not text:
+            raise BadRecordError("no text: it is empty")
+        return ["", text]
+
+    def columns(self, fields: Sequence[list[str | None]]) -> tuple[Texts, list[int]]:
+        """The texts of many records, given as one column."""
+        pieces = [""] * (2 * len(fields[0]))
+        pieces[1::2] = [text or "" for text in fields[0]]
+        return Texts(pieces), [number for number, text in enumerate(fields[0]) if not text]
 
 
 class Jinja(Template):
@@ -189,7 +127,7 @@ class Jinja(Template):
         import jinja2
 
         if not isinstance(record, dict):
-            raise BadRecordError(f"not an object but {_kind(record)}")
+            raise BadRecordError(f"not an object but {kind_of(record)}")
         try:
             text = self._template.render({**record, "record": record})
         except BadRecordError:
@@ -220,35 +158,130 @@ class Tokenized(Template):
         super().__init__("tokenized", {"fields": dict(fields)})
 
 
-def load_template(name: str, fields: Mapping[str, str] | None = None) -> Template:
+def load_template(name: str, fields: Mapping[str, str] | None = None, tokenizer: Any = None, **asked: Any) -> Template:
     """A template by name, or a Jinja template from a file (`*.jinja`, `*.j2`).
 
     Args:
-        name: `alpaca`, `phi3`, `completion`, `chat`, or a file.
+        name: `alpaca`, `phi3`, `completion`, `text`, `chat`, `tokenizer` (the chat template that comes with it), or a
+            file: a chat template where it reads `messages` and writes tokens of the tokenizer, else one of records.
         fields: where a template's field comes from, such as `{"instruction": "question"}`; fields that are not
             named are recognised by common names.
+        tokenizer: for chat templates.
+        asked: see `fastcollate.text.chat.template.ChatSettings`.
 
     Raises:
-        InputError: no such template, a field that it does not have, or a malformed file.
+        InputError: no such template, a field or setting that it does not have, or a malformed file.
         MissingExtraError: a Jinja template without the package jinja2.
     """
-    fields = dict(fields or {})
+    fields, settings = dict(fields or {}), ChatSettings(**asked)
     if name.endswith((".jinja", ".j2", ".jinja2")):
+        source = _read_template(Path(name))
+        if settings.end == "in_row" or (settings.end == "auto" and is_chat_template(source, tokenizer)):
+            return _chat_template(name, source, fields, tokenizer, settings)
+        _refuse_settings(name, settings, ())
         if fields:
             raise InputError("fields: a Jinja template names the record's fields itself")
-        return Jinja(name, _read_template(Path(name)))
+        return Jinja(name, source)
     if name == "tokenized":
         return Tokenized(fields)
-    if name != "chat" and name not in _TEXTS:
-        known = ", ".join((*_TEXTS, "chat", "tokenized"))
+    if name == "tokenizer":
+        own = tokenizer.chat_template if tokenizer is not None else None
+        if not own:
+            raise InputError(
+                f"template 'tokenizer': {getattr(tokenizer, 'name', 'the tokenizer')!r} comes with no chat template; "
+                "give one as a .jinja file, or use template 'chat'"
+            )
+        return _chat_template(name, own, fields, tokenizer, settings)
+    if name not in ("chat", "text", *_TEXTS):
+        known = ", ".join((*_TEXTS, "text", "chat", "tokenizer", "tokenized"))
         raise InputError(f"template {name!r}: choose one of {known}, or give the path of a .jinja file")
+    if settings.end == "in_row":
+        raise InputError(
+            f"end='in_row': template {name!r} writes no end of a row; use a chat template, or end='append'"
+        )
     if name == "completion":
         fields = {{"prompt": "instruction", "completion": "output"}.get(key, key): f for key, f in fields.items()}
-    known_fields = ("messages",) if name == "chat" else ("instruction", "input", "output")
+    _refuse_settings(name, settings, {"chat": ("train_on",), "text": ()}.get(name, ("mask_heading",)))
+    _check_fields(name, fields, {"chat": _CHAT_FIELDS, "text": ("text",)}.get(name, ("instruction", "input", "output")))
+    if name == "text":
+        return WholeText(fields)
+    return Chat(fields, settings.train_on) if name == "chat" else SingleTurn(name, fields, settings.mask_heading)
+
+
+def _chat_template(
+    name: str, source: str, fields: Mapping[str, str], tokenizer: Any, settings: ChatSettings
+) -> ChatTemplate:
+    if tokenizer is None:
+        raise InputError(f"template {name!r}: a chat template needs a tokenizer")
+    _refuse_settings(name, settings, ("arguments", "date", "train_on"))
+    _check_fields(name, fields, _CHAT_FIELDS)
+    return ChatTemplate(name, source, _tokens_of(tokenizer), settings, fields)
+
+
+def _tokens_of(tokenizer: Any) -> Tokens:
+    return Tokens(tokenizer.special_tokens, tokenizer.special_texts)
+
+
+def _check_fields(name: str, fields: Mapping[str, str], known: Sequence[str]) -> None:
     for key in fields:
-        if key not in known_fields:
-            raise InputError(f"field {key!r}: template {name!r} has the fields {', '.join(known_fields)}")
-    return Chat(fields) if name == "chat" else SingleTurn(name, fields)
+        if key not in known:
+            raise InputError(f"field {key!r}: template {name!r} has the fields {', '.join(known)}")
+
+
+def _refuse_settings(name: str, settings: ChatSettings, known: Sequence[str]) -> None:
+    """Refuse settings that a template does not know, in place of passing over them."""
+    for key in ("arguments", "date", "train_on", "mask_heading"):
+        if (getattr(settings, key) or None) != (ChatSettings._field_defaults[key] or None) and key not in known:
+            raise InputError(f"{key}={getattr(settings, key)!r}: template {name!r} has no use for it")
+
+
+def is_chat_template(source: str, tokenizer: Any) -> bool:
+    """Whether a Jinja template is one of turns for this tokenizer: reads `messages`, writes the tokenizer's tokens."""
+    if tokenizer is None:
+        return False
+    names = variables_of(source)
+    tokens = _tokens_of(tokenizer)
+    writes = names & tokens.names.keys() or any(text in source for text in tokens.added)
+    return "messages" in names and bool(writes)
+
+
+def choose_template(
+    record: Any, fields: Mapping[str, str], load: Callable[[], Any], end: str = "auto"
+) -> tuple[str, str]:
+    """The template that `auto` stands for, by the first record's fields, and why, in words.
+
+    `load` gives the tokenizer, which only a chat needs.
+    """
+    record = record if isinstance(record, dict) else {}
+
+    def holds(name: str, kind: type) -> bool:
+        return isinstance(record.get(fields.get(name, name)), kind)
+
+    turns = next((n for n in ("messages", "conversations", "conversation") if n in fields or holds(n, list)), None)
+    turns = turns or ("prompt and completion" if holds("prompt", list) and holds("completion", list) else None)
+    if turns:
+        tokenizer = load()
+        own = tokenizer.chat_template
+        if end == "append" or not own:
+            why = "end='append'" if own else "the tokenizer comes with no chat template"
+            return "chat", f"records hold {turns}; {why}: ChatML, and an end-of-text behind each row"
+        unknown = ChatTemplate("tokenizer", own, _tokens_of(tokenizer), ChatSettings()).unknown_tokens()
+        if unknown:
+            return (
+                "chat",
+                f"records hold {turns}; the tokenizer's template writes {unknown[0]}, which it has no token for",
+            )
+        return "tokenizer", f"records hold {turns}: the chat template that comes with the tokenizer"
+    if not any(name in fields for name in _NAMES):
+        if "input_ids" in fields or holds("input_ids", list):
+            return "tokenized", "records hold ids"
+        if "prompt" in fields or (holds("prompt", str) and holds("completion", str)):
+            return "completion", "records hold prompt and completion"
+        others = {*_NAMES["instruction"], *_NAMES["output"]}
+        if "text" in fields or (holds("text", str) and others.isdisjoint(record)):
+            return "text", "records hold text: all of it is trained"
+    heading = "its '### Response:' is trained, as in the chapter; --mask-heading masks it"
+    return "alpaca", f"records hold an instruction and its answer; {heading}"
 
 
 def _candidates(fields: Mapping[str, str], field: str) -> tuple[str, ...]:
@@ -258,7 +291,7 @@ def _candidates(fields: Mapping[str, str], field: str) -> tuple[str, ...]:
 def _name(record: Any, names: Sequence[str], field: str) -> str:
     """The first of the names under which the record holds anything."""
     if not isinstance(record, dict):
-        raise BadRecordError(f"not an object but {_kind(record)}")
+        raise BadRecordError(f"not an object but {kind_of(record)}")
     there = [name for name in names if name in record]
     if not there:
         have = ", ".join(map(repr, list(record)[:8])) or "none"
@@ -271,38 +304,19 @@ def _name(record: Any, names: Sequence[str], field: str) -> str:
 def _text(record: Any, names: Sequence[str], field: str) -> str:
     name = _name(record, names, field)
     if not isinstance(record[name], str):
-        raise BadRecordError(f"field {name!r} is {_kind(record[name])}, not text")
+        raise BadRecordError(f"field {name!r} is {kind_of(record[name])}, not text")
     return str(record[name])
-
-
-def _turn(turn: Any, number: int) -> tuple[str, str]:
-    place = f"turn {number + 1}"
-    if not isinstance(turn, dict):
-        raise BadRecordError(f"{place} is {_kind(turn)}, not an object")
-    role, content = (turn[first] if turn.get(first) is not None else turn.get(second) for first, second in _TURN_NAMES)
-    if not isinstance(role, str) or not role:
-        raise BadRecordError(f"{place} has no role")
-    if role not in _ROLES:
-        raise BadRecordError(f"{place}: the role {role!r} is not known; use one of {', '.join(_ROLES)}")
-    if not isinstance(content, str):
-        raise BadRecordError(f"{place}: its content is {_kind(content)}, not text")
-    return _ROLES[role], content
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN or infinite"
-    if isinstance(value, records.Unreadable):
-        return f"unreadable ({value.reason})"
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def _printable(value: Any) -> Any:
     """What a template prints: text and numbers; of anything else it would print what Python calls it."""
-    if value is None or isinstance(value, bool | list | dict | records.Unreadable) or _kind(value) == "NaN or infinite":
+    if (
+        value is None
+        or isinstance(value, bool | list | dict | records.Unreadable)
+        or kind_of(value) == "NaN or infinite"
+    ):
         remedy = "give a default, such as {{ x or '' }}" if value is None else "print its parts, or {{ x | tojson }}"
-        raise BadRecordError(f"the template prints {_kind(value)} ({str(value)[:40]}); {remedy}")
+        raise BadRecordError(f"the template prints {kind_of(value)} ({str(value)[:40]}); {remedy}")
     return value
 
 

@@ -78,7 +78,7 @@ def test_a_null_hides_no_other_name_of_a_chat(record: dict[str, Any]) -> None:
     assert parts == ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Ho<|im_end|>"]
 
 
-@pytest.mark.parametrize("role", ["Assistant", "chatgpt", "assistant ", "ai"])
+@pytest.mark.parametrize("role", ["Assistant", "chat", "assistant ", "ai"])
 def test_a_role_that_is_not_known_is_a_bad_record(role: str) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": role, "content": "Ho"}]
     with pytest.raises(BadRecordError, match=f"turn 2: the role '{role}' is not known; use one of system, "):

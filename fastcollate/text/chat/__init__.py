@@ -1,3 +1,1 @@
 """A record -> turns -> what a tokenizer's own chat template writes of them, and which of it is trained."""
-
-from fastcollate.text.chat.rendered import Rendered as Rendered

@@ -1,0 +1,226 @@
+"""The tokenizer's own chat template: each chat is rendered once, and its `{% generation %}` blocks are trained.
+
+Where a template has none of these blocks, or only some of a chat's answers are to be trained, the chat is rendered
+again with marks around what the assistant says; see `fastcollate.text.chat.marks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Collection, Mapping
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from fastcollate.errors import InputError
+from fastcollate.text.chat import marks
+from fastcollate.text.chat.rendered import Rendered
+from fastcollate.text.chat.turns import Chat, join_parts, read_chat
+from fastcollate.text.jinja_env import ChatProgram
+from fastcollate.text.record import BadRecordError, Template
+
+_REMEDY = "give a template that has {% generation %} around it, such as --template my_training.jinja"
+_NOT_TEXT = {"role", "type", "id", "tool_call_id"}  # of a turn: names, not what is said
+_PROBE = "fastcollate"
+_LIKE_TOKENS = re.compile(r"<[|｜][^<>\s]+[|｜]>|<\w+_of_\w+>")
+
+
+class ChatSettings(NamedTuple):
+    """What is asked of a template besides its text.
+
+    Attributes:
+        arguments: further arguments of a chat template, such as `enable_thinking`.
+        date: what `strftime_now` gives, as 2026-01-31.
+        train_on: `all` answers or the `last` one.
+        allowed: texts of added tokens that may stand in an answer, such as `<think>`.
+        end: `in_row` for a chat template, `append` for one of records; `auto` goes by the template.
+        mask_heading: a template's constant heading of the response is not trained.
+    """
+
+    arguments: Mapping[str, Any] | None = None
+    date: str | None = None
+    train_on: str = "all"
+    allowed: tuple[str, ...] = ()
+    end: str = "auto"
+    mask_heading: bool = False
+
+
+class Tokens(NamedTuple):
+    """What a template knows of a tokenizer: `bos_token` and such with their texts, the texts of all added tokens."""
+
+    names: Mapping[str, str]
+    added: Collection[str]
+
+
+class ChatTemplate(Template):
+    """A Jinja template of turns, in the environment of `transformers`.
+
+    Args:
+        name: what the user asked for.
+        source: the template.
+        tokens: of the tokenizer.
+        settings: see there.
+        fields: where `messages`, `system` and `tools` come from.
+
+    Raises:
+        InputError: it is malformed, or a setting is.
+    """
+
+    single_turn = False
+    end = "in_row"
+
+    def __init__(
+        self, name: str, source: str, tokens: Tokens, settings: ChatSettings, fields: Mapping[str, str] | None = None
+    ) -> None:
+        arguments, self._fields = dict(settings.arguments or {}), dict(fields or {})
+        asked = {"fields": self._fields, "arguments": arguments, "date": settings.date, "train_on": settings.train_on}
+        tokens_asked = {"tokens": dict(tokens.names), "allowed": sorted(settings.allowed)}
+        super().__init__(name, {"source": source, **tokens_asked, **asked, "reader": 1})
+        self._program = ChatProgram(name, source, _date(settings.date))
+        self._arguments = {**tokens.names, **arguments, "add_generation_prompt": False}
+        longest_first = sorted(tokens.added, key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # matches nothing
+        self._allowed = frozenset(settings.allowed)
+        self._train_last = settings.train_on == "last"
+
+    def unknown_tokens(self) -> list[str]:
+        """What the template writes as if it were a token, but the tokenizer knows no such token."""
+        text = self._added.sub(" ", self._probe_text)
+        return list(dict.fromkeys(_LIKE_TOKENS.findall(text)))
+
+    def render(self, record: Any) -> Rendered:
+        """The record's chat as one text."""
+        chat = read_chat(record, self._fields)
+        variables = {**self._arguments, **chat.variables}
+        if any(type(turn.get("content")) is list for turn in variables["messages"]) and not self._takes_parts:
+            variables["messages"] = join_parts(variables["messages"])
+        text, blocks = self._run(variables)
+        if not text:
+            raise BadRecordError("no text: the template gives nothing")
+        trained = self._trained(chat, variables, text, blocks)
+        given = list(marks.leaves([variables["messages"], variables["tools"], variables["documents"]]))
+        protected = self._protected(variables, text) if self._added.search("\0".join(given)) else []
+        return Rendered(text, trained, protected)
+
+    def _run(self, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        import jinja2
+
+        try:
+            return self._program.run(variables)
+        except InputError:  # the job's fault, not this record's
+            raise
+        except RecursionError:
+            raise BadRecordError("the template fails: it calls itself without end") from None
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            MemoryError,
+        ) as error:
+            raise BadRecordError(f"the template fails: {error}") from error
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether a content of several parts is written as their text."""
+        texts = []
+        for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
+            try:
+                texts.append(self._run({**self._arguments, **_one_turn("user", content)})[0])
+            except BadRecordError:
+                texts.append("")
+        return _PROBE in texts[1] and (texts[0] == texts[1] or _PROBE not in texts[0])
+
+    @cached_property
+    def _probe_text(self) -> str:
+        """What it writes of a question and an answer; nothing where it fails on them."""
+        chat = _one_turn("user", "Hello")
+        chat["messages"].append({"role": "assistant", "content": _PROBE})
+        with contextlib.suppress(BadRecordError):
+            return self._run({**self._arguments, **chat})[0]
+        return ""
+
+    @cached_property
+    def _end_of_turn(self) -> re.Pattern[str]:
+        """What the template writes behind an answer, up to the token that ends a turn; nothing where none does."""
+        behind = self._probe_text.partition(_PROBE)[2]
+        found = re.match(rf"\s*({self._added.pattern}|{_LIKE_TOKENS.pattern})", behind)
+        return re.compile(r"\s*" + re.escape(found[1]) if found else "")
+
+    def _trained(
+        self, chat: Chat, variables: dict[str, Any], text: str, blocks: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """What is trained of the text."""
+        turns = variables["messages"]
+        trains = chat.trains if len(chat.trains) == len(turns) else []
+        answers = [number for number, turn in enumerate(turns) if turn.get("role") == "assistant"]
+        if self._train_last:
+            trains = [is_trained and number == answers[-1] for number, is_trained in enumerate(trains)]
+        if not any(trains):
+            return []
+        if self._program.has_generation and all(trains[number] for number in answers):
+            return blocks
+        ranges = self._answers(variables, text)
+        if not self._program.has_generation:
+            return [self._with_end(text, turns[turn], *place) for turn, place in sorted(ranges.items()) if trains[turn]]
+        trained = []
+        for number, (start, stop) in enumerate(blocks):
+            within = [turn for turn, place in ranges.items() if start <= place[0] and place[1] <= stop]
+            if not within and len(blocks) == len(answers):
+                within = [answers[number]]  # one that says nothing
+            if not within or len({trains[turn] for turn in within}) > 1:
+                raise BadRecordError(f"{self.unproved}, and not all of it is to be trained")
+            if trains[within[0]]:
+                trained.append((start, stop))
+        return trained
+
+    def _answers(self, variables: dict[str, Any], text: str) -> dict[int, tuple[int, int]]:
+        """Where what each turn of the assistant says lies in the text."""
+        if not marks.MARKS.search(text) and not any(map(marks.MARKS.search, marks.leaves(variables["messages"]))):
+            for turns in marks.with_answers(variables["messages"]):
+                try:
+                    marked = marks.without_marks(self._run({**variables, "messages": turns})[0])
+                except BadRecordError:
+                    continue
+                ranges = marks.answer_ranges(marked.marks) if marked.text == text else None
+                if ranges is not None:
+                    return ranges
+        raise BadRecordError(f"{self.unproved}; {_REMEDY}")
+
+    def _with_end(self, text: str, turn: Mapping[str, Any], start: int, stop: int) -> tuple[int, int]:
+        """The range of an answer with the tag of a thought before it and the end of turn behind it."""
+        if turn.get("tool_calls"):
+            raise BadRecordError(f"a turn calls tools, and {self.unproved}; {_REMEDY}")
+        found = self._end_of_turn.match(text, stop)
+        if found is None:
+            raise BadRecordError(f"no end of turn stands behind what the assistant says; {_REMEDY}")
+        if thought := re.search(r"<think>\s*$", text[max(start - 16, 0) : start]):
+            start -= len(thought[0])
+        return start, found.end()
+
+    def _protected(self, variables: dict[str, Any], text: str) -> list[tuple[int, int, bool]]:
+        """Where the text holds texts of added tokens that the record has brought."""
+        if not any(map(marks.MARKS.search, [text, *marks.leaves(variables["messages"])])):
+            marked_variables = marks.with_protected(variables, self._added, self._allowed)
+            if all(marked_variables[name] == variables[name] for name in ("messages", "tools", "documents")):
+                return []  # they are allowed
+            with contextlib.suppress(BadRecordError):
+                marked = marks.without_marks(self._run(marked_variables)[0])
+                ranges = marks.protected_ranges(marked.marks) if marked.text == text else None
+                if ranges is not None:
+                    return ranges
+        raise BadRecordError("holds the text of a special token, whose place in what the template writes is not known")
+
+
+def _one_turn(role: str, content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content}], "tools": None, "documents": None}
+
+
+def _date(text: str | None) -> datetime | None:
+    try:
+        return None if text is None else datetime.fromisoformat(text)
+    except ValueError as error:
+        raise InputError(f"date={text!r}: write it as 2026-01-31 ({error})") from error

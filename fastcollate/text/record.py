@@ -1,0 +1,99 @@
+"""What a template of any kind is, and what it says of a record that it cannot use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastcollate.sources import records
+from fastcollate.text.chat.rendered import Rendered
+from fastcollate.text.engines.backends import Texts
+
+Parts = list[str]
+"""A record's texts: prompt, response, prompt, ..."""
+
+_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
+_ROLES |= {"human": "user", "observation": "tool", "tool_response": "tool", "ipython": "ipython"}
+_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
+
+
+class BadRecordError(Exception):
+    """A record that does not give a text; the message is the reason, without the place."""
+
+
+class Template:
+    """How a record becomes text.
+
+    Attributes:
+        name: what the user asked for.
+        settings: what decides the texts, beside the name.
+        single_turn: whether every record gives exactly one prompt and one response.
+        names: the fields that `columns` takes, each by all its names; `None` where only `parts` makes texts.
+        end: `append`, where an end-of-text follows each row; `in_row`, where the template writes rows' ends: a record
+            gives one text by `render`, and not `parts`.
+        unproved: what a `BadRecordError` says where it is not certain what of a record is trained.
+    """
+
+    unproved = "what the assistant says cannot be told from the rest of what the template writes"
+    single_turn = True
+    end = "append"
+    names: Sequence[Sequence[str]] | None = None
+
+    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+        self.name = name
+        self.settings = settings
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the texts."""
+        return {"name": self.name, **self.settings}
+
+    def parts(self, record: Any) -> Parts:
+        """The record's texts.
+
+        Raises:
+            BadRecordError: a field is missing or of the wrong type, or there is no text.
+        """
+        raise NotImplementedError
+
+    def render(self, record: Any) -> Rendered:
+        """The record as one text, where the template writes rows' ends.
+
+        Raises:
+            BadRecordError: it cannot be rendered, or what of it is trained is not certain.
+        """
+        raise NotImplementedError
+
+    def columns(self, fields: Sequence[list[str | None]]) -> tuple[Texts, list[int]]:
+        """The texts of many records, given as a column for each of `names`: prompt, response, prompt, ...
+
+        Behind them the numbers of records that need `parts`: a fault, an unusual field; they have some texts too.
+        """
+        raise NotImplementedError
+
+
+def role_of(name: Any, number: int) -> str:
+    """The role that a name stands for, in the turn of this number, from 1."""
+    if not isinstance(name, str) or not name:
+        raise BadRecordError(f"turn {number} has no role")
+    if name not in _ROLES:
+        raise BadRecordError(f"turn {number}: the role {name!r} is not known; use one of {', '.join(_ROLES)}")
+    return _ROLES[name]
+
+
+def refuse_labels(record: Mapping[str, Any]) -> None:
+    """Refuse what is no example to follow: a pair of which one is rejected, an answer with a verdict."""
+    if record.get("rejected") is not None or record.get("chosen") is not None:
+        raise BadRecordError("a pair of chosen and rejected answers: training on both as examples is no fine-tuning")
+    if isinstance(record.get("label"), bool) and record.get("completion") is not None:
+        raise BadRecordError(f"an answer labelled {str(record['label']).lower()}, which no example to follow has")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN or infinite"
+    if isinstance(value, records.Unreadable):
+        return f"unreadable ({value.reason})"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
