@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, integer
 from fastcollate.progress import progress_bar
 from fastcollate.store import Example, TokenStore, files
 from fastcollate.text import Tokenizer, load_template, load_tokenizer
@@ -63,10 +63,8 @@ def _check(model: GPT2, prompt: Sequence[int], max_new_tokens: int, top_k: int |
         raise InputError("the prompt is empty; give it at least one word")
     if max(prompt) >= model.config.vocab_size:
         raise InputError(f"the prompt holds token {max(prompt)}, the model knows {model.config.vocab_size} tokens")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens {max_new_tokens}: give 1 or more")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k {top_k}: give 1 or more, or leave it out")
+    integer("max_new_tokens", max_new_tokens, 1)
+    integer("top_k", 1 if top_k is None else top_k, 1)
     if temperature < 0:
         raise InputError(f"temperature {temperature}: give 0 (most probable token) or more")
 

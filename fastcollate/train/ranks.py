@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from fastcollate.errors import InputError
-
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
 
 _STORE_KEY = "fastcollate/port of the first rank's store"
 _JOIN_TIMEOUT = timedelta(minutes=10)
@@ -142,7 +139,7 @@ def join_ranks(device: str = "auto") -> Ranks:
     return Ranks(rank, world_size, chosen, dist.new_group(backend="gloo"))
 
 
-def _store_of_this_attempt(rank: int) -> Store:
+def _store_of_this_attempt(rank: int) -> Any:
     """A key-value store that only the ranks of this attempt of `torchrun` know, served by the first of them.
 
     `torchrun` lends its own store, the same one after each restart, so that a rank may find there the address of a
@@ -153,21 +150,20 @@ def _store_of_this_attempt(rank: int) -> Store:
     connect = partial(dist.TCPStore, host)  # type: ignore[attr-defined]  # torch does not declare it public
     lent = connect(port, is_master=False)
     if rank == 0:
-        own: Store = connect(0, is_master=True, wait_for_workers=False)
-        lent.set(_STORE_KEY, str(own.port))  # type: ignore[attr-defined]
+        own = connect(0, is_master=True, wait_for_workers=False)
+        lent.set(_STORE_KEY, str(own.port))
         return own
     deadline = time.monotonic() + _JOIN_TIMEOUT.total_seconds()
     while True:
         port = int(lent.get(_STORE_KEY))
         try:
             connect(port, is_master=False, timeout=_CONNECT_TIMEOUT)
+            break
         except dist.DistError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-        else:
-            store: Store = connect(port, is_master=False)
-            return store
+    return connect(port, is_master=False)
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

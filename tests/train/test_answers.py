@@ -68,8 +68,8 @@ def test_a_seed_repeats_an_answer(model: GPT2) -> None:
     [
         ([], {}, "prompt is empty"),
         ([50], {}, "token 50, the model knows 50"),
-        ([1], {"max_new_tokens": 0}, "max_new_tokens 0"),
-        ([1], {"top_k": 0}, "top_k 0"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens=0: give at least 1"),
+        ([1], {"top_k": 0}, "top_k=0: give at least 1"),
         ([1], {"temperature": -1.0}, "temperature -1.0"),
     ],
 )
