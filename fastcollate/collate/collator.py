@@ -16,7 +16,7 @@ from fastcollate.collate import fill as kernels
 from fastcollate.collate import fill_packed as pack_kernels
 from fastcollate.collate import settings as options
 from fastcollate.collate.batch import Batch, PackedBatch, note_counts
-from fastcollate.errors import LARGEST_CAPACITY, InputError, integer
+from fastcollate.errors import LARGEST_CAPACITY, InputError, integer, shown
 from fastcollate.store import layout
 
 Int64Array = npt.NDArray[np.int64]
@@ -282,7 +282,7 @@ def _as_integers(values: npt.ArrayLike, name: str) -> Int64Array:
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{name} are not a sequence of integers: {error}") from error
     if array.size and not fits_int64(array):
-        raise InputError(f"{name} are {array.dtype}, such as {array.flat[0]!r}: give integers")
+        raise InputError(f"{name} are {array.dtype}, such as {shown(array.flat[0])}: give integers")
     return np.ascontiguousarray(array, np.int64)
 
 

@@ -16,7 +16,7 @@ from fastcollate.collate import fill as kernels
 from fastcollate.collate.batch import Batch
 from fastcollate.collate.collator import Int64Array, fits_int64, make_batch
 from fastcollate.collate.settings import MASK, clamped, make_settings
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, shown
 
 _INT64 = np.dtype(np.int64)
 _TOKENS = {4: np.uint32(0), 8: np.int64(0)}
@@ -191,4 +191,4 @@ def _index(value: Any, name: str) -> int:
     try:
         return operator.index(value)
     except TypeError as error:
-        raise InputError(f"{name} is {value!r}: give an integer") from error
+        raise InputError(f"{name} is {shown(value)}: give an integer") from error

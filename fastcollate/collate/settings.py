@@ -11,7 +11,7 @@ import operator
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, choice, shown
 
 _SETTINGS = range(8)
 PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, END_ID, IN_ROW = _SETTINGS
@@ -43,8 +43,7 @@ def make_settings(
 ) -> npt.NDArray[np.int64]:
     """The settings that the kernels read; refuses a word that is not known, and numbers beyond 64 bits."""
     for name, word, known in (("mode", mode, MODES), ("truncation", truncation, TRUNCATIONS), ("end", end, ENDS)):
-        if word not in known:
-            raise InputError(f"{name}={word!r}: choose one of {', '.join(map(repr, known))}")
+        choice(name, word, known)
     if end == "in_row" and mode == "reference":
         raise InputError(
             "mode='reference' of rows that hold their own end: the chapter's collate appends one to each row, so it "
@@ -61,7 +60,7 @@ def make_settings(
             number = operator.index(value)
             settings[column] = clamped(number) if column == LIMIT else number
         except (OverflowError, TypeError, ValueError) as error:
-            raise InputError(f"{name} is {value!r}: give an integer of at most 64 bits") from error
+            raise InputError(f"{name} is {shown(value)}: give an integer of at most 64 bits") from error
     settings[MASK] = mask_prompt
     settings[REFERENCE] = mode == "reference"
     settings[LEFT] = truncation == "left"

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastcollate.errors import InputError, import_extra
+from fastcollate.errors import InputError, choice, import_extra
 from fastcollate.ingest import columns_of_ids, rows_of_ids, with_end_appended
 from fastcollate.integrations.pytorch import StoreDataset
 from fastcollate.sources import records
@@ -160,9 +160,7 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
         >>> store[0].input_ids, store[0].spans
         (array([0, 1, 2], dtype=uint16), array([1, 2], dtype=uint32))
     """
-    root, end = Path(path), "in_row" if end == "auto" else end
-    if end not in manifests.ENDS:
-        raise InputError(f"end={end!r}: choose one of 'auto', {', '.join(map(repr, manifests.ENDS))}")
+    root, end = Path(path), "in_row" if end == "auto" else choice("end", end, ("auto", *manifests.ENDS))
     last, pad = tokenizer.eos_token_id, getattr(tokenizer, "pad_token_id", None)
     if last is None:
         raise InputError(f"{type(tokenizer).__name__} has no eos_token: set it; a store names the id that ends a text")

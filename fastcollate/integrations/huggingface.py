@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastcollate.collate import collate_fn, settings
-from fastcollate.errors import InputError, import_extra
+from fastcollate.errors import InputError, choice, import_extra, shown
 from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted
 from fastcollate.integrations.flow import FlowingSampler
 from fastcollate.integrations.hf_datasets import lengths_of as lengths_of
@@ -76,8 +76,7 @@ class DataCollator:
         pad_to_multiple_of: int | None = None,
         tokenizer: Any = None,
     ) -> None:
-        if layout not in LAYOUTS:
-            raise InputError(f"layout={layout!r}: choose one of {', '.join(map(repr, LAYOUTS))}")
+        choice("layout", layout, LAYOUTS)
         if pad_to_multiple_of is not None and (layout == "flattened" or pad_to_multiple_of < 1):
             raise InputError(f"pad_to_multiple_of={pad_to_multiple_of}: at least 1, and for layout='padded' only")
         self.layout = layout
@@ -94,7 +93,7 @@ class DataCollator:
                 with another tokenizer.
         """
         if return_tensors != "pt":
-            raise InputError(f"return_tensors={return_tensors!r}: only 'pt'")
+            raise InputError(f"return_tensors={shown(return_tensors)}: only 'pt'")
         if not len(features):
             raise InputError("the batch has no rows; a data set of length 0, or a sampler that yields nothing")
         lengths = None

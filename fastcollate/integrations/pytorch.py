@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from typing_extensions import Unpack
 
 from fastcollate.collate import Batch, Collator, PackedBatch
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, shown
 from fastcollate.load import CollateKeywords, collator_of, open_store, trained_rows
 from fastcollate.plan import MixedStore, Order, OrderKeywords, PlanOptions, position
 from fastcollate.store import Example, TokenStore
@@ -256,7 +256,7 @@ class StoreDataset(Dataset[StoreRow]):
     def __getitems__(self, indices: Sequence[int]) -> StoreRows:
         if len(indices) and not isinstance(indices[0], (int, np.integer)):
             raise InputError(
-                f"the sampler gave {indices[0]!r} where a row number belongs: a BucketBatchSampler gives batches, "
+                f"the sampler gave {shown(indices[0])} where a row number belongs: a BucketBatchSampler gives batches, "
                 "so pass it as DataLoader(batch_sampler=...), not as sampler=..., and leave out batch_size and shuffle"
             )
         return StoreRows(self, indices)

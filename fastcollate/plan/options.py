@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import LARGEST, LARGEST_CAPACITY, InputError, integer
+from fastcollate.errors import LARGEST, LARGEST_CAPACITY, InputError, choice, integer, shown
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -180,10 +180,8 @@ def row_numbers(rows: npt.ArrayLike | range, num_rows: int, name: str = "rows") 
 
 def _check_choices(options: PlanOptions) -> None:
     for name, choices in (("policy", POLICIES), ("tail", TAILS), ("long_rows", LONG_ROWS)):
-        value = getattr(options, name)
-        if not isinstance(value, str) or value not in choices:
-            raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+        choice(name, getattr(options, name), choices)
     for name in ("drop_last", "longest_first"):
         value = getattr(options, name)
         if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
-            raise InputError(f"{name}={value!r}: give True or False")
+            raise InputError(f"{name}={shown(value)}: give True or False")

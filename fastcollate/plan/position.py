@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastcollate.errors import LARGEST, InputError, integer
+from fastcollate.errors import LARGEST, InputError, integer, shown
 from fastcollate.plan.mixing import Order, OrderedPlan
 from fastcollate.plan.options import Int64Array, PlanOptions
 
@@ -211,7 +211,7 @@ class SavedState:
         self._version = self._field("version")
         if type(self._version) is not int or self._version not in (2, STATE_VERSION):
             raise self._error(
-                f"has version={self._version!r}, and this release reads 2 and {STATE_VERSION}: load it with the "
+                f"has version={shown(self._version)}, and this release reads 2 and {STATE_VERSION}: load it with the "
                 "release that saved it, or start afresh"
             )
 
@@ -225,8 +225,8 @@ class SavedState:
 
     def _differs(self, name: str, saved: Any, own: Any) -> InputError:
         return self._error(
-            f"has {name}={saved!r}, this {self._kind} {own!r}; make the {self._kind} with the saved value, or start "
-            "afresh"
+            f"has {name}={shown(saved)}, this {self._kind} {shown(own)}; make the {self._kind} with the saved value, "
+            "or start afresh"
         )
 
     def read(self, order: Order, options: PlanOptions) -> tuple[Position, Int64Array]:

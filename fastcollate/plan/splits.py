@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError, integer
+from fastcollate.errors import InputError, integer, shown
 from fastcollate.plan.options import Int64Array
 from fastcollate.store import Example
 
@@ -81,7 +81,7 @@ def _key_bytes(store: Any, key: Key) -> Iterable[bytes]:
             return (_token_bytes(row.input_ids) for row in store)
         if key == "prompt":
             return (_token_bytes(row.input_ids[: int(row.spans[0]) if len(row.spans) else 0]) for row in store)
-        raise InputError(f"key={key!r}: choose 'row' or 'prompt', or give one value a row, or a function of a row")
+        raise InputError(f"key={shown(key)}: choose 'row' or 'prompt', or give one value a row, or a function of a row")
     if callable(key):
         return (_value_bytes(key(row)) for row in store)
     if len(key) != len(store):
@@ -98,5 +98,5 @@ def _value_bytes(value: object) -> bytes:
     if isinstance(value, np.generic):
         value = value.item()
     if not isinstance(value, (str, int, bytes)):
-        raise InputError(f"the key {value!r} is a {type(value).__name__}: give a string or an integer a row")
+        raise InputError(f"the key {shown(value)} is a {type(value).__name__}: give a string or an integer a row")
     return value if isinstance(value, bytes) else f"{type(value).__name__}:{value}".encode("utf-8", "surrogatepass")

@@ -20,7 +20,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from fastcollate.errors import InputError, import_extra
+from fastcollate.errors import InputError, import_extra, nearest, shown
 from fastcollate.progress import progress_bar
 from fastcollate.sources.compression import COMPRESSIONS
 from fastcollate.sources.remote import attempt, name_of
@@ -112,7 +112,8 @@ def find_sources(sources: Any, *, keep_empty: bool = False, split: str | None = 
             found += _find_files(os.fspath(source), names.get(source), split)
         else:
             remedy = "; give turns as records: {'messages': turns}" if isinstance(source, list) else ""
-            raise InputError(f"source {source!r:.80}: neither a path, a URL, a data set, a table, nor a record{remedy}")
+            what = f"source {shown(source)}: neither a path, a URL, a data set, a table, nor a record"
+            raise InputError(f"{what}{remedy}")
     if not found:
         raise InputError("no source given; name at least one file of records")
     if (empty := [source.name for source in found if source.is_empty]) and not keep_empty:
@@ -183,14 +184,14 @@ def _split_of(name: str, splits: Mapping[str, Any], split: str | None) -> Any:
     if split is not None and split in splits:
         return splits[split]
     known = ", ".join(map(str, splits))
-    what = f"has no split {split!r}" if split is not None else "holds several splits"
+    what = f"has no split {shown(split)}" if split is not None else "holds several splits"
     example = next(iter(splits))
-    raise InputError(f"{name}: {what}; choose one of {known}, such as split={example!r} (--split {example})")
+    raise InputError(f"{name}: {what}; choose one of {known}, such as split={shown(example)} (--split {example})")
 
 
 def _unsplit(source: Source, split: str | None) -> Source:
     if split is not None:
-        raise InputError(f"{source.name}: is no dictionary of splits; leave out split={split!r} (--split)")
+        raise InputError(f"{source.name}: is no dictionary of splits; leave out split={shown(split)} (--split)")
     return source
 
 
@@ -317,7 +318,8 @@ def _local_file(path: str, name: str) -> Source:
     try:
         stat = os.stat(path)
     except FileNotFoundError:
-        raise InputError(f"{name}: no such file") from None
+        sample = f" To try things: fastcollate sample {name}" if name.endswith(".jsonl") else ""
+        raise InputError(f"{name}: no such file; {nearest(path)}{sample}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if stat_module.S_ISDIR(stat.st_mode):

@@ -118,7 +118,7 @@ def _cause(error: BaseException, *, may_show: bool) -> tuple[str, bool]:
                 return reason, may_pass
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     if isinstance(error, FileNotFoundError):
-        return "no such file", False
+        return "no such file; check the address", False
     text = f": {getattr(error, 'strerror', None) or error}" if may_show else ""
     text = re.sub(r"\w[\w+.-]*:/+\S+", "(a URL)", text)
     what = "not a path or URL that can be read" if isinstance(error, ValueError) else "cannot be read"
@@ -139,7 +139,7 @@ def _of_status(status: int) -> tuple[str, bool]:
     if status in (401, 403):
         return f"HTTP {status}, {_DENIED}", False
     if status in (404, 410):
-        return "no such file", False
+        return "no such file; check the address", False
     if status == 412:
         return _CHANGED, False
     may_pass = status >= 500 or status in (408, 425, 429)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, nearest
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _MORE_TEMPLATES = "additional_chat_templates"  # a folder beside them; in a store a file each: it has no folders
@@ -78,7 +78,7 @@ def find_saved(name: str) -> Path | None:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists():
         _convert(name, "no such folder; a hub's name is not looked up", _CONVERT.format(name))
     if len(path.parts) > 1:
-        raise InputError(f"tokenizer {name!r}: no such folder or file")
+        raise InputError(f"tokenizer {name!r}: no such folder or file; {nearest(str(path))}")
     return None
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from fastcollate.errors import InputError, import_extra
+from fastcollate.errors import InputError, choice, import_extra
 from fastcollate.text import boundaries
 from fastcollate.text.added import search_for
 from fastcollate.text.chat.ids import EncodedChats, encode_chats
@@ -277,8 +277,7 @@ def load_tokenizer(name: str = "gpt2", backend: str = "auto") -> Tokenizer:
         InputError: no such encoding, its vocabulary cannot be had, or the backend does not support it.
         MissingExtraError: the backend is not installed.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    choice("backend", backend, BACKENDS)
     path = None if name in KNOWN else find_saved(name)
     return _cached(name, backend) if path is None else _cached(str(path), backend, digest_of(path))
 

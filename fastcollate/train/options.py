@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, shown
 from fastcollate.options import flag_of, option
 
 if TYPE_CHECKING:
@@ -150,7 +150,9 @@ class TrainOptions(MaskOptions):
                 value = getattr(self, name)
                 self._require(name, value is None or value >= least, f"{least} or more")
         for name, choices in _CHOICES.items():
-            self._require(name, getattr(self, name) in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
+            value = getattr(self, name)
+            is_one = isinstance(value, str) and value in choices
+            self._require(name, is_one, f"{', '.join(choices[:-1])} or {choices[-1]}")
         self._require("dropout", 0 <= self.dropout < 1, "0 or more, below 1")
         self._require(
             "cuda_graphs", self.compile or not self.cuda_graphs, "--compile with it, whose kernels it replays"
@@ -164,7 +166,9 @@ class TrainOptions(MaskOptions):
 
     def _require(self, name: str, is_right: bool, wanted: str) -> None:
         if not is_right:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {wanted}")
+            value = getattr(self, name)
+            value = value if isinstance(value, str) else shown(value)
+            raise InputError(f"--{name.replace('_', '-')} {value}: give {wanted}")
 
     @property
     def peak_learning_rate(self) -> float:

@@ -132,7 +132,7 @@ def test_a_download_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
 def test_unknown_names() -> None:
     with pytest.raises(InputError, match=r"tokenizer 'gpt5': choose one of gpt2"):
         load_tokenizer("gpt5")
-    with pytest.raises(InputError, match=r"backend 'rust': choose one of auto"):
+    with pytest.raises(InputError, match=r"backend='rust': choose one of 'auto'"):
         load_tokenizer("gpt2", "rust")
 
 

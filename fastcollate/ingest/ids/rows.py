@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastcollate.errors import shown
 from fastcollate.ingest.ids.columns import COUNTS, KNOWN, MASKS
 from fastcollate.ingest.spans import BadRecord, Rows
 from fastcollate.sources import Block, Unit, records
@@ -111,7 +112,7 @@ def _why_no_list(chunk: records.Records, name: str, number: int) -> str:
     if value is None:
         return f"no {name!r}, which the first record has"
     odd = next((item for item in value if type(item) not in (int, bool)), value) if isinstance(value, list) else value
-    return f"{name!r} holds {odd!r:.60}, and is no list of whole numbers"
+    return f"{name!r} holds {shown(odd)}, and is no list of whole numbers"
 
 
 def _check_lengths(lists: Mapping[str, records.Lists], names: Mapping[str, str], found: _Found) -> None:
