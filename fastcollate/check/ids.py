@@ -9,7 +9,7 @@ from fastcollate.sources import records
 from fastcollate.store import TokenStore
 
 Row = tuple[list[int], list[bool]]
-"""Ids, and which of them are trained."""
+"""Ids, and which of them, and of an end that is appended, are trained."""
 
 
 def differing_rows(
@@ -25,9 +25,12 @@ def differing_rows(
         if number == len(store) or store[number].source_row != position:
             return number - row, [*problems, f"row {number}: record {position} of the sources gives one more row"]
         example = store[number]
+        stored = [i % 2 == 1 for i, count in enumerate(example.spans.tolist()) for _ in range(count)]
+        if len(stored) < len(trained):
+            stored.append(len(example.spans) % 2 == 0)  # an appended end goes with the last response
         if example.input_ids.tolist() != ids:
             problems.append(f"row {number}: other ids than record {position} of the sources holds")
-        elif [i % 2 == 1 for i, count in enumerate(example.spans.tolist()) for _ in range(count)] != trained:
+        elif stored != trained:
             problems.append(f"row {number}: other ids are trained than record {position} of the sources says")
     return len(expected), problems
 
@@ -36,13 +39,18 @@ def _expected(manifest: Mapping[str, Any], record: Any) -> Iterator[Row]:
     """The rows that a record gives, cut or left out by the job's limit."""
     fields, options = manifest["template"]["fields"], manifest["options"]
     of = {key: record[name] for key, name in fields.items()}
-    limit = options.get("max_length")
+    limit, appends = options.get("max_length"), manifest["end"] == "append"
     for ids, trained in _sequences(of):
-        prompt = trained.index(True) if True in trained else len(ids)
-        is_long = limit is not None and prompt - 1 >= limit
+        if appends and ids[-1] == manifest["tokenizer"]["end_token_id"]:
+            ids = ids[:-1]
+        elif appends:
+            trained = [*trained, trained[-1]]
+        prompt = trained.index(True) if True in trained else len(trained)
+        is_long, room = limit is not None and prompt - 1 >= limit, (limit or 0) + (not appends)
         if is_long and options.get("long_prompt") == "reject":
             continue
-        cut = max(0, min(prompt - 1, len(ids) - limit - 1)) if is_long and options.get("long_prompt") == "cut" else 0
+        cut = max(0, min(prompt - 1, len(ids) - 1, len(ids) - room))
+        cut = cut if is_long and options.get("long_prompt") == "cut" else 0
         yield ids[cut:], trained[cut:]
 
 

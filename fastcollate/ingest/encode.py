@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError
-from fastcollate.ingest.ids.rows import read_rows
+from fastcollate.ingest.ids.rows import read_rows, with_end_appended
 from fastcollate.ingest.spans import BadRecord, Parts, Rows, count, encode_parts, limit_prompts
 from fastcollate.ingest.spec import TOKENIZED, Counts, JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.sources import Block, Unit, records
@@ -57,6 +57,7 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
     lost, counts, seconds = _Lost(unit), Counts(), 0.0
     if template.name == TOKENIZED:
         rows, digests = read_rows(unit, template.settings["fields"], tokenizer.vocab_size, lost.add_all)
+        rows = with_end_appended(rows, tokenizer.end_token_id) if template.end == "append" else rows
     else:
         make = _encoded_rows if template.end == "append" else _encoded_chats
         rows, digests, seconds = make(unit, spec, lost, counts)

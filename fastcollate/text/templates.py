@@ -28,6 +28,7 @@ _NAMES = {  # under which fields are recognised
     "output": ("output", "answer", "response", "completion", "solution"),
 }
 _CHAT_FIELDS = ("messages", "system", "tools")
+_TEXT_FIELDS = {*_NAMES, *_CHAT_FIELDS, "prompt", "completion", "text"}
 _TEXTS = {  # before the instruction, the input and the output
     "alpaca": (
         "Below is an instruction that describes a task. "
@@ -148,14 +149,15 @@ class Jinja(Template):
 class Tokenized(Template):
     """Records that hold ids already, with what of them is trained: no text is made of them.
 
-    `fields` says which columns are taken, as `fastcollate.ingest.ids.rows` knows them.
+    `fields` says which columns are taken, as `fastcollate.ingest.ids.rows` knows them. Rows are exactly these ids, or
+    with `end="append"` those without an end-of-text that closes them, which the collate appends.
     """
 
     single_turn = False
-    end = "in_row"
 
-    def __init__(self, fields: Mapping[str, str]) -> None:
+    def __init__(self, fields: Mapping[str, str], end: str = "in_row") -> None:
         super().__init__("tokenized", {"fields": dict(fields)})
+        self.end = end
 
 
 def load_template(name: str, fields: Mapping[str, str] | None = None, tokenizer: Any = None, **asked: Any) -> Template:
@@ -183,7 +185,8 @@ def load_template(name: str, fields: Mapping[str, str] | None = None, tokenizer:
             raise InputError("fields: a Jinja template names the record's fields itself")
         return Jinja(name, source)
     if name == "tokenized":
-        return Tokenized(fields)
+        _refuse_settings(name, settings, ())
+        return Tokenized(fields, "append" if settings.end == "append" else "in_row")
     if name == "tokenizer":
         own = tokenizer.chat_template if tokenizer is not None else None
         if not own:
@@ -257,6 +260,8 @@ def choose_template(
     def holds(name: str, kind: type) -> bool:
         return isinstance(record.get(fields.get(name, name)), kind)
 
+    if "input_ids" in fields or (holds("input_ids", list) and _TEXT_FIELDS.isdisjoint(fields)):
+        return "tokenized", "records hold ids"
     turns = next((n for n in ("messages", "conversations", "conversation") if n in fields or holds(n, list)), None)
     turns = turns or ("prompt and completion" if holds("prompt", list) and holds("completion", list) else None)
     if turns:
@@ -273,8 +278,6 @@ def choose_template(
             )
         return "tokenizer", f"records hold {turns}: the chat template that comes with the tokenizer"
     if not any(name in fields for name in _NAMES):
-        if "input_ids" in fields or holds("input_ids", list):
-            return "tokenized", "records hold ids"
         if "prompt" in fields or (holds("prompt", str) and holds("completion", str)):
             return "completion", "records hold prompt and completion"
         others = {*_NAMES["instruction"], *_NAMES["output"]}

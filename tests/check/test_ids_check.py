@@ -33,10 +33,12 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize(
     "options", [{}, {"max_length": 1, "long_prompt": "cut"}, {"max_length": 1, "on_error": "skip"}]
 )
-def test_it_agrees(tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("end", ["auto", "append"])
+def test_it_agrees(tmp_path: Path, options: dict[str, Any], end: str) -> None:
     records = [{**record, "labels": [*record["labels"][:2], -100, *record["labels"][3:]]} for record in RECORDS]
     source = write(tmp_path / "a.jsonl", records)
-    prepare(source, tmp_path / "s", template="tokenized", tokenizer="gpt2", **options)
+    prepare(source, tmp_path / "s", tokenizer="gpt2", end=end, **options)
+    assert TokenStore(tmp_path / "s").end == ("append" if end == "append" else "in_row")
     found = verify(TokenStore(tmp_path / "s"), MaskOptions(mask_prompt=True), sources=[source], progress=False)
     assert found.ok, found.problems
     assert found.records == 40
@@ -54,7 +56,7 @@ def test_it_agrees(tmp_path: Path, options: dict[str, Any]) -> None:
 )
 def test_another_source_is_told(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     source = write(tmp_path / "a.jsonl", RECORDS)
-    prepare(source, tmp_path / "s", template="tokenized", tokenizer="gpt2")
+    prepare(source, tmp_path / "s", tokenizer="gpt2")
     write(tmp_path / "a.jsonl", [{**RECORDS[0], **change}, *RECORDS[1:]])
     found = verify(TokenStore(tmp_path / "s"), sources=[source], progress=False)
     assert any(problem.startswith(says) for problem in found.problems), found.problems

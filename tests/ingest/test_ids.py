@@ -291,3 +291,21 @@ def test_the_command_line_takes_files_of_ids(
     assert run_cli(monkeypatch, "prepare", tmp_path / "a.parquet", tmp_path / "s", *named) == 0
     assert json.loads(capsys.readouterr().out)["summary"]["num_rows"] == 2
     assert [row.spans.tolist() for row in TokenStore(tmp_path / "s")] == [[1, 2], [0, 1, 1]]
+
+
+def test_auto_takes_ids_where_records_hold_them(tmp_path: Path) -> None:
+    record = {"input_ids": [1, 2, 50256], "labels": [-100, 2, 50256], "messages": [{"role": "user", "content": "x"}]}
+    report = prepare([record, record], tmp_path / "s", tokenizer="gpt2")
+    assert report.template == "tokenized (records hold ids)"
+    assert [row.input_ids.tolist() for row in TokenStore(tmp_path / "s")] == [[1, 2, 50256]] * 2
+    with pytest.raises(InputError, match=r"records that hold ids need the one that made them"):
+        prepare([record], tmp_path / "t")
+    appended = prepare([record], tmp_path / "u", tokenizer="gpt2", end="append")
+    assert appended.num_rows == 1
+    store = TokenStore(tmp_path / "u")
+    assert (store.end, store[0].input_ids.tolist(), store[0].spans.tolist()) == ("append", [1, 2], [1, 1])
+    text = {"instruction": "a", "output": "b", "input_ids": [1]}
+    named = prepare([text], tmp_path / "v", tokenizer="gpt2", fields={"instruction": "instruction"})
+    assert named.template.startswith("alpaca")
+    with pytest.raises(InputError, match="train_on='last': template 'tokenized' has no use for it"):
+        prepare([record], tmp_path / "w", tokenizer="gpt2", train_on="last")
