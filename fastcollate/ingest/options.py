@@ -34,6 +34,7 @@ class PrepareKeywords(TypedDict, total=False):
     max_length: int | None
     long_prompt: str
     special_text: str
+    allow_special: str | None
     split: str | None
     engine: str
     workers: int | None
@@ -95,6 +96,11 @@ class PrepareOptions:
         "A text like <|endoftext|>: reject (a bad record), encode as text, or strip-end: drop the one at a row's end.",
     )
     split: str | None = option(None, "The split to take, where a source is a dictionary of splits.")
+    allow_special: str | None = option(
+        None,
+        "Texts of added tokens, with blanks between them, that stand for these in what the assistant says; by default "
+        "the tags of thoughts and tool calls.",
+    )
     engine: str = option("local", "local processes, or ray for a cluster.")
     workers: int | None = option(None, "Worker processes; the usable cores by default.")
     overwrite: bool = option(False, "Make the store anew, whatever lies in its directory.", "--overwrite")

@@ -79,6 +79,7 @@ class JobSpec:
                 self.fields,
                 tokenizer,
                 arguments=self.template_args,
+                allowed=None if asked.allow_special is None else asked.allow_special.split(),
                 **{name: getattr(asked, name) for name in ("date", "train_on", "end", "mask_heading")},
             )
             tools = tokenizer, template

@@ -67,7 +67,7 @@ class ChatProgram:
         for start, block in run.blocks:
             if not text.startswith(block, start):
                 _refuse("it changes what stands in {% generation %} after that, so that its place is not known")
-        return text, [(start, start + len(block)) for start, block in run.blocks if block]
+        return text, [(start, start + len(block)) for start, block in run.blocks]
 
 
 class _Run:

@@ -216,7 +216,7 @@ def _chat_template(
 ) -> ChatTemplate:
     if tokenizer is None:
         raise InputError(f"template {name!r}: a chat template needs a tokenizer")
-    _refuse_settings(name, settings, ("arguments", "date", "train_on"))
+    _refuse_settings(name, settings, ("arguments", "date", "train_on", "allowed"))
     _check_fields(name, fields, _CHAT_FIELDS)
     return ChatTemplate(name, source, _tokens_of(tokenizer), settings, fields)
 
@@ -233,7 +233,7 @@ def _check_fields(name: str, fields: Mapping[str, str], known: Sequence[str]) ->
 
 def _refuse_settings(name: str, settings: ChatSettings, known: Sequence[str]) -> None:
     """Refuse settings that a template does not know, in place of passing over them."""
-    for key in ("arguments", "date", "train_on", "mask_heading"):
+    for key in ("arguments", "date", "train_on", "mask_heading", "allowed"):
         if (getattr(settings, key) or None) != (ChatSettings._field_defaults[key] or None) and key not in known:
             raise InputError(f"{key}={getattr(settings, key)!r}: template {name!r} has no use for it")
 

@@ -10,7 +10,8 @@ class Rendered(NamedTuple):
 
     Attributes:
         text: what the tokenizer's chat template wrote, the beginning of a text and the ends of turns included.
-        trained: ranges whose tokens are trained; a token that holds a character of one is.
+        trained: ranges whose tokens are trained; a token that holds a character of one is, and, as in transformers, one
+            within which an empty range lies.
         protected: ranges that came from the record's own texts and hold the text of an added token, and whether that
             stood in an answer; empty for nearly every record.
     """

@@ -22,8 +22,14 @@ from fastcollate.text.record import BadRecordError, Template
 
 _REMEDY = "give a template that has {% generation %} around it, such as --template my_training.jinja"
 _NOT_TEXT = {"role", "type", "id", "tool_call_id"}  # of a turn: names, not what is said
-_PROBE = "fastcollate"
+_PROBE = "8236459170"  # which no filter changes
 _LIKE_TOKENS = re.compile(r"<[|｜][^<>\s]+[|｜]>|<\w+_of_\w+>")
+
+
+_ALLOWED = (  # what templates write again of an answer: tags of thoughts and of calls, no role and no end
+    "<think>", "</think>", "[THINK]", "[/THINK]", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
+)  # fmt: skip
 
 
 class ChatSettings(NamedTuple):
@@ -33,7 +39,8 @@ class ChatSettings(NamedTuple):
         arguments: further arguments of a chat template, such as `enable_thinking`.
         date: what `strftime_now` gives, as 2026-01-31.
         train_on: `all` answers or the `last` one.
-        allowed: texts of added tokens that may stand in an answer, such as `<think>`.
+        allowed: texts of added tokens that stand for them in an answer, such as `<think>`; `None`: tags of thoughts
+            and tool calls.
         end: `in_row` for a chat template, `append` for one of records; `auto` goes by the template.
         mask_heading: a template's constant heading of the response is not trained.
     """
@@ -41,7 +48,7 @@ class ChatSettings(NamedTuple):
     arguments: Mapping[str, Any] | None = None
     date: str | None = None
     train_on: str = "all"
-    allowed: tuple[str, ...] = ()
+    allowed: Collection[str] | None = None
     end: str = "auto"
     mask_heading: bool = False
 
@@ -75,13 +82,13 @@ class ChatTemplate(Template):
     ) -> None:
         arguments, self._fields = dict(settings.arguments or {}), dict(fields or {})
         asked = {"fields": self._fields, "arguments": arguments, "date": settings.date, "train_on": settings.train_on}
-        tokens_asked = {"tokens": dict(tokens.names), "allowed": sorted(settings.allowed)}
+        self._allowed = frozenset(_ALLOWED if settings.allowed is None else settings.allowed) & {*tokens.added}
+        tokens_asked = {"tokens": dict(tokens.names), "allowed": sorted(self._allowed)}
         super().__init__(name, {"source": source, **tokens_asked, **asked, "reader": 1})
         self._program = ChatProgram(name, source, _date(settings.date))
         self._arguments = {**tokens.names, **arguments, "add_generation_prompt": False}
         longest_first = sorted(tokens.added, key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # matches nothing
-        self._allowed = frozenset(settings.allowed)
         self._train_last = settings.train_on == "last"
 
     def unknown_tokens(self) -> list[str]:
@@ -148,7 +155,7 @@ class ChatTemplate(Template):
         """What the template writes behind an answer, up to the token that ends a turn; nothing where none does."""
         behind = self._probe_text.partition(_PROBE)[2]
         found = re.match(rf"\s*({self._added.pattern}|{_LIKE_TOKENS.pattern})", behind)
-        return re.compile(r"\s*" + re.escape(found[1]) if found else "")
+        return re.compile(r"(?:\s*</?think>)*" + (r"\s*" + re.escape(found[1]) if found else ""))
 
     def _trained(
         self, chat: Chat, variables: dict[str, Any], text: str, blocks: list[tuple[int, int]]
