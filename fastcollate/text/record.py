@@ -64,6 +64,14 @@ class Template:
         """
         raise NotImplementedError
 
+    def question(self, text: str, more: str = "") -> Rendered:
+        """What stands before the answer to a question, and perhaps its input.
+
+        Raises:
+            BadRecordError: it cannot be rendered.
+        """
+        return Rendered(self.parts({"instruction": text, "input": more, "output": "-"})[0], [], [])
+
     def columns(self, fields: Sequence[list[str | None]]) -> tuple[Texts, list[int]]:
         """The texts of many records, given as a column for each of `names`: prompt, response, prompt, ...
 

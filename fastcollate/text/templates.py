@@ -160,7 +160,14 @@ class Tokenized(Template):
         self.end = end
 
 
-def load_template(name: str, fields: Mapping[str, str] | None = None, tokenizer: Any = None, **asked: Any) -> Template:
+def load_template(
+    name: str,
+    fields: Mapping[str, str] | None = None,
+    tokenizer: Any = None,
+    *,
+    saved: Mapping[str, Any] | None = None,
+    **asked: Any,
+) -> Template:
     """A template by name, or a Jinja template from a file (`*.jinja`, `*.j2`).
 
     Args:
@@ -169,12 +176,17 @@ def load_template(name: str, fields: Mapping[str, str] | None = None, tokenizer:
         fields: where a template's field comes from, such as `{"instruction": "question"}`; fields that are not
             named are recognised by common names.
         tokenizer: for chat templates.
+        saved: what a store's manifest says of its template; then a chat template is exactly the store's.
         asked: see `fastcollate.text.chat.template.ChatSettings`.
 
     Raises:
         InputError: no such template, a field or setting that it does not have, or a malformed file.
         MissingExtraError: a Jinja template without the package jinja2.
     """
+    if saved is not None and "tokens" in saved:
+        settings = ChatSettings(saved["arguments"], saved["date"], saved["train_on"], tuple(saved["allowed"]))
+        tokens = Tokens(saved["tokens"], tokenizer.special_texts)
+        return ChatTemplate(name, saved["source"], tokens, settings, saved["fields"])
     fields, settings = dict(fields or {}), ChatSettings(**asked)
     if name.endswith((".jinja", ".j2", ".jinja2")):
         source = _read_template(Path(name))

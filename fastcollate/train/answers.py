@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastcollate.errors import InputError, integer
 from fastcollate.progress import progress_bar
 from fastcollate.store import Example, TokenStore, files
-from fastcollate.text import Tokenizer, load_template, load_tokenizer
+from fastcollate.text import BadRecordError, Rendered, Template, Tokenizer, load_template, load_tokenizer
 from fastcollate.train.files import load_model
 from fastcollate.train.model import GPT2, KeyValueCache
 from fastcollate.train.options import AnswerOptions
@@ -28,12 +28,12 @@ def generate(
     max_new_tokens: int = 256,
     top_k: int | None = None,
     temperature: float = 0.0,
-    stop_at: int | None = 50256,
+    stop_at: int | Collection[int] | None = 50256,
     generator: torch.Generator | None = None,
 ) -> list[int]:
     """How a model in evaluation mode continues a prompt: the new token ids.
 
-    Of a prompt too long for the context the end is used; the answer ends where the context does, or before the token
+    Of a prompt too long for the context the end is used; the answer ends where the context does, or before a token of
     `stop_at`. What is drawn is as `AnswerOptions` says, by `generator`, on the model's device.
 
     Example:
@@ -41,7 +41,7 @@ def generate(
         [..., ..., ..., ...]
     """
     _check(model, prompt, max_new_tokens, top_k, temperature)
-    context = model.config.context_length
+    context, stops = model.config.context_length, {stop_at} if isinstance(stop_at, int) else set(stop_at or ())
     prompt = prompt[-max(1, context - max_new_tokens) :]
     device = model.wte.weight.device
     cache = KeyValueCache(model.config, min(context, len(prompt) + max_new_tokens), like=model.head_weight)
@@ -50,7 +50,7 @@ def generate(
     while True:
         logits = torch.nn.functional.linear(model.hidden(ids, cache=cache)[:, -1], model.head_weight)[0]
         token = _choose(logits, top_k, temperature, generator)
-        if token == stop_at:
+        if token in stops:
             return answer
         answer.append(token)
         if len(answer) == max_new_tokens or cache.length == context:
@@ -79,27 +79,54 @@ def _choose(logits: Tensor, top_k: int | None, temperature: float, generator: to
     return int(drawn if candidates is None else candidates[drawn])
 
 
-def _prompt_and_answer(example: Example) -> tuple[list[int], list[int]]:
+class _Asked(NamedTuple):
+    """A question: the tokens before an answer, those of the record's own answer, and what ends one."""
+
+    prompt: list[int]
+    answer: list[int]
+    stops: set[int]
+
+
+def _asked_by(example: Example, store: TokenStore, tokenizer: Tokenizer) -> _Asked:
     """A row's tokens up to its last response, and that response (the whole row where no token is a prompt's)."""
     ids, spans = example.input_ids.tolist(), example.spans.tolist()
-    cut = len(ids) - (spans[-1] if len(spans) % 2 == 0 else 0)
-    return ids[:cut], ids[cut:]
+    if store.end == "append":
+        cut = len(ids) - (spans[-1] if len(spans) % 2 == 0 else 0)
+        return _Asked(ids[:cut], ids[cut:], {store.end_token_id})
+    stop = len(ids) - (spans[-1] if len(spans) % 2 == 1 and len(spans) > 1 else 0)
+    start = stop - (spans[len(spans) // 2 * 2 - 1] if len(spans) > 1 else 0)
+    response, end = _without_end(ids[start:stop], tokenizer)
+    return _Asked(ids[:start], response, {store.end_token_id, *end})
+
+
+def _without_end(response: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """A response that a template has closed without the token that ends its turn, and that token, if there is one."""
+    for place in reversed(range(len(response))):
+        text = tokenizer.decode([response[place]])
+        if text in tokenizer.special_texts:
+            return response[:place], [response[place]]
+        if text.strip():
+            break
+    return response, []
 
 
 def continue_prompt(model: GPT2, store: TokenStore, row: int, max_new_tokens: int) -> str:
     """A row's prompt as text, and how the model continues it."""
-    prompt, _ = _prompt_and_answer(store[row])
-    stop_at = store.pad_token_id
-    answer = generate(model, prompt or [stop_at], max_new_tokens=max_new_tokens, stop_at=stop_at)
-    return load_tokenizer(store.tokenizer_name).decode([*prompt, *answer])
+    tokenizer = load_tokenizer(store.tokenizer_name)
+    asked = _asked_by(store[row], store, tokenizer)
+    prompt = asked.prompt or [store.end_token_id]
+    found = generate(model, prompt, max_new_tokens=max_new_tokens, stop_at=asked.stops)
+    return tokenizer.decode([*asked.prompt, *found])
 
 
+_JINJA = (".jinja", ".j2", ".jinja2")
 _HEADINGS = {"alpaca": "### Response:", "phi3": "<|assistant|>:"}
 
 
 def _without_heading(text: str, template: str) -> str:
-    """A response without the template's heading, which the store counts to the response, not to the prompt."""
-    return text.strip().removeprefix(_HEADINGS.get(template, "")).strip()
+    """A response without the template's heading, which the store counts to the response, and without ChatML's end."""
+    end = "<|im_end|>" if template == "chat" else ""
+    return text.strip().removeprefix(_HEADINGS.get(template, "")).removesuffix(end).strip()
 
 
 def answer(
@@ -114,6 +141,9 @@ def answer(
         options: length, randomness, device.
         raw: use the prompt as it is, without the run's template, and leave the answer as it is.
 
+    Raises:
+        InputError: the run's template makes no prompt of an instruction.
+
     Example:
         >>> found = answer(Path("runs/first"), "Add 1 and 2.", options=AnswerOptions(max_new_tokens=4))
         >>> list(found)
@@ -123,16 +153,48 @@ def answer(
     device = choose_device(options.device)
     model, saved = load_model(checkpoint, device)
     tokenizer = load_tokenizer(saved.data["tokenizer"])
-    template = saved.data["template"]
+    asked, stops = tokenizer.encode(prompt), {tokenizer.end_token_id}
     if not raw:
-        prompt = load_template(template).parts({"instruction": prompt, "input": text, "output": "-"})[0]
+        beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        template = _template_of(saved.data, beside, tokenizer)
+        try:
+            question = template.question(prompt, text)
+            prompt = question.text
+            asked, more = _encoded(question, template, tokenizer)
+        except BadRecordError as error:
+            raise InputError(f"template {template.name!r}: {error}; write the whole prompt, with --raw") from error
+        stops |= more
     generator = torch.Generator(device).manual_seed(options.seed)
-    ids = generate(
-        model, tokenizer.encode(prompt), stop_at=tokenizer.pad_token_id, generator=generator, **options.drawing()
-    )
+    ids = generate(model, asked, stop_at=stops, generator=generator, **options.drawing())
     response = tokenizer.decode(ids)
-    response = response if raw else _without_heading(response, template)
+    response = response if raw else _without_heading(response, saved.data["template"])
     return {"prompt": prompt, "model_response": response, "tokens": len(ids)}
+
+
+def _template_of(data: Mapping[str, Any], beside: Path, tokenizer: Tokenizer) -> Template:
+    """The template of a run's store; where that was made of ready ids, the tokenizer's own chat template."""
+    name = data["template"]
+    if name not in ("tokenized", "tokenizer") and not name.endswith(_JINJA):
+        return load_template(name)
+    if name == "tokenized":
+        return load_template("tokenizer", tokenizer=tokenizer)
+    return load_template(name, tokenizer=tokenizer, saved=TokenStore(beside / data["store"]).manifest["template"])
+
+
+def _encoded(question: Rendered, template: Template, tokenizer: Tokenizer) -> tuple[list[int], set[int]]:
+    """A question's ids, and the token that ends an answer in the template, where it writes one."""
+    if template.end == "append":
+        return tokenizer.encode(question.text), set()
+    chat = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+    answered = template.render({"messages": chat})
+    (asked, _), (ids, spans) = (_chat_ids(one, tokenizer) for one in (question, answered))
+    response = ids[: sum(spans[: len(spans) // 2 * 2])]
+    return asked, set(_without_end(response, tokenizer)[1])
+
+
+def _chat_ids(rendered: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    encoded = tokenizer.encode_chats([rendered])
+    return encoded.ids.tolist(), encoded.spans.tolist()
 
 
 def answer_split(
@@ -199,13 +261,14 @@ def _answer_row(
     model: GPT2, store: TokenStore, tokenizer: Tokenizer, row: int, options: AnswerOptions
 ) -> dict[str, Any]:
     template = str(store.manifest["template"].get("name", ""))
-    example, end = store[row], store.pad_token_id
-    prompt, output = _prompt_and_answer(example)
+    example = store[row]
+    asked = _asked_by(example, store, tokenizer)
     generator = torch.Generator(model.wte.weight.device).manual_seed(options.seed * 1_000_003 + row)
-    response = generate(model, prompt or [end], stop_at=end, generator=generator, **options.drawing())
+    prompt = asked.prompt or [store.end_token_id]
+    response = generate(model, prompt, stop_at=asked.stops, generator=generator, **options.drawing())
     return {
         "row": example.source_row,
-        "prompt": tokenizer.decode(prompt),
-        "output": _without_heading(tokenizer.decode(output), template),
+        "prompt": tokenizer.decode(asked.prompt),
+        "output": _without_heading(tokenizer.decode(asked.answer), template),
         "model_response": _without_heading(tokenizer.decode(response), template),
     }

@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from fastcollate import StoreDataset, TokenStore
+from fastcollate import StoreDataset, TokenStore, prepare
 from fastcollate.integrations.huggingface import DataCollator, open_dataset, store_from_dataset
 from tests.integrations import chats
 
@@ -83,6 +83,15 @@ def same_batches(found: Any, wanted: Any) -> int:
             assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(value)), name
         trained += int((theirs["labels"] != -100).sum())
     return trained
+
+
+def test_prepare_makes_the_rows_that_transformers_tokenizes(store: TokenStore, tmp_path: Path) -> None:
+    chats.byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    prepare([{"messages": chat} for chat in CHATS], tmp_path / "store", tokenizer=str(tmp_path / "tokenizer"))
+    found = TokenStore(tmp_path / "store")
+    assert (found.end, found.pad_token_id, found.end_token_id) == ("in_row", store.pad_token_id, store.end_token_id)
+    for name in ("input_ids", "labels"):
+        assert open_dataset(found)[name][:] == open_dataset(store)[name][:]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastcollate.text.chat.turns import join_parts, read_chat
+from fastcollate.text.chat.rendered import Rendered
+from fastcollate.text.chat.turns import join_parts, question_of, read_chat
 from fastcollate.text.record import BadRecordError, Parts, Template, kind_of
 
 
@@ -24,6 +25,11 @@ class Chat(Template):
         )
         self._fields = fields
         self._train_on = train_on
+
+    def question(self, text: str, more: str = "") -> Rendered:
+        """A user's turn, and the heading of an answer."""
+        turns = [*question_of(text, more), {"role": "assistant", "content": "-"}]
+        return Rendered(self.parts({"messages": turns})[0], [], [])
 
     def parts(self, record: Any) -> Parts:
         """Prompt, response, prompt, ..."""

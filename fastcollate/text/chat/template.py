@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from fastcollate.errors import InputError
 from fastcollate.text.chat import marks
 from fastcollate.text.chat.rendered import Rendered
-from fastcollate.text.chat.turns import Chat, join_parts, read_chat
+from fastcollate.text.chat.turns import Chat, join_parts, question_of, read_chat
 from fastcollate.text.jinja_env import ChatProgram
 from fastcollate.text.record import BadRecordError, Template
 
@@ -99,7 +99,14 @@ class ChatTemplate(Template):
     def render(self, record: Any) -> Rendered:
         """The record's chat as one text."""
         chat = read_chat(record, self._fields)
-        variables = {**self._arguments, **chat.variables}
+        return self._rendered(chat, {**self._arguments, **chat.variables})
+
+    def question(self, text: str, more: str = "") -> Rendered:
+        """A user's turn, and what the template writes before an answer to it."""
+        chat = read_chat({"messages": question_of(text, more)}, {})
+        return self._rendered(chat, {**self._arguments, **chat.variables, "add_generation_prompt": True})
+
+    def _rendered(self, chat: Chat, variables: dict[str, Any]) -> Rendered:
         if any(type(turn.get("content")) is list for turn in variables["messages"]) and not self._takes_parts:
             variables["messages"] = join_parts(variables["messages"])
         text, blocks = self._run(variables)

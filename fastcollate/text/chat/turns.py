@@ -32,6 +32,11 @@ class Chat(NamedTuple):
     read: frozenset[str]
 
 
+def question_of(text: str, more: str = "") -> list[dict[str, Any]]:
+    """The turn of a user who asks, and perhaps gives an input."""
+    return [{"role": "user", "content": f"{text}\n\n{more}" if more else text}]
+
+
 def read_chat(record: Any, fields: Mapping[str, str]) -> Chat:
     """The chat of a record: `messages`, `conversations`, `prompt` and `completion`, or an instruction and its answer.
 
