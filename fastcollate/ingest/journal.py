@@ -44,22 +44,15 @@ class MergedShard:
 
 
 class Journal(contextlib.AbstractContextManager["Journal"]):
-    """The journal of the job in a folder whose lock is held.
+    """The journal of the job in a store's folder whose lock is held, which is of this identity, besides its sources.
 
-    Opening it removes what dead jobs have left behind, and nothing that is finished.
-
-    Args:
-        root: the store's folder.
-        identity: what the job is, besides its sources.
-        anew: whether it began with nothing of an earlier store or job; noted for `begin_anew`.
+    Opening it removes what dead jobs have left behind, and nothing that is finished; an unfinished job of another
+    identity is refused. `anew` says for `begin_anew` that the job began with nothing of an earlier store or job.
 
     Attributes:
         token: names the parts that this job's workers write.
         units: what is noted of units whose rows are still there, by number.
         shards: what is noted of finished shards whose files are still there, by number.
-
-    Raises:
-        InputError: an unfinished job of another identity lies here.
     """
 
     def __init__(self, root: Path, identity: Mapping[str, Any], *, anew: bool = False) -> None:
@@ -223,9 +216,6 @@ def begin_anew(root: Path, identity: Mapping[str, Any]) -> None:
     """Remove a store and whatever jobs have left in its folder, whose lock is held.
 
     An unfinished job of the same identity that itself began anew stays: it is gone on with.
-
-    Raises:
-        InputError: a file of it is in use, and the system does not let it go.
     """
     names = sorted(path.name for path in root.iterdir() if is_ours(path.name))
     names.sort(key=lambda name: name != manifests.MANIFEST)  # without its manifest it is no store any more

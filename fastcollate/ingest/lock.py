@@ -33,18 +33,13 @@ class JobLock:
 
     Forked children do not share it: what they may still write after their leader's death has a name of its own.
 
-    Args:
-        root: the store's folder, made where it is missing.
-        wait: whether to wait for a job that holds it, with a line on standard error every ten seconds.
-        holder: what is known of that job, for the line.
+    The folder is made where it is missing; one that holds files that are not of a store is refused. With `wait` a job
+    that holds the lock is waited for, with a line on standard error every ten seconds, which says of it what `holder`
+    knows; without, that is refused.
 
     Attributes:
         waited: whether another job held it.
         made: the folders that were made for it, the store's first.
-
-    Raises:
-        InputError: another job holds it and `wait` is false; the folder cannot be made or written; it holds files
-            that are not of a store.
     """
 
     def __init__(self, root: Path, *, wait: bool, holder: Callable[[], str]) -> None:

@@ -269,11 +269,7 @@ class Order:
         return OrderedPlan(plan_with(last[2], options, epoch), last[1], self.mix)
 
     def check(self, options: PlanOptions) -> None:
-        """Refuse options under which a row stands in no batch, or there is no batch at all.
-
-        Raises:
-            InputError: says which, and the remedy.
-        """
+        """Refuse options under which a row stands in no batch, or there is no batch at all."""
         widest, longest = options.widest, getattr(self._source, "max_length", None)
         if widest is not None and all(bound is None or bound > widest for bound in (options.max_length, longest)):
             rows = self.mix.rows_drawn() if self.mix else self.rows

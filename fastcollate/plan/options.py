@@ -110,12 +110,9 @@ class PlanOptions:
         return self.max_tokens * self.world_size // self.shares
 
     def checked(self) -> PlanOptions:
-        """The same with plain integers, and with what follows from the other options filled in.
+        """The same with plain integers, and with what follows from the other options filled in; refuses wrong ones.
 
         Packs come by number: their `max_tokens` becomes a `batch_size`.
-
-        Raises:
-            InputError: a value or a combination is wrong.
         """
         _check_choices(self)
         world_size = integer("world_size", self.world_size, 1, MOST_RANKS)

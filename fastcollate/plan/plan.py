@@ -140,12 +140,9 @@ class EpochPlan:
         return [rows[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
 
     def window(self, index: int) -> Window:
-        """Plan one window; costs the same wherever it lies.
+        """Plan one window; costs the same wherever it lies. Refuses a row that is longer than `max_tokens`.
 
         With the policy packed a batch is the rows of all its packs; `packs` tells them apart.
-
-        Raises:
-            InputError: a row is longer than `max_tokens`, or its length is negative.
         """
         if self.options.policy == "packed":
             packs, batches = self.packs(index)

@@ -169,8 +169,7 @@ class Iteration:
     def hand_over(self, window: int, batch: int) -> None:
         """Move the position behind a batch of a window: `batch` is the number of the next one.
 
-        Raises:
-            InputError: the position was set or loaded while this iteration ran.
+        This iteration is refused where the position was set or loaded while it ran.
         """
         epochs = self._epochs
         if epochs._stamp != self._stamp:

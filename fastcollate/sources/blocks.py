@@ -84,11 +84,7 @@ class Block:
     start: int = 0
 
     def read(self) -> bytes:
-        """Its bytes.
-
-        Raises:
-            SourceReadError: the file cannot be read, or has become shorter.
-        """
+        """Its bytes; a file that cannot be read, or has become shorter, is a `SourceReadError`."""
         if self.data is not None:
             return self.data
         try:
@@ -129,8 +125,7 @@ class Unit:
 def read_blocks(sources: Sequence[Source], *, sizes: Sizes | None = None) -> Iterator[Block]:
     """All blocks of all sources, in order; a source's blocks depend on its content alone.
 
-    Raises:
-        InputError: a source cannot be read to its end, or a record is larger than `MAX_RECORD_BYTES`.
+    A source that cannot be read to its end is refused, and so is a record larger than `MAX_RECORD_BYTES`.
     """
     sizes, index, first_row = sizes or SIZES, 0, 0
     for number, source in enumerate(sources):

@@ -23,15 +23,9 @@ _ZERO_PADDED = ("gzip", "xz")  # behind a frame
 
 
 def open_compressed(file: IO[bytes], compression: str, name: str) -> io.BufferedReader:
-    """What a compressed file holds.
+    """What a file of `gzip`, `zstd`, `bz2` or `xz` holds, which is open at its start; `name` is for messages.
 
-    Args:
-        file: open at its start.
-        compression: `gzip`, `zstd`, `bz2` or `xz`.
-        name: the file's, for messages.
-
-    Raises:
-        SourceReadError: when it is read: it ends inside a frame, or is damaged.
+    An end inside a frame, and damage, are a `SourceReadError` when they are read.
     """
     return io.BufferedReader(Content(file, _frames(file, compression, name)), 1 << 16)
 

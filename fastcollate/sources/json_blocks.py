@@ -55,12 +55,9 @@ EMPTY = Piece("lines", 0, 0, 0, fault="the file is empty", data=b"")
 
 
 def json_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[Piece]:
-    """A file's pieces of about the targets' sizes.
+    """A file's pieces of about the targets' sizes; refuses a record larger than `MAX_RECORD_BYTES`.
 
     Of a file that was opened without a buffer they are places in it, which workers can read themselves.
-
-    Raises:
-        InputError: a record is larger than `MAX_RECORD_BYTES`.
     """
     reader = _Reader(source, file, targets)
     reader.fill()

@@ -92,11 +92,7 @@ class JsonRecords:
         return len(self._pieces)
 
     def __getitem__(self, number: int) -> Any:
-        """A record.
-
-        Raises:
-            ValueError: it cannot be parsed; the message says why.
-        """
+        """A record; one that cannot be parsed is a `ValueError` that says why."""
         piece = self._pieces[number]
         try:
             record = self._decode(piece)
@@ -328,11 +324,7 @@ def _is_plain(data: bytes) -> bool:
 
 
 def parse_record(piece: bytes) -> Any:
-    """What Python's `json` reads; lone surrogates become U+FFFD.
-
-    Raises:
-        ValueError: it is not JSON; the message says why.
-    """
+    """What Python's `json` reads, lone surrogates as U+FFFD; what is not JSON is a `ValueError` that says why."""
     try:
         text = piece.decode().strip(" \t\r\n")
         if "\\u" in text:

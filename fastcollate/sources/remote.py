@@ -87,8 +87,7 @@ def attempt(
 ) -> Result:
     """What `action` gives, which is tried again, each time later, where what stopped it may pass.
 
-    Raises:
-        SourceReadError: it was stopped for good; no other exception is in its chain.
+    Stopped for good, it is a `SourceReadError` with no other exception in its chain.
     """
     for number in range(1, tries + 1):
         try:
@@ -149,11 +148,7 @@ def _of_status(status: int) -> tuple[str, bool]:
 
 @contextlib.contextmanager
 def open_remote(name: str, url: str, compression: str | None, *, is_columnar: bool) -> Iterator[IO[bytes]]:
-    """What a URL holds, uncompressed; a columnar file can be read to and fro.
-
-    Raises:
-        SourceReadError: it cannot be read to its end, or was changed meanwhile.
-    """
+    """What a URL holds, uncompressed; a columnar file can be read to and fro. Refuses what was changed meanwhile."""
     remote = _Remote(name, url)
     with contextlib.ExitStack() as stack:
         file: IO[bytes] = stack.enter_context(io.BufferedReader(remote, 1 << 16))

@@ -98,9 +98,6 @@ def write_manifest(
 
     Nothing in `summary` may depend on time, machine or the number of workers. `files` come under checksums too;
     `fingerprint` is another than the identity's, for a converted store.
-
-    Raises:
-        InputError: there is no row.
     """
     shards = [shard for shard in shards if shard.num_rows]
     if not shards:

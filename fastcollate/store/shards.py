@@ -128,9 +128,6 @@ def open_shard(
     """Map or read a shard; its layout is checked against what is known of it: no view reaches past a buffer's end.
 
     Its schema must be the given one, or by default any that a shard can have.
-
-    Raises:
-        InputError: the file is missing, of another size or schema, or damaged; names it.
     """
     path = root / info.name
     with naming(path):
@@ -144,9 +141,6 @@ def open_shards(root: Path, infos: Sequence[ShardInfo], schema: pa.Schema) -> tu
 
     Each is mapped by itself; of more than `MANY_SHARDS`, those of at most `SMALL_BYTES` are read into memory where
     they have `MAX_READ_BYTES` or less together, neighbours as one. No file stays open.
-
-    Raises:
-        InputError: more than `MAX_MAPS` would have to be mapped, or as `open_shard`.
     """
     is_small = [len(infos) > MANY_SHARDS and info.num_bytes <= SMALL_BYTES for info in infos]
     if sum(info.num_bytes for info, small in zip(infos, is_small, strict=True) if small) > MAX_READ_BYTES:
@@ -238,8 +232,7 @@ def merge_shards(directory: Path, parts: Sequence[ShardInfo], target: Path, name
 def join_columns(parts: Sequence[ShardInfo], opened: Iterable[ShardColumns]) -> ShardColumns:
     """Columns end to end, in memory; each of `opened` is taken when the one before it is copied, and let go then.
 
-    Raises:
-        InputError: they are not of one schema, or a row's offsets are damaged: they would reach into another shard.
+    Refuses other than one schema, and damaged offsets of a row, which would reach into another shard.
     """
     num_rows, num_tokens, num_spans = (
         sum(counts) for counts in zip(*((p.num_rows, p.num_tokens, p.num_spans) for p in parts), strict=True)
