@@ -82,7 +82,7 @@ def write_report(
         name=escape(store.path.resolve().name),
         summary=_table(summary_of(found)),
         plotly=offline.get_plotlyjs(),
-        data=_embed(data),
+        data=json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),  # ends no element
         problem=escape(problem),
         planned=f"{min(len(store), _PLANNED_ROWS):,}",
         num_rows=f"{len(store):,}",
@@ -280,8 +280,3 @@ def _table(rows: Mapping[str, object]) -> str:
         shown = f"{value:,}" if isinstance(value, int) else str(value)
         lines.append(f"<tr><th scope=row>{escape(name)}</th><td>{escape(shown)}</td></tr>")
     return "\n".join(lines)
-
-
-def _embed(data: object) -> str:
-    """JSON that cannot end the script element that holds it, whatever a record's text says."""
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")

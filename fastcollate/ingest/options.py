@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, choice
 from fastcollate.options import explained, option
 
 _CHOICES = {
@@ -108,8 +108,7 @@ class PrepareOptions:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+            choice(name, getattr(self, name), choices)
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers={self.workers}: at least 1")
 

@@ -114,7 +114,12 @@ class PlanOptions:
 
         Packs come by number: their `max_tokens` becomes a `batch_size`.
         """
-        _check_choices(self)
+        for name, choices in (("policy", POLICIES), ("tail", TAILS), ("long_rows", LONG_ROWS)):
+            choice(name, getattr(self, name), choices)
+        for name in ("drop_last", "longest_first"):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
+                raise InputError(f"{name}={shown(value)}: give True or False")
         world_size = integer("world_size", self.world_size, 1, MOST_RANKS)
         shares = world_size if self.shares is None else self.shares
         shares = integer("shares", shares, -LARGEST, LARGEST)
@@ -173,12 +178,3 @@ def row_numbers(rows: npt.ArrayLike | range, num_rows: int, name: str = "rows") 
     if numbers.size and numbers[-1] - numbers[0] == len(numbers) - 1 and bool((np.diff(numbers) == 1).all()):
         return range(int(numbers[0]), int(numbers[-1]) + 1)
     return numbers
-
-
-def _check_choices(options: PlanOptions) -> None:
-    for name, choices in (("policy", POLICIES), ("tail", TAILS), ("long_rows", LONG_ROWS)):
-        choice(name, getattr(options, name), choices)
-    for name in ("drop_last", "longest_first"):
-        value = getattr(options, name)
-        if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
-            raise InputError(f"{name}={shown(value)}: give True or False")

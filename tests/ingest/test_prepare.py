@@ -269,7 +269,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         prepare(str(tmp_path / "*.csv"), tmp_path / "s")
     with pytest.raises(InputError, match=r"template 'x': choose one of alpaca"):
         prepare(source, tmp_path / "s", template="x")
-    with pytest.raises(InputError, match=r"on_error='x': choose one of raise, skip"):
+    with pytest.raises(InputError, match=r"on_error='x': choose one of 'raise', 'skip'"):
         prepare(source, tmp_path / "s", on_error="x")
     with pytest.raises(InputError, match=r"field 'x': template 'alpaca' has the fields"):
         prepare(source, tmp_path / "s", fields={"x": "y"})
