@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import operator
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -18,7 +17,6 @@ from fastcollate.collate.collator import Int64Array, fits_int64, make_batch
 from fastcollate.collate.settings import MASK, clamped, make_settings
 from fastcollate.errors import InputError, shown
 
-_INT64 = np.dtype(np.int64)
 _TOKENS = {4: np.uint32(0), 8: np.int64(0)}
 _ZERO = np.int64(0)
 _NO_CELLS: Int64Array = np.array([], np.int64)
@@ -31,9 +29,6 @@ class _Rows(NamedTuple):
     offsets: Int64Array
     spans: npt.NDArray[Any]
     span_offsets: Int64Array
-
-
-_settings = lru_cache(make_settings)  # read-only, and mostly the same for each batch
 
 
 def collate_fn(
@@ -87,7 +82,7 @@ def collate_fn(
         raise InputError("the batch has no rows; a data set of length 0, or a sampler that yields nothing")
     pairs = _is_pair(batch[0])
     rows = _read_lists(batch, pairs) or _read_arrays(batch, pairs)
-    settings = (_settings if isinstance(mode, str) else make_settings)(
+    settings = make_settings(
         pad_token_id=_index(pad_token_id, "pad_token_id"),
         ignore_index=_index(ignore_index, "ignore_index"),
         limit=None if allowed_max_length is None else _index(allowed_max_length, "allowed_max_length"),
@@ -119,7 +114,7 @@ def _collate_rows(rows: _Rows, settings: Int64Array) -> Batch:
     out = np.empty(end, np.int64)
     width, middle, end = kernels.fill_padded(table, settings, numbers, out, *types)
     assert width >= 0
-    return make_batch(out, _INT64, num_rows, width, 0, middle)
+    return make_batch(out, out.dtype, num_rows, width, 0, middle)
 
 
 def _address(array: npt.NDArray[Any]) -> int:
