@@ -20,6 +20,7 @@ from fastcollate.ingest.ids.rows import rows_of_ids, with_end_appended
 from fastcollate.sources.blocks import Block
 from fastcollate.sources.records import Records, TableRecords, read_records
 from tests.helpers import run_cli
+from tests.integrations import chats
 
 VOCAB = 50
 Record = dict[str, Any]
@@ -309,3 +310,26 @@ def test_auto_takes_ids_where_records_hold_them(tmp_path: Path) -> None:
     assert named.template.startswith("alpaca")
     with pytest.raises(InputError, match="train_on='last': template 'tokenized' has no use for it"):
         prepare([record], tmp_path / "w", tokenizer="gpt2", train_on="last")
+
+
+def test_chats_and_the_ids_that_transformers_makes_of_them_give_the_same_shard(tmp_path: Path) -> None:
+    """From a file, records, a table, a frame, a data set and a stream of it; and from `apply_chat_template`'s ids."""
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    pytest.importorskip("transformers")
+    tokenizer = chats.byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    records = [{"messages": chat} for chat in chats.make_chats(100)]
+    made = [
+        tokenizer.apply_chat_template(record["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        for record in records
+    ]
+    ids = [{name: row[name] for name in ("input_ids", "attention_mask", "assistant_masks")} for row in made]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    dataset = datasets.Dataset.from_list(records)
+    given = [tmp_path / "a.jsonl", records, pa.Table.from_pylist(records), pandas.DataFrame(records), dataset]
+    shards = set()
+    for number, source in enumerate([*given, dataset.to_iterable_dataset(), datasets.Dataset.from_list(ids), ids]):
+        prepare(source, tmp_path / f"{number}", tokenizer=str(tmp_path / "tokenizer"))
+        shards.add((tmp_path / f"{number}" / "shard-00000.arrow").read_bytes())
+    assert len(shards) == 1
+    assert [row.input_ids.tolist() for row in TokenStore(tmp_path / "0")] == [row["input_ids"] for row in ids]
