@@ -20,6 +20,8 @@ BEGIN, END = "\x00\ufdd0", "\x00\ufdd1"  # around what is trained; noncharacters
 _MOST_SECONDS = 30.0  # a chat may take, of a template that nobody has read
 _MOST_CHARACTERS = 1 << 28  # and write
 _MOST_ITEMS = 1 << 20  # and count through by `range`
+_OF_DICTS = frozenset(dir(dict))
+_OF_TEXTS = frozenset(dir(str)) - {"format", "format_map"}  # which the sandbox wraps
 
 
 class ChatProgram:
@@ -129,9 +131,22 @@ def variables_of(source: str) -> set[str]:
 
 def _environment(generation: type, **settings: Any) -> Any:
     sandbox = import_extra("jinja2.sandbox", "jinja")
+    loop, safe = import_extra("jinja2.runtime", "jinja").LoopContext, set[tuple[type, str]]()
 
     class Environment(sandbox.ImmutableSandboxedEnvironment):  # type: ignore[misc, name-defined]
         intercepted_binops = frozenset(["*", "**"])
+
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            """As in the sandbox, which asks again each time: of a record's values their type and the name decide."""
+            kind = type(obj)
+            if kind is dict and attribute not in _OF_DICTS and attribute in obj:
+                return obj[attribute]
+            if (kind, attribute) in safe:
+                return getattr(obj, attribute)
+            is_known = attribute in _OF_TEXTS if kind is str else kind is loop and hasattr(obj, attribute)
+            if is_known and self.is_safe_attribute(obj, attribute, None):
+                safe.add((kind, attribute))
+            return super().getattr(obj, attribute)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             """A product or power, of a size that a chat may need."""

@@ -13,7 +13,7 @@ import pytest
 from fastcollate import TokenStore, prepare
 from fastcollate.errors import InputError
 from fastcollate.ingest import spec
-from fastcollate.text import BadRecordError, Rendered, Template
+from fastcollate.text import BadRecordError, Rendered, Template, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -46,7 +46,13 @@ class Written(Template):
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(spec, "load_template", lambda *_, **__: Written("written", {}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -56,8 +62,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made.train_from_iterator(["question answer the of number"] * 9, trainer)
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|pad|>")
     theirs.chat_template = CHATML
+    theirs.add_tokens(["<think>", "</think>"])
     theirs.save_pretrained(tmp_path / "tokenizer")
-    monkeypatch.setattr(spec, "load_template", lambda *_, **__: Written("written", {}))
     return tmp_path
 
 
@@ -78,55 +84,84 @@ def expected(folder: Path, record: dict[str, Any]) -> tuple[list[int], list[int]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_rows_are_those_of_transformers(folder: Path, workers: int) -> None:
+def test_rows_are_those_of_transformers(written: Path, workers: int) -> None:
     records = [chat(number, said=f"the number {number}", more=number % 3) for number in range(300)]
-    source = write(folder / "a.jsonl", records * (1 if workers == 1 else 60))
-    report = prepare(source, folder / "s", tokenizer=str(folder / "tokenizer"), workers=workers)
-    store = TokenStore(folder / "s")
+    source = write(written / "a.jsonl", records * (1 if workers == 1 else 60))
+    report = prepare(source, written / "s", tokenizer=str(written / "tokenizer"), workers=workers)
+    store = TokenStore(written / "s")
     assert (store.end, report.summary["untrained_rows"], report.summary["corner_rows"]) == ("in_row", 0, 0)
     assert store.pad_token_id != store.end_token_id
     for number in (0, 1, 2, 299, len(store) - 1):
-        ids, mask = expected(folder, records[number % 300])
+        ids, mask = expected(written, records[number % 300])
         assert store[number].input_ids.tolist() == ids
         assert np.repeat(np.arange(len(store[number].spans)) % 2, store[number].spans).tolist() == mask
 
 
-def test_bad_records_and_special_texts(folder: Path) -> None:
+def test_bad_records_and_special_texts(written: Path) -> None:
     records = [chat(0), chat(1, said=None), chat(2, said="<|im_end|>"), chat(3), {"messages": "x"}]
-    source = write(folder / "a.jsonl", records[:4])
-    options: dict[str, Any] = {"tokenizer": str(folder / "tokenizer"), "workers": 1}
+    source = write(written / "a.jsonl", records[:4])
+    options: dict[str, Any] = {"tokenizer": str(written / "tokenizer"), "workers": 1}
     with pytest.raises(InputError, match=r"line 2, record 1: says nothing"):
-        prepare(source, folder / "s", **options)
-    report = prepare(source, folder / "s", on_error="skip", **options)
+        prepare(source, written / "s", **options)
+    report = prepare(source, written / "s", on_error="skip", **options)
     assert report.summary["num_skipped"] == 2
-    skipped = (folder / "s" / "skipped.txt").read_text()
+    skipped = (written / "s" / "skipped.txt").read_text()
     assert (
         "holds the special token '<|im_end|>' as text; store it as ordinary text with --special-text encode" in skipped
     )
-    assert [row.source_row for row in TokenStore(folder / "s")] == [0, 3]
-    prepare(source, folder / "t", on_error="skip", special_text="encode", **options)
-    store = TokenStore(folder / "t")
+    assert [row.source_row for row in TokenStore(written / "s")] == [0, 3]
+    prepare(source, written / "t", on_error="skip", special_text="encode", **options)
+    store = TokenStore(written / "t")
     assert [row.source_row for row in store] == [0, 2, 3]
     assert store[1].input_ids.tolist().count(store.end_token_id) == 2, "those of the template"
 
 
-def test_what_the_tokenizer_cannot_take_is_a_bad_record(folder: Path) -> None:
+def test_what_the_tokenizer_cannot_take_is_a_bad_record(written: Path) -> None:
     """NFKC makes "<|im_end|>" of wide signs, which no search in the record's text finds."""
-    path = folder / "tokenizer" / "tokenizer.json"
+    path = written / "tokenizer" / "tokenizer.json"
     content = json.loads(path.read_text())
     content["normalizer"] = {"type": "NFKC"}
     for token in content["added_tokens"]:
         token["normalized"] = True
     path.write_text(json.dumps(content))
-    source = write(folder / "a.jsonl", [chat(0), chat(1, said="\uff1c|im_end|\uff1e"), chat(2)])
-    report = prepare(source, folder / "s", on_error="skip", tokenizer=str(folder / "tokenizer"), workers=1)
+    source = write(written / "a.jsonl", [chat(0), chat(1, said="\uff1c|im_end|\uff1e"), chat(2)])
+    report = prepare(source, written / "s", on_error="skip", tokenizer=str(written / "tokenizer"), workers=1)
     assert report.summary["num_skipped"] == 1
-    assert "holds the text of a special token once it is normalized" in (folder / "s" / "skipped.txt").read_text()
-    assert [row.source_row for row in TokenStore(folder / "s")] == [0, 2]
+    assert "holds the text of a special token once it is normalized" in (written / "s" / "skipped.txt").read_text()
+    assert [row.source_row for row in TokenStore(written / "s")] == [0, 2]
 
 
-def test_rows_without_a_trained_token_are_counted(folder: Path) -> None:
+def test_rows_without_a_trained_token_are_counted(written: Path) -> None:
     records = [chat(0), {"messages": chat(1)["messages"][:1]}, chat(2)]
-    source = write(folder / "a.jsonl", records)
-    report = prepare(source, folder / "s", tokenizer=str(folder / "tokenizer"), workers=1)
+    source = write(written / "a.jsonl", records)
+    report = prepare(source, written / "s", tokenizer=str(written / "tokenizer"), workers=1)
     assert report.summary["untrained_rows"] == 1
+
+
+def test_tags_keep_their_ids_in_answers_alone(folder: Path) -> None:
+    said = "<think>the number</think>answer"
+    source = write(folder / "a.jsonl", [chat(0, said=said)])
+    options: dict[str, Any] = {"tokenizer": str(folder / "tokenizer"), "workers": 1, "overwrite": True}
+    store = folder / "s"
+    prepare(source, store, **options)
+    ids, mask = expected(folder, chat(0, said=said))
+    (row,) = TokenStore(store)
+    assert row.input_ids.tolist() == ids
+    assert np.repeat(np.arange(len(row.spans)) % 2, row.spans).tolist() == mask
+    with pytest.raises(InputError, match="holds the special token '<think>' as text"):
+        prepare(source, store, allow_special="", **options)
+    with pytest.raises(InputError, match=r"allow_special: '<\|im_end\|>' begins, ends or fills texts"):
+        prepare(source, store, allow_special="<think> <|im_end|>", **options)
+    with pytest.raises(InputError, match="allowed"):
+        prepare(source, store, allow_special="<think>", template="alpaca", **options)
+    asked = chat(0, said=said)
+    asked["messages"][0]["content"] = "<think> what? <|im_end|>"
+    write(source, [asked])
+    with pytest.raises(InputError, match="holds the special token '<think>' as text"):
+        prepare(source, store, **options)
+    prepare(source, store, special_text="encode", **options)
+    (row,) = TokenStore(store)
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    counts = {text: row.input_ids.tolist().count(number) for text, number in tokenizer.json.added.control.items()}
+    assert counts == {"<|im_start|>": 2, "<|im_end|>": 2, "<think>": 1, "</think>": 1, "<|pad|>": 0}
+    assert "<think> what? <|im_end|><|im_end|>" in tokenizer.decode(row.input_ids)

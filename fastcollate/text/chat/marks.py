@@ -6,7 +6,7 @@ A place counts only where the text without these marks is the one that the templ
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
@@ -46,6 +46,19 @@ def leaves(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from leaves(item)
+
+
+def texts_of(variables: Mapping[str, Any]) -> list[str]:
+    """All texts that a template sees of a record."""
+    found = [*leaves([variables["tools"], variables["documents"]])]
+    for turn in variables["messages"]:
+        found += turn
+        for value in turn.values():
+            if type(value) is str:
+                found.append(value)
+            else:
+                found += leaves(value)
+    return found
 
 
 def changed(value: Any, change: Callable[[str], str], *, keys: bool = False) -> Any:

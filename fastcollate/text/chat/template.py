@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from fastcollate.errors import InputError
+from fastcollate.text.added import search_for
 from fastcollate.text.chat import marks
 from fastcollate.text.chat.rendered import Rendered
 from fastcollate.text.chat.turns import Chat, join_parts, question_of, read_chat
@@ -83,12 +84,14 @@ class ChatTemplate(Template):
         arguments, self._fields = dict(settings.arguments or {}), dict(fields or {})
         asked = {"fields": self._fields, "arguments": arguments, "date": settings.date, "train_on": settings.train_on}
         self._allowed = frozenset(_ALLOWED if settings.allowed is None else settings.allowed) & {*tokens.added}
+        ends = {tokens.names.get(f"{name}_token") for name in ("bos", "eos", "pad")}
+        if never := sorted(self._allowed & ends):
+            raise InputError(f"allow_special: {never[0]!r} begins, ends or fills texts; no answer holds it as a token")
         tokens_asked = {"tokens": dict(tokens.names), "allowed": sorted(self._allowed)}
         super().__init__(name, {"source": source, **tokens_asked, **asked, "reader": 1})
         self._program = ChatProgram(name, source, _date(settings.date))
         self._arguments = {**tokens.names, **arguments, "add_generation_prompt": False}
-        longest_first = sorted(tokens.added, key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # matches nothing
+        self._added = search_for(tokens.added)
         self._train_last = settings.train_on == "last"
 
     def unknown_tokens(self) -> list[str]:
@@ -113,8 +116,8 @@ class ChatTemplate(Template):
         if not text:
             raise BadRecordError("no text: the template gives nothing")
         trained = self._trained(chat, variables, text, blocks)
-        given = list(marks.leaves([variables["messages"], variables["tools"], variables["documents"]]))
-        protected = self._protected(variables, text) if self._added.search("\0".join(given)) else []
+        given = "\0".join(marks.texts_of(variables))
+        protected = self._protected(variables, text) if self._added.search(given) else []
         return Rendered(text, trained, protected)
 
     def _run(self, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
