@@ -177,6 +177,11 @@ def _template_of(data: Mapping[str, Any], beside: Path, tokenizer: Tokenizer) ->
     if name not in ("tokenized", "tokenizer") and not name.endswith(_JINJA):
         return load_template(name)
     if name == "tokenized":
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"the run's rows are ready ids, and tokenizer {Path(tokenizer.name).name!r} comes with no chat "
+                "template: write the whole prompt, with --raw"
+            )
         return load_template("tokenizer", tokenizer=tokenizer)
     return load_template(name, tokenizer=tokenizer, saved=TokenStore(beside / data["store"]).manifest["template"])
 

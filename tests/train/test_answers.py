@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastcollate.errors import InputError
-from fastcollate.train.answers import generate
+from fastcollate.text import load_tokenizer
+from fastcollate.train.answers import _template_of, generate
 from fastcollate.train.model import GPT2, GPT2Config
 
 CONFIG = GPT2Config(num_layers=2, num_heads=2, width=16, vocab_size=50, context_length=24, tie_weights=False)
@@ -76,3 +78,10 @@ def test_a_seed_repeats_an_answer(model: GPT2) -> None:
 def test_wrong_options_are_refused(model: GPT2, prompt: list[int], options: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         generate(model, prompt, **options)  # type: ignore[arg-type]
+
+
+def test_ready_ids_without_a_chat_template_take_a_whole_prompt() -> None:
+    with pytest.raises(
+        InputError, match=r"rows are ready ids, and tokenizer 'gpt2' comes with no chat template: .*--raw"
+    ):
+        _template_of({"template": "tokenized"}, Path(), load_tokenizer("gpt2"))
