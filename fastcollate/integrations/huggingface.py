@@ -34,7 +34,8 @@ class DataCollator:
     its options (`mask_prompt`, `max_length`, ...) decide the labels and the cut, `max_length` counting columns of
     `input_ids`. Features are mappings with `input_ids`, and with `labels`, `completion_mask`, `assistant_masks` or
     nothing more (then all tokens are trained, else those that all of them train). With `seq_lengths`, as
-    `trl.pack_dataset` gives, each of a pack's sequences is a row of the flattened form; the padded one refuses packs.
+    `trl.pack_dataset` gives, or `position_ids` that restart, each of a pack's sequences is a row of the flattened form;
+    the padded one refuses packs.
     Other keys are left out. The first column's label is -100: it is no target, and a loss that is divided by the number
     of labels would come out too small.
 
@@ -179,18 +180,21 @@ class DataCollator:
 
     def _lengths_in_packs(self, features: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
         """Tokens of each sequence, where the features are packs of them."""
-        if "seq_lengths" not in features[0]:
+        if "seq_lengths" in features[0]:
+            lengths = [torch.as_tensor(feature["seq_lengths"], dtype=torch.int64, device="cpu") for feature in features]
+        elif "position_ids" in features[0]:
+            lengths = [_lengths_by_positions(feature["position_ids"]) for feature in features]
+        else:
             return None
-        lengths = [torch.as_tensor(feature["seq_lengths"], dtype=torch.int64, device="cpu") for feature in features]
         if self.layout != "flattened" and any(len(of_pack) > 1 for of_pack in lengths):
             raise InputError(
-                f"layout={self.layout!r} with packs (seq_lengths): a pack's sequences would see each other; give "
-                "DataCollator('flattened')"
+                f"layout={self.layout!r} with packs (seq_lengths, or position_ids that restart): a pack's sequences "
+                "would see each other; give DataCollator('flattened')"
             )
         for of_pack, feature in zip(lengths, features, strict=True):
             if int(of_pack.sum()) != len(feature["input_ids"]):
                 raise InputError(
-                    f"seq_lengths={of_pack.tolist()} of a pack of {len(feature['input_ids'])} tokens: they must add up"
+                    f"sequences of {of_pack.tolist()} in a pack of {len(feature['input_ids'])} tokens: they must add up"
                 )
         return torch.cat(lengths)
 
@@ -202,6 +206,13 @@ class DataCollator:
 def _pad(rows: Sequence[Any], value: int) -> torch.Tensor:
     """The rows, padded on the right: what the kernel gives as inputs."""
     return collate_fn(rows, pad_token_id=value).inputs
+
+
+def _lengths_by_positions(positions: Any) -> torch.Tensor:
+    """Tokens of each sequence in a pack: where a position does not follow the one before, the next begins."""
+    found = torch.as_tensor(positions, dtype=torch.int64, device="cpu")
+    starts = (found.diff() != 1).nonzero().flatten() + 1
+    return torch.tensor([0, *starts.tolist(), len(found)], device="cpu").diff()
 
 
 def _no_columns(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -132,8 +132,17 @@ def test_packs_of_trl_do_not_see_each_other(tmp_path: Path) -> None:
     found = collator(features)
     for name, value in theirs.items():
         assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(value)), name
-    with pytest.raises(InputError, match=r"packs \(seq_lengths\): a pack's sequences would see each other"):
-        DataCollator()(features)
+    by_positions = [
+        {
+            **{name: pack[name] for name in ("input_ids", "labels")},
+            "position_ids": [place for length in pack["seq_lengths"] for place in range(length)],
+        }
+        for pack in features
+    ]
+    same(collator(by_positions), collator(alone))
+    for packs in (features, by_positions):
+        with pytest.raises(InputError, match=r"with packs \(seq_lengths, .*: a pack's sequences would see each other"):
+            DataCollator()(packs)
     with pytest.raises(InputError, match="they must add up"):
         collator([{**features[0], "seq_lengths": [1, 2]}])
     made = store_from_dataset(packed, tmp_path / "store", tokenizer_with_two_ids())
