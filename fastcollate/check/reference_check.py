@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastcollate.check.chats import ChatRows
 from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, tokenizer_of, trained_by_mask
 from fastcollate.check.ids import differing_rows
 from fastcollate.collate import reference
@@ -27,6 +28,7 @@ from fastcollate.text import BadRecordError, Template, Tokenizer, load_template
 from fastcollate.train import MaskOptions, OrderOptions
 
 _MOST_PROBLEMS = 20
+_SETTINGS = ("arguments", "date", "train_on", "allowed", "mask_heading", "source")
 TOKENIZED = "tokenized"  # records that hold ids: no text is tokenized again
 
 
@@ -249,14 +251,18 @@ class _Records:
             raise InputError(f"{store.path}: its ids cannot be checked, {problem}")
         self.tokenizer = tokenizer
         saved = store.manifest["template"]
-        if saved["name"].endswith(".jinja") and not Path(saved["name"]).is_file():
+        is_chat = store.end == "in_row" and "source" in saved
+        if not is_chat and saved["name"].endswith(".jinja") and not Path(saved["name"]).is_file():
             raise InputError(
                 f"template {saved['name']!r}, by which {store.path} was prepared, is not in this folder (a store keeps "
                 "a template's name and content's hash, not its path): run verify where the template lies"
             )
-        self.template: Template = load_template(saved["name"], saved.get("fields"))
+        asked = {key: saved[key] for key in _SETTINGS if key in saved and (is_chat or key != "source")}
+        end = "in_row" if is_chat else "append"
+        self.template: Template = load_template(saved["name"], saved.get("fields"), tokenizer, end=end, **asked)
         if self.template.identity() != saved:
             raise InputError(f"template {saved['name']!r} is not the one that {store.path} was prepared with")
+        self.chats = ChatRows(store, self.template) if is_chat else None
 
     def compare(self, found: Verification, *, progress: bool) -> None:
         """Compare ids, and what is trained."""
@@ -277,6 +283,11 @@ class _Records:
                         found.records += 1
                         continue
                     try:
+                        if self.chats is not None:
+                            for problem in self.chats.differences(row, chunk[number]):
+                                found.note(problem)
+                            row, found.records = row + 1, found.records + 1
+                            continue
                         parts = self.template.parts(chunk[number])
                         _compare_row(store, row, parts, self.tokenizer, self.template.single_turn, found)
                     except (BadRecordError, ValueError) as error:

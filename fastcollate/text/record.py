@@ -72,6 +72,14 @@ class Template:
         """
         return Rendered(self.parts({"instruction": text, "input": more, "output": "-"})[0], [], [])
 
+    def variables_of(self, record: Any) -> dict[str, Any]:
+        """What a chat template sees of a record."""
+        raise NotImplementedError
+
+    def trains_all(self, record: Any) -> bool:
+        """Whether the marks of a chat template alone say what is trained of a record."""
+        raise NotImplementedError
+
     def columns(self, fields: Sequence[list[str | None]]) -> tuple[Texts, list[int]]:
         """The texts of many records, given as a column for each of `names`: prompt, response, prompt, ...
 

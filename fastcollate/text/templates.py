@@ -188,6 +188,8 @@ def load_template(
         tokens = Tokens(saved["tokens"], tokenizer.special_texts)
         return ChatTemplate(name, saved["source"], tokens, settings, saved["fields"])
     fields, settings = dict(fields or {}), ChatSettings(**asked)
+    if settings.source is not None and settings.end == "in_row":  # as a store keeps it
+        return _chat_template(name, settings.source, fields, tokenizer, settings)
     if name.endswith((".jinja", ".j2", ".jinja2")):
         source = _read_template(Path(name))
         if settings.end == "in_row" or (settings.end == "auto" and is_chat_template(source, tokenizer)):

@@ -44,6 +44,7 @@ class ChatSettings(NamedTuple):
             and tool calls.
         end: `in_row` for a chat template, `append` for one of records; `auto` goes by the template.
         mask_heading: a template's constant heading of the response is not trained.
+        source: a chat template's text, in place of a file's or the tokenizer's.
     """
 
     arguments: Mapping[str, Any] | None = None
@@ -52,6 +53,7 @@ class ChatSettings(NamedTuple):
     allowed: Collection[str] | None = None
     end: str = "auto"
     mask_heading: bool = False
+    source: str | None = None
 
 
 class Tokens(NamedTuple):
@@ -99,19 +101,33 @@ class ChatTemplate(Template):
         text = self._added.sub(" ", self._probe_text)
         return list(dict.fromkeys(_LIKE_TOKENS.findall(text)))
 
+    def variables_of(self, record: Any) -> dict[str, Any]:
+        """What the template sees of a record."""
+        return self._variables(read_chat(record, self._fields))
+
+    def _variables(self, chat: Chat) -> dict[str, Any]:
+        variables = {**self._arguments, **chat.variables}
+        if any(type(turn.get("content")) is list for turn in variables["messages"]) and not self._takes_parts:
+            variables["messages"] = join_parts(variables["messages"])
+        return variables
+
+    def trains_all(self, record: Any) -> bool:
+        """Whether `{% generation %}` alone says what is trained of a record."""
+        chat = read_chat(record, self._fields)
+        answers = [turn.get("role") == "assistant" for turn in chat.variables["messages"]]
+        return self._program.has_generation and answers == chat.trains and not (self._train_last and sum(answers) > 1)
+
     def render(self, record: Any) -> Rendered:
         """The record's chat as one text."""
         chat = read_chat(record, self._fields)
-        return self._rendered(chat, {**self._arguments, **chat.variables})
+        return self._rendered(chat, self._variables(chat))
 
     def question(self, text: str, more: str = "") -> Rendered:
         """A user's turn, and what the template writes before an answer to it."""
         chat = read_chat({"messages": question_of(text, more)}, {})
-        return self._rendered(chat, {**self._arguments, **chat.variables, "add_generation_prompt": True})
+        return self._rendered(chat, {**self._variables(chat), "add_generation_prompt": True})
 
     def _rendered(self, chat: Chat, variables: dict[str, Any]) -> Rendered:
-        if any(type(turn.get("content")) is list for turn in variables["messages"]) and not self._takes_parts:
-            variables["messages"] = join_parts(variables["messages"])
         text, blocks = self._run(variables)
         if not text:
             raise BadRecordError("no text: the template gives nothing")
