@@ -75,7 +75,8 @@ def ours(folder: Path, source: Path, processes: int) -> dict[str, Any]:
 
     load_tokenizer(str(folder)).warm(chats=True)
     start = time.perf_counter()
-    report = prepare(source, folder / "store", tokenizer=str(folder), workers=processes, overwrite=True)
+    asked = {"template": "tokenizer", "tokenizer": str(folder), "workers": processes}  # also where it lacks its tokens
+    report = prepare(source, folder / "store", overwrite=True, **asked)
     seconds = time.perf_counter() - start
     store = TokenStore(folder / "store")
     shards = store.shards
