@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "fastcollate"
-ON_A_CARD = ("cross_entropy",)  # imports Triton, which is there with PyTorch for CUDA only
+ON_A_CARD = ("attention_kernel", "cross_entropy")  # import Triton, which comes with PyTorch for CUDA only
 
 
 def main() -> None:
