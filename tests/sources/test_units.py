@@ -178,7 +178,7 @@ def test_an_iterable_is_read_once_and_a_record_that_is_no_json_is_named() -> Non
             assert sum(block.num_rows for block in read_blocks(found)) == 10
     assert not Path(found[0].local).exists()
     with (
-        pytest.raises(InputError, match="the records given, record 1: cannot be written as JSON"),
+        pytest.raises(InputError, match="the records given, record 1, field 'a': cannot be written as JSON"),
         spooled(find_sources([{"a": 1}, {"a": object()}]), is_shared=False),
     ):
         pass
