@@ -172,13 +172,27 @@ def count(rows: Rows, tokenizer: Tokenizer, options: PrepareOptions, counts: Cou
     counts.num_rows, counts.num_tokens = len(lengths), int(lengths.sum())
     if not len(lengths):
         return
-    prompts = _first_spans(rows)
-    columns = lengths - (end == "in_row")
-    limit = columns if options.max_length is None else np.minimum(columns, options.max_length)
-    counts.untrained_rows = int(np.count_nonzero(prompts - 1 >= limit))
+    counts.untrained_rows = int(np.count_nonzero(~_trains_any(rows, options.max_length, end)))
     if end == "in_row":
         return  # no corners
-    corner = prompts == 0
+    corner = _first_spans(rows) == 0
     for place in np.flatnonzero(rows.ids == tokenizer.pad_token_id).tolist():
         corner[np.searchsorted(rows.offsets, place, side="right") - 1] = True
     counts.corner_rows = int(np.count_nonzero(corner))
+
+
+def _trains_any(rows: Rows, max_length: int | None, end: str) -> npt.NDArray[np.bool_]:
+    """Whether each row has a target that is trained: one behind its first id, and within the limit."""
+    lengths, num_spans = np.diff(rows.offsets), np.diff(rows.span_offsets)
+    ends = starts_of(rows.spans)
+    starts = ends[rows.span_offsets[:-1]]
+    covered = ends[rows.span_offsets[1:]] - starts
+    # an appended end goes with the last response, or with a row that is one prompt, unless that covers it
+    trained: npt.NDArray[np.bool_] = (num_spans % 2 == 0) | (num_spans == 1) & (covered <= lengths)
+    trained &= (end == "append") & (lengths <= (np.inf if max_length is None else max_length))
+    owner = np.repeat(np.arange(len(lengths)), num_spans)
+    is_response = (np.arange(len(owner)) - rows.span_offsets[owner]) % 2 == 1
+    owner, first, stop = owner[is_response], ends[:-1][is_response], ends[1:][is_response]
+    last = stop - starts[owner] if max_length is None else np.minimum(stop - starts[owner], max_length + 1)
+    trained[owner[np.maximum(first - starts[owner], 1) < last]] = True
+    return trained
