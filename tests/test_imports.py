@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "fastcollate"
 # Data flows down this list (see CONTRIBUTING.md).
 ORDER = [
-    "errors", "lazy", "options", "progress", "jit", "sources", "text", "store", "plan", "ingest", "collate", "load",
-    "integrations", "train", "check", "cli", "testing",
+    "errors", "lazy", "options", "progress", "ranks", "jit", "sources", "text", "store", "plan", "ingest", "collate",
+    "load", "integrations", "train", "check", "cli", "testing",
 ]  # fmt: skip
 # Folders that others import only through their face, of at most ten names (a module counts as one).
 FACED = {"check", "cli", "collate", "ingest", "integrations", "load", "plan", "sources", "store", "text", "train"}

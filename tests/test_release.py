@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 RELEASE = json.loads((Path(__file__).parent / "release_0_1.json").read_text())
+# Under torch.distributed every rank got all rows by these defaults, in silence.
+CHANGED = {("fastcollate.BatchLoader", "rank"): "None", ("fastcollate.BatchLoader", "world_size"): "None"}
 OPTIONAL = {"lightning": "lightning", "huggingface": "datasets"}
 
 
@@ -45,6 +47,7 @@ def test_a_name_of_the_release_takes_and_has_what_it_did(name: str) -> None:
         new = parameters_of(public)
         assert old["parameters"].keys() <= new.keys(), name
         for parameter, default in old["parameters"].items():
+            default = CHANGED.get((name, parameter), default)
             assert new[parameter] in (default, ...), f"{name}: the default of {parameter} was {default}"
         assert list(new)[: len(old["positional"])] == old["positional"]
     for member in old["attributes"]:

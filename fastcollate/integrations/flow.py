@@ -35,6 +35,8 @@ class FlowingSampler(BucketBatchSampler):
         (5, [5, 5, 5])
     """
 
+    _repeats = False
+
     def __init__(self, source: Any, **options: Any) -> None:
         super().__init__(source, **options)
         own = self._plan_options
@@ -48,6 +50,15 @@ class FlowingSampler(BucketBatchSampler):
         self._turn = self._num_done = 0  # batches of the turn that were handed over
         self._starts = {0: places.Position(0)}
         self._is_loaded = False
+
+    def _take_share(self) -> None:
+        before = self._plan_options.world_size
+        super()._take_share()
+        if self._plan_options.world_size != before:
+            raise InputError(
+                f"a FlowingSampler was made for world_size={before}, and the process group has "
+                f"{self._plan_options.world_size} ranks: make it once the group is there, or give rank and world_size"
+            )
 
     def __len__(self) -> int:
         """Batches in a turn."""

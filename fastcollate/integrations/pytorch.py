@@ -8,14 +8,13 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 from typing_extensions import Unpack
 
 from fastcollate.collate import Batch, Collator, PackedBatch
 from fastcollate.errors import InputError, shown
 from fastcollate.load import CollateKeywords, collator_of, open_store, trained_rows
-from fastcollate.plan import MixedStore, Order, OrderKeywords, PlanOptions, position
+from fastcollate.plan import MixedStore, Order, OrderKeywords, position
 from fastcollate.store import Example, TokenStore
 
 Int64Array = npt.NDArray[np.int64]
@@ -58,8 +57,8 @@ class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
     Args:
         source: a store or its directory, a `StoreDataset`, a `MixedStore`, or each row's length.
         rows: the row numbers to use, such as one of `split_rows`; by default all, or those that a `MixedStore` draws.
-        rank: which share of each step; by default this process's rank in `torch.distributed`, 0 without it.
-        world_size: number of shares; by default that of `torch.distributed`, 1 without it.
+        rank: see `BatchLoader`.
+        world_size: see `BatchLoader`.
         shuffle: not an option: `policy` says it.
         options: how rows make batches, see `PlanOptions`; `batch_size` or `max_tokens` is needed. With the policy
             packed, `max_length` is by default what a `StoreDataset` cuts rows to.
@@ -85,6 +84,7 @@ class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
     """
 
     _kind = "sampler"
+    _repeats = True
 
     def __init__(
         self,
@@ -103,15 +103,26 @@ class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
             )
         if options.get("policy") == "packed" and options.get("max_length") is None and isinstance(source, StoreDataset):
             options["max_length"] = source.options["max_length"]
-        together = dist.is_available() and dist.is_initialized()
-        plan_options = PlanOptions(
-            **options,
-            rank=(dist.get_rank() if together else 0) if rank is None else rank,
-            world_size=(dist.get_world_size() if together else 1) if world_size is None else world_size,
-        )
-        super().__init__(Order(getattr(open_store(source), "store", open_store(source)), rows), plan_options)
-        self.batch_size = options.get("batch_size")  # for those who look at a sampler
-        self.drop_last = self._plan_options.drop_last
+        source = open_store(source)
+        if isinstance(source, Sampler):
+            raise InputError(
+                f"a {type(source).__name__} where a store or lengths belong: Lightning and Fabric make a batch sampler "
+                "anew around a sampler of theirs. Give use_distributed_sampler=False to lightning.pytorch.Trainer or "
+                "to fabric.setup_dataloaders: a BucketBatchSampler takes its rank's share by itself"
+            )
+        super().__init__(Order(getattr(source, "store", source), rows), options, rank, world_size)
+        self.drop_last = self._plan_options.drop_last  # for those who look at a sampler
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of each batch, `None` where not all have as many: `accelerate` leaves out those that have fewer."""
+        own = self._plan_options
+        is_full = own.capacity is None and (own.drop_last or self._order.num_rows % own.group == 0)
+        return own.batch_size if is_full else None
+
+    def __len__(self) -> int:
+        """Batches in the current epoch, exactly; with `max_tokens`, and packed, this plans the epoch once."""
+        return super().__len__() * self._times()
 
     @property
     def sampler(self) -> BucketBatchSampler:
@@ -120,12 +131,13 @@ class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches of the current epoch; from a loaded position on, once. The end advances the epoch by one."""
-        iteration = self._begin()
+        iteration, times = self._begin(), self._times()
         _, first_window, first = iteration.first
         for window in range(first_window, iteration.planned.plan.num_windows):
             for number, rows in enumerate(_batches(iteration, window, first), first + 1):
                 iteration.hand_over(window, number)
-                yield rows
+                for _ in range(times):
+                    yield rows
             first = 0
         iteration.end()
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.data import get_worker_info
 from typing_extensions import Unpack
 
 from fastcollate.collate import Batch, Counts, PackedBatch, settings
@@ -114,8 +115,9 @@ class BatchLoader(position.Epochs):
         store: a `TokenStore`, its directory, or a `MixedStore`, of which each epoch draws its rows.
         rows: row numbers of the store, such as one of `split_rows` or `range(0, 935)`; by default all, or those that
             a `MixedStore` draws.
-        rank: see `PlanOptions`.
-        world_size: see `PlanOptions`.
+        rank: which share of each step this process takes; by default its rank in the process group of
+            `torch.distributed`, as that is when an iteration starts, and 0 without one.
+        world_size: number of shares; by default that of the process group, and 1 without one.
         device: where the batches go.
         drop_untrained: leave out rows without a trained target, such as those whose prompt fills `max_length`; reads
             the store once.
@@ -142,8 +144,8 @@ class BatchLoader(position.Epochs):
         store: Store | str | os.PathLike[str],
         *,
         rows: npt.ArrayLike | range | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         device: torch.device | str = "cpu",
         drop_untrained: bool = False,
         prefetch: int = 3,
@@ -159,12 +161,12 @@ class BatchLoader(position.Epochs):
         self._prefetch = integer("prefetch", prefetch, 0)
         if self._prefetch:
             self._prefetch = max(self._prefetch, self._num_threads)
-        plan_options = PlanOptions(**order_keywords(options), rank=rank, world_size=world_size).checked()
+        plan_options = PlanOptions(**order_keywords(options)).checked()
         self._collator = collator_of(self._store, collate_keywords(options))
         order = Order(self._store, rows)
         if drop_untrained:
             order = self._trained(order, plan_options, collate_keywords(options))
-        super().__init__(order, plan_options)
+        super().__init__(order, order_keywords(options), rank, world_size)
         self.device = torch.device(device)
         self._stats = Stats()  # without the batches that are not yet counted
         self._has_warned = False  # of rows without a trained target
@@ -187,7 +189,9 @@ class BatchLoader(position.Epochs):
     def __iter__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> Iterator[Batch | PackedBatch]:
         """Batches of the current epoch; from a loaded position on, once. The end advances the epoch by one."""
         start = clock()
+        self._check_worker()
         iteration = self._begin()
+        self._times()
         groups = fill_groups(
             lambda window: self._job(iteration, window),
             iteration.planned.plan.num_windows,
@@ -220,6 +224,18 @@ class BatchLoader(position.Epochs):
                 del group, batch, handed  # before the next is waited for, so that the buffer is used again
                 start = clock()
         iteration.end()
+
+    def _check_worker(self) -> None:
+        worker = get_worker_info()
+        if (
+            worker is not None
+            and worker.num_workers > 1
+            and None in (self._options["rank"], self._options["world_size"])
+        ):
+            raise InputError(
+                f"a BatchLoader in a DataLoader of num_workers={worker.num_workers}: each worker gives all rows. "
+                "Iterate over the loader itself, whose threads work ahead; or num_workers=0; or rank and world_size"
+            )
 
     @property
     def stats(self) -> Stats:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ import numpy as np
 
 from fastcollate.errors import LARGEST, InputError, integer, shown
 from fastcollate.plan.mixing import Order, OrderedPlan
-from fastcollate.plan.options import Int64Array, PlanOptions
+from fastcollate.plan.options import Int64Array, OrderKeywords, PlanOptions
+from fastcollate.ranks import own_share, times_dealt, warn_of_a_missing_group
 
 STATE_VERSION = 3
 _SIZES = ("batch_size", "max_tokens", "world_size", "shares")  # may differ, as long as a step holds the same rows
@@ -29,19 +31,29 @@ class Position(NamedTuple):
 
 
 class Epochs:
-    """Epochs of one order of rows by one set of options, and the position of the next batch."""
+    """Epochs of one order of rows by one set of options, and the position of the next batch.
+
+    Where `rank` and `world_size` are not given they are the process group's: as it is when an iteration starts, the
+    length is asked for, or a position set or loaded.
+    """
 
     _kind = "loader"
+    _repeats = False  # whether it can give each batch to each rank of `accelerate`
 
-    def __init__(self, order: Order, options: PlanOptions) -> None:
+    def __init__(self, order: Order, options: OrderKeywords, rank: int | None, world_size: int | None) -> None:
         self._order = order
-        self._plan_options = options.checked()
+        self._asked, self._share_asked = options, (rank, world_size)
+        alone = 0 if rank is None else rank, 1 if world_size is None else world_size
+        rank, world_size = own_share(rank, world_size) or alone
+        self._plan_options = PlanOptions(**options, rank=rank, world_size=world_size).checked()
         order.check(self._plan_options)
+        self._has_told_length = self._has_told_nesting = False
         self._place: tuple[int, int, int] = Position(0)  # the position, as a plain tuple: it is written once a batch
         self._starts_here = False  # the next iteration starts at the position, not at its epoch's first batch
         self._is_told = True  # where to start, since the last iteration began
         self._num_changes = 0  # of the position, from outside
-        self._stamp = 0  # goes up with each change and each iteration: the newest one moves the position
+        self._stamp = 0  # goes up with each change, and each iteration that moves the position
+        self._mover: weakref.ref[Iteration] | None = None  # the iteration that does
         self._source_rows = np.zeros(len(order.names), np.int64)  # without those of the position's window
         self._window_sources: Int64Array | None = None
 
@@ -56,7 +68,27 @@ class Epochs:
 
     def __len__(self) -> int:
         """Batches in the current epoch, exactly; with `max_tokens`, and packed, this plans the epoch once."""
+        self._take_share()
+        self._has_told_length = True
         return len(self._order.plan(self._plan_options, self.epoch).plan)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mover": None}
+
+    def _take_share(self) -> None:
+        """Take the share that this process has now; of a process group that is gone, the last one stays."""
+        before, share = self._plan_options, own_share(*self._share_asked)
+        if share is None or share == (before.rank, before.world_size):
+            return
+        options = PlanOptions(**self._asked, rank=share[0], world_size=share[1]).checked()
+        self._order.check(options)
+        self._plan_options = options
+        if self._has_told_length and options.world_size != before.world_size:
+            warnings.warn(
+                f"the process group has {options.world_size} ranks, and the {self._kind} has told its length for "
+                f"{before.world_size}: ask for it again",
+                stacklevel=4,
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration runs; setting the current one keeps a loaded position.
@@ -83,6 +115,7 @@ class Epochs:
             InputError: the epoch has fewer batches.
         """
         epoch, rest = integer("epoch", epoch, 0, LARGEST), integer("step", step, 0)
+        self._take_share()
         plan = self._order.plan(self._plan_options, epoch).plan
         for window in range(plan.num_windows):
             num_batches = plan.num_batches(window)
@@ -99,7 +132,20 @@ class Epochs:
         self._stamp += 1
 
     def _begin(self) -> Iteration:
-        """Begin an iteration: at the position if that was loaded or set, else at the epoch's first batch."""
+        """Begin an iteration: at the position if that was loaded or set, else at the epoch's first batch.
+
+        One that begins while another runs, such as an evaluation within a training loop, leaves the position to that.
+        """
+        before = _of_all_ranks(self._plan_options)
+        self._take_share()
+        warn_of_a_missing_group(*self._share_asked)
+        if self._starts_here and self._place[1:] != (0, 0) and _of_all_ranks(self._plan_options) != before:
+            raise InputError(
+                f"a state was loaded, or a position set, before the process group was there: its {self._kind}'s step "
+                f"holds other rows now, of world_size={self._plan_options.world_size}; load it once the group is there"
+            )
+        if self._runs() and not (self._is_told or self._starts_here):
+            return self._begin_beside()
         if not self._starts_here:
             if not self._is_told and self._position != Position(self.epoch):
                 warnings.warn(
@@ -111,7 +157,30 @@ class Epochs:
             self._place = Position(self.epoch)
         self._starts_here = self._is_told = False
         self._stamp += 1
-        return Iteration(self, self._order.plan(self._plan_options, self.epoch))
+        planned = self._order.plan(self._plan_options, self.epoch)
+        iteration = Iteration(self, planned, self._position, self._stamp)
+        self._mover = weakref.ref(iteration)
+        return iteration
+
+    def _begin_beside(self) -> Iteration:
+        """Begin an iteration that leaves the position to the one that runs."""
+        if not self._has_told_nesting:
+            self._has_told_nesting = True
+            warnings.warn(
+                f"an iteration over the {self._kind} begins while another one runs: it gives epoch {self.epoch} from "
+                "its first batch on, and the position stays the other's. If that one is over, say "
+                f"{self._kind}.set_epoch(epoch) before each iteration; this is said once",
+                stacklevel=4,
+            )
+        return Iteration(self, self._order.plan(self._plan_options, self.epoch), Position(self.epoch), 0)
+
+    def _times(self) -> int:
+        """How often each batch is given here."""
+        return times_dealt(self._plan_options.world_size, self._kind, can_repeat=self._repeats)
+
+    def _runs(self) -> bool:
+        """Whether the iteration that moves the position is under way."""
+        return self._mover is not None and self._mover() is not None
 
     def _counted_sources(self) -> Int64Array:
         counts = self._window_sources
@@ -128,6 +197,8 @@ class Epochs:
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is, in plain numbers and strings; exact to the batch, the same on every rank."""
         epoch, window, batch = self._place
+        if (window, batch) == (0, 0):
+            self._take_share()
         options = asdict(self._plan_options)
         del options["rank"]
         return {
@@ -149,6 +220,7 @@ class Epochs:
         Raises:
             InputError: the state is damaged, or of another version, store or order of rows; it says what differs.
         """
+        self._take_share()
         self._continue_at(*SavedState(state, self._kind).read(self._order, self._plan_options))
 
     def _continue_at(self, position: Position, source_rows: Int64Array) -> None:
@@ -157,13 +229,13 @@ class Epochs:
 
 
 class Iteration:
-    """One iteration over an epoch's batches. It moves the position, until a newer one does or the position is set."""
+    """One iteration over an epoch's batches. It moves the position while its stamp is the newest."""
 
-    def __init__(self, epochs: Epochs, planned: OrderedPlan) -> None:
+    def __init__(self, epochs: Epochs, planned: OrderedPlan, first: Position, stamp: int) -> None:
         self._epochs = epochs
-        self._stamp, self._num_changes = epochs._stamp, epochs._num_changes
+        self._stamp, self._num_changes = stamp, epochs._num_changes
         self.planned = planned
-        self.first = epochs._position
+        self.first = first
         self._epoch, self._window = self.first.epoch, -1
 
     def hand_over(self, window: int, batch: int) -> None:
@@ -196,7 +268,7 @@ class Iteration:
         epochs = self._epochs
         if epochs._stamp == self._stamp:
             epochs._leave_window()
-            epochs._place, epochs._is_told = Position(self._epoch + 1), True
+            epochs._place, epochs._is_told, epochs._mover = Position(self._epoch + 1), True, None
 
 
 class SavedState:

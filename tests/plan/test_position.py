@@ -129,6 +129,43 @@ def test_the_newest_iteration_moves_the_position(make: Any) -> None:
     assert made.state_dict() == kept
 
 
+@pytest.mark.parametrize("make", [*MAKERS, lambda **options: loader(prefetch=3, **options)])
+@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("num_batches", [0, 1, 5, None])
+def test_an_iteration_within_another_leaves_the_position_to_that(
+    make: Any, options: dict[str, Any], num_batches: int | None
+) -> None:
+    """As the chapter's script does, which evaluates on its training loader within the training loop."""
+    made, plain = make(**options), make(**options)
+    for epoch in range(2):
+        for step, (batch, wanted) in enumerate(zip(made, plain, strict=True)):
+            assert shapes([batch]) == shapes([wanted])
+            if step % 3 == 1:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    evaluated = shapes(itertools.islice(made, num_batches))
+                told = [str(warning.message) for warning in caught]
+                assert len(told) == (step == 1 and epoch == 0 and num_batches != 0)
+                assert all("begins while another one runs" in message for message in told)
+                other = make(**options)
+                other.set_epoch(epoch)
+                assert evaluated == shapes(itertools.islice(other, num_batches))
+            assert made.state_dict() == plain.state_dict()
+    assert made.epoch == plain.epoch == 2
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_an_iteration_that_is_kept_and_over_is_told_apart_by_set_epoch(make: Any) -> None:
+    made = make()
+    kept = iter(made)
+    next(kept)
+    for epoch in range(2):
+        made.set_epoch(epoch)
+        assert len(list(made)) == len(made)
+        assert made.epoch == epoch + 1
+    del kept
+
+
 @pytest.mark.parametrize("make", MAKERS)
 def test_an_epoch_that_starts_again_after_a_break_warns_once_it_is_not_asked_for(make: Any) -> None:
     made = make()
