@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcollate.errors import InputError
-from fastcollate.text.jinja_env import compile_template
+from fastcollate.text.jinja_env import GENERATION, ChatProgram, compile_template
 from fastcollate.text.templates import BadRecordError, Template, load_template
 
 pytest.importorskip("jinja2")
@@ -119,6 +119,15 @@ A: {% generation %}{{ message | tojson }}{{ message.content | upper }}{% endgene
 {% for message in messages | selectattr('role', 'equalto', 'user') %}{{ message.content }}
 {{ message.content | tojson | length }}
 {% endfor %}{{ messages | map(attribute='role') | unique | join(', ') }} {{ "%s & %s" | format("<", "é") }}""",
+    "scopes": """{% set a = namespace(x=1) %}{% set b = namespace(y=2) %}
+{{ a.x }}{{ (b.x is defined) ~ "" }}{{ a.y | default('none') }}{{ (a["x"] is defined) ~ "" }}
+{% macro wrapped(text) %}<{{ text }}>{% endmacro %}
+{% for message in messages %}{% set content = message.content | string %}
+{% generation %}{{ loop.index }}{% set content = content ~ '!' %}{% set b.y = b.y + 1 %}{{ wrapped(content) }}
+{% for tool in tools %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ tool.function.name }}{% endfor %}
+{% endgeneration %}
+{{ content }}{{ b.y }}{{ (message.missing is defined) ~ (message["missing"] is defined) }}{{ message.keys() | length }}
+{% endfor %}""",
 }  # fmt: skip
 
 
@@ -145,7 +154,8 @@ def test_templates_with_tools_give_the_text_and_the_spans_of_transformers(
     parts = jinja(tmp_path, source).parts({"messages": MESSAGES, "tools": tools, "bos_token": "<s>"})
     assert "".join(parts) == text
     assert spans_of(parts) == [tuple(span) for span in spans]
-    assert len(spans) == (0 if name == "literals" else 3)
+    assert ChatProgram("t", source).run({"messages": MESSAGES, "tools": tools, "bos_token": "<s>"}) == (text, spans)
+    assert len(spans) == {"literals": 0, "scopes": len(MESSAGES)}.get(name, 3)
     assert "東京" in text or tools == TOOLS[1:]
 
 
@@ -169,7 +179,7 @@ def test_tojson_is_that_of_transformers(value: Any) -> None:
 def test_the_names_are_those_of_transformers() -> None:
     ours = compile_template("t", "x", lambda value: value).environment
     other = theirs._compile_jinja_template("x").environment
-    assert set(ours.filters) == set(other.filters)
+    assert set(ours.filters) - {GENERATION} == set(other.filters)
     assert set(ours.tests) == set(other.tests)
     assert set(ours.globals) == set(other.globals) - {"strftime_now"}  # the same job gives the same rows tomorrow
     tags = [set().union(*(one.tags for one in e.extensions.values())) for e in (ours, other)]

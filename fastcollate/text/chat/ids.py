@@ -114,10 +114,10 @@ def _in_bytes(places: _Int64Array, owner: _Int64Array, texts: Texts) -> _Int64Ar
     """Places in characters of texts as places in the bytes of all of them; `owner` says of which text each is."""
     if texts.data.isascii():
         return places + texts.offsets[owner, None]
-    begins = np.flatnonzero((np.frombuffer(texts.data, np.uint8) & 0xC0) != 0x80)  # a character
-    characters = np.append(begins, len(texts.data))
-    found: _Int64Array = characters[places + np.searchsorted(characters, texts.offsets[:-1])[owner, None]]
-    return found
+    inner = np.flatnonzero(np.frombuffer(texts.data, np.int8) < -64)  # bytes of a character after its first
+    before = texts.offsets[:-1] - np.searchsorted(inner, texts.offsets[:-1])  # characters in earlier texts
+    found = places + before[owner, None]
+    return found + np.searchsorted(inner - np.arange(len(inner)), found, side="right")
 
 
 def _spans_of(

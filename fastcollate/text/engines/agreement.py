@@ -78,7 +78,8 @@ class AgreeingBackend:
             found.append(texts.offsets[changed])
         is_code, is_pair, is_lead = self._tables
         for start in range(0, len(texts.data), _SLICE):
-            places = np.flatnonzero(is_lead[values[start : start + _SLICE]]) + start
+            places = np.flatnonzero(values[start : start + _SLICE] >= 0x80) + start
+            places = places[is_lead[values[places]]]
             places = places[is_pair[values[places].astype(np.uint16) << 8 | values[places + 1]]]
             found.append(places[is_code[_codes_at(values, places)]])
         numbers: list[int] = np.unique(np.searchsorted(texts.offsets, np.concatenate(found), side="right") - 1).tolist()
