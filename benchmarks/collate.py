@@ -10,8 +10,10 @@ recycled buffer with `ndarray.fill`, reads nothing and makes no tensors: a floor
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ from fastcollate.load.buffers import HostPool
 
 SAMPLES = {8: 500, 64: 60, 512: 8}  # batches that the reference is timed on, evenly spread over the epoch
 POLICIES = {"random": "shuffled", "bucketed": "bucketed"}
-REPEATS = 5
+DROP_IN_ROWS = 32_768
+REPEATS = 15
+PROCESSES = "baseline", "fastcollate, beside it"
 Rows = npt.NDArray[np.int64]
 Take = Callable[[int], npt.NDArray[np.int64]]
 
@@ -90,8 +94,17 @@ def check(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> No
         assert torch.equal(a, b)
 
 
-def compare(store: TokenStore, batch_size: int, order: str, baseline: Baseline | None) -> dict[str, Any]:
-    """One batch size in one order of rows: microseconds a batch and ratios."""
+def median_ratio(old: Sequence[float], new: Sequence[float]) -> float:
+    """The median of the ratios of neighbours in time: a slow half minute hits both."""
+    return round(statistics.median(b / a for a, b in zip(old, new, strict=True)), 3)
+
+
+def compare(store: TokenStore, batch_size: int, order: str, both: Sequence[Baseline]) -> dict[str, Any]:
+    """One batch size in one order of rows: microseconds a batch and ratios.
+
+    `both`, an older checkout's process and one of today's code (none without a checkout), are timed on lists of the
+    same rows: what fresh memory costs depends on a process's past.
+    """
     plan = plan_epoch(store.lengths, batch_size=batch_size, policy=POLICIES[order], drop_last=True)
     batches = [np.ascontiguousarray(rows) for rows in plan]
     sample = batches[:: len(batches) // SAMPLES[batch_size]]
@@ -111,17 +124,19 @@ def compare(store: TokenStore, batch_size: int, order: str, baseline: Baseline |
         "reference": (over(custom_collate_fn, lists), lists),
         "drop-in collate_fn": (over(collate_fn, lists), lists),
     }
-    if baseline is not None:
-        own = {"batch_size": batch_size}
-        contenders["baseline"] = (lambda: baseline.ask("collate", order=order, **own)), batches
-        contenders["baseline, drop-in"] = (lambda: baseline.ask("drop_in", count=len(lists), **own)), lists
-    seconds = medians(interleave({name: run for name, (run, _) in contenders.items()}, repeats=REPEATS))
-    micros = {name: 1e6 * seconds[name] / len(done) for name, (_, done) in contenders.items()}
+    for name, process in zip(PROCESSES, both, strict=False):
+        contenders[name] = partial(process.ask, "collate", order=order, batch_size=batch_size), batches
+    for name, process in zip(PROCESSES, both, strict=False):
+        ask = partial(process.ask, "drop_in", count=DROP_IN_ROWS // batch_size, batch_size=batch_size)
+        contenders[f"{name}, drop-in"] = ask, range(DROP_IN_ROWS // batch_size)
+    seconds = interleave({name: run for name, (run, _) in contenders.items()}, repeats=REPEATS)
+    micros = {name: 1e6 * time / len(contenders[name][1]) for name, time in medians(seconds).items()}
     ours = micros["fastcollate"]
     old = {}
-    if baseline is not None:
-        old["times_the_baseline_takes"] = round(ours / micros["baseline"], 3)
-        old["drop_in_times_the_baseline_takes"] = round(micros["drop-in collate_fn"] / micros["baseline, drop-in"], 3)
+    if both:
+        old["times_the_baseline_takes"] = median_ratio(*(seconds[name] for name in PROCESSES))
+        drop_ins = (seconds[f"{name}, drop-in"] for name in PROCESSES)
+        old["drop_in_times_the_baseline_takes"] = median_ratio(*drop_ins)
     return {
         "batch_size": batch_size,
         "order": order,
@@ -141,14 +156,14 @@ def main(checkout: Path | None) -> None:
     with tempfile.TemporaryDirectory() as path:
         store = make_store(Path(path) / "store")
         write_rows(store, Path(path))
-        baseline = Baseline(checkout, Path(path)) if checkout else None
+        both = [Baseline(code, Path(path)) for code in (checkout, Path(__file__).parents[1])] if checkout else []
         results = []
         for batch_size in SAMPLES:
             for order in POLICIES:
-                results.append(compare(store, batch_size, order, baseline))
+                results.append(compare(store, batch_size, order, both))
                 print(results[-1], flush=True)
-        if baseline is not None:
-            baseline.close()
+        for process in both:
+            process.close()
     save("collate", {"num_rows": NUM_ROWS, "lengths": LENGTHS, "ids": "uint16", "repeats": REPEATS, "cases": results})
 
 
