@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import Field, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
+from fastcollate.errors import InputError
+
 T = TypeVar("T")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # two letters or more: C:/ is a drive; a Path has made s3:// s3:/
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path of this machine, `~` expanded. A URL is refused: it would be a folder named after its scheme.
+
+    Example:
+        >>> local_path("s3://bucket/store")
+        Traceback (most recent call last):
+            ...
+        fastcollate.errors.InputError: a URL (s3://...) cannot stand here: give a path of this machine, and copy ...
+    """
+    if found := _SCHEME.match(os.fspath(path)):  # not shown whole: a URL may hold a secret
+        raise InputError(
+            f"a URL ({found[1]}://...) cannot stand here: give a path of this machine, and copy what lies there to or "
+            "from the storage with its own tool; only sources may be URLs"
+        )
+    return Path(os.path.expanduser(path))
 
 
 def option(default: Any, help_text: str, *flags: str, fixed: bool = False) -> Any:

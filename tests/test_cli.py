@@ -18,7 +18,7 @@ from fastcollate.ingest.options import PrepareOptions
 from fastcollate.options import flag_of
 from fastcollate.progress import _shown
 from fastcollate.train.options import AnswerOptions, MaskOptions, OrderOptions, TrainOptions
-from tests.helpers import run_cli
+from tests.helpers import run_cli, store_of_rows
 
 
 def fastcollate(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -117,6 +117,30 @@ def test_both_helps_say_what_a_batch_size_counts() -> None:
     assert "of all ranks together" in TrainOptions.__dataclass_fields__["batch_size"].metadata["help"]
     assert "train: of all ranks" in OrderOptions.__dataclass_fields__["batch_size"].metadata["help"]
     assert flag_of(TrainOptions.__dataclass_fields__["batch_size"]) == "--global-batch-size"
+
+
+URLS = [
+    "prepare records.jsonl s3://key:secret@bucket/store", "sample s3://bucket/sample.jsonl", "inspect gs://bucket/store",
+    "inspect store --report s3://bucket/page.html", "verify s3://bucket/store", "bench file:///store",
+    "convert s3://bucket/old new", "convert old memory://new", "train --out s3://bucket/run",
+    "train --store s3://bucket/store --out run", "generate --checkpoint https://host/run?secret --prompt Hi",
+    "evaluate --checkpoint s3://bucket/run",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", URLS)
+def test_a_url_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "records.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    store_of_rows(tmp_path / "store", [[1, 2]])
+    before = sorted(tmp_path.rglob("*"))
+    assert run_cli(monkeypatch, *command.split()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: a URL (")
+    assert "secret" not in line
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_sample_is_not_written_anew_where_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import typer
 from fastcollate.cli.app import Fields, Json, app, print_json, with_options
 from fastcollate.errors import InputError
 from fastcollate.ingest import PrepareOptions
+from fastcollate.options import local_path
 from fastcollate.train import MaskOptions, OrderOptions
 
 SAMPLE_RECORDS = 3000
@@ -139,7 +140,7 @@ def inspect(
     from fastcollate.check import inspect_store, print_inspection, print_row, view_row, write_report
     from fastcollate.store import TokenStore
 
-    opened = TokenStore(store)
+    opened, page = TokenStore(store), local_path(report) if report is not None else None
     if row is not None:
         view = view_row(opened, row, masks)
         if json_output:
@@ -148,14 +149,14 @@ def inspect(
             print(f"note: ids only, {problem}", file=sys.stderr)
         return
     found = inspect_store(opened, masks, progress=not json_output)
-    if report is not None:
-        write_report(opened, report, found, batch_size=batch_size)
+    if page is not None:
+        write_report(opened, page, found, batch_size=batch_size)
     if json_output:
         print_json(asdict(found))
         return
     print_inspection(found)
-    if report is not None:
-        print(f"\nwrote {report}")
+    if page is not None:
+        print(f"\nwrote {page}")
 
 
 @app.command()

@@ -39,6 +39,7 @@ from fastcollate.ingest.spec import (
     write_side_file,
 )
 from fastcollate.ingest.workers import Results, Runner, runner
+from fastcollate.options import local_path
 from fastcollate.progress import progress_bar
 from fastcollate.sources import Source, Unit, find_sources, read_units, spooled
 from fastcollate.store import ShardInfo, files, shards
@@ -84,11 +85,11 @@ def prepare(
         True
     """
     started = time.perf_counter()
-    asked = PrepareOptions(**options)
+    asked, root = PrepareOptions(**options), local_path(store)
     given = find_sources(sources, keep_empty=asked.on_error == "skip", split=asked.split)
     with spooled(given, is_shared=asked.engine == "ray", progress=progress) as found:
         spec = JobSpec(asked, dict(fields or {}), dict(template_args or {})).chosen(found).sealed()
-        job = _Job(found, Path(os.path.expanduser(store)), spec, progress)
+        job = _Job(found, root, spec, progress)
         manifest = None if asked.overwrite else _find_at_rest(job)
         reused = manifest is not None
         if manifest is None:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from fastcollate.errors import InputError, choice, import_extra
 from fastcollate.ingest import columns_of_ids, rows_of_ids, with_end_appended
 from fastcollate.integrations.pytorch import StoreDataset
+from fastcollate.options import local_path
 from fastcollate.sources import records
 from fastcollate.store import ShardInfo, TokenStore, files, require_served, shards
 from fastcollate.store import manifest as manifests
@@ -160,7 +161,7 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
         >>> store[0].input_ids, store[0].spans
         (array([0, 1, 2], dtype=uint16), array([1, 2], dtype=uint32))
     """
-    root, end = Path(path), "in_row" if end == "auto" else choice("end", end, ("auto", *manifests.ENDS))
+    root, end = local_path(path), "in_row" if end == "auto" else choice("end", end, ("auto", *manifests.ENDS))
     last, pad = tokenizer.eos_token_id, getattr(tokenizer, "pad_token_id", None)
     if last is None:
         raise InputError(f"{type(tokenizer).__name__} has no eos_token: set it; a store names the id that ends a text")

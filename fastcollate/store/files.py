@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastcollate.errors import InputError
+from fastcollate.options import local_path
 
 _HASH_CHUNK = 1 << 20
 _REMEDIES = {
@@ -69,7 +70,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
         ...     file.write(b"1 2 3")
         5
     """
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(local_path(path)))
     if path.exists() and not path.is_file():
         with open(path, "wb") as file:
             yield file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcollate.errors import InputError
+from fastcollate.options import local_path
 from fastcollate.progress import progress_bar
 from fastcollate.store.files import FileInfo, describe, naming, write_file
 from fastcollate.store.manifest import FORMAT_VERSION, LENGTHS, StoreIdentity, read_manifest, write_manifest
@@ -68,7 +68,7 @@ def convert(old: str | Path, new: str | Path, *, progress: bool = False) -> Conv
         fastcollate.errors.InputError: store: of format 2 already; there is nothing to convert
     """
     started = time.perf_counter()
-    root, target = Path(os.path.expanduser(old)), Path(os.path.expanduser(new))
+    root, target = local_path(old), local_path(new)
     manifest = read_manifest(root)
     if manifest is None:
         raise InputError(f"{root}: no finished token store here; give the directory of the store to convert")

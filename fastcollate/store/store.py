@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError
+from fastcollate.options import local_path
 from fastcollate.store.files import naming
 from fastcollate.store.manifest import LENGTHS, MANIFEST, read_manifest
 from fastcollate.store.shards import ShardColumns, ShardInfo, open_shards, shard_schema, token_dtype
@@ -60,7 +61,7 @@ class TokenStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.expanduser(path))
+        self.path = local_path(path)
         self._from_anywhere = self.path.absolute()  # also after `chdir`
         manifest = read_manifest(self.path)
         if manifest is None:

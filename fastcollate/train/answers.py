@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcollate.errors import InputError, integer
+from fastcollate.options import local_path
 from fastcollate.progress import progress_bar
 from fastcollate.store import Example, TokenStore, files
 from fastcollate.text import BadRecordError, Rendered, Template, Tokenizer, load_template, load_tokenizer
@@ -241,7 +242,7 @@ def answer_split(
     beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
     opened = TokenStore(store or beside / saved.data["store"])
     rows = _rows_of(split, saved.data, opened)[:limit]
-    path = out or beside / f"answers-{split}.json"
+    path = local_path(out or beside / f"answers-{split}.json")
     tokenizer = load_tokenizer(opened.tokenizer_name)
     with progress_bar(unit="rows", progress=progress) as bar:
         tracked = bar.track(rows, description="answering")

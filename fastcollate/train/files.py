@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastcollate.errors import InputError
+from fastcollate.options import local_path
 from fastcollate.store import files
 from fastcollate.train.model import GPT2, GPT2Config, read_torch_file
 from fastcollate.train.options import TrainOptions
@@ -143,6 +144,7 @@ def _damaged(path: Path, why: str) -> InputError:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint, or the one in the directory `path`, onto the CPU; what cannot be read is an `InputError`."""
+    path = local_path(path)
     path = path / CHECKPOINT if path.is_dir() else path
     if not path.is_file():
         run = path.parent if path.suffix else path

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Self
 
 from fastcollate.errors import InputError, shown
-from fastcollate.options import flag_of, option
+from fastcollate.options import flag_of, local_path, option
 
 if TYPE_CHECKING:
     from fastcollate.collate import Collator
@@ -145,6 +145,7 @@ class TrainOptions(MaskOptions):
     tensorboard: bool = option(True, "Write TensorBoard events, if the package is installed.")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", local_path(self.out))
         for least, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)
