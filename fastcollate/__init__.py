@@ -11,6 +11,7 @@ from fastcollate.lazy import face
 
 if TYPE_CHECKING:
     from fastcollate.collate.batch import Batch as Batch
+    from fastcollate.collate.batch import ContextParallelBatch as ContextParallelBatch
     from fastcollate.collate.batch import PackedBatch as PackedBatch
     from fastcollate.collate.drop_in import collate_fn as collate_fn
     from fastcollate.ingest.job import prepare as prepare
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "Batch": "collate.batch", "BatchLoader": "load.loader", "BucketBatchSampler": "integrations.pytorch",
-    "MixedStore": "plan.mixing", "PackedBatch": "collate.batch", "StoreDataset": "integrations.pytorch",
-    "TokenStore": "store.store", "collate_fn": "collate.drop_in", "pack_lengths": "plan.packing",
-    "plan_epoch": "plan.plan", "prepare": "ingest.job", "split_rows": "plan.splits",
+    "ContextParallelBatch": "collate.batch", "MixedStore": "plan.mixing", "PackedBatch": "collate.batch",
+    "StoreDataset": "integrations.pytorch", "TokenStore": "store.store", "collate_fn": "collate.drop_in",
+    "pack_lengths": "plan.packing", "plan_epoch": "plan.plan", "prepare": "ingest.job", "split_rows": "plan.splits",
 }  # fmt: skip
 
 __all__ = list(_MODULE_OF)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastcollate.check.counts import Histogram, Inspection, packed_batches, tokenizer_of
 from fastcollate.check.terminal import KINDS, MARKS, PADDING, PROMPT, TRAINED, RowView, summary_of, view_rows
-from fastcollate.collate import Batch, PackedBatch
+from fastcollate.collate import AnyBatch
 from fastcollate.errors import import_extra, integer
 from fastcollate.plan import EpochPlan, plan_epoch
 from fastcollate.store import TokenStore
@@ -149,7 +149,7 @@ def picture(store: TokenStore, options: MaskOptions, policy: str, batch_size: in
     planned: Iterable[Any] = plan if plan.capacity is None else packed_batches(plan)
     batches = []
     for found in islice(planned, 0, None, every):
-        batch: Batch | PackedBatch
+        batch: AnyBatch
         if plan.capacity is None:
             batch, used = collator(found), lengths[found].astype(np.int64)
         else:
@@ -160,7 +160,7 @@ def picture(store: TokenStore, options: MaskOptions, policy: str, batch_size: in
     return {"total": total, "every": every, "batches": batches}
 
 
-def stretches(batch: Batch | PackedBatch, lengths: npt.NDArray[np.int64]) -> list[list[list[int]]]:
+def stretches(batch: AnyBatch, lengths: npt.NDArray[np.int64]) -> list[list[list[int]]]:
     """For each row `[kind, cells]` pairs, the kind by its place in `KINDS`.
 
     A column is padding where its input is; otherwise it is trained or, where its target is ignored, shown as prompt.

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from fastcollate.errors import InputError, integer
+
 _COUNTS = "_fastcollate_counts"
-B = TypeVar("B", bound="Batch | PackedBatch")
+_LONGEST, _CP_SIZE = -2, -1  # of a batch's line of the kernel's report
+B = TypeVar("B", bound="AnyBatch")
 
 
 class Counts(NamedTuple):
@@ -76,7 +79,7 @@ class PackedBatch(NamedTuple):
         position_ids: int64 `(packs, capacity)`, restarting at 0 with each row.
         cu_seqlens: int32, the rows' bounds over the flattened batch, starting at 0; unused cells at a pack's end are
             a segment of their own (several, where they are more than a row may take), without targets. A row without
-            tokens has no segment.
+            tokens has no segment. With `max_segments` the last bound is repeated up to that number.
 
     Example:
         >>> from fastcollate import BatchLoader, TokenStore
@@ -95,8 +98,27 @@ class PackedBatch(NamedTuple):
 
     @property
     def max_seqlen(self) -> int:
-        """Cells of the longest segment; read from `cu_seqlens`, so on a GPU it waits. The capacity bounds it too."""
-        return int(self.cu_seqlens.diff().max())
+        """Cells of the longest segment, as a plain integer; of tensors that no loader gave, a GPU is waited for."""
+        return _longest(self.inputs, self.cu_seqlens)
+
+    @property
+    def seq_idx(self) -> torch.Tensor:
+        """The number of each cell's segment, int32 `(packs, capacity)`: for Mamba, or as document ids."""
+        return _segment_of(self.cu_seqlens, self.inputs.numel()).int().view(self.inputs.shape)
+
+    def block_mask(self, block_size: int = 128) -> Any:
+        """Causal attention within each segment, as `flex_attention` takes it for queries `(packs, heads, capacity, _)`.
+
+        What `create_block_mask` makes of `seq_idx`, without a mask of all cells by all cells on the way.
+
+        Example:
+            >>> from torch.nn.attention.flex_attention import flex_attention
+            >>> batch = next(iter(BatchLoader("store", policy="packed", batch_size=2, capacity=512)))
+            >>> query = key = value = torch.randn(2, 4, 512, 16)
+            >>> flex_attention(query, key, value, block_mask=batch.block_mask()).shape
+            torch.Size([2, 4, 512, 16])
+        """
+        return _block_mask(self.position_ids, self.seq_idx, block_size)
 
     @property
     def counts(self) -> Counts | None:
@@ -106,6 +128,77 @@ class PackedBatch(NamedTuple):
     def with_tensors(self, tensors: Iterable[torch.Tensor]) -> PackedBatch:
         """The same batch as other tensors, such as copies on a device."""
         return _with_tensors(self, tensors)
+
+
+class ContextParallelBatch(NamedTuple):
+    """A packed batch whose rows split over the ranks of a context-parallel group: each is padded for it.
+
+    All ranks of the group load the same batch, and each trains its `shard`.
+
+    Attributes:
+        inputs: int64 (or int32 where asked for) `(packs, capacity)`; `(packs, capacity // cp_size)` in a shard.
+        targets: int64, of the same shape; no padding is trained.
+        position_ids: int64, of the same shape; each cell's place in its row.
+        cu_seqlens: int32, the tokens in the segments up to each bound, from 0, padding left out: Transformer Engine's
+            `cu_seqlens`. Unused cells at a pack's end are segments without a token.
+        cu_seqlens_padded: int32, the segments' bounds over the flattened whole batch, padding included: Transformer
+            Engine's `cu_seqlens_padded`, and what kernels that know one kind only need. In a shard both are the whole
+            batch's, as Transformer Engine wants them.
+
+    Example:
+        >>> from fastcollate import BatchLoader
+        >>> batch = next(iter(BatchLoader("store", policy="packed", batch_size=2, capacity=512, cp_size=2)))
+        >>> batch.inputs.shape, batch.shard(0, 2).inputs.shape
+        (torch.Size([2, 512]), torch.Size([2, 256]))
+        >>> bool((batch.cu_seqlens_padded % 4 == 0).all())
+        True
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    cu_seqlens_padded: torch.Tensor
+
+    def shard(self, cp_rank: int, cp_size: int) -> ContextParallelBatch:
+        """The cells of one rank: each segment is cut into `2 * cp_size` chunks, and rank `r` takes the chunks `r` and
+        `2 * cp_size - 1 - r`, which under causal attention is as much work as any other rank has.
+
+        Raises:
+            InputError: the rank is none, this is a shard already, or its rows are not padded for so many ranks.
+        """
+        integer("cp_size", cp_size, 1)
+        integer("cp_rank", cp_rank, 0, cp_size - 1)
+        line, num_cells = getattr(self.inputs, _COUNTS, None), self.inputs.numel()
+        if line is None:  # of tensors from elsewhere
+            fits = not (self.cu_seqlens_padded % (2 * cp_size)).any() and int(self.cu_seqlens_padded[-1]) == num_cells
+        else:
+            fits = line[_CP_SIZE] % cp_size == 0 and line[Counts._fields.index("cells")] == num_cells
+        if not fits:
+            raise InputError(
+                f"cp_size={cp_size}: the batch's rows are not padded for so many ranks, or it is a shard already; give "
+                f"the loader (or sampler, or data set) cp_size={cp_size}, and cut each batch once"
+            )
+        cells = _head_and_tail(self.cu_seqlens_padded.long(), num_cells, cp_rank, cp_size)
+        parts = (tensor.flatten()[cells].view(len(tensor), -1) for tensor in self[:3])
+        return self.with_tensors((*parts, *self[3:]))
+
+    @property
+    def max_seqlen(self) -> int:
+        """Cells of the longest segment, its padding included, as `PackedBatch.max_seqlen`."""
+        return _longest(self.inputs, self.cu_seqlens_padded)
+
+    @property
+    def counts(self) -> Counts | None:
+        """What a loader's whole batch holds, also in a shard; `None` for tensors from elsewhere. See `counts_of`."""
+        return counts_of(self)
+
+    def with_tensors(self, tensors: Iterable[torch.Tensor]) -> ContextParallelBatch:
+        """The same batch as other tensors, such as copies on a device."""
+        return _with_tensors(self, tensors)
+
+
+AnyBatch = Batch | PackedBatch | ContextParallelBatch
 
 
 def note_counts(inputs: torch.Tensor, line: list[int]) -> None:
@@ -130,3 +223,45 @@ def _with_tensors(batch: B, tensors: Iterable[torch.Tensor]) -> B:
     if line is not None:
         note_counts(found[0], line)
     return found
+
+
+def _longest(inputs: torch.Tensor, bounds: torch.Tensor) -> int:
+    line = getattr(inputs, _COUNTS, None)
+    return int(bounds.diff().max()) if line is None else int(line[_LONGEST])
+
+
+def _segment_of(bounds: torch.Tensor, num_cells: int) -> torch.Tensor:
+    """The segment that holds each of so many cells."""
+    cells = torch.arange(num_cells, device=bounds.device, dtype=bounds.dtype)
+    return torch.searchsorted(bounds, cells, right=True) - 1
+
+
+def _head_and_tail(bounds: torch.Tensor, num_cells: int, rank: int, size: int) -> torch.Tensor:
+    """The cells of a rank, segment after segment."""
+    segment = _segment_of(bounds // size, num_cells // size)  # as they lie in the shard
+    start, chunk = bounds[segment], bounds.diff()[segment] // (2 * size)
+    place = torch.arange(len(segment), device=bounds.device) - start // size
+    return start + place + torch.where(place < chunk, rank, 2 * size - 2 - rank) * chunk
+
+
+def _block_mask(position_ids: torch.Tensor, seq_idx: torch.Tensor, block_size: int) -> Any:
+    """By whole blocks of keys: those from the start of a block's first segment up to the block itself; from the start
+    of its last segment on, nothing is masked in them."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def causal(pack: Any, head: Any, query: Any, key: Any) -> Any:
+        return (seq_idx[pack, query] == seq_idx[pack, key]) & (query >= key)
+
+    capacity = position_ids.shape[1]
+    starts = torch.arange(capacity, device=position_ids.device) - position_ids
+    last = torch.arange(block_size, capacity + block_size, block_size, device=starts.device).clamp(max=capacity) - 1
+    block = torch.arange(len(last), device=starts.device)
+    first, whole = starts[:, ::block_size] // block_size, (starts[:, last] + block_size - 1) // block_size
+    full = (whole[..., None] <= block) & (block < block[:, None]) & ((last + 1) % block_size == 0)[:, None]
+    part = (first[..., None] <= block) & (block <= block[:, None]) & ~full
+
+    def chosen(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = blocks[:, None].int().argsort(dim=-1, descending=True, stable=True)
+        return blocks[:, None].sum(-1, dtype=torch.int32), order.int()
+
+    return BlockMask.from_kv_blocks(*chosen(part), *chosen(full), block_size, causal, (capacity, capacity))

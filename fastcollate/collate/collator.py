@@ -15,7 +15,7 @@ import torch
 from fastcollate.collate import fill as kernels
 from fastcollate.collate import fill_packed as pack_kernels
 from fastcollate.collate import settings as options
-from fastcollate.collate.batch import Batch, PackedBatch, note_counts
+from fastcollate.collate.batch import Batch, ContextParallelBatch, PackedBatch, note_counts
 from fastcollate.errors import LARGEST_CAPACITY, InputError, integer, shown
 from fastcollate.store import layout
 
@@ -41,6 +41,12 @@ class Collator:
             padding is told by position, the end-of-text is always trained, a prompt length of 0 masks nothing,
             prompts are masked with `ignore_index`, an empty row trains nothing.
         truncation: `"right"` keeps a long row's first `max_length` columns, `"left"` its last.
+        pad_to_multiple_of: padding is added to a padded batch, beyond `max_length` too, until its width is a multiple
+            of this.
+        cp_size: ranks of a context-parallel group: packed batches are `ContextParallelBatch`es, each row padded to a
+            multiple of `2 * cp_size` cells.
+        max_segments: the segments of each packed batch, the rest of them empty, so that `cu_seqlens` has one size; a
+            batch of more is refused.
         inputs_dtype: `torch.int64` or `torch.int32`; targets are always int64.
         name: what to call the store in messages.
 
@@ -60,6 +66,9 @@ class Collator:
         mask_prompt: bool = False,
         mode: str = "reference",
         truncation: str = "right",
+        pad_to_multiple_of: int | None = None,
+        cp_size: int | None = None,
+        max_segments: int | None = None,
         inputs_dtype: torch.dtype = torch.int64,
         name: str = "the store",
     ) -> None:
@@ -83,7 +92,11 @@ class Collator:
             mask_prompt=mask_prompt,
             mode=mode,
             truncation=truncation,
+            pad_to_multiple_of=pad_to_multiple_of,
+            cp_size=cp_size,
+            max_segments=max_segments,
         )
+        self._cp_size, self._max_segments = self.settings[[options.CP_SIZE, options.MAX_SEGMENTS]].tolist()
 
     def __call__(self, rows: npt.ArrayLike, take: Take | None = None) -> Batch:
         """Collate one batch.
@@ -141,7 +154,7 @@ class Collator:
         capacity: int,
         starts: npt.ArrayLike = (),
         take: Take | None = None,
-    ) -> PackedBatch:
+    ) -> PackedBatch | ContextParallelBatch:
         """Collate one packed batch.
 
         Each row is collated as in a batch of its own, and cut to `max_length` and the capacity.
@@ -199,47 +212,61 @@ class Collator:
         )
         if filled < 0:
             raise self.explain_pack(rows, starts, packs, capacity, -1 - int(filled))
+        most, limit = int(report[:filled, kernels.SEGMENTS].max(initial=0)), self.settings[options.MAX_SEGMENTS]
+        if most > limit > 0:
+            raise InputError(
+                f"a batch of packs has {most} segments, more than max_segments={limit}: raise max_segments (rows and "
+                "unused ends of packs are segments), or give fewer packs a batch"
+            )
         return int(filled)
 
     def packed_cells(self, num_packs: int, capacity: int, num_rows: int) -> int:
         """Int64 cells that a packed batch takes in a buffer."""
         if num_packs * capacity >= 1 << 31:
             raise InputError(f"{num_packs} packs of {capacity} cells: cu_seqlens is int32, so a batch ends at 2**31")
-        limit = min(int(self.settings[options.LIMIT]), capacity)
-        return int(pack_kernels.packed_cells_of(num_packs, capacity, num_rows, limit, self._inputs_dtype.itemsize)[2])
+        itemsize = self._inputs_dtype.itemsize
+        return int(pack_kernels.packed_cells_of(self.settings, num_packs, capacity, num_rows, itemsize)[3])
 
-    def packed_batches(self, out: Int64Array, lines: Iterable[list[int]]) -> Iterator[PackedBatch]:
+    def packed_batches(
+        self, out: Int64Array, lines: Iterable[list[int]]
+    ) -> Iterator[PackedBatch | ContextParallelBatch]:
         """Like `batches`, for packed ones."""
         return (self._packed_batch(out, line) for line in lines)
 
-    def _packed_batch(self, out: Int64Array, line: list[int]) -> PackedBatch:
+    def _packed_batch(self, out: Int64Array, line: list[int]) -> PackedBatch | ContextParallelBatch:
         capacity, start, num_segments = line[kernels.WIDTH], line[kernels.START], line[kernels.SEGMENTS]
-        num_packs = line[kernels.CELLS] // capacity
+        num_packs, num_bounds = line[kernels.CELLS] // capacity, (self._max_segments or num_segments) + 1
         targets, (size, _) = line[kernels.TARGETS], kernels.plain_cells_of(num_packs, capacity, 8)
         shape, positions = (num_packs, capacity), targets + size
         inputs: npt.NDArray[Any] = np.ndarray(shape, self._inputs_dtype, out, 8 * start)
-        batch = PackedBatch(
+        bounds = positions + size
+        cells = (
             torch.from_numpy(inputs),
             torch.from_numpy(np.ndarray(shape, _INT64, out, 8 * targets)),
             torch.from_numpy(np.ndarray(shape, _INT64, out, 8 * positions)),
-            torch.from_numpy(np.ndarray((num_segments + 1,), _INT32, out, 8 * (positions + size))),
         )
-        note_counts(batch.inputs, line)
-        return batch
+        note_counts(cells[0], line)
+        padded = torch.from_numpy(np.ndarray((num_bounds,), _INT32, out, 8 * bounds))
+        if not self._cp_size:
+            return PackedBatch(*cells, padded)
+        middle = (bounds + line[kernels.END]) // 2
+        return ContextParallelBatch(
+            *cells, torch.from_numpy(np.ndarray((num_bounds,), _INT32, out, 8 * middle)), padded
+        )
 
     def explain_pack(
         self, rows: Int64Array, starts: Int64Array, packs: Int64Array, capacity: int, place: int
     ) -> InputError:
         """Why `fill_packed_group`, whose arguments these are, refused `rows[place]`."""
         pack = int(np.searchsorted(packs, place, side="right")) - 1
-        limit = min(int(self.settings[options.LIMIT]), capacity)
+        limit, multiple = min(int(self.settings[options.LIMIT]), capacity), max(2 * self._cp_size, 1)
         cells = 0
         for i in range(int(packs[pack]), place + 1):
             length = kernels.widest(self.table.array, self.settings, rows[i : i + 1])
             first = int(starts[i]) if len(starts) else 0
             if length >= 0 and not 0 <= first <= length:
                 return InputError(f"row {rows[i]} fills {length} cells: a part of it cannot start at token {first}")
-            cells += min(length - first, limit)
+            cells += -(-min(length - first, limit) // multiple) * multiple
             if length >= 0 and cells > capacity:
                 return InputError(
                     f"the rows of pack {pack} take {cells} cells up to row {rows[i]}, more than capacity={capacity}; "

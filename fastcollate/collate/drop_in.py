@@ -39,6 +39,7 @@ def collate_fn(
     device: torch.device | str = "cpu",
     *,
     mode: str = "reference",
+    pad_to_multiple_of: int | None = None,
 ) -> Batch:
     """The drop-in for the chapter's `custom_collate_fn` and `custom_collate_with_masking_fn`.
 
@@ -55,6 +56,7 @@ def collate_fn(
         mode: `"reference"` reproduces the chapter's functions bit for bit; `"positional"` tells padding by position,
             always trains the end-of-text, takes a prompt length below 1 for no prompt, and masks prompts with
             `ignore_index`.
+        pad_to_multiple_of: padding is added, beyond the limit too, until the width is a multiple of this.
 
     Returns:
         inputs and targets, int64 `(rows, width)` each.
@@ -89,6 +91,7 @@ def collate_fn(
         mask_prompt=pairs,
         mode=mode,
         truncation="right",
+        pad_to_multiple_of=pad_to_multiple_of,
     )
     inputs, targets = _collate_rows(rows, settings)
     if str(device) != "cpu":

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 
 from fastcollate.collate.masks import mask_row
-from fastcollate.collate.settings import END_ID, IGNORE, IN_ROW, LEFT, LIMIT, PAD, REFERENCE
+from fastcollate.collate.settings import END_ID, IGNORE, IN_ROW, LEFT, LIMIT, MULTIPLE, PAD, REFERENCE
 from fastcollate.jit import address_of, borrow, kernel, part, prefetch, view
 from fastcollate.store import layout
 
 # Columns of a group's report, a batch a line: what `batch.Counts` holds and can be summed, then the batch's width and
-# its place in the buffer, in int64 cells.
-_REPORT = range(13)
-ROWS, CELLS, REAL, TRAINED, CORNERS, UNTRAINED, CUT_ROWS, CUT_TOKENS, WIDTH, START, TARGETS, END, SEGMENTS = _REPORT
+# its place in the buffer, in int64 cells; of packs the segments, the cells of the longest, and
+# the context-parallel ranks that they split over.
+_REPORT = range(15)
+ROWS, CELLS, REAL, TRAINED, CORNERS, UNTRAINED, CUT_ROWS, CUT_TOKENS, WIDTH, START, TARGETS, END, *_MORE = _REPORT
+SEGMENTS, LONGEST, RANKS = _MORE
 REPORT_COLUMNS = len(_REPORT)
 
 # Columns of the places of a batch's rows: address of the first token, length in columns, shard. A row that holds its
@@ -129,6 +131,13 @@ def fill_row(tokens: Any, start: int, inputs: Any, targets: Any, settings: Any) 
 
 
 @part
+def fill_unused(inputs: Any, targets: Any, first: int, stop: int, settings: Any) -> None:
+    """Padding without targets in some cells that no row takes."""
+    inputs[first:stop] = settings[PAD]
+    targets[first:stop] = settings[IGNORE]
+
+
+@part
 def _first_end(tokens: Any, end: int) -> int:
     """The place of the first `end` among a row's tokens but the first one, or the row's length."""
     found = 0
@@ -142,10 +151,10 @@ def _first_end(tokens: Any, end: int) -> int:
 
 @part
 def _fill_rows(
-    table: Any, settings: Any, rows: Any, places: Any, padded: int, inputs: Any, targets: Any, report: Any, token: Any,
-    span: Any,
+    table: Any, settings: Any, rows: Any, places: Any, padded: int, kept: int, inputs: Any, targets: Any, report: Any,
+    token: Any, span: Any,
 ) -> int:  # fmt: skip
-    """Fill a batch's inputs and targets; returns 0, or `-1 - i` where `rows[i]` is broken."""
+    """Fill a batch's inputs and targets, `kept` columns with rows; returns 0, or `-1 - i` where `rows[i]` is broken."""
     width, left = report[WIDTH], settings[LEFT] != 0
     sum_real = sum_trained = sum_corners = sum_untrained = sum_cut_rows = sum_cut = 0
     prefetch_places(table, places, np.int64(0), np.int64(AHEAD))
@@ -153,9 +162,9 @@ def _fill_rows(
         if i % AHEAD == 0:
             prefetch_places(table, places, i + AHEAD, i + 2 * AHEAD)
         length = places[i, LENGTH]
-        start = max(length - width, 0) if left else 0
+        start = max(length - kept, 0) if left else 0
         tokens = view(places[i, AT], length + settings[IN_ROW], token)
-        first, stop = i * width, (i + 1) * width
+        first, stop = i * width, i * width + kept
         own = targets[first:stop]
         trained, corners = fill_row(tokens, start, inputs[first:stop], own, settings)
         if span is not None:
@@ -164,7 +173,8 @@ def _fill_rows(
                 return -1 - i
             trained -= masked
             corners += more
-        real = min(length, width)
+        fill_unused(inputs, targets, stop, (i + 1) * width, settings)
+        real = min(length, kept)
         sum_real += real
         sum_trained += trained
         sum_corners += corners
@@ -174,6 +184,12 @@ def _fill_rows(
     report[REAL], report[TRAINED], report[CORNERS] = sum_real, sum_trained, sum_corners
     report[UNTRAINED], report[CUT_ROWS], report[CUT_TOKENS] = sum_untrained, sum_cut_rows, sum_cut
     return 0
+
+
+@part
+def rounded_up(cells: int, multiple: int) -> int:
+    """The least multiple that is not less."""
+    return (cells + multiple - 1) // multiple * multiple
 
 
 def plain_cells_of(num_rows: int, width: int, cell_size: int) -> tuple[int, int]:
@@ -195,7 +211,8 @@ def _fill_next(
     if padded < 0:
         return padded
     limit = settings[LIMIT]
-    width = min(padded, limit) if limit >= 0 else max(padded + limit, 0)  # as a Python slice `[:limit]` cuts
+    kept = min(padded, limit) if limit >= 0 else max(padded + limit, 0)  # as a Python slice `[:limit]` cuts
+    width = rounded_up(kept, settings[MULTIPLE])
     targets_at, cells = cells_of(len(rows), width, view(0, 0, cell).itemsize)
     end = start + cells
     report[:] = 0
@@ -205,7 +222,7 @@ def _fill_next(
         return end
     at, size = address_of(out) + 8 * start, len(rows) * width
     inputs, targets = view(at, size, cell), view(at + 8 * targets_at, size, np.int64)
-    status = _fill_rows(table, settings, rows, places, padded, inputs, targets, report, token, span)
+    status = _fill_rows(table, settings, rows, places, padded, kept, inputs, targets, report, token, span)
     return status if status < 0 else end
 
 

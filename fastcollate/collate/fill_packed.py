@@ -16,7 +16,9 @@ from fastcollate.collate.fill import (
     CUT_TOKENS,
     END,
     LENGTH,
+    LONGEST,
     PLACE_COLUMNS,
+    RANKS,
     REAL,
     ROWS,
     SEGMENTS,
@@ -28,47 +30,69 @@ from fastcollate.collate.fill import (
     WIDTH,
     cells_of,
     fill_row,
+    fill_unused,
     locate,
     prefetch_places,
+    rounded_up,
 )
 from fastcollate.collate.masks import mask_row
-from fastcollate.collate.settings import IGNORE, IN_ROW, LEFT, LIMIT, PAD
+from fastcollate.collate.settings import CP_SIZE, IN_ROW, LEFT, LIMIT, MAX_SEGMENTS
 from fastcollate.jit import address_of, borrow, kernel, part, view
 
 
+@part
+def _row_multiple(settings: Any) -> int:
+    """What divides the cells of each segment: a row is dealt to context-parallel ranks in two chunks each."""
+    return int(max(2 * settings[CP_SIZE], 1))
+
+
 @kernel
-def packed_cells_of(num_packs: int, capacity: int, num_rows: int, limit: int, cell_size: int) -> tuple[int, int, int]:
-    """Where targets and positions start, and segment bounds behind them end, in int64 cells from a batch's start."""
+def packed_cells_of(
+    settings: Any, num_packs: int, capacity: int, num_rows: int, cell_size: int
+) -> tuple[int, int, int, int]:
+    """Where targets, positions and segment bounds start, and where these end, in int64 cells from a batch's start.
+
+    The bounds are int32, two in a cell. Where rows are split over context-parallel ranks, the counts of real cells up
+    to each bound follow, in as many cells.
+    """
     targets, positions = cells_of(num_packs, capacity, cell_size)
     bounds = positions + (positions - targets)
-    num_bounds = num_rows + num_packs * ((capacity + limit - 1) // limit) + 1  # int32: two in a cell
-    return targets, positions, bounds + (num_bounds + 2 * ALIGNMENT - 1) // (2 * ALIGNMENT) * ALIGNMENT
+    longest = rounded_up(min(settings[LIMIT], capacity), _row_multiple(settings))
+    most = max(num_rows + num_packs * ((capacity + longest - 1) // longest), settings[MAX_SEGMENTS]) + 1
+    cells = rounded_up(most, 2 * ALIGNMENT) // 2
+    return targets, positions, bounds, bounds + (2 * cells if settings[CP_SIZE] > 0 else cells)
 
 
 @part
-def _add_segment(column: int, end: int, start: int, positions: Any, segments: Any, report: Any) -> None:
-    """Positions 0, 1, 2, ... of a pack's columns from `column` to `end`, and the bound behind them."""
+def _add_segment(
+    column: int, end: int, real: int, start: int, positions: Any, segments: Any, reals: Any, report: Any
+) -> None:
+    """Positions 0, 1, 2, ... of a pack's columns from `column` to `end`, the bound behind them, and the real cells."""
     own = positions[column:end]
     for j in range(np.uint64(len(own))):
         own[j] = j
-    report[SEGMENTS] += 1
-    segments[report[SEGMENTS]] = start + end
+    number = report[SEGMENTS]
+    segments[number + 1] = start + end
+    if len(reals) > 0:
+        reals[number + 1] = reals[number] + real
+    report[SEGMENTS] = number + 1
+    report[LONGEST] = max(report[LONGEST], end - column)
 
 
 @part
 def _fill_pack(
     table: Any, settings: Any, rows: Any, starts: Any, places: Any, begin: int, end: int, limit: int, start: int,
-    inputs: Any, targets: Any, positions: Any, segments: Any, report: Any, token: Any, span: Any,
+    inputs: Any, targets: Any, positions: Any, segments: Any, reals: Any, report: Any, token: Any, span: Any,
 ) -> int:  # fmt: skip
     """Fill a pack with rows `begin` to `end`, from cell `start` on; returns 0, or `-1 - i` if a row does not fit."""
-    capacity, column = len(positions), 0
+    capacity, column, multiple = len(positions), 0, _row_multiple(settings)
     for i in range(begin, end):
         if i % AHEAD == 0:
             prefetch_places(table, places, i + AHEAD, i + 2 * AHEAD)
         length = places[i, LENGTH]
         first = starts[i] if len(starts) > 0 else max(length - limit, 0) * settings[LEFT]
         width = min(length - first, limit)
-        if first < 0 or width < 0 or column + width > capacity:
+        if first < 0 or width < 0 or column + rounded_up(width, multiple) > capacity:
             return -1 - i
         if len(starts) == 0 and length > width:  # a part of a row that was split is no cut
             report[CUT_ROWS] += 1
@@ -85,16 +109,18 @@ def _fill_pack(
                 return -1 - i
             trained -= masked
             corners += more
-        _add_segment(column, stop, start, positions, segments, report)
-        column = stop
+        padded = column + rounded_up(width, multiple)
+        fill_unused(inputs, targets, stop, padded, settings)
+        _add_segment(column, padded, width, start, positions, segments, reals, report)
+        column = padded
         report[REAL] += width
         report[TRAINED] += trained
         report[CORNERS] += corners
         report[UNTRAINED] += trained == 0
-    inputs[column:], targets[column:] = settings[PAD], settings[IGNORE]
+    fill_unused(inputs, targets, column, capacity, settings)
     while column < capacity:  # the unused cells are segments of their own
-        stop = min(column + limit, capacity)
-        _add_segment(column, stop, start, positions, segments, report)
+        stop = min(column + rounded_up(limit, multiple), capacity)
+        _add_segment(column, stop, 0, start, positions, segments, reals, report)
         column = stop
     return 0
 
@@ -112,21 +138,29 @@ def _fill_packs(
     status = locate(table, settings, rows, places)
     if status < 0:
         return int(status)
-    targets_at, positions_at, _ = packed_cells_of(num_packs, capacity, len(rows), limit, view(0, 0, cell).itemsize)
-    bounds_at = 2 * positions_at - targets_at
+    targets_at, positions_at, bounds_at, _ = packed_cells_of(
+        settings, num_packs, capacity, len(rows), view(0, 0, cell).itemsize
+    )
     inputs, targets = view(at, size, cell), view(at + 8 * targets_at, size, np.int64)
     positions = view(at + 8 * positions_at, size, np.int64)
     segments = view(at + 8 * bounds_at, 2 * (report[END] - first - bounds_at), np.int32)
+    reals = segments[:0]
+    if settings[CP_SIZE] > 0:
+        segments, reals = segments[: len(segments) // 2], segments[len(segments) // 2 :]
+        reals[0] = 0
     segments[0] = 0
     prefetch_places(table, places, np.int64(0), np.int64(AHEAD))
     for p in range(num_packs):
         begin, end, start, stop = packs[p] - packs[0], packs[p + 1] - packs[0], p * capacity, (p + 1) * capacity
         status = _fill_pack(
             table, settings, rows, starts, places, begin, end, limit, start, inputs[start:stop], targets[start:stop],
-            positions[start:stop], segments, report, token, span,
+            positions[start:stop], segments, reals, report, token, span,
         )  # fmt: skip
         if status < 0:
             return int(status)
+    for array in (segments, reals):
+        if len(array) > 0:  # empty segments, up to a number that stands still
+            array[report[SEGMENTS] + 1 : settings[MAX_SEGMENTS] + 1] = array[report[SEGMENTS]]
     return 0
 
 
@@ -154,11 +188,10 @@ def fill_packed_group(
         own, line = packs[batches[b] : batches[b + 1] + 1], report[b]
         num_rows, num_packs = own[len(own) - 1] - own[0], len(own) - 1
         part, part_starts = rows[own[0] : own[0] + num_rows], starts[own[0] : own[0] + num_rows]
-        limit = min(settings[LIMIT], capacity)
-        targets, _, end = packed_cells_of(num_packs, capacity, num_rows, limit, view(0, 0, cell).itemsize)
+        targets, _, _, end = packed_cells_of(settings, num_packs, capacity, num_rows, view(0, 0, cell).itemsize)
         line[:] = 0
         line[ROWS], line[CELLS], line[WIDTH] = num_rows, num_packs * capacity, capacity
-        line[START], line[TARGETS], line[END] = at, at + targets, at + end
+        line[RANKS], line[START], line[TARGETS], line[END] = settings[CP_SIZE], at, at + targets, at + end
         if at + end > len(out) > 0:
             return b
         if len(out) > 0:

@@ -112,13 +112,25 @@ def collate_in_row(
     return inputs[:, :max_length], targets[:, :max_length]
 
 
+def pad_columns(
+    inputs: torch.Tensor, targets: torch.Tensor, multiple: int, pad_token_id: int = 50256, ignore_index: int = -100
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch with columns of padding behind it until their number is a multiple; the chapter has no such thing."""
+    while inputs.shape[1] % multiple:
+        inputs = torch.cat([inputs, torch.full_like(inputs[:, :1], pad_token_id)], dim=1)
+        targets = torch.cat([targets, torch.full_like(targets[:, :1], ignore_index)], dim=1)
+    return inputs, targets
+
+
 def put_end_to_end(
     packs: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]],
     capacity: int,
     longest: int,
     pad_token_id: int = 50256,
     ignore_index: int = -100,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    cp_size: int | None = None,
+    max_segments: int | None = None,
+) -> tuple[torch.Tensor, ...]:
     """Packs of rows that were collated each in a batch of its own; the chapter has no such thing.
 
     Args:
@@ -127,17 +139,26 @@ def put_end_to_end(
         longest: cells that a row may take; unused cells are segments of at most as many.
         pad_token_id: fills unused inputs.
         ignore_index: fills unused targets.
+        cp_size: each segment's cells are a multiple of twice this, padded where they are fewer.
+        max_segments: the last bound is repeated until there are so many segments.
 
     Returns:
-        inputs, targets and positions, int64 `(packs, capacity)`, and the segments' bounds, int32.
+        inputs, targets and positions, int64 `(packs, capacity)`, and the segments' bounds, int32; with `cp_size` the
+        tokens up to each bound before these, int32.
     """
-    inputs_lst, targets_lst, positions_lst, bounds = [], [], [], [0]
+    inputs_lst, targets_lst, positions_lst, bounds, tokens = [], [], [], [0], [0]
+    multiple = 1 if cp_size is None else 2 * cp_size
+    while longest % multiple:
+        longest += 1
     for number, pack in enumerate(packs):
         inputs, targets, positions = [], [], []
         for row_inputs, row_targets in pack:
-            row = row_inputs[0].tolist()
+            if row_inputs.numel():
+                tokens.append(tokens[-1] + row_inputs.numel())
+            padded = pad_columns(row_inputs, row_targets, multiple, pad_token_id, ignore_index)
+            row, row_labels = (tensor[0].tolist() for tensor in padded)
             inputs += row
-            targets += row_targets[0].tolist()
+            targets += row_labels
             positions += list(range(len(row)))
             if row:
                 bounds.append(number * capacity + len(inputs))
@@ -147,12 +168,13 @@ def put_end_to_end(
             targets += [ignore_index] * unused
             positions += list(range(unused))
             bounds.append(number * capacity + len(inputs))
+            tokens.append(tokens[-1])
         inputs_lst.append(inputs)
         targets_lst.append(targets)
         positions_lst.append(positions)
-    return (
-        torch.tensor(inputs_lst),
-        torch.tensor(targets_lst),
-        torch.tensor(positions_lst),
-        torch.tensor(bounds, dtype=torch.int32),
-    )
+    while max_segments is not None and len(bounds) <= max_segments:
+        bounds.append(bounds[-1])
+        tokens.append(tokens[-1])
+    cells = (torch.tensor(inputs_lst), torch.tensor(targets_lst), torch.tensor(positions_lst))
+    counts = [tokens, bounds] if cp_size is not None else [bounds]
+    return (*cells, *(torch.tensor(count, dtype=torch.int32) for count in counts))

@@ -11,10 +11,10 @@ import operator
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError, choice, shown
+from fastcollate.errors import LARGEST_CAPACITY, InputError, choice, integer, shown
 
-_SETTINGS = range(8)
-PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, END_ID, IN_ROW = _SETTINGS
+_SETTINGS = range(11)
+PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, END_ID, IN_ROW, MULTIPLE, CP_SIZE, MAX_SEGMENTS = _SETTINGS
 NUM_SETTINGS = len(_SETTINGS)
 NO_LIMIT = 2**62
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
@@ -40,6 +40,9 @@ def make_settings(
     truncation: str,
     end_token_id: int | None = None,
     end: str = "append",
+    pad_to_multiple_of: int | None = None,
+    cp_size: int | None = None,
+    max_segments: int | None = None,
 ) -> npt.NDArray[np.int64]:
     """The settings that the kernels read; refuses a word that is not known, and numbers beyond 64 bits."""
     for name, word, known in (("mode", mode, MODES), ("truncation", truncation, TRUNCATIONS), ("end", end, ENDS)):
@@ -61,6 +64,14 @@ def make_settings(
             settings[column] = clamped(number) if column == LIMIT else number
         except (OverflowError, TypeError, ValueError) as error:
             raise InputError(f"{name} is {shown(value)}: give an integer of at most 64 bits") from error
+    settings[MULTIPLE] = 1  # the other two are 0 where they are not asked for
+    for name, column, size in (
+        ("pad_to_multiple_of", MULTIPLE, pad_to_multiple_of),
+        ("cp_size", CP_SIZE, cp_size),
+        ("max_segments", MAX_SEGMENTS, max_segments),
+    ):
+        if size is not None:
+            settings[column] = integer(name, size, 1, LARGEST_CAPACITY)
     settings[MASK] = mask_prompt
     settings[REFERENCE] = mode == "reference"
     settings[LEFT] = truncation == "left"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from fastcollate.collate import Batch, PackedBatch
+from fastcollate.collate import AnyBatch
 from fastcollate.errors import InputError, import_extra
 from fastcollate.integrations.checks import check_model
 from fastcollate.integrations.flow import FlowingSampler
@@ -49,7 +49,7 @@ class StoreBatches:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def __iter__(self) -> Iterator[Batch | PackedBatch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         if self._evaluates:
             self.batch_sampler.set_position(0, 0)
         return (self.dataset.collate(self.dataset.__getitems__(rows)) for rows in self.batch_sampler)
@@ -66,9 +66,9 @@ class StoreBatches:
 class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional package, Any where it is not installed
     """Training, validation and test batches of stores: `Trainer().fit(module, datamodule=DataModule(store, ...))`.
 
-    A step gets `Batch(inputs, targets)`, targets shifted by one, or a `PackedBatch`. Ranks, epochs and the position
-    within an epoch are handled here (by a `FlowingSampler`): leave `use_distributed_sampler` and
-    `reload_dataloaders_every_n_epochs` alone.
+    A step gets `Batch(inputs, targets)`, targets shifted by one, or packs (`PackedBatch`, `ContextParallelBatch`).
+    Ranks, epochs and the position within an epoch are handled here (by a `FlowingSampler`): leave
+    `use_distributed_sampler` and `reload_dataloaders_every_n_epochs` alone.
 
     Args:
         train: a store, its directory, or a `MixedStore`.
@@ -172,6 +172,6 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
     def _evaluation(self, name: str) -> StoreBatches | list[Any]:
         if name not in self.datasets:
             return []
-        kept = ("batch_size", "max_tokens", "seed", "window", "max_length")
+        kept = ("batch_size", "max_tokens", "seed", "window", "max_length", "pad_to_multiple_of")
         options: Any = {name: value for name, value in self._options.items() if name in kept}
         return self._batches(name, options, evaluates=True)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset, Sampler
 from typing_extensions import Unpack
 
-from fastcollate.collate import Batch, Collator, PackedBatch
+from fastcollate.collate import AnyBatch, Collator
 from fastcollate.errors import InputError, shown
 from fastcollate.load import CollateKeywords, collator_of, open_store, trained_rows
 from fastcollate.plan import MixedStore, Order, OrderKeywords, position
@@ -27,7 +27,8 @@ class PackedRows(list[int]):
         bounds: pack `p` is the rows `bounds[p]` to `bounds[p + 1]`.
         starts: each row's first token here, where rows are split; else empty.
         capacity: cells a pack.
-        limit: cells that a row may take.
+        limit: cells that a row may take, without its padding.
+        cp_size: see `PlanOptions`.
 
     Example:
         >>> from fastcollate import BucketBatchSampler
@@ -36,12 +37,15 @@ class PackedRows(list[int]):
         ([0, 2, 1, 3, 4], [0, 2, 5])
     """
 
-    def __init__(self, rows: Sequence[int], bounds: Sequence[int], starts: Sequence[int], capacity: int, limit: int):
+    def __init__(
+        self, rows: Sequence[int], bounds: Sequence[int], starts: Sequence[int], capacity: int, limit: int,
+        cp_size: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(rows)
-        self.bounds, self.starts, self.capacity, self.limit = bounds, starts, capacity, limit
+        self.bounds, self.starts, self.capacity, self.limit, self.cp_size = bounds, starts, capacity, limit, cp_size
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedRows, (list(self), self.bounds, self.starts, self.capacity, self.limit)
+        return PackedRows, (list(self), self.bounds, self.starts, self.capacity, self.limit, self.cp_size)
 
 
 class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
@@ -60,8 +64,9 @@ class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
         rank: see `BatchLoader`.
         world_size: see `BatchLoader`.
         shuffle: not an option: `policy` says it.
-        options: how rows make batches, see `PlanOptions`; `batch_size` or `max_tokens` is needed. With the policy
-            packed, `max_length` is by default what a `StoreDataset` cuts rows to.
+        options: how rows make batches, see `PlanOptions`; `batch_size` or `max_tokens` is needed.
+            `pad_to_multiple_of`, and with the policy packed `max_length` and `cp_size`, are by default those of a
+            `StoreDataset`.
 
     Raises:
         InputError: an option is wrong, or the options leave no batch.
@@ -101,8 +106,10 @@ class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
                 f"shuffle={shuffle}: a batch sampler decides the order by itself; leave the flag out here and in "
                 f"DataLoader, and choose policy={'bucketed' if shuffle else 'sequential'!r}"
             )
-        if options.get("policy") == "packed" and options.get("max_length") is None and isinstance(source, StoreDataset):
-            options["max_length"] = source.options["max_length"]
+        if isinstance(source, StoreDataset):
+            of_packs = ("max_length", "cp_size") if options.get("policy") == "packed" else ()
+            own = {name: source.options.get(name) for name in ("pad_to_multiple_of", *of_packs)}
+            options = {**own, **{name: value for name, value in options.items() if value is not None}}  # type: ignore[typeddict-item]
         source = open_store(source)
         if isinstance(source, Sampler):
             raise InputError(
@@ -154,7 +161,8 @@ def _batches(iteration: position.Iteration, index: int, first: int) -> Iterator[
     window = planned.packs(index)
     for number in range(first, window.num_batches):
         packs = window.batch(number)
-        yield PackedRows(packs.rows.tolist(), packs.bounds.tolist(), packs.starts.tolist(), options.capacity, limit)
+        bounds, starts = packs.bounds.tolist(), packs.starts.tolist()
+        yield PackedRows(packs.rows.tolist(), bounds, starts, options.capacity, limit, options.cp_size)
 
 
 class StoreRow:
@@ -281,7 +289,7 @@ class StoreDataset(Dataset[StoreRow]):
         limit = self.options["max_length"] if max_length is None else max_length
         key = limit, whole
         if key not in self._collators:
-            own = {"end": "append", "ignore_index": -100} if whole else {}
+            own = {"end": "append", "ignore_index": -100, "pad_to_multiple_of": None} if whole else {}
             self._collators[key] = collator_of(self.store, {**self.options, **own, "max_length": limit})
         return self._collators[key]
 
@@ -289,11 +297,12 @@ class StoreDataset(Dataset[StoreRow]):
         """The rows that have a trained target, for `rows=`; the others cost time and teach nothing. Reads all once."""
         return trained_rows(self.collator(), np.arange(len(self)))
 
-    def collate(self, batch: Sequence[StoreRow]) -> Batch | PackedBatch:
+    def collate(self, batch: Sequence[StoreRow]) -> AnyBatch:
         """Collate rows of this data set in one kernel call; the `collate_fn` of a `DataLoader`.
 
         Returns:
-            inputs and targets (shifted by one), int64 `(rows, width)`; a `PackedBatch` of `PackedRows`.
+            inputs and targets (shifted by one), int64 `(rows, width)`; of `PackedRows` a `PackedBatch`, or a
+            `ContextParallelBatch` with `cp_size`.
         """
         packs = packs_of(batch)
         if packs is None:
@@ -304,6 +313,11 @@ class StoreDataset(Dataset[StoreRow]):
     def limit_of(self, packs: PackedRows) -> int:
         """Columns that a row of a packed batch may take: those that the sampler counted, or fewer by `max_length`."""
         own = self.options["max_length"]
+        if packs.cp_size != self.options.get("cp_size"):
+            raise InputError(
+                f"the sampler plans for cp_size={packs.cp_size}, and the data set has {self.options.get('cp_size')}: "
+                "give both the same"
+            )
         if own is not None and own < packs.limit and packs.starts:
             raise InputError(
                 f"the sampler splits rows into parts of {packs.limit} tokens, and the data set cuts them to "

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.collate import Batch, Collator, PackedBatch
+from fastcollate.collate import AnyBatch, Collator
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
 from fastcollate.plan import Packs
 
 Int64Array = npt.NDArray[np.int64]
 Fill = Callable[[Int64Array, Int64Array, Int64Array], int]  # bounds, buffer, report -> batches filled
-Batches = Callable[[Int64Array, Iterable[list[int]]], Iterator[Batch | PackedBatch]]
+Batches = Callable[[Int64Array, Iterable[list[int]]], Iterator[AnyBatch]]
 
 
 class Job:
@@ -39,7 +39,7 @@ class Job:
             raise InputError("the store's shards changed while they were read; prepare the store again")
         return report
 
-    def batches(self, out: Int64Array, report: Int64Array) -> Iterator[Batch | PackedBatch]:
+    def batches(self, out: Int64Array, report: Int64Array) -> Iterator[AnyBatch]:
         """The filled batches, as views of the buffer, each made when it is asked for."""
         return self._batches(out, report.tolist())
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import get_worker_info
 from typing_extensions import Unpack
 
-from fastcollate.collate import Batch, Counts, PackedBatch, settings
+from fastcollate.collate import AnyBatch, Counts, settings
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError, integer
 from fastcollate.jit import clock
@@ -124,7 +124,8 @@ class BatchLoader(position.Epochs):
         prefetch: groups of batches filled ahead; 0 fills without threads, when a batch is asked for.
         num_threads: threads that fill; another one plans.
         options: how rows make batches, see `PlanOptions` (`batch_size` or `max_tokens` is needed), and how these are
-            collated, see `Collator`. With `policy="packed"` the batches are `PackedBatch`es.
+            collated, see `Collator`. With `policy="packed"` the batches are `PackedBatch`es, and
+            with `cp_size` `ContextParallelBatch`es.
 
     Raises:
         InputError: an option is wrong, or the options leave no batch.
@@ -186,7 +187,7 @@ class BatchLoader(position.Epochs):
         collator = collator_of(self._store, collate_options)
         return Order(self._store, trained_rows(collator, np.asarray(order.rows, np.int64)))
 
-    def __iter__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> Iterator[Batch | PackedBatch]:
+    def __iter__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> Iterator[AnyBatch]:
         """Batches of the current epoch; from a loaded position on, once. The end advances the epoch by one."""
         start = clock()
         self._check_worker()

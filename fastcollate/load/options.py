@@ -32,7 +32,13 @@ class CollateKeywords(TypedDict, total=False):
     truncation: str
     pad_token_id: int | None
     ignore_index: int
+    pad_to_multiple_of: int | None
+    cp_size: int | None
+    max_segments: int | None
     inputs_dtype: torch.dtype
+
+
+_ORDER_ONLY = set(OrderKeywords.__annotations__) - set(CollateKeywords.__annotations__)
 
 
 class LoaderKeywords(OrderKeywords, CollateKeywords, total=False):
@@ -40,13 +46,13 @@ class LoaderKeywords(OrderKeywords, CollateKeywords, total=False):
 
 
 def order_keywords(options: LoaderKeywords) -> OrderKeywords:
-    """Those that decide the order, `max_length` among them."""
+    """Those that decide the order, also where they decide the collate too, as `max_length` does."""
     return {name: value for name, value in options.items() if name in OrderKeywords.__annotations__}  # type: ignore[return-value]
 
 
 def collate_keywords(options: LoaderKeywords) -> dict[str, Any]:
-    """The others, and `max_length`."""
-    return {k: v for k, v in options.items() if k == "max_length" or k not in OrderKeywords.__annotations__}
+    """Those that decide how rows are collated."""
+    return {name: value for name, value in options.items() if name not in _ORDER_ONLY}
 
 
 def open_store(store: Any) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastcollate.collate import Batch, PackedBatch
+from fastcollate.collate import AnyBatch
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
 from fastcollate.load.jobs import Job
@@ -61,7 +61,7 @@ class Group(NamedTuple):
 
     window: int
     first: int
-    batches: Iterator[Batch | PackedBatch]
+    batches: Iterator[AnyBatch]
     report: Int64Array
     totals: list[int]
     arrival: Arrival | None

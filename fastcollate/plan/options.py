@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
@@ -34,6 +35,8 @@ class OrderKeywords(TypedDict, total=False):
     capacity: int | None
     long_rows: str
     longest_first: bool
+    pad_to_multiple_of: int | None
+    cp_size: int | None
 
 
 class PlanKeywords(OrderKeywords, total=False):
@@ -75,6 +78,10 @@ class PlanOptions:
             less): `"truncate"`, `"split"` into parts that are packed as rows of their own, or `"drop"`.
         longest_first: the epoch's largest step, padding included, changes places with its first, so that what memory
             does not hold is told at once; plans the whole epoch for it. Packs are all of one size.
+        pad_to_multiple_of: the width of each batch is a multiple of this, which `max_tokens` counts; the capacity of
+            packs must be one too.
+        cp_size: with the policy packed, ranks of a context-parallel group, which share `rank`: each row is padded to a
+            multiple of `2 * cp_size` cells of its pack.
     """
 
     batch_size: int | None = None
@@ -92,6 +99,8 @@ class PlanOptions:
     capacity: int | None = None
     long_rows: str = "truncate"
     longest_first: bool = False
+    pad_to_multiple_of: int | None = None
+    cp_size: int | None = None
 
     @property
     def group(self) -> int:
@@ -107,7 +116,13 @@ class PlanOptions:
         if self.max_tokens is None:
             return None
         assert self.shares is not None
-        return self.max_tokens * self.world_size // self.shares
+        widest = self.max_tokens * self.world_size // self.shares
+        return widest - widest % (self.pad_to_multiple_of or 1)
+
+    @property
+    def row_multiple(self) -> int:
+        """What divides the cells of each row of a pack."""
+        return 1 if self.cp_size is None else 2 * self.cp_size
 
     def checked(self) -> PlanOptions:
         """The same with plain integers, and with what follows from the other options filled in; refuses wrong ones.
@@ -134,6 +149,9 @@ class PlanOptions:
             name: None if getattr(self, name) is None else integer(name, getattr(self, name), 1, LARGEST)
             for name in ("batch_size", "max_tokens", "window", "block")
         }
+        for name in ("pad_to_multiple_of", "cp_size"):
+            value = getattr(self, name)
+            sizes[name] = None if value is None else integer(name, value, 1, LARGEST_CAPACITY)
         max_length = None if self.max_length is None else integer("max_length", self.max_length, 1)
         options = replace(
             self, **sizes, max_length=max_length, shares=shares, rank=rank, world_size=world_size,
@@ -141,19 +159,27 @@ class PlanOptions:
         )  # fmt: skip
         if self.policy == "packed":
             return options._with_packs()
-        if self.capacity is not None or self.long_rows != "truncate":
-            raise InputError(f"capacity={self.capacity}, long_rows={self.long_rows!r}: these are for policy='packed'")
+        if self.capacity is not None or self.long_rows != "truncate" or self.cp_size is not None:
+            raise InputError(
+                f"capacity={self.capacity}, long_rows={self.long_rows!r}, cp_size={self.cp_size}: these are for "
+                "policy='packed'"
+            )
         return options
 
     def _with_packs(self) -> PlanOptions:
         if self.longest_first:
             raise InputError("longest_first=True with policy='packed': packs are all of one size; leave it out")
-        capacity = self.capacity
+        capacity, multiple = self.capacity, math.lcm(self.pad_to_multiple_of or 1, self.row_multiple)
         if capacity is None:
             capacity = self.max_tokens if self.max_length is None else self.max_length
         if capacity is None:
             raise InputError("policy='packed': give capacity (cells a pack), or a max_length to take for it")
         capacity = integer("capacity", capacity, 1, LARGEST_CAPACITY)
+        if capacity % multiple:
+            raise InputError(
+                f"capacity={capacity} is no multiple of {multiple}, which pad_to_multiple_of={self.pad_to_multiple_of} "
+                f"and cp_size={self.cp_size} ask for: give capacity={-(-capacity // multiple) * multiple}"
+            )
         if self.max_tokens is None:
             return replace(self, capacity=capacity)
         if self.max_tokens < capacity:

@@ -80,11 +80,13 @@ class Packs(NamedTuple):
         return Packs(rows, starts, np.append(self.bounds, self.bounds[-1] + np.arange(1, missing + 1)))
 
 
-def pack_rows(rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit: int, long_rows: str) -> Packs:
+def pack_rows(
+    rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit: int, long_rows: str, multiple: int = 1
+) -> Packs:
     """Pack rows, in the order that breaks ties, into as few packs as best fit decreasing needs.
 
-    A row takes `limit` cells at most, not above the capacity; `long_rows` says what becomes of longer ones. Refuses to
-    split into more than `MOST_PARTS` parts.
+    A row takes `limit` cells at most, not above the capacity; `long_rows` says what becomes of longer ones. The cells
+    that it takes are rounded up to a multiple, as is the capacity. Refuses to split into more than `MOST_PARTS` parts.
     """
     starts = np.empty(0, np.int64)
     if long_rows == "drop":
@@ -92,7 +94,8 @@ def pack_rows(rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit:
         rows, lengths = rows[kept], lengths[kept]
     elif long_rows == "split" and len(rows) and lengths.max() > limit:
         rows, starts, lengths = _split(rows, lengths, limit)
-    bin_of, num_bins = _pack(np.minimum(lengths, limit), capacity)
+    cells = np.minimum(lengths, limit)
+    bin_of, num_bins = _pack(cells if multiple == 1 else -(-cells // multiple) * multiple, capacity)
     items = np.empty(len(rows), np.int64)
     plan_kernels.sort_by_length(np.arange(len(rows)), bin_of.astype(np.int32), num_bins, items, items[:0])
     bounds = np.append(0, np.cumsum(np.bincount(bin_of, minlength=num_bins)))

@@ -168,7 +168,8 @@ class EpochPlan:
             lengths, _ = self._lengths(rows, self.options.max_length)
             counts = np.diff(bounds)
             if len(counts):
-                cells = np.maximum.reduceat(lengths, bounds[:-1]) * counts * (counts % self.options.group == 0)
+                widths = _rounded_up(np.maximum.reduceat(lengths, bounds[:-1]), self.options.pad_to_multiple_of)
+                cells = widths * counts * (counts % self.options.group == 0)
                 place = int(cells[order].argmax())
                 if cells[order[place]] > most:
                     most, found = int(cells[order[place]]), (index, place)
@@ -213,7 +214,7 @@ class EpochPlan:
         with np.errstate(over="ignore"):
             rows = self._rows(index)
             lengths, _ = self._lengths(rows, None)
-            packs = pack_rows(rows, lengths, options.capacity, limit, options.long_rows)
+            packs = pack_rows(rows, lengths, options.capacity, limit, options.long_rows, options.row_multiple)
             is_last = index == self.num_windows - 1
             missing = -packs.num_packs % options.group
             if missing and not is_last:
@@ -293,10 +294,16 @@ class EpochPlan:
         if options.max_tokens is None:
             return np.append(np.arange(0, len(rows), options.group), len(rows)) if len(rows) else np.zeros(1, np.int64)
         bounds = np.empty(len(rows) // options.group + 2, np.int64)
-        count = plan_kernels.cut_by_tokens(lengths, options.max_tokens * options.world_size, options.group, bounds)
+        widths = _rounded_up(lengths, options.pad_to_multiple_of)
+        count = plan_kernels.cut_by_tokens(widths, options.max_tokens * options.world_size, options.group, bounds)
         if count < 0:
             raise too_long(int(rows[-1 - count]), int(lengths[-1 - count]), options)
         return bounds[: count + 1]
+
+
+def _rounded_up(lengths: npt.NDArray[Any], multiple: int | None) -> npt.NDArray[Any]:
+    """The widths of batches whose longest rows these are."""
+    return lengths if multiple is None else -(-lengths.astype(np.int64) // multiple) * multiple
 
 
 def key_of(seed: int, *purpose: int) -> np.uint64:
@@ -310,8 +317,10 @@ def key_of(seed: int, *purpose: int) -> np.uint64:
 def too_long(row: int, length: int, options: PlanOptions) -> InputError:
     """Why a row stands in no batch of `max_tokens`."""
     shares = f" (of rows in multiples of shares={options.shares})" if options.shares != options.world_size else ""
+    multiple = options.pad_to_multiple_of
+    padded = f" (padded to a multiple of {multiple})" if multiple else ""
     return InputError(
-        f"row {row} has {length} tokens, more than max_tokens={options.max_tokens} allows a batch{shares}; "
+        f"row {row} has {length} tokens{padded}, more than max_tokens={options.max_tokens} allows a batch{shares}; "
         "raise max_tokens, or give a max_length that cuts such rows"
     )
 

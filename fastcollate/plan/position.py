@@ -331,7 +331,8 @@ class SavedState:
 
     def _check_options(self, own: PlanOptions) -> None:
         names = set(asdict(own)) - {"rank"}
-        added = {"block", "shares", "longest_first"} if self._version == 2 else {"longest_first"}  # since such a state
+        added = {"longest_first", "pad_to_multiple_of", "cp_size"}  # since such a state
+        added |= {"block", "shares"} if self._version == 2 else set()
         absent = added - set(self._state)
         try:
             saved = PlanOptions(**{name: self._field(name) for name in names - absent}).checked()

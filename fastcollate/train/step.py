@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastcollate.collate import Batch, PackedBatch
+from fastcollate.collate import AnyBatch
 from fastcollate.errors import InputError
 from fastcollate.jit import clock
 from fastcollate.load import BatchLoader
@@ -229,7 +229,7 @@ class Feed:
         self._loader = loader
         self._accumulate = accumulate
         self._ranks = ranks
-        self._batches: Iterator[Batch | PackedBatch] | None = None
+        self._batches: Iterator[AnyBatch] | None = None
         self._state: dict[str, Any] = loader.state_dict()
         self.epoch = loader.epoch  # whole epochs that all ranks have handed over
 
@@ -276,7 +276,7 @@ class Feed:
         self._batches = None
 
 
-def as_micro_batch(batch: Batch | PackedBatch) -> MicroBatch:
+def as_micro_batch(batch: AnyBatch) -> MicroBatch:
     """A loader's batch with its counts."""
     counts = batch.counts
     assert counts is not None  # it is a loader's

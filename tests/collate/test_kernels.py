@@ -12,6 +12,7 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 FILES = [
     "collate/test_collate.py",
+    "collate/test_shapes.py",
     "load/test_loader.py",
     "plan/test_packing.py",
     "collate/test_batch_counts.py",
