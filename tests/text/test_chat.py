@@ -98,6 +98,12 @@ def test_an_answer_that_a_template_changes_needs_marks(change: str, wanted: str 
         ({"role": A, "content": None}, "turn 2 has no content"),
         ({"role": A, "content": 5}, "its content is a number, not text"),
         ({"role": A, "content": [{"type": "image", "url": "u"}]}, "a part of its content is image, not text"),
+        (
+            {"role": A, "content": [{"type": "image", "url": "u", "text": "x"}]},
+            "part of its content is image, not text",
+        ),
+        ({"role": A, "content": [{"type": "text", "value": "x"}]}, "part of its content holds no text under 'text'"),
+        ({"role": A, "content": [{"type": "python", "text": "1"}]}, "'python', and this template knows no parts"),
         ({"from": "function_call", "value": "no json"}, "turn 2: a function_call is JSON"),
         ({"role": "narrator", "content": "x"}, "the role 'narrator' is not known"),
         ("x", "turn 2 is text, not an object"),
@@ -154,6 +160,29 @@ def test_calls_and_their_results() -> None:
     assert read_chat(record, {}).variables["tools"] == [{"type": "function", "function": {"name": "f"}}]
     with pytest.raises(BadRecordError, match="a turn calls tools"):
         template(PLAIN.replace("{{ m.content }}", "{{ m.content or '' }}")).render(record)
+
+
+OF_PARTS = (
+    "{% for m in messages %}[{{ m.role }}]"
+    "{% set said = [{'type': 'text', 'text': m.content}] if m.content is string else m.content %}"
+    "{% for part in said %}{% if part.type == 'text' %}{% generation %}{{ part.text }}{% endgeneration %}"
+    "{% elif part.type == 'output' %}<{{ part.text }}>{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_part_of_another_type_is_for_the_template_to_write() -> None:
+    said = [{"type": "text", "text": "4 + 4 is "}, {"type": "output", "text": "8"}, {"type": "text", "text": "."}]
+    found = template(OF_PARTS).render(chat((U, "x"), {"role": A, "content": said}))
+    assert found.text == "[user]x[assistant]4 + 4 is <8>."
+    assert trained(found) == ["x", "4 + 4 is ", "."]
+    unknown = [*said, {"type": "thought", "text": "hm"}]
+    with pytest.raises(BadRecordError, match="turn 2: the template does not write a part of the type 'thought'"):
+        template(OF_PARTS).render(chat((U, "x"), {"role": A, "content": unknown}))
+    for source in (MARKED, PLAIN):
+        with pytest.raises(
+            BadRecordError, match="turn 2: a part of its content is 'output', and this template knows no"
+        ):
+            template(source).render(chat((U, "x"), {"role": A, "content": said}))
 
 
 @pytest.mark.parametrize(

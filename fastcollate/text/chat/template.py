@@ -17,7 +17,7 @@ from fastcollate.errors import InputError
 from fastcollate.text.added import search_for
 from fastcollate.text.chat import marks
 from fastcollate.text.chat.rendered import Rendered
-from fastcollate.text.chat.turns import Chat, join_parts, question_of, read_chat
+from fastcollate.text.chat.turns import Chat, join_parts, other_parts, question_of, read_chat
 from fastcollate.text.jinja_env import ChatProgram
 from fastcollate.text.record import BadRecordError, Template
 
@@ -131,6 +131,9 @@ class ChatTemplate(Template):
         text, blocks = self._run(variables)
         if not text:
             raise BadRecordError("no text: the template gives nothing")
+        for number, part in other_parts(variables["messages"]):
+            if part["text"].strip() not in text:
+                raise BadRecordError(f"turn {number}: the template does not write a part of the type {part['type']!r}")
         trained = self._trained(chat, variables, text, blocks)
         given = "\0".join(marks.texts_of(variables))
         protected = self._protected(variables, text) if self._added.search(given) else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastcollate.text.record import BadRecordError, kind_of, refuse_labels, role_of
@@ -150,9 +150,12 @@ def _check_content(turn: Mapping[str, Any], number: int) -> None:
             raise BadRecordError(f"turn {number} has no content")
     elif isinstance(content, list) and turn["role"] != "tool":
         for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            held = {key for key, value in part.items() if value is not None} if isinstance(part, dict) else set()
+            if "type" not in held or not (held == {"type", "text"} or part["type"] == "text"):
                 kind = part.get("type") if isinstance(part, dict) else kind_of(part)
                 raise BadRecordError(f"turn {number}: a part of its content is {kind}, not text; only text is trained")
+            if not isinstance(part.get("text"), str):
+                raise BadRecordError(f"turn {number}: a part of its content holds no text under 'text'")
     elif turn["role"] not in ("tool", "function", "ipython"):  # whose results may be any JSON
         raise BadRecordError(f"turn {number}: its content is {kind_of(content)}, not text")
 
@@ -217,10 +220,26 @@ def _arguments(arguments: Any) -> dict[str, Any]:
 
 
 def join_parts(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The turns with contents of several texts as one, for a template that knows no parts."""
+    """The turns with contents of several texts as one, for a template that knows no parts.
+
+    Raises:
+        BadRecordError: a part is of another type, which only a template can tell from text.
+    """
+    for number, part in other_parts(turns):
+        raise BadRecordError(
+            f"turn {number}: a part of its content is {part['type']!r}, and this template knows no parts"
+        )
     return [
         {**turn, "content": "".join(part["text"] for part in turn["content"])}
         if isinstance(turn.get("content"), list)
         else turn
         for turn in turns
     ]
+
+
+def other_parts(turns: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The parts of contents whose text is of another type, such as `python`, with the numbers of their turns."""
+    for number, turn in enumerate(turns, 1):
+        content = turn.get("content")
+        if isinstance(content, list) and turn["role"] != "tool":
+            yield from ((number, part) for part in content if part["type"] != "text")
