@@ -20,6 +20,7 @@ from fastcollate.integrations.pytorch import PackedRows, StoreDataset, StoreRow,
 from fastcollate.load import trained_rows
 from fastcollate.plan import MixedStore
 
+Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 IGNORE = -100
 MASKS = ("completion_mask", "assistant_masks")
 LAYOUTS = ("padded", "flattened")
@@ -121,8 +122,8 @@ class DataCollator:
         limit, appended = dataset.options["max_length"], int(getattr(dataset.store, "end", "append") == "append")
         packs = packs_of(features)
         if packs is not None:
-            self._check_packs(packs)
             limit = dataset.limit_of(packs)
+            self._check_packs(packs, np.minimum(dataset.lengths[rows].astype(np.int64) + appended, limit))
         asked = dataset.collator(whole=True).settings
         cut = limit
         if appended and limit is not None and dataset.options["truncation"] == "left":
@@ -141,12 +142,18 @@ class DataCollator:
         input_ids[mask == 0] = int(asked[settings.PAD]) if self.pad_token_id is None else self.pad_token_id
         return input_ids, labels, mask
 
-    def _check_packs(self, packs: PackedRows) -> None:
+    def _check_packs(self, packs: PackedRows, lengths: Int64Array) -> None:
         if self.layout != "flattened" or packs.starts:
             what = "long_rows='split'" if packs.starts else f"layout={self.layout!r}"
             raise InputError(
                 f"{what} with packed rows: here a batch's packs become one long row of whole rows; use "
                 "DataCollator('flattened') and long_rows='truncate' or 'drop', or StoreDataset.collate"
+            )
+        longest = int(np.add.reduceat(lengths, packs.bounds[:-1]).max())
+        if longest > packs.capacity:
+            raise InputError(
+                f"a pack of {longest:,} tokens with capacity={packs.capacity}: the sampler counted rows without their "
+                "end, which labels of Hugging Face have a column for; give BucketBatchSampler(lengths_of(dataset), ...)"
             )
 
     def _from_features(self, features: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -242,7 +249,7 @@ def _flatten(
     }
 
 
-def _rows_with_labels(dataset: StoreDataset) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+def _rows_with_labels(dataset: StoreDataset) -> Int64Array | None:
     """The rows that have a label, `None` where all have: a batch without one has the loss NaN in a `Trainer`."""
     limit, options = dataset.options["max_length"], dataset.options
     if limit is None and not options["mask_prompt"] and (dataset.store.end == "append" or dataset.lengths.min() > 1):

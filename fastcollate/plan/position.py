@@ -141,19 +141,21 @@ class Epochs:
         warn_of_a_missing_group(*self._share_asked)
         if self._starts_here and self._place[1:] != (0, 0) and _of_all_ranks(self._plan_options) != before:
             raise InputError(
-                f"a state was loaded, or a position set, before the process group was there: its {self._kind}'s step "
-                f"holds other rows now, of world_size={self._plan_options.world_size}; load it once the group is there"
+                f"the {self._kind} was put to its position before the process group was there, and a step holds other "
+                f"rows now, of world_size={self._plan_options.world_size}: load the state once the group is there"
             )
-        if self._runs() and not (self._is_told or self._starts_here):
+        if self._mover is not None and self._mover() is not None and not (self._is_told or self._starts_here):
             return self._begin_beside()
         if not self._starts_here:
-            if not self._is_told and self._position != Position(self.epoch):
+            self._leave_window()
+            if not self._is_told and self._is_at_the_end():  # of one that was asked for as many batches as there are
+                self._place = Position(self.epoch + 1)
+            elif not self._is_told and self._position != Position(self.epoch):
                 warnings.warn(
                     f"epoch {self.epoch} starts again with the same batches, since the iteration before was left "
                     f"early: say {self._kind}.set_epoch(epoch) before each iteration, or load_state_dict to go on",
                     stacklevel=3,
                 )
-            self._leave_window()
             self._place = Position(self.epoch)
         self._starts_here = self._is_told = False
         self._stamp += 1
@@ -161,6 +163,12 @@ class Epochs:
         iteration = Iteration(self, planned, self._position, self._stamp)
         self._mover = weakref.ref(iteration)
         return iteration
+
+    def _is_at_the_end(self) -> bool:
+        """Whether all batches of the epoch were handed over."""
+        epoch, window, batch = self._place
+        plan = self._order.plan(self._plan_options, epoch).plan
+        return batch > 0 and window == plan.num_windows - 1 and batch == plan.num_batches(window)
 
     def _begin_beside(self) -> Iteration:
         """Begin an iteration that leaves the position to the one that runs."""
@@ -177,10 +185,6 @@ class Epochs:
     def _times(self) -> int:
         """How often each batch is given here."""
         return times_dealt(self._plan_options.world_size, self._kind, can_repeat=self._repeats)
-
-    def _runs(self) -> bool:
-        """Whether the iteration that moves the position is under way."""
-        return self._mover is not None and self._mover() is not None
 
     def _counted_sources(self) -> Int64Array:
         counts = self._window_sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 from pathlib import Path
@@ -129,6 +130,20 @@ def test_a_packed_batch_is_flattened_as_theirs(store: TokenStore, layout: str) -
         rows = next(iter(BucketBatchSampler(lengths_of(dataset), policy="packed", **sizes)))
         with pytest.raises(InputError, match="with packed rows"):
             DataCollator(layout)(dataset.__getitems__(rows))
+
+
+def test_a_pack_that_its_rows_ends_make_too_long_is_refused(store: TokenStore) -> None:
+    """A sampler over a store counts the cells of shifted inputs; here each row has one more, its end."""
+    dataset = StoreDataset(store)
+    options: dict[str, Any] = {"policy": "packed", "batch_size": 2, "capacity": 64}
+    collate, by_store = DataCollator("flattened"), BucketBatchSampler(dataset, **options)
+    with pytest.raises(InputError, match=r"capacity=64.*BucketBatchSampler\(lengths_of\(dataset\)"):
+        [collate(dataset.__getitems__(rows)) for rows in by_store]
+    for rows in BucketBatchSampler(lengths_of(dataset), **options):
+        batch = DataCollator("flattened")(dataset.__getitems__(rows))
+        assert batch["input_ids"].shape[1] <= 2 * 64
+        packs = rows.bounds  # type: ignore[attr-defined]
+        assert max(sum(len(ROWS[row]) + 1 for row in rows[a:b]) for a, b in itertools.pairwise(packs)) <= 64
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 20, 61, 100])

@@ -104,3 +104,137 @@ def test_loader_and_sampler_take_their_share_when_an_iteration_starts(store: Tok
         assert (notes["state"]["world_size"], notes["state"]["next_batch"]) == (2, 2)
     rows = [row for notes in ranks for batch in notes["early"] for row in batch]
     assert len(rows) == len(set(rows)) == 192
+
+
+PREPARED = """
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+
+def prepared(sampler, configuration):
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**configuration))
+    return accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate))
+
+dataset = StoreDataset(PATH)
+early = [BucketBatchSampler(dataset, **options) for options in json.loads(sys.argv[2])]  # before the process group
+for options, sampler in zip(json.loads(sys.argv[2]), early):
+    for configuration in json.loads(sys.argv[3]):
+        loader = prepared(sampler, configuration)
+        sampler.set_position(0, 0)
+        notes = NOTES[f"{options} {configuration}"] = {"batches": [], "lengths": []}
+        for epoch in range(2):
+            notes["lengths"].append(len(loader))
+            notes["batches"].append([numbers(batch.inputs) for batch in loader])
+        notes["state"] = sampler.state_dict()
+
+for configuration in json.loads(sys.argv[4]):
+    whole = BucketBatchSampler(dataset, batch_size=8, drop_last=True, rank=0, world_size=1)
+    NOTES[f"whole {configuration}"] = [numbers(batch.inputs) for batch in prepared(whole, configuration)]
+    share = BucketBatchSampler(dataset, batch_size=8, drop_last=True)
+    if not configuration.get("split_batches") and not configuration.get("dispatch_batches"):
+        continue
+    if RANK == 0 or not configuration.get("dispatch_batches"):  # where only the first rank reads
+        try:
+            next(iter(prepared(share, configuration)))
+        except ValueError as error:
+            NOTES[f"share {configuration}"] = str(error)
+    dist.barrier()
+write()
+"""
+KINDS: list[dict[str, Any]] = [
+    {"batch_size": 8},
+    {"batch_size": 8, "drop_last": True},
+    {"max_tokens": 150, "policy": "shuffled"},
+    {"policy": "packed", "batch_size": 2, "capacity": 80},
+]
+DEALING: list[dict[str, Any]] = [{}, {"even_batches": False}, {"use_stateful_dataloader": True}]
+DIVIDING: list[dict[str, Any]] = [
+    {}, {"split_batches": True}, {"dispatch_batches": True, "split_batches": True},
+    {"split_batches": True, "even_batches": False},
+]  # fmt: skip
+
+
+def test_accelerate_gives_each_rank_its_own_rows_or_is_refused(store: TokenStore, tmp_path: Path) -> None:
+    """`prepare` deals a batch sampler's batches to the ranks; they were dealt already, and half were lost."""
+    pytest.importorskip("accelerate")
+    ranks = run(PREPARED, store, tmp_path, *map(json.dumps, (KINDS, DEALING, DIVIDING)))
+    for rank, notes in enumerate(ranks):
+        for options in KINDS:
+            own = BucketBatchSampler(store, rank=rank, world_size=2, **options)
+            plan = [list(own), list(own)]
+            for configuration in DEALING:
+                found = notes[f"{options} {configuration}"]
+                assert [len(batches) for batches in found["batches"]] == [len(batches) for batches in plan]
+                if "capacity" not in options:
+                    assert found["batches"] == plan
+                    assert found["lengths"] == [len(batches) for batches in plan]
+                assert found["state"] == own.state_dict()
+    for configuration in DIVIDING:
+        rows = [row for notes in ranks for batch in notes[f"whole {configuration}"] for row in batch]
+        assert len(rows) == len(set(rows)) == (200 if configuration else 192)
+        if configuration:
+            message = ranks[0][f"share {configuration}"]
+            assert "give the sampler rank=0 and world_size=1, so that accelerate alone divides" in message
+
+
+LIGHTNING = """
+import lightning.pytorch as pl
+from lightning.fabric import Fabric
+
+dataset = StoreDataset(PATH)
+options = {"batch_size": 8, "seed": 3, "tail": "uneven", "rows": range(192)}
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.rows = []
+
+    def training_step(self, batch, index):
+        self.rows.append(numbers(batch.inputs))
+        return self.layer(torch.ones(1, 1)).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+def loader():
+    return DataLoader(
+        dataset, batch_sampler=BucketBatchSampler(dataset, **options), collate_fn=dataset.collate
+    )
+
+def fit(data, **more):
+    model = Model()
+    pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **more,
+    ).fit(model, data)
+    return model.rows
+
+def refused(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+
+early = [loader(), loader()]
+fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+fabric.launch()
+NOTES["fabric refused"] = refused(lambda: fabric.setup_dataloaders(loader()))
+ready = fabric.setup_dataloaders(early[0], use_distributed_sampler=False)
+NOTES["fabric"] = [numbers(batch.inputs) for epoch in range(2) for batch in ready]
+NOTES["trainer refused"] = refused(lambda: fit(loader()))
+NOTES["trainer"] = fit(early[1], use_distributed_sampler=False)
+NOTES["loader"] = fit(BatchLoader(PATH, **options))
+write()
+"""
+
+
+def test_lightning_and_fabric_give_each_rank_its_own_rows_or_are_refused(store: TokenStore, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    ranks = run(LIGHTNING, store, tmp_path)
+    for rank, notes in enumerate(ranks):
+        own = BucketBatchSampler(store, batch_size=8, seed=3, tail="uneven", rows=range(192), rank=rank, world_size=2)
+        plan = [*own, *own]
+        for kind in ("fabric", "trainer", "loader"):
+            assert notes[kind] == plan
+        for kind in ("fabric", "trainer"):
+            assert "use_distributed_sampler=False" in notes[f"{kind} refused"]

@@ -155,6 +155,20 @@ def test_an_iteration_within_another_leaves_the_position_to_that(
 
 
 @pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_who_asks_for_as_many_batches_as_there_are_gets_the_next_epoch_then(make: Any, options: dict[str, Any]) -> None:
+    """As Lightning does, which takes the length and asks no further."""
+    made, plain = make(**options), make(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert shapes(itertools.islice(made, len(made))) == shapes(plain)
+    made.set_epoch(1)
+    plain.set_epoch(1)
+    assert shapes(made) == shapes(plain)  # an epoch that is asked for is given again
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_an_iteration_that_is_kept_and_over_is_told_apart_by_set_epoch(make: Any) -> None:
     made = make()
     kept = iter(made)
