@@ -13,7 +13,7 @@ from rich.text import Text
 from fastcollate.check.counts import Histogram, Inspection, Int64Array, tokenizer_of
 from fastcollate.collate import Batch
 from fastcollate.errors import InputError
-from fastcollate.progress import print_summary
+from fastcollate.progress import glyph, print_summary
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer
 from fastcollate.train import MaskOptions
@@ -90,12 +90,13 @@ def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
     for kind in KINDS:
         out.append(f" {MARKS[kind]} {kind}: {view.kinds.count(kind)} ", STYLES[kind])
     out.append("\n\n")
+    bar = glyph("│", "|")
     for kind, start, end in view.runs():
         body = f"({end - start} tokens)"
         if kind != PADDING and tokenizer is not None:
             body = tokenizer.decode(view.tokens[start:end])
         for index, line in enumerate(body.split("\n")):
-            out.append(f"{kind if index == 0 else '':>8} {MARKS[kind]} │ {_printable(line)}\n", STYLES[kind])
+            out.append(f"{kind if index == 0 else '':>8} {MARKS[kind]} {bar} {_printable(line)}\n", STYLES[kind])
     out.append(f"\n{'column':>6} {'input':>6} {'':18}    {'target':>6} {'':18} kind\n", "bold")
     columns = list(zip(view.inputs.tolist(), view.targets.tolist(), strict=True))
     for kind, first, end in view.runs():
@@ -137,13 +138,13 @@ def _printable(text: str) -> str:
 
 def render_histogram(histogram: Histogram, *, width: int = 50) -> str:
     """A line a bar: the range, the bar, the count."""
-    tallest = max(histogram.counts)
+    tallest, full, edge = max(histogram.counts), glyph("█", "#"), glyph("│", "|")
     lines = []
     for count, (start, end) in zip(histogram.counts, pairwise(histogram.edges), strict=True):
-        bar = "█" * max(round(count / tallest * width), 1 if count else 0)
+        bar = full * max(round(count / tallest * width), 1 if count else 0)
         low, high = int(start), int(end) - 1
         name = f"{low}" if low == high else f"{low}-{high}"
-        lines.append(f"{name:>13} │{bar:<{width}} {count:,}")
+        lines.append(f"{name:>13} {edge}{bar:<{width}} {count:,}")
     return "\n".join(lines)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect as inspect_module
+import io
 import json
+import shlex
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
@@ -32,6 +36,10 @@ Fields = Annotated[
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one line on standard error and status 1, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an encoding has no character for is written as its number
+            stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = _show_warning
     try:
         app()
     except (InputError, MissingExtraError) as error:
@@ -50,6 +58,18 @@ def main() -> None:
         raise
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """A line of its own, without the place in the code, which is nothing to a reader of a command's output."""
+    with contextlib.suppress(OSError):
+        print(f"{'note' if category is FutureWarning else 'warning'}: {message}", file=sys.stderr)
+
+
+def say_next(*command: object) -> None:
+    """One line at the end of a command, on standard error: what one does next."""
+    with contextlib.suppress(OSError):
+        print(f"next: fastcollate {shlex.join(map(str, command))}", file=sys.stderr)
+
+
 def _interrupted() -> str:
     """What Ctrl-C leaves behind: finished work of `prepare`, and of `train` before its first step."""
     keeps = sys.argv[1:2] in (["prepare"], ["train"])
@@ -60,6 +80,15 @@ def fail(message: str, status: int = 1) -> None:
     """End the command in one line on standard error."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def telling_of_kernels(*, quiet: bool) -> Iterator[None]:
+    """Within a block that needs kernels, say that they are compiled, before it is done for the first time."""
+    from fastcollate.jit import compiling
+
+    with compiling(lambda: None if quiet else print("compiling kernels (once)", file=sys.stderr)):
+        yield
 
 
 def print_json(result: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fastcollate.cli.app import Fields, Json, app, print_json, with_options
+from fastcollate.cli.app import Fields, Json, app, print_json, say_next, telling_of_kernels, with_options
 from fastcollate.errors import InputError
 from fastcollate.ingest import PrepareOptions
 from fastcollate.options import local_path
@@ -27,6 +27,7 @@ def sample(
     """Write the built-in sample: generated instruction records to try everything with."""
     write_sample(out, num_records)
     print(f"wrote {num_records:,} records to {out}")
+    say_next("prepare", out, "store")
 
 
 def write_sample(path: Path, num_records: int) -> None:
@@ -77,12 +78,14 @@ def prepare(
     if json_output:
         print_json(asdict(report))
     elif report.reused:
-        print(f"{report.title}; {report.num_rows:,} rows. fastcollate inspect {store} shows what is in it")
+        print(f"{report.title}; {report.num_rows:,} rows")
     else:
         summary = {name.replace("_", " "): value for name, value in report.summary.items()}
         print_summary(report.title, {"template": report.template, **summary})
         if report.skipped_report:
             print(f"skipped records are listed in {report.skipped_report}")
+    if not json_output:
+        say_next("inspect", store)
 
 
 @app.command()
@@ -95,7 +98,11 @@ def convert(
     from fastcollate.store import convert as run
 
     report = run(old, new, progress=not json_output)
-    print_json(asdict(report)) if json_output else print(report)
+    if json_output:
+        print_json(asdict(report))
+    else:
+        print(report)
+        say_next("verify", new)
 
 
 def parse_fields(pairs: list[str] | None) -> dict[str, str] | None:
@@ -145,18 +152,22 @@ def inspect(
         view = view_row(opened, row, masks)
         if json_output:
             print_json({**view._asdict(), "inputs": view.inputs.tolist(), "targets": view.targets.tolist()})
-        elif problem := print_row(opened, view):
-            print(f"note: ids only, {problem}", file=sys.stderr)
+        else:
+            if problem := print_row(opened, view):
+                print(f"note: ids only, {problem}", file=sys.stderr)
+            say_next("inspect", store, "--row", (row + 1) % len(opened), *["--mask-prompt"] * masks.mask_prompt)
         return
-    found = inspect_store(opened, masks, progress=not json_output)
-    if page is not None:
-        write_report(opened, page, found, batch_size=batch_size)
+    with telling_of_kernels(quiet=json_output):
+        found = inspect_store(opened, masks, progress=not json_output)
+        if page is not None:
+            write_report(opened, page, found, batch_size=batch_size)
     if json_output:
         print_json(asdict(found))
         return
     print_inspection(found)
     if page is not None:
         print(f"\nwrote {page}")
+    say_next("verify", store, "--checksums")
 
 
 @app.command()
@@ -185,20 +196,17 @@ def verify(
     if more and (not source or not Path(folders[-1], "manifest.json").is_file()):
         folders = [*folders[1:], folders[0]]  # the store is named first
     *sources, folder = folders
-    found = run(
-        TokenStore(folder),
-        masks,
-        order,
-        sources=[*(source or []), *sources],
-        checksums=checksums,
-        progress=not json_output,
-    )
+    sources, opened = [*(source or []), *sources], TokenStore(folder)
+    with telling_of_kernels(quiet=json_output):
+        found = run(opened, masks, order, sources=sources, checksums=checksums, progress=not json_output)
     if json_output:
         print_json({"ok": found.ok, **asdict(found)})
     else:
         print_summary("verified, all identical" if found.ok else "NOT identical", found.summary())
         for problem in found.problems:
             print(problem, file=sys.stderr)
+        if found.ok:
+            say_next("train", "--store", folder)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -221,8 +229,11 @@ def bench(
     from fastcollate.check import print_report
     from fastcollate.store import TokenStore
 
-    report = run(TokenStore(store), masks, order, step_ms=step_ms, model=model, rounds=rounds, progress=not json_output)
+    opened = TokenStore(store)
+    with telling_of_kernels(quiet=json_output):
+        report = run(opened, masks, order, step_ms=step_ms, model=model, rounds=rounds, progress=not json_output)
     if json_output:
         print_json(asdict(report))
     else:
         print_report(report)
+        say_next(*(("train", "--store", store) if report.step_ms else ("bench", store, "--model", "tiny")))

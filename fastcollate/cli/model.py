@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fastcollate.cli import data as data_commands
-from fastcollate.cli.app import Fields, Json, app, fail, print_json, with_options
+from fastcollate.cli.app import Fields, Json, app, fail, print_json, say_next, with_options
 from fastcollate.errors import InputError
 from fastcollate.train import AnswerOptions, TrainOptions
 
@@ -54,7 +54,10 @@ def train(
         if json_output:
             print_json(asdict(report))
         else:
-            print_summary("training", {name: value for name, value in asdict(report).items() if value is not None})
+            values = {name.replace("_", " "): value for name, value in asdict(report).items() if value is not None}
+            print_summary("training", values)
+            if report.ended != "interrupted":
+                say_next("evaluate", "--checkpoint", options.out)
     if report.ended == "interrupted":
         fail(f"interrupted after step {report.steps}; continue with the same command and --resume", status=130)
 
@@ -93,6 +96,7 @@ def generate(
         print_json(found)
     else:
         print(found["model_response"])
+        say_next("evaluate", "--checkpoint", checkpoint)
 
 
 @app.command()
@@ -119,3 +123,4 @@ def evaluate(
         print_json(found)
     else:
         print(f"wrote {found['rows']} answers to {found['out']}; {found['exact']} equal the record's own")
+        say_next("generate", "--checkpoint", checkpoint, "--prompt", "a question of yours")

@@ -223,6 +223,7 @@ class _Job:
                 rate = f"{num_bytes / 1e6 / seconds:.1f} MB/s {self._counts.num_tokens / 1e6 / seconds:.2f}M tokens/s"
                 last = unit.blocks[-1]
                 bar.update(task, completed=(self._starts[last.source] + last.source_bytes) // 1_000_000, rate=rate)
+            bar.update(task, completed=bar.tasks[task].total)  # of the last million bytes, too
 
     def _unfinished(self, units: Iterator[Unit]) -> Iterator[Unit]:
         """Units that are still to do; those that the journal holds are compared with what it says of them."""

@@ -179,7 +179,7 @@ class _Run:
         return {
             "completed": self.counters.step,
             "loss": f"loss {self.recent[-1]:.3f}" if self.recent else "",
-            "rate": f"{self.useful_here / seconds:,.0f} useful tok/s",
+            "rate": f"{self.useful_here / seconds:,.0f} tok/s",
             "waiting": f"wait {100 * self.wait_s / seconds:.1f}%",
         }
 
@@ -195,6 +195,7 @@ class _Run:
         if not total:
             return
         loss = counters.validation_loss = losses / total
+        self.say(f"step {counters.step:,}: validation loss {loss:.3f}")
         if counters.best_loss is None or loss < counters.best_loss:
             counters.best_loss, counters.evaluations_since_best = loss, 0
             if options.patience is not None:
