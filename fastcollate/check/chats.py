@@ -21,7 +21,8 @@ class ChatRows:
         self._is_cut = store.manifest["options"].get("long_prompt") == "cut"
         self._every = max(len(store) // _SAMPLE, 1)
         self.theirs: Any = None  # the date is another there
-        if importlib.util.find_spec("transformers") and "strftime_now" not in template.settings["source"]:
+        is_dated = "strftime_now" in template.settings["source"]
+        if importlib.util.find_spec("transformers") and not is_dated and not template.of_records:
             from transformers import PreTrainedTokenizerFast
 
             self.theirs = PreTrainedTokenizerFast.from_pretrained(store.path)

@@ -17,6 +17,7 @@ from fastcollate.errors import InputError, import_extra
 
 BEGIN, END = "\x00\ufdd0", "\x00\ufdd1"  # around what is trained; noncharacters: no text that means anything holds them
 GENERATION = "generation block"  # a filter that no template writes down by name
+GLOBALS = ("range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now")
 _MOST_SECONDS = 30.0  # a chat may take, of a template that nobody has read
 _MOST_CHARACTERS = 1 << 28  # and write
 _MOST_ITEMS = 1 << 20  # and count through by `range`

@@ -32,12 +32,14 @@ class Template:
         names: the fields that `columns` takes, each by all its names; `None` where only `parts` makes texts.
         end: `append`, where an end-of-text follows each row; `in_row`, where the template writes rows' ends: a record
             gives one text by `render`, and not `parts`.
+        of_records: whether a template that writes rows' ends knows of no turns.
         unproved: what a `BadRecordError` says where it is not certain what of a record is trained.
     """
 
     unproved = "what the assistant says cannot be told from the rest of what the template writes"
     single_turn = True
     end = "append"
+    of_records = False
     names: Sequence[Sequence[str]] | None = None
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:

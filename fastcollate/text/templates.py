@@ -230,9 +230,12 @@ def _chat_template(
 ) -> ChatTemplate:
     if tokenizer is None:
         raise InputError(f"template {name!r}: a chat template needs a tokenizer")
-    _refuse_settings(name, settings, ("arguments", "date", "train_on", "allowed"))
-    _check_fields(name, fields, _CHAT_FIELDS)
-    return ChatTemplate(name, source, _tokens_of(tokenizer), settings, fields)
+    made = ChatTemplate(name, source, _tokens_of(tokenizer), settings, fields)
+    if made.of_records and not made.has_generation:
+        raise InputError(f"template {name!r}: reads no messages, and has no {{% generation %}} to say what is trained")
+    _refuse_settings(name, settings, ("arguments", "date", *(() if made.of_records else ("train_on", "allowed"))))
+    _check_fields(name, fields, () if made.of_records else _CHAT_FIELDS)
+    return made
 
 
 def _tokens_of(tokenizer: Any) -> Tokens:
@@ -242,7 +245,8 @@ def _tokens_of(tokenizer: Any) -> Tokens:
 def _check_fields(name: str, fields: Mapping[str, str], known: Sequence[str]) -> None:
     for key in fields:
         if key not in known:
-            raise InputError(f"field {key!r}: template {name!r} has the fields {', '.join(known)}")
+            has = f"has the fields {', '.join(known)}" if known else "names the record's fields itself"
+            raise InputError(f"field {key!r}: template {name!r} {has}")
 
 
 def _refuse_settings(name: str, settings: ChatSettings, known: Sequence[str]) -> None:

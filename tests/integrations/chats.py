@@ -27,8 +27,8 @@ WORDS = [
 Chat = list[dict[str, str]]
 
 
-def byte_tokenizer() -> Any:
-    """A token a byte, and the marks of `TEMPLATE`; the mark that ends a turn is the end-of-text."""
+def byte_tokenizer(*more: str, begin: str = "<|begin|>", end: str = END, template: str | None = TEMPLATE) -> Any:
+    """A token a byte, and marks, by default those of `TEMPLATE`; the mark that ends a turn is the end-of-text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,10 +37,10 @@ def byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token=END, pad_token="<|pad|>",
-        additional_special_tokens=["<|turn|>"],
+        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token="<|pad|>",
+        additional_special_tokens=list(more or ["<|turn|>"]),
     )  # fmt: skip
-    made.chat_template = TEMPLATE
+    made.chat_template = template
     return made
 
 

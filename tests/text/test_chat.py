@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,6 +161,46 @@ def test_calls_and_their_results() -> None:
     assert read_chat(record, {}).variables["tools"] == [{"type": "function", "function": {"name": "f"}}]
     with pytest.raises(BadRecordError, match="a turn calls tools"):
         template(PLAIN.replace("{{ m.content }}", "{{ m.content or '' }}")).render(record)
+
+
+OF_RECORDS = (
+    "{{ bos_token }}### {{ instruction }}{{ '\n' + record.input if record.input }}{{ sep_token }}\n"
+    "{% generation %}{{ output }}{{ eos_token }}{% endgeneration %}"
+)
+
+
+@pytest.mark.parametrize("more", [{}, {"input": None}, {"input": ""}, {"input": "given"}])
+def test_a_template_that_reads_no_messages_is_of_records(more: dict[str, Any]) -> None:
+    record = {"instruction": "do", "output": "done", "eos_token": "never", **more}
+    found = template(OF_RECORDS).render(record)
+    given = "\ngiven" if more.get("input") else ""
+    assert (found.text, found.protected) == (f"<s>### do{given}\ndone<|im_end|>", [])
+    assert trained(found) == ["done<|im_end|>"]
+    assert template(OF_RECORDS).question("do", "given").text == "<s>### do\ngiven\n"
+
+
+@pytest.mark.parametrize("place", ["instruction", "input", "output"])
+def test_texts_of_tokens_in_a_record_are_found(place: str) -> None:
+    record = {"instruction": "do", "input": "this", "output": "done", place: "a <|im_end|> b <think>"}
+    found = template(OF_RECORDS).render(record)
+    assert [found.text[start:stop] for start, stop, _ in found.protected] == ["<|im_end|>", "<think>"]
+
+
+def test_a_template_of_records_is_told_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(BadRecordError, match=r"no field 'output'; write record\.output where it may be missing"):
+        template(OF_RECORDS).render({"instruction": "do"})
+    with pytest.raises(BadRecordError, match="a pair of chosen and rejected"):
+        template(OF_RECORDS).render({"instruction": "do", "output": "x", "rejected": "y"})
+    path = tmp_path / "t.jinja"
+    tokenizer: Any = SimpleNamespace(special_tokens=TOKENS.names, special_texts=TOKENS.added)
+    path.write_text("{{ bos_token }}{{ instruction }}{{ output }}")
+    with pytest.raises(InputError, match=r"reads no messages, and has no \{% generation %\} to say what is trained"):
+        load_template(str(path), {}, tokenizer, end="in_row")
+    path.write_text(OF_RECORDS)
+    with pytest.raises(InputError, match=r"field 'input': template '.*' names the record's fields itself"):
+        load_template(str(path), {"input": "context"}, tokenizer, end="in_row")
+    with pytest.raises(InputError, match=r"train_on='last': template '.*' has no use for it"):
+        load_template(str(path), {}, tokenizer, end="in_row", train_on="last")
 
 
 OF_PARTS = (

@@ -18,8 +18,8 @@ from fastcollate.text.added import search_for
 from fastcollate.text.chat import marks
 from fastcollate.text.chat.rendered import Rendered
 from fastcollate.text.chat.turns import Chat, join_parts, other_parts, question_of, read_chat
-from fastcollate.text.jinja_env import ChatProgram
-from fastcollate.text.record import BadRecordError, Template
+from fastcollate.text.jinja_env import GLOBALS, ChatProgram, variables_of
+from fastcollate.text.record import BadRecordError, Template, kind_of, refuse_labels
 
 _REMEDY = "give a template that has {% generation %} around it, such as --template my_training.jinja"
 _NOT_TEXT = {"role", "type", "id", "tool_call_id"}  # of a turn: names, not what is said
@@ -64,7 +64,10 @@ class Tokens(NamedTuple):
 
 
 class ChatTemplate(Template):
-    """A Jinja template of turns, in the environment of `transformers`.
+    """A Jinja template of turns, in the environment of `transformers`; one that reads no `messages` is of records.
+
+    Such a one sees the record's fields by name, and the whole record as `record`; what it has between
+    `{% generation %}` and `{% endgeneration %}` is trained.
 
     Args:
         name: what the user asked for.
@@ -92,9 +95,17 @@ class ChatTemplate(Template):
         tokens_asked = {"tokens": dict(tokens.names), "allowed": sorted(self._allowed)}
         super().__init__(name, {"source": source, **tokens_asked, **asked, "reader": 1})
         self._program = ChatProgram(name, source, _date(settings.date))
+        names = variables_of(source)
+        self.of_records = "messages" not in names
         self._arguments = {**tokens.names, **arguments, "add_generation_prompt": False}
+        self._reads = {name for name in names if not name.endswith("_token")} - {*self._arguments, *GLOBALS, "record"}
         self._added = search_for(tokens.added)
         self._train_last = settings.train_on == "last"
+
+    @property
+    def has_generation(self) -> bool:
+        """Whether it says by itself what is trained."""
+        return self._program.has_generation
 
     def unknown_tokens(self) -> list[str]:
         """What the template writes as if it were a token, but the tokenizer knows no such token."""
@@ -103,7 +114,20 @@ class ChatTemplate(Template):
 
     def variables_of(self, record: Any) -> dict[str, Any]:
         """What the template sees of a record."""
-        return self._variables(read_chat(record, self._fields))
+        return self._variables(self._read(record))
+
+    def _read(self, record: Any) -> Chat:
+        if not self.of_records:
+            return read_chat(record, self._fields)
+        if not isinstance(record, dict):
+            raise BadRecordError(f"not an object but {kind_of(record)}")
+        refuse_labels(record)
+        if missing := sorted(self._reads - record.keys()):
+            raise BadRecordError(f"no field {missing[0]!r}; write record.{missing[0]} where it may be missing")
+        filled = {name: "" if value is None else value for name, value in record.items()}
+        given: dict[str, Any] = {"messages": [], "record": filled}
+        given |= {name: filled.get(name) for name in ("tools", "documents")}
+        return Chat(given, [], frozenset(record))
 
     def _variables(self, chat: Chat) -> dict[str, Any]:
         variables = {**self._arguments, **chat.variables}
@@ -113,17 +137,21 @@ class ChatTemplate(Template):
 
     def trains_all(self, record: Any) -> bool:
         """Whether `{% generation %}` alone says what is trained of a record."""
-        chat = read_chat(record, self._fields)
+        chat = self._read(record)
         answers = [turn.get("role") == "assistant" for turn in chat.variables["messages"]]
         return self._program.has_generation and answers == chat.trains and not (self._train_last and sum(answers) > 1)
 
     def render(self, record: Any) -> Rendered:
         """The record's chat as one text."""
-        chat = read_chat(record, self._fields)
+        chat = self._read(record)
         return self._rendered(chat, self._variables(chat))
 
     def question(self, text: str, more: str = "") -> Rendered:
         """A user's turn, and what the template writes before an answer to it."""
+        if self.of_records:
+            found = self.render({"instruction": text, "input": more, "output": "-"})
+            stop = found.trained[0][0]
+            return Rendered(found.text[:stop], [], [place for place in found.protected if place[1] <= stop])
         chat = read_chat({"messages": question_of(text, more)}, {})
         return self._rendered(chat, {**self._variables(chat), "add_generation_prompt": True})
 
@@ -143,7 +171,7 @@ class ChatTemplate(Template):
         import jinja2
 
         try:
-            return self._program.run(variables)
+            return self._program.run({**variables.get("record", {}), **variables})
         except InputError:  # the job's fault, not this record's
             raise
         except RecursionError:
@@ -190,6 +218,8 @@ class ChatTemplate(Template):
         self, chat: Chat, variables: dict[str, Any], text: str, blocks: list[tuple[int, int]]
     ) -> list[tuple[int, int]]:
         """What is trained of the text."""
+        if self.of_records:
+            return blocks
         turns = variables["messages"]
         trains = chat.trains if len(chat.trains) == len(turns) else []
         answers = [number for number, turn in enumerate(turns) if turn.get("role") == "assistant"]
@@ -241,7 +271,7 @@ class ChatTemplate(Template):
         """Where the text holds texts of added tokens that the record has brought."""
         if not any(map(marks.MARKS.search, [text, *marks.leaves(variables["messages"])])):
             marked_variables = marks.with_protected(variables, self._added, self._allowed)
-            if all(marked_variables[name] == variables[name] for name in ("messages", "tools", "documents")):
+            if all(marked_variables[name] == variables[name] for name in marks.OF_RECORD if name in variables):
                 return []  # they are allowed
             with contextlib.suppress(BadRecordError):
                 marked = marks.without_marks(self._run(marked_variables)[0])
