@@ -1,7 +1,8 @@
 """Every code block of the README and of `docs/` runs here, in the order of the page, in an empty directory.
 
 `bash` blocks run line by line as they stand, except that installing is left out (the CI script does that) and that
-`python` means this interpreter. `python` blocks run each in a fresh process. Other blocks are output or text.
+`python` means this interpreter. `python` blocks run each in a fresh process; below `<!-- ranks 2 1 -->` in two of
+`torchrun`, and then again in one. Other blocks are output or text.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import save_chat_models
+from tests.helpers import save_chat_models, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEST_COMMAND = "<!-- test command -->"
+RANKS = re.compile(r"<!-- ranks ([\d ]+) -->\n$")
 
 
 def blocks(page: Path) -> list[tuple[int, str, str]]:
@@ -26,8 +28,10 @@ def blocks(page: Path) -> list[tuple[int, str, str]]:
     text = page.read_text()
     found = []
     for match in re.finditer(r"^```(bash|python)\n(.*?)^```$", text, re.M | re.S):
-        if not text[: match.start()].rstrip().endswith(TEST_COMMAND):
-            found.append((text[: match.start()].count("\n") + 1, match[1], match[2]))
+        before = text[: match.start()]
+        if not before.rstrip().endswith(TEST_COMMAND):
+            ranks = RANKS.search(before)
+            found.append((before.count("\n") + 1, f"ranks {ranks[1]}" if ranks else match[1], match[2]))
     return found
 
 
@@ -36,11 +40,22 @@ def without_install(line: str) -> str:
     return re.sub(r"^(python -m )?pip install [^&]*(&&\s*)?", "", line)
 
 
+def run_ranks(text: str, cwd: Path, num_ranks: str) -> subprocess.CompletedProcess[str]:
+    """Run in each of these numbers of processes, one after another."""
+    for number in map(int, num_ranks.split()):
+        result = torchrun(text, number, cwd)
+        if result.returncode:
+            break
+    return result
+
+
 def run(language: str, text: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if language == "bash":
         lines = "\n".join(without_install(line) for line in text.splitlines())
         command = ["bash", "-euo", "pipefail", "-c", lines]
+    elif language.startswith("ranks "):
+        return run_ranks(text, cwd, language.removeprefix("ranks "))
     else:
         script = cwd / "block.py"
         script.write_text(text)

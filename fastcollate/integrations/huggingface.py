@@ -263,6 +263,17 @@ def _rows_with_labels(dataset: StoreDataset) -> Int64Array | None:
     return None if len(rows) == len(dataset) else rows
 
 
+def _rows_per_rank(args: Any, batch_size: int) -> int:
+    """Rows of a batch on one rank; with `split_batches` the training arguments' batch size is that of all of them."""
+    if not getattr(getattr(args, "accelerator_config", None), "split_batches", False):
+        return batch_size
+    if batch_size % args.world_size:
+        raise InputError(
+            f"split_batches=True: the batch size of {batch_size} rows does not divide among {args.world_size} ranks"
+        )
+    return batch_size // int(args.world_size)
+
+
 class BucketedTrainerMixin:
     """Gives a `Trainer` (or `SFTTrainer`) batches of similar length: `class Mine(BucketedTrainerMixin, Trainer): ...`.
 
@@ -326,7 +337,7 @@ class BucketedTrainerMixin:
             lengths_of(dataset),
             **{
                 "rows": rows,
-                "batch_size": trainer._train_batch_size,
+                "batch_size": _rows_per_rank(args, trainer._train_batch_size),
                 "drop_last": args.dataloader_drop_last,
                 "seed": args.seed if args.data_seed is None else args.data_seed,
                 "rank": args.process_index,

@@ -238,3 +238,61 @@ def test_lightning_and_fabric_give_each_rank_its_own_rows_or_are_refused(store: 
             assert notes[kind] == plan
         for kind in ("fabric", "trainer"):
             assert "use_distributed_sampler=False" in notes[f"{kind} refused"]
+
+
+TRAINER = """
+from typing import ClassVar
+import transformers
+from fastcollate.integrations.huggingface import BucketedTrainerMixin, DataCollator
+
+def trained(kind, configuration, **more):
+    seen = []
+
+    class Noting(DataCollator):
+        def __call__(self, features, return_tensors="pt"):
+            batch = super().__call__(features)
+            seen.append(numbers(batch["input_ids"]))
+            return batch
+
+    class Step(kind):
+        def training_step(self, model, inputs, *args, **kwargs):
+            used.append(numbers(inputs["input_ids"]))
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    used = []
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    arguments = transformers.TrainingArguments(
+        "run", per_device_train_batch_size=8, num_train_epochs=1, report_to=[], use_cpu=True, save_strategy="no",
+        disable_tqdm=True, accelerator_config=configuration, remove_unused_columns=False, **more,
+    )
+    Step(
+        transformers.GPT2LMHeadModel(config), arguments, train_dataset=StoreDataset(PATH), data_collator=Noting()
+    ).train()
+    return used
+
+class Bucketed(BucketedTrainerMixin, transformers.Trainer):
+    pass
+
+for name, kind in (("plain", transformers.Trainer), ("bucketed", Bucketed)):
+    for configuration in json.loads(sys.argv[2]):
+        NOTES[f"{name} {configuration}"] = trained(kind, configuration, dataloader_drop_last=True)
+write()
+"""
+TRAINER_CONFIGURATIONS: list[dict[str, Any]] = [
+    {}, {"split_batches": True}, {"even_batches": False}, {"dispatch_batches": True, "split_batches": True},
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_trainers_on_two_ranks_train_each_row_once(store: TokenStore, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    ranks = run(TRAINER, store, tmp_path, json.dumps(TRAINER_CONFIGURATIONS))
+    for name in ("plain", "bucketed"):
+        for configuration in TRAINER_CONFIGURATIONS:
+            batches = [notes[f"{name} {configuration}"] for notes in ranks]
+            rows = [row for part in batches for batch in part for row in batch]
+            size = 4 if configuration.get("split_batches") else 8
+            assert {len(batch) for part in batches for batch in part} == {size}, (name, configuration)
+            assert len(batches[0]) == len(batches[1]) == NUM_ROWS // (2 * size)
+            assert len(rows) == len(set(rows)) == 2 * size * len(batches[0])
