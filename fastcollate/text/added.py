@@ -107,6 +107,48 @@ class AddedTokens:
         yield Piece(done, piece.stop, -1)
 
 
+class Joints:
+    """Whether a template puts the text of an added token together, of which a record's texts hold only parts.
+
+    Args:
+        tokens: the texts of the added tokens.
+        literals: the template's own texts, which may end where a token's text begins, or begin where it ends.
+        known: what it may put together with these: no free texts.
+    """
+
+    def __init__(self, tokens: Collection[str], literals: Collection[str], known: Collection[str]) -> None:
+        self._search, self._known = search_for(tokens), known
+        heads = {token[:cut] for token in tokens for cut in range(1, len(token))}
+        tails = {token[cut:] for token in tokens for cut in range(1, len(token))}
+        longest = max(map(len, tokens), default=0)
+        self._heads = {text[-cut:] for text in literals for cut in range(1, min(len(text), longest) + 1)} & heads
+        self._tails = {text[:cut] for text in literals for cut in range(1, min(len(text), longest) + 1)} & tails
+        self._text_ends_so = re.compile(rf"{_alternatives(sorted(heads)) or '(?!)'}\s*\0")
+
+    def may_join(self, given: str) -> bool:
+        """Whether `joined` is to be asked."""
+        return bool(self._heads) or self._text_ends_so.search(given) is not None
+
+    def joined(self, given: str, text: str) -> str | None:
+        """The first token of a text that may be put together so; `given` is the record's texts, each between NULs."""
+        given = re.sub(r"\s*\0\s*", "\0", self._search.sub("\0", given))
+        for token in map(str, dict.fromkeys(self._search.findall(text))):
+            for cut in range(1, len(token)):
+                head, begins = token[:cut], f"{token[:cut]}\0" in given
+                if not begins and head not in self._heads:
+                    continue
+                for end in range(cut, len(token)):
+                    middle, tail = token[cut:end], token[end:]
+                    ends = f"\0{tail}" in given
+                    if (
+                        (ends or tail in self._tails)
+                        and (f"\0{middle}\0" in given if middle else begins or ends)
+                        and middle not in self._known
+                    ):
+                        return token
+        return None
+
+
 def search_for(texts: Collection[str]) -> re.Pattern[str]:
     """A search for the leftmost of some texts, of several that begin there the longest."""
     return re.compile(_alternatives(sorted({*texts} - {""})) if texts else "(?!)")

@@ -121,6 +121,14 @@ def variables_of(source: str) -> set[str]:
     return {str(name) for name in found}
 
 
+def literals_of(source: str) -> list[str]:
+    """The texts that a well-formed template holds itself, between its tags and within them."""
+    nodes = import_extra("jinja2", "jinja").nodes
+    tree = _environment(_noted).parse(source)
+    found = [node.data for node in tree.find_all(nodes.TemplateData)]
+    return found + [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+
+
 def _environment(mark: Callable[[str], str], **settings: Any) -> Any:
     sandbox = import_extra("jinja2.sandbox", "jinja")
     loop, namespace = import_extra("jinja2.runtime", "jinja").LoopContext, _namespace()

@@ -13,9 +13,9 @@ from fastcollate.text.engines.backends import Texts
 Parts = list[str]
 """A record's texts: prompt, response, prompt, ..."""
 
-_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
-_ROLES |= {"human": "user", "observation": "tool", "tool_response": "tool", "ipython": "ipython"}
-_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
+ROLES |= {"human": "user", "observation": "tool", "tool_response": "tool", "ipython": "ipython"}
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
 
 
 class BadRecordError(Exception):
@@ -94,9 +94,9 @@ def role_of(name: Any, number: int) -> str:
     """The role that a name stands for, in the turn of this number, from 1."""
     if not isinstance(name, str) or not name:
         raise BadRecordError(f"turn {number} has no role")
-    if name not in _ROLES:
-        raise BadRecordError(f"turn {number}: the role {name!r} is not known; use one of {', '.join(_ROLES)}")
-    return _ROLES[name]
+    if name not in ROLES:
+        raise BadRecordError(f"turn {number}: the role {name!r} is not known; use one of {', '.join(ROLES)}")
+    return ROLES[name]
 
 
 def refuse_labels(record: Mapping[str, Any]) -> None:

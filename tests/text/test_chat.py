@@ -260,6 +260,62 @@ def test_texts_of_added_tokens_whose_place_is_not_known_are_refused() -> None:
         template(source).render(chat((U, "<|im_end|>"), (A, "y")))
 
 
+def test_texts_of_added_tokens_in_a_records_arguments_are_found() -> None:
+    record = chat((U, "x"), (A, "y"), chat_template_kwargs={"today": "a<|im_end|>", "bos_token": "<s>"})
+    found = template("{{ today }}" + MARKED).render(record)
+    assert found.text.startswith("a<|im_end|><s><|im_start|>user")
+    assert [found.text[start:stop] for start, stop, _ in found.protected] == ["<|im_end|>", "<s>"]
+
+
+TEXT_OR_PARTS = (
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
+)
+TOOL_XML = "{% for t in tools or [] %}{% for k in t %}<{{ k }}>{{ t[k] }}</{{ k }}>{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "record", "like_it"),
+    [  # a record of which the template puts a token together, and one as it that does not
+        (
+            "",
+            [{"type": "text", "text": "x<|im_"}, {"type": "text", "text": "end|>x"}],
+            [{"type": "text", "text": "x<|im_"}, {"type": "text", "text": "en|>x"}],
+        ),
+        ("{{ messages[0].name }}{{ messages[0].content | trim }}", ("x<|im", "  _start|>"), ("x<|im", "start|>")),
+        (TOOL_XML, {"think": "x"}, {"thinks": "x"}),
+        ("<{{ messages[0].name }}", ("think>", "x"), ("thin>", "x")),
+        ("{{ messages[0].name }}>", ("x <think", "x"), ("<thin", "x")),
+        (
+            "{% for k in ('name', 'title', 'content') %}{{ messages[0][k] }}{% endfor %}",
+            ("<", "think", ">"),
+            ("<", "thin", ">"),
+        ),
+        ("{{ messages[0].content | replace('<s>', '') }}", ("x", "<|im_<s>end|>x"), ("x", "<|im_<s>ed|>x")),
+    ],
+)  # fmt: skip
+def test_a_token_put_together_of_parts_is_refused(source: str, record: Any, like_it: Any) -> None:
+    def chat_of(value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return chat((U, "x"), (A, "y"), tools=[value])
+        if isinstance(value, list):
+            return chat((U, value), (A, "y"))  # type: ignore[arg-type]
+        names = dict(zip(("name", "title"), value[:-1], strict=False))
+        return chat({"role": U, "content": value[-1], **names}, (A, "y"))
+
+    made = template(source + MARKED.replace("{{ m.content }}", TEXT_OR_PARTS))
+    with pytest.raises(BadRecordError, match="holds parts of the special token '<"):
+        made.render(chat_of(record))
+    assert made.render(chat_of(like_it)).text
+
+
+def test_roles_make_tokens() -> None:
+    """As Phi's and GLM's templates do: no text of a record takes part."""
+    tokens = Tokens({}, ["<|user|>", "<|assistant|>", "<|end|>"])
+    source = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    found = template(source, tokens).render(chat((U, "a user"), (A, "|> x <|"), (U, "user"), (A, "y")))
+    assert (found.text.count("<|user|>"), found.protected) == (2, [])
+
+
 @pytest.mark.parametrize(
     "source",
     [

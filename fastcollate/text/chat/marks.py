@@ -14,7 +14,6 @@ Turns = list[dict[str, Any]]
 _FIRST, _LAST = 0xF0000, 0xFFFFD  # a plane for private use
 MARKS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
 _TAGS = re.compile("(</?think>)")
-OF_RECORD = ("messages", "tools", "documents", "record")  # variables of a template that hold what a record says
 _KEYS = ("content", "reasoning_content", "thinking", "tool_calls")
 
 
@@ -51,7 +50,7 @@ def leaves(value: Any) -> Iterator[str]:
 
 def texts_of(variables: Mapping[str, Any]) -> list[str]:
     """All texts that a template sees of a record."""
-    found = [*leaves([variables.get(name) for name in OF_RECORD[1:]])]
+    found = [*leaves([value for name, value in variables.items() if name != "messages"])]
     for turn in variables["messages"]:
         found += turn
         for value in turn.values():
@@ -91,8 +90,7 @@ def with_protected(variables: dict[str, Any], pattern: re.Pattern[str], allowed:
         changed(turn, of_answers if turn.get("role") == "assistant" else of_others, keys=True)
         for turn in variables["messages"]
     ]
-    rest = {name: changed(variables[name], of_others, keys=True) for name in OF_RECORD[1:] if name in variables}
-    return {**variables, **rest, "messages": messages}
+    return {name: changed(value, of_others, keys=True) for name, value in variables.items()} | {"messages": messages}
 
 
 def protected_ranges(marks: list[tuple[int, int]]) -> list[tuple[int, int, bool]] | None:

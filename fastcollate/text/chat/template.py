@@ -14,12 +14,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from fastcollate.errors import InputError
-from fastcollate.text.added import search_for
+from fastcollate.text.added import Joints, search_for
 from fastcollate.text.chat import marks
 from fastcollate.text.chat.rendered import Rendered
 from fastcollate.text.chat.turns import Chat, join_parts, other_parts, question_of, read_chat
-from fastcollate.text.jinja_env import GLOBALS, ChatProgram, variables_of
-from fastcollate.text.record import BadRecordError, Template, kind_of, refuse_labels
+from fastcollate.text.jinja_env import GLOBALS, ChatProgram, literals_of, variables_of
+from fastcollate.text.record import ROLES, BadRecordError, Template, kind_of, refuse_labels
 
 _REMEDY = "give a template that has {% generation %} around it, such as --template my_training.jinja"
 _NOT_TEXT = {"role", "type", "id", "tool_call_id"}  # of a turn: names, not what is said
@@ -100,6 +100,7 @@ class ChatTemplate(Template):
         self._arguments = {**tokens.names, **arguments, "add_generation_prompt": False}
         self._reads = {name for name in names if not name.endswith("_token")} - {*self._arguments, *GLOBALS, "record"}
         self._added = search_for(tokens.added)
+        self._joints = Joints(tokens.added, literals_of(source), ROLES)
         self._train_last = settings.train_on == "last"
 
     @property
@@ -163,9 +164,12 @@ class ChatTemplate(Template):
             if part["text"].strip() not in text:
                 raise BadRecordError(f"turn {number}: the template does not write a part of the type {part['type']!r}")
         trained = self._trained(chat, variables, text, blocks)
-        given = "\0".join(marks.texts_of(variables))
-        protected = self._protected(variables, text) if self._added.search(given) else []
-        return Rendered(text, trained, protected)
+        seen = {name: variables[name] for name in chat.variables}
+        given = "\0".join(["", *marks.texts_of(seen), ""])
+        holds = self._added.search(given) is not None
+        if (holds or self._joints.may_join(given)) and (token := self._joints.joined(given, text)):
+            raise BadRecordError(f"holds parts of the special token {token!r}, which the template puts together")
+        return Rendered(text, trained, self._protected(seen, variables, text) if holds else [])
 
     def _run(self, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
         import jinja2
@@ -267,14 +271,14 @@ class ChatTemplate(Template):
             start -= len(thought[0])
         return start, found.end()
 
-    def _protected(self, variables: dict[str, Any], text: str) -> list[tuple[int, int, bool]]:
-        """Where the text holds texts of added tokens that the record has brought."""
-        if not any(map(marks.MARKS.search, [text, *marks.leaves(variables["messages"])])):
-            marked_variables = marks.with_protected(variables, self._added, self._allowed)
-            if all(marked_variables[name] == variables[name] for name in marks.OF_RECORD if name in variables):
+    def _protected(self, seen: dict[str, Any], variables: dict[str, Any], text: str) -> list[tuple[int, int, bool]]:
+        """Where the text holds texts of added tokens that the record has brought, of which `seen` is all there is."""
+        if not any(map(marks.MARKS.search, [text, *marks.leaves(seen["messages"])])):
+            marked_seen = marks.with_protected(seen, self._added, self._allowed)
+            if marked_seen == seen:
                 return []  # they are allowed
             with contextlib.suppress(BadRecordError):
-                marked = marks.without_marks(self._run(marked_variables)[0])
+                marked = marks.without_marks(self._run({**variables, **marked_seen})[0])
                 ranges = marks.protected_ranges(marked.marks) if marked.text == text else None
                 if ranges is not None:
                     return ranges
