@@ -118,7 +118,7 @@ def prepare_table() -> str:
 def chats_table() -> str:
     """Microseconds a chat through a model's own template, and how many times as long the others take."""
     lines = [
-        "| chats | template of TRL | processes | fastcollate, µs a chat | `datasets.map`, µs a chat | both with their start |",
+        "| chats | template of TRL | processes | fastcollate, µs a chat | `datasets.map`, µs a chat | with start-up |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in result("chat_speed").items():
