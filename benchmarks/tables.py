@@ -121,13 +121,13 @@ def chats_table() -> str:
         "| chats | template of TRL | processes | fastcollate, µs a chat | `datasets.map`, µs a chat | with start-up |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in result("chat_speed").items():
-        if name != "machine":
-            micros = row["microseconds_a_chat"]
-            lines.append(
-                f"| {row['chats']:,} | `{name.split(',')[0]}` | {row['processes']} | {micros['ours']:,.1f} "
-                f"| {micros['theirs']:,.1f} ({row['times_as_fast']} ×) | {row['times_as_fast_with_start']} × |"
-            )
+    rows = [(name, row) for name, row in result("chat_speed").items() if name != "machine"]
+    for name, row in sorted(rows, key=lambda pair: -pair[1]["chats"]):
+        micros = row["microseconds_a_chat"]
+        lines.append(
+            f"| {row['chats']:,} | `{name.split(',')[0]}` | {row['processes']} | {micros['ours']:,.0f} "
+            f"| {micros['theirs']:,.0f} ({row['times_as_fast']} ×) | {row['times_as_fast_with_start']} × |"
+        )
     return "\n".join(lines)
 
 
