@@ -10,13 +10,14 @@ from typing import Any
 from fastcollate.errors import InputError
 
 
-def own_share(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+def own_share(rank: int | None, world_size: int | None, cp_size: int | None = None) -> tuple[int, int] | None:
     """The rank and the number of ranks of this process: those given, else the process group's of `torch.distributed`.
 
     `None` where one is not given, and there is no process group to ask.
 
     Raises:
-        InputError: only `world_size` is given, and it is not the process group's.
+        InputError: only `world_size` is given, and it is not the process group's; or neither, and `cp_size` says that
+            some of the group's ranks want the same rows.
 
     Example:
         >>> from fastcollate.ranks import own_share
@@ -33,6 +34,12 @@ def own_share(rank: int | None, world_size: int | None) -> tuple[int, int] | Non
     if rank is None and world_size not in (None, 1, size):
         raise InputError(f"world_size={world_size} without rank, and the process group has {size} ranks: give rank too")
     world_size = size if world_size is None else world_size
+    if world_size > 1 and cp_size not in (None, 1):
+        raise InputError(
+            f"cp_size={cp_size}: ranks that share rows by context parallelism want the same batches, and the process "
+            'group does not say which do: give rank=mesh["dp"].get_local_rank() and world_size=mesh["dp"].size(), of '
+            "the device mesh's dimension of data parallelism"
+        )
     return (0 if world_size == 1 else group.get_rank()) if rank is None else rank, world_size
 
 

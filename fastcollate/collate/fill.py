@@ -133,8 +133,9 @@ def fill_row(tokens: Any, start: int, inputs: Any, targets: Any, settings: Any) 
 @part
 def fill_unused(inputs: Any, targets: Any, first: int, stop: int, settings: Any) -> None:
     """Padding without targets in some cells that no row takes."""
-    inputs[first:stop] = settings[PAD]
-    targets[first:stop] = settings[IGNORE]
+    if first < stop:
+        inputs[first:stop] = settings[PAD]
+        targets[first:stop] = settings[IGNORE]
 
 
 @part
@@ -189,7 +190,7 @@ def _fill_rows(
 @part
 def rounded_up(cells: int, multiple: int) -> int:
     """The least multiple that is not less."""
-    return (cells + multiple - 1) // multiple * multiple
+    return cells if multiple == 1 else (cells + multiple - 1) // multiple * multiple
 
 
 def plain_cells_of(num_rows: int, width: int, cell_size: int) -> tuple[int, int]:

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from fastcollate.collate import collate_fn, settings
-from fastcollate.errors import InputError, choice, import_extra, shown
+from fastcollate.errors import InputError, choice, import_extra, integer, shown
 from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted
 from fastcollate.integrations.flow import FlowingSampler
 from fastcollate.integrations.hf_datasets import lengths_of as lengths_of
@@ -48,7 +49,10 @@ class DataCollator:
             `seq_idx` (int32 `(1, num_tokens)`, the row of each token), as `DataCollatorWithFlattening` does.
         pad_token_id: what fills `input_ids`; by default the tokenizer's, else the store's, else 0 (the attention mask
             excludes it).
-        pad_to_multiple_of: the padded width is a multiple of this.
+        pad_to_multiple_of: the width is a multiple of this, by default that of the `StoreDataset`; the padding of a
+            flattened batch is a row of its own at its end, without labels.
+        max_segments: rows of each flattened batch, the rest of them empty, so that `cu_seq_lens` have one size; a batch
+            of more is refused.
         tokenizer: the model's; a store made with another one is refused.
 
     Raises:
@@ -76,12 +80,17 @@ class DataCollator:
         *,
         pad_token_id: int | None = None,
         pad_to_multiple_of: int | None = None,
+        max_segments: int | None = None,
         tokenizer: Any = None,
     ) -> None:
         choice("layout", layout, LAYOUTS)
-        if pad_to_multiple_of is not None and (layout == "flattened" or pad_to_multiple_of < 1):
-            raise InputError(f"pad_to_multiple_of={pad_to_multiple_of}: at least 1, and for layout='padded' only")
+        for name, value in (("pad_to_multiple_of", pad_to_multiple_of), ("max_segments", max_segments)):
+            if value is not None:
+                integer(name, value, 1)
+        if max_segments is not None and layout != "flattened":
+            raise InputError(f"max_segments={max_segments}: for layout='flattened' only")
         self.layout = layout
+        self.max_segments = max_segments
         self.pad_token_id = getattr(tokenizer, "pad_token_id", None) if pad_token_id is None else pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
         self.tokenizer = tokenizer
@@ -111,7 +120,8 @@ class DataCollator:
             )
         labels[:, :1] = IGNORE  # no model trains it, and a count of the labels would be too large by one a row
         if self.layout == "flattened":
-            return _flatten(input_ids, labels, mask, mask.sum(1) if lengths is None else lengths)
+            lengths, step = mask.sum(1) if lengths is None else lengths, self._multiple(features)
+            return _flatten(input_ids, labels, mask, lengths, step, self._pad_of(features), self.max_segments)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
 
     def _from_store(self, features: Sequence[StoreRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,7 +140,7 @@ class DataCollator:
             cut = limit - 1  # the last column is the end's
         inputs, targets = _no_columns(len(rows)) if cut == 0 else dataset.collator(max_length=cut, whole=True)(rows)
         width = inputs.shape[1] + appended if limit is None else min(inputs.shape[1] + appended, limit)
-        shape = (len(rows), self._padded(width))
+        shape = (len(rows), _rounded_up(width, self._multiple(features)))
         input_ids = torch.full(shape, int(asked[settings.END_ID]), device="cpu")
         input_ids[:, : inputs.shape[1]] = inputs[:, :width]
         labels = torch.full(shape, IGNORE, device="cpu")
@@ -139,7 +149,7 @@ class DataCollator:
         mask = (torch.arange(shape[1], device="cpu") < lengths.clamp(max=width)[:, None]).long()
         if not appended:
             labels[mask == 0] = IGNORE  # where an end would be
-        input_ids[mask == 0] = int(asked[settings.PAD]) if self.pad_token_id is None else self.pad_token_id
+        input_ids[mask == 0] = self._pad_of(features)
         return input_ids, labels, mask
 
     def _check_packs(self, packs: PackedRows, lengths: Int64Array) -> None:
@@ -177,10 +187,10 @@ class DataCollator:
         if "shift" not in self._checked:
             check_unshifted(input_ids, labels)
             self._checked.add("shift")
-        missing = self._padded(input_ids.shape[1]) - input_ids.shape[1]
+        missing = _rounded_up(input_ids.shape[1], self._multiple(features)) - input_ids.shape[1]
         fills = (self.pad_token_id or 0, IGNORE, 0)
         input_ids, labels, mask = (
-            torch.nn.functional.pad(tensor, (0, missing), value=value)
+            functional.pad(tensor, (0, missing), value=value)
             for tensor, value in zip((input_ids, labels, mask), fills, strict=True)
         )
         return input_ids, labels, mask
@@ -205,9 +215,19 @@ class DataCollator:
                 )
         return torch.cat(lengths)
 
-    def _padded(self, width: int) -> int:
-        step = self.pad_to_multiple_of or 1
-        return -(-width // step) * step
+    def _multiple(self, features: Sequence[Any]) -> int:
+        own = features[0].dataset.options.get("pad_to_multiple_of") if isinstance(features[0], StoreRow) else None
+        return self.pad_to_multiple_of or own or 1
+
+    def _pad_of(self, features: Sequence[Any]) -> int:
+        """What fills `input_ids`."""
+        if self.pad_token_id is None and isinstance(features[0], StoreRow):
+            return int(features[0].dataset.collator(whole=True).settings[settings.PAD])
+        return self.pad_token_id or 0
+
+
+def _rounded_up(width: int, multiple: int) -> int:
+    return -(-width // multiple) * multiple
 
 
 def _pad(rows: Sequence[Any], value: int) -> torch.Tensor:
@@ -228,19 +248,31 @@ def _no_columns(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _flatten(
-    input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor
-) -> dict[str, Any]:
-    """Rows of these lengths end to end, without padding."""
+    input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor, multiple: int, pad: int,
+    max_segments: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Rows of these lengths end to end, and a row of padding where their tokens are no multiple."""
     real, lengths = mask.bool(), lengths[lengths > 0]
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    flat = labels[real]
+    ids, flat = input_ids[real], labels[real]
+    if missing := _rounded_up(len(ids), multiple) - len(ids):
+        ids, flat = (functional.pad(part, (0, missing), value=fill) for part, fill in ((ids, pad), (flat, IGNORE)))
+        lengths = functional.pad(lengths, (0, 1), value=missing)
+    bounds = functional.pad(lengths.cumsum(0), (1, 0))
     flat[bounds[:-1]] = IGNORE
     longest = int(lengths.max())
     number = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
+    position_ids = torch.arange(len(flat), device="cpu") - bounds[number]
+    if max_segments is not None:
+        if len(lengths) > max_segments:
+            raise InputError(
+                f"a batch has {len(lengths)} rows (padding is one), more than max_segments={max_segments}: raise that, "
+                "or give smaller batches"
+            )
+        bounds = functional.pad(bounds, (0, max_segments - len(lengths)), value=len(flat))
     return {
-        "input_ids": input_ids[real][None],
+        "input_ids": ids[None],
         "labels": flat[None],
-        "position_ids": (torch.arange(len(flat), device="cpu") - bounds[number])[None],
+        "position_ids": position_ids[None],
         "cu_seq_lens_q": bounds.to(torch.int32),
         "cu_seq_lens_k": bounds.to(torch.int32),
         "max_length_q": longest,

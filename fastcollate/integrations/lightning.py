@@ -144,15 +144,28 @@ class DataModule(LightningDataModule):  # type: ignore[misc]  # an optional pack
                 check_model(dataset.store, module)
 
     def _batches(self, name: str, options: OrderKeywords, *, evaluates: bool = False) -> StoreBatches:
-        assert self.trainer is not None
+        rank, world_size = self._share(options.get("cp_size") or 1)
         sampler = (BucketBatchSampler if evaluates else FlowingSampler)(
             self.datasets[name],
             rows=self._rows.get(name),
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=rank,
+            world_size=world_size,
             **options,
         )
         return StoreBatches(self.datasets[name], sampler, evaluates=evaluates)
+
+    def _share(self, cp_size: int) -> tuple[int, int]:
+        """This process's rank among those that load data of their own, and their number, as the strategy says."""
+        trainer = self.trainer
+        assert trainer is not None
+        told = trainer.distributed_sampler_kwargs or {"rank": trainer.global_rank, "num_replicas": trainer.world_size}
+        if cp_size * told["num_replicas"] > trainer.world_size > 1:
+            raise InputError(
+                f"cp_size={cp_size}: {type(trainer.strategy).__name__} gives {told['num_replicas']} of "
+                f"{trainer.world_size} ranks data of their own, and ranks that share rows want the same batches: use a "
+                "strategy whose mesh has data-parallel ranks, or a BatchLoader with rank and world_size"
+            )
+        return told["rank"], told["num_replicas"]
 
     def train_dataloader(self) -> StoreBatches:
         """Training batches, from the current epoch on."""

@@ -44,7 +44,7 @@ class Epochs:
         self._order = order
         self._asked, self._share_asked = options, (rank, world_size)
         alone = 0 if rank is None else rank, 1 if world_size is None else world_size
-        rank, world_size = own_share(rank, world_size) or alone
+        rank, world_size = own_share(rank, world_size, options.get("cp_size")) or alone
         self._plan_options = PlanOptions(**options, rank=rank, world_size=world_size).checked()
         order.check(self._plan_options)
         self._has_told_length = self._has_told_nesting = False
@@ -77,7 +77,7 @@ class Epochs:
 
     def _take_share(self) -> None:
         """Take the share that this process has now; of a process group that is gone, the last one stays."""
-        before, share = self._plan_options, own_share(*self._share_asked)
+        before, share = self._plan_options, own_share(*self._share_asked, self._plan_options.cp_size)
         if share is None or share == (before.rank, before.world_size):
             return
         options = PlanOptions(**self._asked, rank=share[0], world_size=share[1]).checked()

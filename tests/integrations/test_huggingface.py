@@ -111,6 +111,33 @@ def test_flattened_equals_data_collator_with_flattening(store: TokenStore, rows:
     same(ours(features), wanted)
 
 
+@pytest.mark.parametrize("rows", CHOICES, ids=len)
+@pytest.mark.parametrize("multiple", [1, 16, 1000])
+def test_flattened_shapes_that_stand_still(store: TokenStore, rows: list[int], multiple: int) -> None:
+    features: list[dict[str, Any]] = [{key: FEATURES[i][key] for key in ("input_ids", "labels")} for i in rows]
+    missing = -sum(len(feature["input_ids"]) for feature in features) % multiple
+    padding = [{"input_ids": [EOS] * missing, "labels": [-100] * missing}] if missing else []
+    theirs = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    wanted = theirs(features + padding)
+    dataset = StoreDataset(store, mask_prompt=True)
+    same(DataCollator("flattened", pad_to_multiple_of=multiple)(dataset.__getitems__(rows)), wanted)
+    bounds, num_rows = wanted["cu_seq_lens_q"], len(rows) + bool(missing)
+    wanted["cu_seq_lens_q"] = wanted["cu_seq_lens_k"] = torch.cat([bounds, bounds[-1:].expand(90 - num_rows)])
+    ours = DataCollator("flattened", pad_token_id=EOS, pad_to_multiple_of=multiple, max_segments=90)
+    same(ours(dataset.__getitems__(rows)), wanted)
+    same(ours(features), wanted)
+    own = StoreDataset(store, mask_prompt=True, pad_to_multiple_of=multiple)  # said once, there
+    same(DataCollator("flattened", max_segments=90)(own.__getitems__(rows)), wanted)
+    plain = DataCollator(pad_to_multiple_of=multiple)(dataset.__getitems__(rows))
+    same(DataCollator()(own.__getitems__(rows)), plain)
+    assert plain["input_ids"].shape[1] % multiple == 0
+    if num_rows > 1:
+        with pytest.raises(InputError, match=f"{num_rows} rows .* more than max_segments={num_rows - 1}"):
+            DataCollator("flattened", pad_to_multiple_of=multiple, max_segments=num_rows - 1)(
+                dataset.__getitems__(rows)
+            )
+
+
 @pytest.mark.parametrize("layout", ["store", "features"])
 def test_a_packed_batch_is_flattened_as_theirs(store: TokenStore, layout: str) -> None:
     dataset = StoreDataset(store, mask_prompt=True)
@@ -447,8 +474,8 @@ def test_wrong_use_is_named(store: TokenStore, tmp_path: Path) -> None:
         ).train()
     with pytest.raises(InputError, match="column 'input_ids'"):
         lengths_of(datasets.Dataset.from_dict({"text": ["a"]}))
-    for options in ({"layout": "packed"}, {"layout": "flattened", "pad_to_multiple_of": 8}):
-        with pytest.raises(InputError, match="layout="):
+    for options in ({"layout": "packed"}, {"max_segments": 8}, {"pad_to_multiple_of": 0}):
+        with pytest.raises(InputError, match=r"layout=|pad_to_multiple_of=0"):
             DataCollator(**options)
 
 

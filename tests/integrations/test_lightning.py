@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fastcollate import BatchLoader
 from fastcollate.errors import InputError
@@ -158,3 +160,21 @@ def test_a_missing_extra_is_named() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "pip install 'fastcollate[lightning]'" in result.stderr.splitlines()[-1]
+
+
+def test_ranks_of_a_mesh_share_their_batches(store: TokenStore) -> None:
+    from fastcollate.integrations.lightning import DataModule
+
+    options: dict[str, Any] = {"policy": "packed", "batch_size": 2, "capacity": 64, "cp_size": 2, "seed": 5}
+    data = DataModule(store, **options)
+    for rank in range(4):
+        share = {"rank": rank // 2, "num_replicas": 2}
+        data.trainer = SimpleNamespace(
+            global_rank=rank, world_size=4, current_epoch=0, strategy=None, distributed_sampler_kwargs=share
+        )
+        wanted = BatchLoader(store, **options, rank=rank // 2, world_size=2)
+        for found, batch in zip(data.train_dataloader(), wanted, strict=False):
+            assert all(map(torch.equal, found, batch))
+        data.trainer.distributed_sampler_kwargs = {"rank": rank, "num_replicas": 4}
+        with pytest.raises(InputError, match=r"cp_size=2: .* gives 4 of 4 ranks data of their own"):
+            data.train_dataloader()
