@@ -51,8 +51,8 @@ class DataCollator:
             excludes it).
         pad_to_multiple_of: the width is a multiple of this, by default that of the `StoreDataset`; the padding of a
             flattened batch is a row of its own at its end, without labels.
-        max_segments: rows of each flattened batch, the rest of them empty, so that `cu_seq_lens` have one size; a batch
-            of more is refused.
+        max_segments: rows of each flattened batch, the rest of them empty, so that `cu_seq_lens` have one size; by
+            default that of the `StoreDataset`; a batch of more is refused.
         tokenizer: the model's; a store made with another one is refused.
 
     Raises:
@@ -121,7 +121,8 @@ class DataCollator:
         labels[:, :1] = IGNORE  # no model trains it, and a count of the labels would be too large by one a row
         if self.layout == "flattened":
             lengths, step = mask.sum(1) if lengths is None else lengths, self._multiple(features)
-            return _flatten(input_ids, labels, mask, lengths, step, self._pad_of(features), self.max_segments)
+            most = self.max_segments or _of_store(features, "max_segments")
+            return _flatten(input_ids, labels, mask, lengths, step, self._pad_of(features), most)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
 
     def _from_store(self, features: Sequence[StoreRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -153,8 +154,9 @@ class DataCollator:
         return input_ids, labels, mask
 
     def _check_packs(self, packs: PackedRows, lengths: Int64Array) -> None:
-        if self.layout != "flattened" or packs.starts:
-            what = "long_rows='split'" if packs.starts else f"layout={self.layout!r}"
+        if self.layout != "flattened" or packs.starts or packs.cp_size:
+            what = f"layout={self.layout!r}" if not packs.cp_size else f"cp_size={packs.cp_size}"
+            what = "long_rows='split'" if packs.starts else what
             raise InputError(
                 f"{what} with packed rows: here a batch's packs become one long row of whole rows; use "
                 "DataCollator('flattened') and long_rows='truncate' or 'drop', or StoreDataset.collate"
@@ -216,14 +218,18 @@ class DataCollator:
         return torch.cat(lengths)
 
     def _multiple(self, features: Sequence[Any]) -> int:
-        own = features[0].dataset.options.get("pad_to_multiple_of") if isinstance(features[0], StoreRow) else None
-        return self.pad_to_multiple_of or own or 1
+        return self.pad_to_multiple_of or _of_store(features, "pad_to_multiple_of") or 1
 
     def _pad_of(self, features: Sequence[Any]) -> int:
         """What fills `input_ids`."""
         if self.pad_token_id is None and isinstance(features[0], StoreRow):
             return int(features[0].dataset.collator(whole=True).settings[settings.PAD])
         return self.pad_token_id or 0
+
+
+def _of_store(features: Sequence[Any], name: str) -> Any:
+    """An option of the `StoreDataset` whose rows these are."""
+    return features[0].dataset.options.get(name) if isinstance(features[0], StoreRow) else None
 
 
 def _rounded_up(width: int, multiple: int) -> int:

@@ -163,6 +163,10 @@ class BatchLoader(position.Epochs):
         if self._prefetch:
             self._prefetch = max(self._prefetch, self._num_threads)
         plan_options = PlanOptions(**order_keywords(options)).checked()
+        if options.get("max_segments") is not None and options.get("policy") != "packed":
+            raise InputError(
+                f"max_segments={options['max_segments']}: for policy='packed', whose batches have segments"
+            )
         self._collator = collator_of(self._store, collate_keywords(options))
         order = Order(self._store, rows)
         if drop_untrained:

@@ -126,8 +126,8 @@ def test_flattened_shapes_that_stand_still(store: TokenStore, rows: list[int], m
     ours = DataCollator("flattened", pad_token_id=EOS, pad_to_multiple_of=multiple, max_segments=90)
     same(ours(dataset.__getitems__(rows)), wanted)
     same(ours(features), wanted)
-    own = StoreDataset(store, mask_prompt=True, pad_to_multiple_of=multiple)  # said once, there
-    same(DataCollator("flattened", max_segments=90)(own.__getitems__(rows)), wanted)
+    own = StoreDataset(store, mask_prompt=True, pad_to_multiple_of=multiple, max_segments=90)  # said once, there
+    same(DataCollator("flattened")(own.__getitems__(rows)), wanted)
     plain = DataCollator(pad_to_multiple_of=multiple)(dataset.__getitems__(rows))
     same(DataCollator()(own.__getitems__(rows)), plain)
     assert plain["input_ids"].shape[1] % multiple == 0
@@ -152,9 +152,11 @@ def test_a_packed_batch_is_flattened_as_theirs(store: TokenStore, layout: str) -
         assert found["input_ids"].shape[1] <= 2 * 64
         seen += rows
     assert sorted(set(seen)) == list(range(60))
-    for options, layout in (({}, "padded"), ({"long_rows": "split", "capacity": 20}, "flattened")):
+    split, two = {"long_rows": "split", "capacity": 20}, {"cp_size": 2}
+    for options, layout in (({}, "padded"), (split, "flattened"), (two, "flattened")):
         sizes: dict[str, Any] = {"batch_size": 1, "capacity": 64, **options}
         rows = next(iter(BucketBatchSampler(lengths_of(dataset), policy="packed", **sizes)))
+        dataset = StoreDataset(store, mask_prompt=True, cp_size=sizes.get("cp_size"))
         with pytest.raises(InputError, match="with packed rows"):
             DataCollator(layout)(dataset.__getitems__(rows))
 

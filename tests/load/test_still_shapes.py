@@ -114,6 +114,8 @@ def test_on_a_device_nothing_is_lost(store: TokenStore) -> None:
 def test_too_many_segments_are_told(store: TokenStore) -> None:
     with pytest.raises(InputError, match=r"a batch of packs has \d+ segments, more than max_segments=3: raise"):
         list(BatchLoader(store, **CP, max_segments=3))
+    with pytest.raises(InputError, match="max_segments=3: for policy='packed'"):
+        BatchLoader(store, batch_size=8, max_segments=3)
 
 
 class Model(torch.nn.Module):
