@@ -175,7 +175,7 @@ class ChatTemplate(Template):
         import jinja2
 
         try:
-            return self._program.run({**variables.get("record", {}), **variables})
+            return self._program.run({**variables["record"], **variables} if "record" in variables else variables)
         except InputError:  # the job's fault, not this record's
             raise
         except RecursionError:

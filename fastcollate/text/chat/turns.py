@@ -13,7 +13,6 @@ _SYSTEM = ("system", "system_prompt")
 _INSTRUCTIONS, _INPUTS, _OUTPUTS = ("instruction", "question", "query"), ("input",), ("output", "answer", "response")
 _CALLS = ("function_call", "tool_call")  # roles of ShareGPT's relatives, whose text is the call
 _TRAIN_KEYS = ("train", "training", "train_on_turn")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 _SPECIAL_KEYS = {"from", "value", "weight", "train_detail", *_TRAIN_KEYS}
 _OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
 
@@ -90,7 +89,7 @@ def _turns(turns: Any, name: str) -> tuple[list[dict[str, Any]], list[bool]]:
         if role != given:
             turn["role"] = role
         if role == "assistant":
-            reasoning = next((turn[key] for key in _REASONING if key in turn), None)
+            reasoning = turn.get("reasoning_content", turn.get("thinking", turn.get("reasoning")))
             if reasoning is not None:  # as transformers: under the name that templates read
                 turn = {"thinking": reasoning, **turn, "reasoning_content": reasoning}
         if type(turn.get("content")) is not str:
