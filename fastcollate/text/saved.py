@@ -124,7 +124,11 @@ def digest_of(path: Path) -> bytes:
     found = hashlib.sha256()
     for place in [path, *(path.with_name(name) for name in FILES[1:]), *_more_templates(path)]:
         try:
-            found.update(hashlib.sha256(place.read_bytes()).digest())
+            own = hashlib.sha256()
+            with place.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    own.update(chunk)
+            found.update(own.digest())
         except OSError:
             found.update(b"-")
     return found.digest()

@@ -5,7 +5,6 @@ Special tokens are never produced from a text of a record.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import random
 import re
@@ -48,7 +47,7 @@ class Tokenizer:
         vocab_size: every id is below it.
         pad_token_id: the id that fills rows up: the end-of-text where no other is configured.
         end_token_id: the end-of-text id.
-        fingerprint: SHA-256 over the tokens and their ranks, or over the `tokenizer.json`; the name plays no part.
+        fingerprint: SHA-256 over the tokens and their ranks, or see `TokenizerJson`; the name plays no part.
         special_texts: texts that name added tokens; in a record they are refused or ordinary text.
         end_text: the text that names the end-of-text.
         special_tokens: texts by the names that templates use: `bos_token`, `eos_token`, ...
@@ -319,8 +318,7 @@ def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
     if backend == "tiktoken":
         raise InputError(f"backend {backend!r}: does not read a tokenizer.json; use auto")
     saved = read_saved(path)
-    digest = hashlib.sha256(saved.files["tokenizer.json"]).hexdigest()
-    made = TokenizerJson(saved, path, digest, backend)
+    made = TokenizerJson(saved, path, backend)
     if backend == "gigatoken":
         import_extra("gigatoken", "fast")
         made.plain.warm()
@@ -336,7 +334,7 @@ def _from_tokenizer_json(path: Path, backend: str) -> Tokenizer:
         1 + max(made.loaded.get_vocab(with_added_tokens=True).values()),
         pad,
         end,
-        digest,
+        made.fingerprint,
         tuple(sorted(made.added.control)),
         made.loaded.id_to_token(end),
         saved.names,

@@ -65,6 +65,25 @@ def test_a_folder_is_read_as_transformers_reads_it(names: dict[str, Any], tmp_pa
     assert load_tokenizer(str(tmp_path / "tokenizer.json")).fingerprint == ours.fingerprint
 
 
+def test_tokens_that_the_configuration_adds_make_another_tokenizer(tmp_path: Path) -> None:
+    """A store of the one is not taken for a store of the other, though the vocabularies have one size and one file."""
+    found = {}
+    for token in ("<a>", "<b>", ""):
+        saved(tmp_path / f"of{token}", eos_token="</s>")
+        place = tmp_path / f"of{token}" / "tokenizer_config.json"
+        config = json.loads(place.read_text())
+        place.write_text(json.dumps({**config, **({"extra_special_tokens": [token]} if token else {})}))
+        found[token] = load_tokenizer(str(place.parent))
+    assert found["<a>"].vocab_size == found["<b>"].vocab_size == found[""].vocab_size + 1
+    assert found["<a>"].special_tokens == found["<b>"].special_tokens
+    assert len({one.fingerprint for one in found.values()}) == 3
+    source = tmp_path / "a.jsonl"
+    source.write_text(json.dumps({"text": "the <a> cat"}) + "\n")
+    prepare(source, tmp_path / "s", tokenizer=str(tmp_path / "of<b>"))
+    with pytest.raises(InputError, match="differs in tokenizer fingerprint"):
+        prepare(source, tmp_path / "s", tokenizer=str(tmp_path / "of<a>"))
+
+
 def test_a_special_tokens_map_counts_as_in_transformers(tmp_path: Path) -> None:
     saved(tmp_path, eos_token="</s>")
     for decoder in (None, {"0": {"content": "<s>", "special": True}}):

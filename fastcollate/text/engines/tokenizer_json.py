@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -28,6 +29,7 @@ class TokenizerJson:
 
     Attributes:
         loaded: the tokenizer of the package tokenizers, with the tokens that the configuration adds.
+        fingerprint: SHA-256 over the file, and over the added tokens where the configuration adds some to it.
         added: its added tokens.
         plain: what takes no text for an added token.
         full: what takes each for one: for texts that a template wrote.
@@ -37,16 +39,21 @@ class TokenizerJson:
         unknown: the id of what is not in the vocabulary, or -1.
     """
 
-    def __init__(self, saved: Saved, path: Path, fingerprint: str, backend: str) -> None:
+    def __init__(self, saved: Saved, path: Path, backend: str) -> None:
         self._tokenizers = import_extra("tokenizers", "hf")
         content = msgspec.json.encode(saved.parts).decode()
         self.loaded = self._load(content, path)
         self.loaded.no_truncation()
         self.loaded.no_padding()
-        if self._add(saved.named):
+        num_new = self._add(saved.named)
+        if num_new:
             content = self.loaded.to_str()
         parts = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
-        self.added = AddedTokens(msgspec.json.decode(parts.get("added_tokens") or b"[]", type=list[SavedToken]))
+        tokens = msgspec.json.decode(parts.get("added_tokens") or b"[]", type=list[SavedToken])
+        self.added = AddedTokens(tokens)
+        self.fingerprint = hashlib.sha256(saved.files["tokenizer.json"]).hexdigest()
+        if num_new:  # then the file is not all that decides the ids
+            self.fingerprint = hashlib.sha256(self.fingerprint.encode() + msgspec.json.encode(tokens)).hexdigest()
         others = self.added.without_control(self.loaded.get_vocab_size(with_added_tokens=False))
         plain, pieces = self._plain(others), self._plain(others)
         pieces.post_processor = self.loaded.post_processor
@@ -60,7 +67,9 @@ class TokenizerJson:
 
         def backend_of(text: str, exact: TokenizersBackend) -> WarmingBackend:
             def make() -> AgreeingBackend:
-                return AgreeingBackend(GigatokenBackend.of_json(text), exact, fingerprint, normalizes=self.normalizes)
+                return AgreeingBackend(
+                    GigatokenBackend.of_json(text), exact, self.fingerprint, normalizes=self.normalizes
+                )
 
             return WarmingBackend(exact, make if takes else None, [*self.added.control])
 
