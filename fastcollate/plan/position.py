@@ -195,11 +195,12 @@ class Epochs:
 
     @property
     def source_rows(self) -> dict[str, int]:
-        """Rows handed over so far from each source of a `MixedStore`, by name."""
+        """Rows handed over so far, on this rank, from each source of a `MixedStore`, by name."""
         return dict(zip(self._order.names, self._counted_sources().tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is, in plain numbers and strings; exact to the batch, the same on every rank."""
+        """Where the next batch is, in plain numbers and strings; exact to the batch, on every rank but for `source_rows`
+        the same."""
         epoch, window, batch = self._place
         if (window, batch) == (0, 0):
             self._take_share()

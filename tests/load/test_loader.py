@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numba.core import event
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastcollate.collate.reference import custom_collate_fn
 from fastcollate.errors import InputError
@@ -178,6 +179,30 @@ def test_a_batch_that_is_kept_is_never_overwritten() -> None:
     for number, batch in enumerate(kept):
         assert same(batch, custom_collate_fn(ROWS[4 * number : 4 * number + 4]))
     assert all(torch.equal(view, kept[0].inputs[1:, 1:]) for view in views)
+
+
+class Stream(IterableDataset[Any]):
+    """A loader within a `DataLoader`, as those wrap it who want its workers."""
+
+    def __init__(self, *, divides: bool) -> None:
+        self._divides = divides
+
+    def __iter__(self) -> Any:
+        worker = get_worker_info()
+        share = {"rank": worker.id, "world_size": worker.num_workers} if self._divides and worker else {}
+        return iter(BatchLoader(make_store(ROWS), batch_size=8, prefetch=0, tail="uneven", **share))
+
+
+def test_workers_that_would_all_give_all_rows_are_refused() -> None:
+    def num_rows(**options: Any) -> int:
+        return sum(len(batch.inputs) for batch in DataLoader(Stream(**options), batch_size=None, num_workers=2))
+
+    assert num_rows(divides=True) == len(ROWS)
+    with pytest.raises(InputError, match="num_workers=2: each worker gives all rows"):
+        num_rows(divides=False)
+    assert sum(len(batch.inputs) for batch in DataLoader(Stream(divides=False), batch_size=None)) == len(ROWS)
+    one = DataLoader(Stream(divides=False), batch_size=None, num_workers=1)
+    assert sum(len(batch.inputs) for batch in one) == len(ROWS)
 
 
 def test_a_state_of_another_store_is_refused() -> None:
