@@ -199,8 +199,7 @@ class Epochs:
         return dict(zip(self._order.names, self._counted_sources().tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is, in plain numbers and strings; exact to the batch, on every rank but for `source_rows`
-        the same."""
+        """Where the next batch is, plain values; exact to the batch, the same on every rank but for `source_rows`."""
         epoch, window, batch = self._place
         if (window, batch) == (0, 0):
             self._take_share()
