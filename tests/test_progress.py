@@ -103,5 +103,6 @@ def test_a_warning_is_a_line_without_the_place_in_the_code(
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         monkeypatch.setattr(warnings, "showwarning", _show_warning)
-        warnings.warn("of something", RuntimeWarning, stacklevel=1)
+        for _ in range(2):
+            warnings.warn("of something", RuntimeWarning, stacklevel=1)
     assert capsys.readouterr().err == "warning: of something\n"

@@ -27,6 +27,7 @@ Int64Array = npt.NDArray[np.int64]
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 NUM_SHARES = 20  # bars of the histogram of rows by their share of trained tokens
 _MOST_NAMED = 10
+_CONTEXT = 1024  # columns of the bundled models
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,21 @@ class TrainedByMask:
 
 
 def order_of(store: TokenStore, options: MaskOptions, order: OrderOptions | None) -> dict[str, Any]:
-    """The order's options; by default a pack holds what a row may take, at most the longest row of the store."""
+    """The order's options, packs by default of `pack_capacity`."""
     chosen = asdict(order or OrderOptions())
     if chosen["policy"] == "packed" and chosen["capacity"] is None:
-        chosen["capacity"] = options.max_length or max(int(store.cells.max()), 1)
+        chosen["capacity"] = pack_capacity(store.cells, options.max_length)
     return chosen
+
+
+def pack_capacity(cells: npt.NDArray[Any], max_length: int | None) -> int:
+    """Cells of a pack where none were asked for: `max_length`, else what `train` takes, or the longest row if longer.
+
+    Example:
+        >>> pack_capacity(np.array([5, 1500]), None), pack_capacity(np.array([5, 9]), None)
+        (1500, 1024)
+    """
+    return max_length or max(int(cells.max(initial=0)), _CONTEXT)
 
 
 def packed_batches(plan: EpochPlan) -> Iterator[Packs]:
@@ -115,6 +126,7 @@ class Inspection:
     masks: TrainedByMask
     boundary_mismatches: int | None  # rows whose prompt, tokenized alone, is no prefix of them; `None`: not recorded
     skipped_records: int | None  # by prepare; `None`: not recorded
+    padding: dict[str, float]  # shares that prepare has found, by its names for them; empty: not recorded
 
 
 def inspect_store(
@@ -148,6 +160,7 @@ def inspect_store(
         lengths=length_histogram(by_length),
         boundary_mismatches=summary.get("boundary_mismatches"),
         skipped_records=summary.get("num_skipped"),
+        padding={name: share for name, share in summary.items() if name.startswith("padding_")},
         masks=masks,
         other_shares=other["shares"],
         **totals,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,8 +27,11 @@ from fastcollate.train import GPT2, MaskOptions, OrderOptions
 
 PIPELINE = "fastcollate"
 REFERENCE = "reference loop"
-WORKERS = (0, 2, 4)
-DATA_BOUND = 0.05  # waiting for more than this share of a step is worth mending
+WORKERS = (0, 1, 2, 4)
+DATA_BOUND = 0.05  # waiting for more than this share of the loop is worth mending
+_LEAST_STEPS = 12  # that a loop's waiting is told from
+_FILLED_AHEAD = 2 * max(WORKERS) + 1  # batches that torch's workers have ready when the first is handed over
+_SPIN_S = 0.002  # a sleep that is shorter takes longer than it says
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +41,8 @@ class Verdict:
     name: str
     batches_per_s: float  # with nothing else to do, the median of the rounds
     ms_per_batch: float
-    wait_share: float | None = None  # of the loop's time where batches are made between steps; `None` without step time
-    data_bound: bool | None = None  # whether batches take longer than the steps, so that no overlap can hide them
+    wait_share: float | None = None  # of the time of a loop that ran with such steps; `None` without step time
+    data_bound: bool | None = None  # whether that is worth mending
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +89,12 @@ def bench(
 ) -> BenchReport:
     """Measure on the CPU, the contenders in turn, each on the same batches; the first batches are compared before.
 
+    With a step's time each contender then runs beside steps of that length, which sleep: what it waits is measured.
+
     Args:
         store: the store.
         options: how rows become targets.
-        order: which rows make a batch; packs by default hold `max_length`, else the store's longest row.
+        order: which rows make a batch; packs by default hold what `pack_capacity` says.
         step_ms: a training step's time in milliseconds, for the verdict; or
         model: the bundled GPT-2 (`tiny`, ...) whose training step is measured on this store's batches.
         rounds: turns of each contender, of `seconds` each; the median counts.
@@ -116,13 +122,18 @@ def bench(
     if step_ms is None and model is not None:
         step_ms = measure_step(model, islice(sources[PIPELINE](), 8))
     speeds: dict[str, list[float]] = {name: [] for name in sources}
-    with progress_bar(unit="turns", progress=progress) as bar:
-        task = bar.add_task("bench", total=rounds * len(sources))
+    waits: dict[str, float | None] = dict.fromkeys(sources)
+    with warnings.catch_warnings(), progress_bar(unit="turns", progress=progress) as bar:
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more workers than cores
+        task = bar.add_task("bench", total=(rounds + (step_ms is not None)) * len(sources))
         for _ in range(rounds):
             for name, source in sources.items():
                 speeds[name].append(_batches_per_second(source, seconds))
                 bar.update(task, advance=1)
-    contenders = [_judge(name, statistics.median(found), step_ms) for name, found in speeds.items()]
+        for name, source in sources.items() if step_ms is not None else ():
+            waits[name] = wait_share(source, (step_ms or 0.0) / 1000, seconds=rounds * seconds)
+            bar.update(task, advance=1)
+    contenders = [_judge(name, statistics.median(found), waits[name]) for name, found in speeds.items()]
     advice = _advice(contenders, step_ms, chosen["policy"])
     masks = trained_by_mask(store, options)
     return BenchReport(chosen["policy"], chosen["batch_size"], step_ms, contenders, advice, masks)
@@ -210,6 +221,59 @@ def _batches_per_second(source: Callable[[], Iterable[Any]], seconds: float) -> 
     return count / spent
 
 
+def wait_share(source: Callable[[], Iterable[Any]], step_s: float, *, seconds: float) -> float:
+    """What a loop waits for its batches, of its time, beside steps that sleep so long.
+
+    For about `seconds`, and at least some steps, over epochs. Not counted: starting workers, first batches, and those
+    that were ready then, as far as an epoch has more.
+
+    Example:
+        >>> wait_share(lambda: iter([1] * 100), 0.01, seconds=0.05) < 0.05
+        True
+    """
+    waited = spent = 0.0
+    steps = 0
+    while spent < seconds or steps < _LEAST_STEPS:
+        turns = _turns(iter(source()), step_s, seconds - spent)
+        if not turns:  # an epoch of a single batch: the batch with everything around it
+            start = time.perf_counter()
+            next(iter(source()))
+            found = time.perf_counter() - start
+            return found / (found + step_s)
+        counted = turns[min(_FILLED_AHEAD, len(turns) // 2) :]
+        waited += sum(wait for wait, _ in counted)
+        spent += sum(turn for _, turn in counted)
+        steps += len(counted)
+    return waited / spent
+
+
+def _turns(batches: Iterator[Any], step_s: float, seconds: float) -> list[tuple[float, float]]:
+    """Of each batch but the first, what was waited for it, and that with the step before; for about so long."""
+    turns: list[tuple[float, float]] = []
+    next(batches)
+    begun, until = time.perf_counter(), float("inf")
+    while begun < until:
+        _sleep(step_s)
+        asked = time.perf_counter()
+        if next(batches, None) is None:
+            break
+        now = time.perf_counter()
+        turns.append((now - asked, now - begun))
+        begun = now
+        if len(turns) == _FILLED_AHEAD + _LEAST_STEPS:
+            until = now + seconds
+    return turns
+
+
+def _sleep(seconds: float) -> None:
+    if seconds >= _SPIN_S:
+        time.sleep(seconds)
+        return
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        time.sleep(0)
+
+
 def measure_step(model: str, batches: Iterable[Any]) -> float:
     """The median time of a training step of a bundled model on this machine's CPU, in milliseconds."""
     network = GPT2.of(model)
@@ -225,38 +289,27 @@ def measure_step(model: str, batches: Iterable[Any]) -> float:
     return 1000 * statistics.median(times[1:] or times)
 
 
-def _judge(name: str, speed: float, step_ms: float | None) -> Verdict:
-    batch_ms = 1000 / speed
-    if step_ms is None:
-        return Verdict(name, speed, batch_ms)
-    return Verdict(name, speed, batch_ms, batch_ms / (batch_ms + step_ms), batch_ms > step_ms)
+def _judge(name: str, speed: float, wait: float | None) -> Verdict:
+    return Verdict(name, speed, 1000 / speed, wait, None if wait is None else wait > DATA_BOUND)
 
 
 def _advice(contenders: list[Verdict], step_ms: float | None, policy: str) -> list[str]:
     if step_ms is None:
         return ["give --step-ms, or --model to measure the bundled GPT-2, for a verdict"]
-    own = contenders[0]
+    own, *others = contenders
     assert own.wait_share is not None
+    beside = f"beside steps of {step_ms:.3g} ms the loop waits for data {own.wait_share:.1%} of its time"
     if own.data_bound:
-        verdict = (
-            f"data-bound: a batch takes {own.ms_per_batch:.3g} ms, a step {step_ms:.3g} ms, so the device waits for "
-            f"{1 - step_ms / own.ms_per_batch:.0%} of the time even with full overlap; raise the batch size, or let "
-            "several ranks load"
-        )
-    elif own.wait_share > DATA_BOUND:
-        verdict = (
-            f"not data-bound where batches are made during steps; made between them they take {own.wait_share:.0%} of "
-            "the loop: load ahead"
-        )
+        advice = [f"data-bound: {beside}; raise the batch size, or let several ranks load"]
     else:
-        verdict = f"not data-bound: making a batch takes {own.wait_share:.1%} of the loop; look elsewhere"
-    advice = [verdict]
-    for found in (found for found in contenders[1:] if (found.wait_share or 0) > DATA_BOUND):
-        faster = (found.ms_per_batch + step_ms) / (own.ms_per_batch + step_ms)
-        state = "data-bound" if found.data_bound else f"waiting {found.wait_share:.0%} of the loop"
-        advice.append(
-            f"{found.name} would be {state}: changing to fastcollate makes that loop {faster:.2f} times as fast"
-        )
+        advice = [f"not data-bound: {beside}; look elsewhere"]
+    for found in others:
+        if found.data_bound and found.wait_share is not None and found.wait_share > own.wait_share:
+            faster = (1 - own.wait_share) / (1 - found.wait_share)
+            advice.append(
+                f"{found.name} waits {found.wait_share:.0%} of the loop: with fastcollate that loop is {faster:.2f} "
+                "times as fast"
+            )
     if policy not in ("bucketed", "packed"):
         advice.append("bucketed batches hold less padding, which shortens the step itself: see inspect --report")
     return advice
@@ -269,7 +322,7 @@ def print_report(report: BenchReport) -> None:
         title_justify="left",
     )
     table.add_column("")
-    for name in ("batches/s", "ms a batch", "wait between steps", "data-bound"):
+    for name in ("batches/s", "ms a batch", "waiting", "data-bound"):
         table.add_column(name, justify="right")
     for found in report.contenders:
         wait = "" if found.wait_share is None else f"{found.wait_share:.1%}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.check.counts import Histogram, Inspection, packed_batches, tokenizer_of
+from fastcollate.check.counts import Histogram, Inspection, pack_capacity, packed_batches, tokenizer_of
 from fastcollate.check.terminal import KINDS, MARKS, PADDING, PROMPT, TRAINED, RowView, summary_of, view_rows
 from fastcollate.collate import AnyBatch
 from fastcollate.errors import import_extra, integer
@@ -69,6 +69,7 @@ def write_report(
     offline = import_extra("plotly.offline", "report")
     other = found.options.with_other_mask()
     tokenizer, problem = tokenizer_of(store)
+    planned = store.cells[:: -(-len(store) // _PLANNED_ROWS)]  # the rows that `prepare` counts padding of
     data = {
         "kinds": KINDS,
         "marks": [MARKS[kind] for kind in KINDS],
@@ -78,13 +79,14 @@ def write_report(
     }
     page = Template(files("fastcollate").joinpath("report_page.html").read_text(encoding="utf-8"))
     text = page.substitute(
-        **_figures(found, padding_by_policy(store.cells[:_PLANNED_ROWS], found.options.max_length, seed=seed)),
+        **_figures(found, padding_by_policy(planned, found.options.max_length, seed=seed)),
         name=escape(store.path.resolve().name),
         summary=_table(summary_of(found)),
         plotly=offline.get_plotlyjs(),
         data=json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),  # ends no element
         problem=escape(problem),
-        planned=f"{min(len(store), _PLANNED_ROWS):,}",
+        planned=f"{len(planned):,}",
+        capacity=f"{pack_capacity(store.cells, found.options.max_length):,}",
         num_rows=f"{len(store):,}",
         batch_size=batch_size,
         masks=escape(found.masks.sentence),
@@ -108,11 +110,8 @@ def padding_by_policy(
 
 
 def _plan(lengths: npt.NDArray[Any], policy: str, batch_size: int, seed: int, max_length: int | None) -> EpochPlan:
-    """An epoch; packs hold what the longest row takes."""
-    capacity = None
-    if policy == "packed":
-        longest = max(int(lengths.max(initial=1)), 1)
-        capacity = min(longest, max_length or longest)
+    """An epoch, packs of `pack_capacity`."""
+    capacity = pack_capacity(lengths, max_length) if policy == "packed" else None
     return plan_epoch(
         lengths, batch_size=batch_size, policy=policy, seed=seed, max_length=max_length, capacity=capacity
     )

@@ -84,7 +84,7 @@ def verify(
     Args:
         store: the store.
         options: how rows become targets.
-        order: which rows make a batch; packs by default hold `max_length`, else the store's longest row.
+        order: which rows make a batch; packs by default hold what `pack_capacity` says.
         epoch: which epoch's batches.
         sources: what the store was prepared from; every record is tokenized again with tiktoken.
         checksums: read every file of the store and compare its checksum.
@@ -268,6 +268,7 @@ class _Records:
         """Compare ids, and what is trained."""
         store = self.store
         row = found.records = 0
+        before, place = found.num_problems, len(found.problems)
         with progress_bar(unit="rows", progress=progress) as bar:
             task = bar.add_task("tokenize", total=len(store))
             for block in read_blocks(self.sources):
@@ -300,6 +301,9 @@ class _Records:
             found.note(
                 f"row {row}: there is no record {where} in the sources; name them in the order they were prepared"
             )
+        if 2 * (found.num_problems - before) > len(store):
+            names = ", ".join(source.name for source in self.sources)
+            found.problems.insert(place, f"{names}: most records are others than those {store.path} was prepared from")
 
 
 def _compare_row(

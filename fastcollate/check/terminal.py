@@ -13,6 +13,7 @@ from rich.text import Text
 from fastcollate.check.counts import Histogram, Inspection, Int64Array, tokenizer_of
 from fastcollate.collate import Batch
 from fastcollate.errors import InputError
+from fastcollate.ingest import summary_in_words
 from fastcollate.progress import glyph, print_summary
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer
@@ -184,4 +185,4 @@ def summary_of(found: Inspection) -> dict[str, object]:
     unknown = "not recorded"
     rows["boundary mismatches"] = unknown if found.boundary_mismatches is None else found.boundary_mismatches
     rows["records skipped"] = unknown if found.skipped_records is None else found.skipped_records
-    return rows
+    return rows | summary_in_words(found.padding)

@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+_SAID: set[str] = set()  # warnings: a source is read more than once
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object and show no progress.")]
 Fields = Annotated[
     list[str] | None, typer.Option(help="Where a template field comes from, as instruction=question; repeatable.")
@@ -60,6 +61,9 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """A line of its own, without the place in the code, which is nothing to a reader of a command's output."""
+    if str(message) in _SAID:
+        return
+    _SAID.add(str(message))
     with contextlib.suppress(OSError):
         print(f"{'note' if category is FutureWarning else 'warning'}: {message}", file=sys.stderr)
 

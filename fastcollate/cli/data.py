@@ -12,7 +12,7 @@ import typer
 
 from fastcollate.cli.app import Fields, Json, app, print_json, say_next, telling_of_kernels, with_options
 from fastcollate.errors import InputError
-from fastcollate.ingest import PrepareOptions
+from fastcollate.ingest import PrepareOptions, summary_in_words
 from fastcollate.options import local_path
 from fastcollate.train import MaskOptions, OrderOptions
 
@@ -80,8 +80,7 @@ def prepare(
     elif report.reused:
         print(f"{report.title}; {report.num_rows:,} rows")
     else:
-        summary = {name.replace("_", " "): value for name, value in report.summary.items()}
-        print_summary(report.title, {"template": report.template, **summary})
+        print_summary(report.title, {"template": report.template, **summary_in_words(report.summary)})
         if report.skipped_report:
             print(f"skipped records are listed in {report.skipped_report}")
     if not json_output:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -47,8 +47,8 @@ def collate_fn(
     inside worker processes.
 
     Args:
-        batch: rows of token ids without the end-of-text (lists, tuples, integer arrays or tensors), or pairs of
-            prompt length and row, whose prompts are then masked.
+        batch: rows of token ids without the end-of-text (lists, tuples, integer arrays or tensors, or dicts of them
+            as `input_ids`), or pairs of prompt length and row, whose prompts are then masked.
         pad_token_id: appended to each row as end-of-text, and the padding.
         ignore_index: replaces padding in the targets.
         allowed_max_length: columns kept, as a Python slice `[:allowed_max_length]` keeps them; `None` keeps all.
@@ -82,6 +82,8 @@ def collate_fn(
     """
     if len(batch) == 0:
         raise InputError("the batch has no rows; a data set of length 0, or a sampler that yields nothing")
+    if isinstance(batch[0], Mapping):
+        batch = [_ids_of(row, index) for index, row in enumerate(batch)]
     pairs = _is_pair(batch[0])
     rows = _read_lists(batch, pairs) or _read_arrays(batch, pairs)
     settings = make_settings(
@@ -97,6 +99,21 @@ def collate_fn(
     if str(device) != "cpu":
         return Batch(inputs.to(device), targets.to(device))
     return Batch(inputs, targets)
+
+
+def _ids_of(row: Any, index: int) -> Any:
+    """The ids of a row that is a mapping; refuses what would be passed over in silence."""
+    where = f"row {index} of the batch"
+    if not isinstance(row, Mapping) or "input_ids" not in row:
+        raise InputError(f"{where} holds {shown(row)}: give each row as token ids, or as a dict with 'input_ids'")
+    if not all(row.get("attention_mask", ())):
+        raise InputError(f"{where}: an attention_mask with zeros; give rows without padding")
+    if others := [name for name in row if name not in ("input_ids", "attention_mask")]:
+        raise InputError(
+            f"{where}: {', '.join(map(repr, others))} would be passed over; give (prompt length, ids) pairs for what "
+            "is trained, or use fastcollate.integrations.huggingface.DataCollator, which honours labels"
+        )
+    return row["input_ids"]
 
 
 def _collate_rows(rows: _Rows, settings: Int64Array) -> Batch:

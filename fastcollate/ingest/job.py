@@ -14,14 +14,12 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from typing_extensions import Unpack
 
 from fastcollate.errors import InputError, SourceReadError
@@ -34,6 +32,7 @@ from fastcollate.ingest.spec import (
     JobSpec,
     UnitResult,
     find_finished,
+    length_summary,
     seen_of,
     unit_digest,
     write_side_file,
@@ -47,8 +46,6 @@ from fastcollate.store import manifest as manifests
 from fastcollate.text import Template
 
 SKIPPED = "skipped.txt"
-_SAMPLE_ROWS = 1 << 20
-_WINDOW_BATCHES = 64
 _FIRST_ROWS = 1000
 
 
@@ -369,31 +366,3 @@ class _Job:
             str(skipped) if summary["num_skipped"] and skipped.exists() else None,
             self.spec.why,
         )
-
-
-def length_summary(root: Path, infos: Sequence[ShardInfo], end: str = "append") -> dict[str, Any]:
-    """Percentiles of row lengths, and the padded share of batches of 8 and 64 rows, random and bucketed.
-
-    Of more than about a million rows, evenly spaced ones are taken. An end-of-text that is appended is not counted.
-    """
-    step = -(-sum(info.num_rows for info in infos) // _SAMPLE_ROWS)
-    lengths = np.concatenate([shards.shard_lengths(root, info)[::step] for info in infos])
-    order = np.random.default_rng(0).permutation(lengths - (lengths > 0) * (end == "in_row"))
-    quantiles = (0, 5, 50, 95, 99, 100)
-    found = np.percentile(lengths, quantiles, method="nearest").tolist()
-    summary: dict[str, Any] = {f"length_p{q}": int(length) for q, length in zip(quantiles, found, strict=True)}
-    summary["length_mean"] = round(float(lengths.mean()), 2)
-    for batch_size in (8, 64):
-        window = batch_size * _WINDOW_BATCHES
-        bucketed = np.concatenate([np.sort(order[i : i + window]) for i in range(0, len(order), window)])
-        summary[f"padding_{batch_size}_random"] = _padding(order, batch_size)
-        summary[f"padding_{batch_size}_bucketed"] = _padding(bucketed, batch_size)
-    return summary
-
-
-def _padding(lengths: npt.NDArray[np.int64], batch_size: int) -> float:
-    """The share of cells that are padding."""
-    starts = np.arange(0, len(lengths), batch_size)
-    widest = np.maximum.reduceat(lengths, starts)
-    cells = int((widest * np.diff(starts, append=len(lengths))).sum())
-    return round(1 - int(lengths.sum()) / cells, 4) if cells else 0.0

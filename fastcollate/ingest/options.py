@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -17,6 +18,34 @@ _CHOICES = {
     "special_text": ("reject", "encode", "strip-end"),
     "engine": ("local", "ray"),
 }
+
+
+_WORDS = {  # as `inspect` calls the same
+    "num_rows": "rows", "num_tokens": "tokens", "length_p0": "shortest", "length_p50": "median",
+    "length_p100": "longest", "length_mean": "mean length", "num_skipped": "records skipped",
+    "untrained_rows": "rows without a trained token, prompts masked",
+    "corner_rows": "rows where reference and positional differ", "long_prompts": "prompts that fill the limit",
+}  # fmt: skip
+
+
+def summary_in_words(summary: Mapping[str, Any]) -> dict[str, object]:
+    """A job's summary by the names that every command gives these numbers; shares as percentages.
+
+    Example:
+        >>> summary_in_words({"num_rows": 9, "length_p95": 287, "padding_8_random": 0.334})
+        {'rows': 9, 'percentile 95': 287, 'padding, 8 rows a batch, shuffled': '33.4%'}
+    """
+    found: dict[str, object] = {}
+    for key, value in summary.items():
+        kind, _, rest = key.partition("_")
+        if kind == "padding":
+            size, _, policy = rest.partition("_")
+            policy = policy.replace("random", "shuffled")
+            found[f"padding, {size} rows a batch, {policy}"] = f"{value:.1%}"
+        else:
+            name = _WORDS.get(key, key.replace("length_p", "percentile ").replace("_", " "))
+            found[name] = f"{value:.1f}" if key == "length_mean" else value
+    return found
 
 
 class PrepareKeywords(TypedDict, total=False):
@@ -150,6 +179,6 @@ class PrepareReport:
             [
                 self.title,
                 f"  template: {self.template}",
-                *(f"  {name.replace('_', ' ')}: {v}" for name, v in self.summary.items()),
+                *(f"  {name}: {value}" for name, value in summary_in_words(self.summary).items()),
             ]
         )

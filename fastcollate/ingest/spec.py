@@ -16,19 +16,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.ids.columns import columns_of_ids
 from fastcollate.ingest.options import PrepareOptions
+from fastcollate.plan import plan_epoch
 from fastcollate.progress import progress_bar
 from fastcollate.sources import Block, Source, Unit, read_blocks, records
-from fastcollate.store import ShardInfo, files
+from fastcollate.store import ShardInfo, files, shards
 from fastcollate.store import manifest as manifests
 from fastcollate.text import Template, Tokenizer, choose_template, load_template, load_tokenizer
 
 SIDE_FILE = "sources.json"
 TOKENIZED = "tokenized"  # the template of records that hold ids
+_FIELDS = {"text": ("text",), **dict.fromkeys(("alpaca", "phi3", "completion"), ("instruction", "input", "output"))}
 _SIDE_VERSION = 1
+_SAMPLE_ROWS = 1 << 20
 _REMEDY = "choose another directory, or make this one anew with --overwrite (overwrite=True)"
 _RECORDED = ("boundary", "max_length", "long_prompt", "special_text")  # of the options: those that change rows
 
@@ -50,15 +55,18 @@ class JobSpec:
     def chosen(self, sources: Sequence[Source]) -> JobSpec:
         """The same job with what its first record decides: the template, and which columns of ids are taken."""
         asked, fields, why = self.options, self.fields, self.options.template
-        first = _first_record(sources) if asked.template in ("auto", TOKENIZED) else None
+        first = _first_record(sources) if asked.template in ("auto", TOKENIZED, *_FIELDS) else None
+        lower = None if first is None else {**{name.casefold(): value for name, value in first.items()}, **first}
         if asked.template == "auto":
-            name, why = choose_template(first, fields, self._tokenizer, asked.end)
+            name, why = choose_template(lower, fields, self._tokenizer, asked.end)
             asked, why = replace(asked, template=name), f"{name} ({why})"
         if asked.template == TOKENIZED:
             if asked.tokenizer == "auto":
                 raise InputError("tokenizer='auto': records that hold ids need the one that made them (--tokenizer)")
             if first is not None:
                 fields = columns_of_ids(list(first), fields)
+        if other := _in_other_capitals(first or {}, asked.template, fields):
+            fields, why = {**fields, **other}, f"{why}; with the fields {', '.join(other.values())}"
         return replace(self, options=asked, fields=fields, why=why)
 
     def _tokenizer(self) -> Tokenizer:
@@ -113,6 +121,16 @@ class JobSpec:
             "template": template,
             "options": {name: getattr(self.options, name) for name in _RECORDED},
         }
+
+
+def _in_other_capitals(first: Mapping[str, Any], template: str, fields: Mapping[str, str]) -> dict[str, str]:
+    """Fields of a template that the first record holds under a known name in other capitals only."""
+    found: dict[str, str] = {}
+    if template in _FIELDS:
+        for field, names in zip(_FIELDS[template], load_template(template, fields).names or (), strict=True):
+            if field not in fields and not any(name in first for name in names):
+                found.update((field, name) for name in first if name.casefold() in names)
+    return found
 
 
 def _first_record(sources: Sequence[Source]) -> Any:
@@ -339,3 +357,33 @@ def _read_side_file(root: Path, stored: Mapping[str, Any]) -> list[Seen] | None:
         return seen if (content["format"], content_of) == (_SIDE_VERSION, stored["sha256"]) else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError, msgspec.MsgspecError):
         return None
+
+
+def length_summary(root: Path, infos: Sequence[ShardInfo], end: str = "append") -> dict[str, Any]:
+    """Percentiles of row lengths, and the padded share of a loader's batches of 8 and 64 rows, shuffled and bucketed.
+
+    Of more than about a million rows, evenly spaced ones are taken. An end-of-text that is appended is not counted. A
+    percentile is the smallest length that at least so many rows do not exceed.
+    """
+    step = -(-sum(info.num_rows for info in infos) // _SAMPLE_ROWS)
+    lengths = np.concatenate([shards.shard_lengths(root, info)[::step] for info in infos]).astype(np.int64)
+    quantiles = (0, 5, 50, 95, 99, 100)
+    found = np.percentile(lengths, quantiles, method="inverted_cdf").tolist()
+    summary: dict[str, Any] = {f"length_p{q}": int(length) for q, length in zip(quantiles, found, strict=True)}
+    summary["length_mean"] = round(float(lengths.mean()), 2)
+    cells = lengths - (lengths > 0) * (end == "in_row")
+    for batch_size in (8, 64):
+        summary[f"padding_{batch_size}_random"] = _padding(cells, batch_size, "shuffled")
+        summary[f"padding_{batch_size}_bucketed"] = _padding(cells, batch_size, "bucketed")
+    return summary
+
+
+def _padding(lengths: npt.NDArray[np.int64], batch_size: int, policy: str) -> float:
+    """The share of cells that are padding, in the first epoch of a loader with its own defaults."""
+    plan = plan_epoch(lengths, batch_size=batch_size, policy=policy)
+    cells = filled = 0
+    for rows, bounds in map(plan.window, range(plan.num_windows)):
+        own = lengths[rows]
+        cells += int((np.maximum.reduceat(own, bounds[:-1]) * np.diff(bounds)).sum())
+        filled += int(own.sum())
+    return round(1 - filled / cells, 4) if cells else 0.0

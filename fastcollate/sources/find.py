@@ -38,6 +38,7 @@ _LIBRARIES = {  # how their objects are read; no library is imported to find out
     "pyarrow.Table": "table", "pyarrow.RecordBatch": "frame", "pyarrow.Dataset": "table",
 }  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOLD = 1000  # records between two signs of progress
 _SETTLED_NS = 2_000_000_000  # a file that was changed later than so long ago may change again within one tick
 
@@ -318,6 +319,12 @@ def _local_file(path: str, name: str) -> Source:
     try:
         stat = os.stat(path)
     except FileNotFoundError:
+        if _HUB_NAME.fullmatch(name) and _ending(name)[0] not in _FORMATS and not os.path.isdir(os.path.dirname(name)):
+            raise InputError(
+                f"{name}: no such file; a data set of the hub is not looked up: online, write it to a file, "
+                f"python -c \"from datasets import load_dataset as load; load('{name}', split='train')"
+                ".to_json('NEW.jsonl')\", and give NEW.jsonl"
+            ) from None
         sample = f" To try things: fastcollate sample {name}" if name.endswith(".jsonl") else ""
         raise InputError(f"{name}: no such file; {nearest(path)}{sample}") from None
     except (OSError, ValueError) as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -27,7 +29,11 @@ _ZEROS: dict[tuple[bool, ...], str] = {  # where the zeros stand in two or one A
     (False, True, True, True): "UTF-32LE", (True, True, True, False): "UTF-32BE",
 }  # fmt: skip
 _BOM = b"\xef\xbb\xbf"
-_ARRAY = re.compile(rb"[ \t\r\n]*\[")
+_ARRAY = re.compile(rb"[ \t\r\n]*\[(?P<key>)")
+_RECORDS = re.compile(
+    rb'[ \t\r\n]*(?:\{[ \t\r\n]*"(?P<key>data|records|rows|examples|train)"[ \t\r\n]*:[ \t\r\n]*)?'
+    rb"\[(?=[ \t\r\n]*\{)"
+)
 _PRETTY = re.compile(rb'[ \t\r\n]*\{[ \t\r]*\n[ \t\r\n]*"[^"\n]*"[ \t]*:')
 _BLANK = re.compile(rb"[ \t\r\n]*")
 _BLANK_LINE = re.compile(rb"^[ \t\r]*(?:\n|\Z)", re.M)
@@ -67,14 +73,36 @@ def json_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iter
     if reader.buffer[: len(_BOM)] == _BOM:
         reader.skip(len(_BOM))
     check_encoding(bytes(reader.buffer[:4]), source.name)
-    if _PRETTY.match(reader.buffer):
+    opening = _opening(reader)
+    if opening is None and _PRETTY.match(reader.buffer):
         remedy = "write one record a line, or all in an array [ ... ]"
         raise InputError(f"{source.name}: holds an object that takes several lines; {remedy}")
-    if source.format == "json" and (bracket := _ARRAY.match(reader.buffer)):
-        reader.skip(bracket.end())
-        yield from _array_pieces(reader)
-    else:
+    if opening is None:
         yield from _line_pieces(reader)
+        return
+    key = opening["key"]
+    if key or source.format == "lines":
+        inside = f"records inside {key.decode()!r}" if key else "a JSON array, in a file named as lines"
+        warnings.warn(f"{source.name}: {inside}; its elements are taken for the records", UserWarning, stacklevel=2)
+    reader.skip(opening.end())
+    yield from _array_pieces(reader, in_object=bool(key))
+
+
+def _opening(reader: _Reader) -> re.Match[bytes] | None:
+    """What opens an array of records, perhaps inside an object, in a file that does not hold one record a line."""
+    found = _RECORDS.match(reader.buffer)
+    if found is None:
+        return _ARRAY.match(reader.buffer) if reader.is_json else None
+    if found["key"] is None and reader.is_json:
+        return found
+    line, _, rest = bytes(reader.buffer).lstrip().partition(b"\n")
+    if not rest.strip():
+        return found
+    try:
+        msgspec.json.decode(line)
+    except msgspec.DecodeError:
+        return found
+    return None  # the first line is a whole value, and another follows
 
 
 def check_encoding(head: bytes, name: str) -> None:
@@ -97,6 +125,7 @@ class _Reader:
         self._stored = content.stored if isinstance(content, Content) else None
         self._local = source.local if isinstance(file, io.FileIO) else None
         self._name, self._file, self._targets = source.name, file, targets
+        self.is_json = source.format == "json"
         self.position, self.line, self.at_end = 0, 1, False
         self._target = next(targets)
         if source.num_bytes and self._stored is None:  # a small file takes little memory
@@ -195,7 +224,7 @@ def _count_lines(data: memoryview, size: int) -> tuple[int, int]:
     return count, num_breaks
 
 
-def _array_pieces(reader: _Reader) -> Iterator[Piece]:
+def _array_pieces(reader: _Reader, *, in_object: bool) -> Iterator[Piece]:
     """Runs of elements, from behind the opening bracket on."""
     is_first = True
     while True:
@@ -217,19 +246,33 @@ def _array_pieces(reader: _Reader) -> Iterator[Piece]:
     else:
         yield reader.take(size, "array", num_rows)
     fault = "the file ends inside its JSON array: cut off, or a stray quotation mark or bracket"
-    if fault := fault if end is None else _fault_at_end(reader):
+    if fault := fault if end is None else _fault_at_end(reader, in_object):
         yield reader.take(0, "array", 0, fault)
 
 
-def _fault_at_end(reader: _Reader) -> str:
+def _fault_at_end(reader: _Reader, in_object: bool) -> str:
     """What is wrong with the end of an array, from its closing bracket on."""
     if reader.buffer[0] != ord("]"):
         return "the JSON array is closed by a curly bracket"
-    reader.skip(1)
-    while not reader.at_end and _is_blank(reader.buffer):
-        reader.skip(len(reader))
-        reader.fill()
-    return "" if _is_blank(reader.buffer) else "something follows the end of the JSON array"
+    for bracket in b"]}" if in_object else b"]":
+        if not len(reader) or reader.buffer[0] != bracket:
+            break
+        reader.skip(1)
+        while (blanks := _blanks(reader.buffer)) == len(reader) and not reader.at_end:
+            reader.skip(blanks)
+            reader.fill()
+        reader.skip(blanks)
+    else:
+        return "something follows the end of the JSON array" if len(reader) else ""
+    more = "ends" if not len(reader) else "holds more than its records"
+    return f"the object around the records {more}; write them alone, one a line, or in an array [ ... ]"
+
+
+def _blanks(data: memoryview) -> int:
+    """How many blank bytes stand at the beginning."""
+    found = _BLANK.match(data)
+    assert found is not None
+    return found.end()
 
 
 def scan_array(data: bytes | memoryview) -> tuple[list[int], int | None]:

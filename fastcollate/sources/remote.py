@@ -32,6 +32,8 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)([^/?#]*)(.*)", re.DOTALL)
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
 _AT_NAMES_A_PLACE = {"abfs", "abfss", "adl", "az", "git", "github", "hf", "wasb", "wasbs"}
 _DENIED = "access denied; sign the URL anew if it is signed and may have expired, else check the credentials"
+_NO_HOST = "no such host, or this machine is offline; check the address, or name local files"
+_NO_HOST_KINDS = {"gaierror", "ClientConnectorDNSError", "NameResolutionError"}
 _KINDS = (  # names of exceptions of many packages, none of which need be installed; what it means; whether it may pass
     ({"OfflineModeIsEnabled"}, "the Hugging Face hub is set offline; unset HF_HUB_OFFLINE, or name local files", False),
     (
@@ -96,6 +98,7 @@ def attempt(
             raise
         except Exception as error:  # each package has its own
             reason, may_pass = _cause(error, may_show=name == url)
+            may_pass = may_pass and (position > 0 or reason != _NO_HOST)
         if not may_pass or number == tries:
             break
         what, wait = reason.split(";")[0], _WAITS[number - 1]
@@ -108,6 +111,15 @@ def attempt(
 def _cause(error: BaseException, *, may_show: bool) -> tuple[str, bool]:
     """What failed, with the remedy and without a URL, and whether it may pass."""
     link: BaseException | None = error
+    while link is not None:
+        if {kind.__name__ for kind in type(link).__mro__} & {
+            "gaierror",
+            "ClientConnectorDNSError",
+            "NameResolutionError",
+        }:
+            return _NO_HOST, True
+        link = link.__cause__ or link.__context__
+    link = error
     while link is not None:
         if status := _status(link):
             return _of_status(status)

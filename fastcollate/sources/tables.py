@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import IO, Any
@@ -36,7 +37,14 @@ def text_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iter
 def csv_pieces(source: Source, file: IO[bytes], targets: Iterator[int]) -> Iterator[Piece]:
     """Rows as JSON objects by the header's names, a line each; cells stay text."""
     csv.field_size_limit(MAX_RECORD_BYTES)
-    reader = csv.reader(_decoded(source, file, ""), delimiter="\t" if source.format == "tsv" else ",", strict=True)
+    lines = _decoded(source, file, "")
+    first = lines.readline()
+    delimiter = "\t" if source.format == "tsv" else ","
+    if delimiter not in first and (other := next((mark for mark in ";\t" if mark in first), "")):
+        name = "tabs" if other == "\t" else "semicolons"
+        warnings.warn(f"{source.name}: its header is parted by {name}, and so is the rest", UserWarning, stacklevel=2)
+        delimiter = other
+    reader = csv.reader(chain([first] * bool(first), lines), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
         if header is None:

@@ -78,7 +78,7 @@ class OrderOptions:
     policy: str = option("bucketed", "Order: sequential, shuffled, bucketed, packed.")
     batch_size: int = option(8, "Rows (packs) in a batch of one process, as a loader counts (train: of all ranks).")
     capacity: int | None = option(
-        None, "With --policy packed, cells a pack; --max-length or the longest row if not given."
+        None, "With --policy packed, cells a pack; if not given --max-length, or 1024, or the longest row if longer."
     )
     seed: int = option(0, "Seed of the epoch's order.")
 

@@ -75,7 +75,8 @@ def nth_inputs(store: TokenStore, number: int, **options: Any) -> torch.Tensor:
 
 
 def test_one_wrong_cell_of_a_pack_is_found(prepared: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = nth_inputs(prepared, 1, policy="packed", batch_size=2, capacity=int(prepared.lengths.max()))
+    longest = int(prepared.lengths.max())
+    wanted = nth_inputs(prepared, 1, policy="packed", batch_size=2, capacity=longest)
     original = Collator.packed_batches
 
     def broken(self: Collator, *args: Any) -> list[PackedBatch]:
@@ -87,7 +88,7 @@ def test_one_wrong_cell_of_a_pack_is_found(prepared: TokenStore, monkeypatch: py
         return batches
 
     monkeypatch.setattr(Collator, "packed_batches", broken)
-    found = verify(prepared, order=OrderOptions(policy="packed", batch_size=2), progress=False)
+    found = verify(prepared, order=OrderOptions(policy="packed", batch_size=2, capacity=longest), progress=False)
     assert found.num_problems == 2
     assert found.problems[0].startswith("batch 1, position_ids: pack 0 column 3 is ")
     assert found.problems[1].startswith("batch 1, cu_seqlens: column 1 is ")

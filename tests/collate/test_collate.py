@@ -500,3 +500,26 @@ def test_rows_without_ids_and_with_the_largest() -> None:
     assert collate_fn([np.array([2**62, 1], np.uint64)]).inputs.tolist() == [[2**62, 1]]
     with pytest.raises(InputError, match="row 0 of the batch is uint64"):
         collate_fn([np.array([2**63], np.uint64)])
+
+
+def test_rows_may_be_dicts_of_ids() -> None:
+    rows = [[5, 6, 7], [8]]
+    wanted = collate_fn(rows)
+    for made in (list, torch.tensor):
+        got = collate_fn([{"input_ids": made(row), "attention_mask": [1] * len(row)} for row in rows])
+        assert torch.equal(got.inputs, wanted.inputs)
+        assert torch.equal(got.targets, wanted.targets)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"input_ids": [1], "labels": [1]}, "'labels' would be passed over; .*honours labels"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 0]}, "an attention_mask with zeros"),
+        ({"ids": [1]}, "or as a dict with 'input_ids'"),
+        ([1, 2], "or as a dict with 'input_ids'"),
+    ],
+)
+def test_what_a_dict_says_of_its_row_is_not_passed_over(row: object, says: str) -> None:
+    with pytest.raises(InputError, match=f"row 1 of the batch.*{says}"):
+        collate_fn([{"input_ids": [1]}, row])

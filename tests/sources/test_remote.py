@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.job import prepare
 from fastcollate.sources import remote
 from fastcollate.sources.blocks import read_blocks
@@ -256,6 +257,20 @@ def test_nobody_listens() -> None:
         patch.setattr(remote, "_WAITS", (0.0,) * 4)
         message = refusal(f"http://me:{SECRET}@127.0.0.1:1/a.jsonl?{SECRET}")
     assert message.startswith("http://127.0.0.1:1/a.jsonl: no connection to the server; check the address")
+
+
+@pytest.mark.parametrize("link", ["__cause__", "__context__"])
+def test_a_host_that_is_not_known_is_said_at_once(link: str) -> None:
+    """However deep a package hides it; and it is no missing file."""
+    error = type("ConnectError", (FileNotFoundError,), {})("no")
+    setattr(error, link, socket.gaierror(-2, "Name or service not known"))
+
+    def ask() -> None:
+        raise error
+
+    with pytest.raises(SourceReadError, match="no such host, or this machine is offline; check") as caught:
+        remote.attempt("hf://a/b.json", "hf://a/b.json", ask)
+    assert "tried" not in str(caught.value)
 
 
 @pytest.mark.parametrize("tags", [('"1"', '"2"'), ("Mon, 01 Jan 2024 00:00:00 GMT", "Mon, 01 Jan 2024 00:00:09 GMT")])

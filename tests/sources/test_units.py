@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from fastcollate.sources.blocks import Block, Sizes, Unit, read_blocks, read_units
 from fastcollate.sources.find import find_sources, spooled
+from fastcollate.sources.records import read_records
 from fastcollate.sources.tables import table_size
 
 SMALL = Sizes(block=1600, shard=8000)
@@ -185,3 +187,56 @@ def test_an_iterable_is_read_once_and_a_record_that_is_no_json_is_named() -> Non
     lone = [{"a": "\ud800"}]
     with spooled(find_sources(lone), is_shared=False) as found:
         assert [json.loads(block.read()) for block in read_blocks(found)] == lone
+
+
+RECORDS = [{"instruction": f"a{n}", "output": f"b, {n}]}}"} for n in range(7)]
+TURNS = [[{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("array.jsonl", "a JSON array, in a file named as lines"), ("data.json", "records inside 'data'")],
+)
+def test_records_in_an_array_that_its_name_or_an_object_hides(
+    name: str, says: str, indent: int | None, tmp_path: Path
+) -> None:
+    content = RECORDS if name == "array.jsonl" else {"data": RECORDS}
+    (tmp_path / name).write_text("\n " + json.dumps(content, indent=indent) + " \n")
+    with pytest.warns(UserWarning, match=re.escape(says)):
+        found = records_of(tmp_path / name)
+    assert found == RECORDS
+
+
+@pytest.mark.parametrize("value", [{"data": TURNS[0]}, TURNS[0], {"data": [1, 2]}])
+def test_lines_that_begin_like_an_array_stay_lines(value: object, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(2 * (json.dumps(value) + "\n"))
+    assert records_of(tmp_path / "a.jsonl") == [value, value]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"data": [{"a": 1}], "version": 1}', "holds more than its records"),
+        ('{"data": [{"a": 1}]', "ends"),
+        ('{"data": [{"a": 1}]}{', "something follows the end"),
+    ],
+)
+def test_more_than_records_in_the_object_is_a_fault(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.warns(UserWarning, match="inside 'data'"):
+        faults = [block.fault for block in read_blocks(find_sources(str(tmp_path / "a.json")))]
+    assert says in faults[-1]
+
+
+@pytest.mark.parametrize(("mark", "says"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_csv_that_is_parted_otherwise(mark: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f'instruction{mark}output\n"a{mark}b"{mark}c, d\ne{mark}f\n')
+    with pytest.warns(UserWarning, match=says):
+        found = records_of(tmp_path / "a.csv")
+    assert found == [{"instruction": f"a{mark}b", "output": "c, d"}, {"instruction": "e", "output": "f"}]
+
+
+def records_of(path: Path) -> list[object]:
+    chunks = [chunk for block in read_blocks(find_sources(str(path))) for chunk in read_records(block, block.read())]
+    return [chunk[number] for chunk in chunks for number in range(len(chunk))]
