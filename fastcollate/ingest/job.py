@@ -364,5 +364,5 @@ class _Job:
             self._tokenizer.backend,
             summary,
             str(skipped) if summary["num_skipped"] and skipped.exists() else None,
-            self.spec.why,
+            self.spec.told(),
         )

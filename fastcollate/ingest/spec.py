@@ -108,6 +108,13 @@ class JobSpec:
         what = [self.options.backend, tokenizer.identity(), template.identity()]
         return hashlib.sha256(manifests.canonical(what)).hexdigest()
 
+    def told(self) -> str:
+        """The template, why it was chosen, and the token that it does not begin rows with."""
+        tokenizer, template = self.tools()
+        if template.end == "in_row" or template.name == TOKENIZED or not tokenizer.begin_text:
+            return self.why
+        return f"{self.why}; no {tokenizer.begin_text} begins a row, though this tokenizer's texts begin with it"
+
     def identity(self) -> dict[str, Any]:
         """What a store records of a job besides its sources: nothing that changes no row, and no path."""
         found = [tool.identity() for tool in self.tools()]

@@ -82,6 +82,14 @@ class Tokenizer:
         return search_for(self.special_texts)
 
     @property
+    def begin_text(self) -> str:
+        """The token that `transformers` puts before every text, such as Llama's `<|begin_of_text|>`; or none."""
+        if self.json is None:
+            return ""
+        first, plain = (self.json.loaded.encode("a", add_special_tokens=adds).ids[:1] for adds in (True, False))
+        return "" if first == plain else str(self.json.loaded.id_to_token(first[0]))
+
+    @property
     def backend(self) -> str:
         """What encodes: `tiktoken`, `gigatoken` or `tokenizers`."""
         used = {self._backend.name} | ({self.json.full.name} if self.json is not None else set())

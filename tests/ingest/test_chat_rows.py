@@ -165,3 +165,25 @@ def test_tags_keep_their_ids_in_answers_alone(folder: Path) -> None:
     counts = {text: row.input_ids.tolist().count(number) for text, number in tokenizer.json.added.control.items()}
     assert counts == {"<|im_start|>": 2, "<|im_end|>": 2, "<think>": 1, "</think>": 1, "<|pad|>": 0}
     assert "<think> what? <|im_end|><|im_end|>" in tokenizer.decode(row.input_ids)
+
+
+def test_a_row_without_the_token_that_begins_texts_is_told(folder: Path) -> None:
+    """Llama's tokenizer begins texts by itself; a chat template writes that, an instruction template does not."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    made = tokenizers.Tokenizer.from_file(str(path))
+    options: dict[str, Any] = {"tokenizer": str(folder / "tokenizer"), "workers": 1, "overwrite": True}
+    records = [{"text": f"question {number}"} for number in range(9)]
+    assert prepare(records, folder / "s", **options).template == "text (records hold text: all of it is trained)"
+    begin = ("<|im_start|>", made.token_to_id("<|im_start|>"))
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[begin])
+    made.save(str(path))
+    told = prepare(records, folder / "s", **options).template
+    assert told.endswith("; no <|im_start|> begins a row, though this tokenizer's texts begin with it")
+    assert begin[1] not in TokenStore(folder / "s")[0].input_ids
+    template = folder / "begins.jinja"
+    template.write_text("<|im_start|>{% generation %}{{ text }}<|im_end|>{% endgeneration %}")
+    report = prepare(records, folder / "s", template=str(template), end="in_row", **options)
+    assert "begins" not in report.template.removesuffix("begins.jinja")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    for row, record in zip(TokenStore(folder / "s"), records, strict=True):
+        assert row.input_ids.tolist() == [*theirs(record["text"])["input_ids"], theirs.eos_token_id]
