@@ -28,7 +28,7 @@ def plain(record: dict[str, Any]) -> bool:
     """Whether each answer is a text and no more, whose place is told without `{% generation %}`."""
     answers = [turn for turn in record["messages"] if turn["role"] == "assistant"]
     texts = [turn["content"].strip() for turn in answers if {*turn} == {"role", "content"}]
-    return len(texts) == len(answers) > 0 and all(text and "<think>" not in text for text in texts)
+    return len(texts) == len(answers) > 0 and all("<think>" not in text for text in texts)
 
 
 def thinking(record: dict[str, Any]) -> bool:

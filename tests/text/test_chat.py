@@ -45,7 +45,7 @@ def trained(found: Rendered) -> list[str]:
 def test_a_turn_that_is_not_to_be_trained_is_not(source: str, mask: dict[str, Any]) -> None:
     first = {"role": A, "content": "one", **mask}
     found = template(source).render(chat((U, "x"), first, (U, "y"), (A, "two"), (U, "z"), (A, "")))
-    assert trained(found) == ["two<|im_end|>"] + ["<|im_end|>"] * (source == MARKED)
+    assert trained(found) == ["two<|im_end|>", "<|im_end|>"]
     assert (
         found.text == template(source).render(chat((U, "x"), (A, "one"), (U, "y"), (A, "two"), (U, "z"), (A, ""))).text
     )
@@ -68,6 +68,19 @@ def test_an_answer_is_found_where_the_template_has_no_marks(source: str, content
     found = template(source).render(chat((U, content), (A, content), (U, "y"), (A, content)))
     said = content.strip() if source == STRIPS else content
     assert trained(found) == [said + "<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize("content", ["", " ", "\n", "\n\n \t"])
+@pytest.mark.parametrize("change", ["", " | trim", ".lstrip()", ".rstrip()"])
+def test_an_answer_that_says_nothing_ends_its_turn(content: str, change: str) -> None:
+    source = PLAIN.replace("{{ m.content }}", f"{{{{ m.content{change} }}}}")
+    found = template(source).render(chat((U, "x"), (A, content), (U, content), (A, "y "), (U, "z"), (A, content)))
+    said = {"": str, " | trim": str.strip, ".lstrip()": str.lstrip, ".rstrip()": str.rstrip}[change]
+    wanted = [said(text) + "<|im_end|>" for text in (content, "y ", content)]
+    assert trained(found) == wanted
+    omits = PLAIN.replace("<|im_start|>", "{% if m.content %}<|im_start|>{% else %}nothing{% endif %}")
+    nothing = template(omits).render(chat((U, "x"), (A, ""), (U, "z"), (A, "y")))
+    assert trained(nothing) == ["y<|im_end|>"]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def protected_ranges(marks: list[tuple[int, int]]) -> list[tuple[int, int, bool]
 
 def with_answers(turns: Turns) -> Iterator[Turns]:
     """The turns with marks around what the assistant says, in some ways of which the first that changes no text is
-    the best: around white space that belongs to it or within, which a template may take off.
+    the best: around white space that belongs to it or within, which a template may take off, and beside what an answer
+    without text has.
 
     The marks of the turn at `i` are `2 * i` and `2 * i + 1`.
     """
@@ -112,14 +113,23 @@ def with_answers(turns: Turns) -> Iterator[Turns]:
         part for turn in answers for text in leaves([turn.get(key) for key in _KEYS]) for part in _TAGS.split(text)
     ]
     bare = all(text == text.strip() for text in texts)
-    for left, right in [(False, False)] if bare else product((False, True), repeat=2):
+    says_nothing = any(_is_blank(turn.get("content")) for turn in answers)
+    ways = [(False, False)] if bare else [*product((False, True), repeat=2)]
+    for blank, (left, right) in product((True, False) if says_nothing else (False,), ways):
         marked = []
         for number, turn in enumerate(turns):
             if turn.get("role") == "assistant":
                 change = _within(2 * number, left=left, right=right)
                 turn = {**turn, **{key: changed(turn[key], change) for key in _KEYS if key in turn}}
+                if blank and _is_blank(content := turns[number].get("content", "x")):
+                    pair = chr(_FIRST + 2 * number) + chr(_FIRST + 2 * number + 1)
+                    turn["content"] = f"{content}{pair}" if left else f"{pair}{content}"
             marked.append(turn)
         yield marked
+
+
+def _is_blank(content: Any) -> bool:
+    return isinstance(content, str) and not content.strip()
 
 
 def _within(number: int, *, left: bool, right: bool) -> Callable[[str], str]:
