@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastcollate.errors import InputError
+from fastcollate.ingest import columns_of_ids
 from fastcollate.plan import MixedStore
 from fastcollate.store import TokenStore
 from fastcollate.text import load_tokenizer
@@ -57,6 +59,24 @@ def check_unshifted(input_ids: torch.Tensor, labels: torch.Tensor) -> None:
             "again: give labels at the place of their own token, or train with fastcollate.BatchLoader and your own "
             "cross-entropy, which want shifted targets"
         )
+
+
+def columns_of(features: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The columns that make the rows of features, each with a value for every id of its row."""
+    columns = columns_of_ids(list(features[0]), {}).keys() - {"seq_lengths"}
+    if "spans" in columns:
+        raise InputError("the rows have 'spans': they are a store's; give StoreDataset(store), or its open_dataset")
+    for number, feature in enumerate(features):
+        if feature.keys() != features[0].keys():
+            raise InputError(f"row {number} of the batch has {sorted(feature)}, but row 0 has {sorted(features[0])}")
+        num_ids = len(feature["input_ids"])
+        for name in columns:
+            if len(feature[name]) != num_ids:
+                raise InputError(
+                    f"row {number} of the batch: {num_ids} ids, but {len(feature[name])} values in {name!r}; labels, "
+                    "masks and input_ids of a row must have the same length"
+                )
+    return columns
 
 
 def _num_embeddings(model: nn.Module) -> int | None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from fastcollate.collate import collate_fn, settings
 from fastcollate.errors import InputError, choice, import_extra, integer, shown
-from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted
+from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted, columns_of
 from fastcollate.integrations.flow import FlowingSampler
 from fastcollate.integrations.hf_datasets import lengths_of as lengths_of
 from fastcollate.integrations.hf_datasets import open_dataset as open_dataset
@@ -23,7 +23,7 @@ from fastcollate.plan import MixedStore
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 IGNORE = -100
-MASKS = ("completion_mask", "assistant_masks")
+MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 LAYOUTS = ("padded", "flattened")
 
 
@@ -34,12 +34,12 @@ class DataCollator:
 
     From a `StoreDataset` each row is exactly its ids, with the end-of-text where the store says that one is appended;
     its options (`mask_prompt`, `max_length`, ...) decide the labels and the cut, `max_length` counting columns of
-    `input_ids`. Features are mappings with `input_ids`, and with `labels`, `completion_mask`, `assistant_masks` or
-    nothing more (then all tokens are trained, else those that all of them train). With `seq_lengths`, as
+    `input_ids`. Features are mappings with `input_ids`, and with `labels`, `completion_mask`, `assistant_masks`,
+    `loss_mask` or nothing more (then all tokens are trained, else those that all of them train). With `seq_lengths`, as
     `trl.pack_dataset` gives, or `position_ids` that restart, each of a pack's sequences is a row of the flattened form;
     the padded one refuses packs.
-    Other keys are left out. The first column's label is -100: it is no target, and a loss that is divided by the number
-    of labels would come out too small.
+    Other keys are left out, and refused where they may say what is trained. The first column's label is -100: it is no
+    target, and a loss that is divided by the number of labels would come out too small.
 
     Args:
         layout: `"padded"` gives `input_ids`, `labels` and `attention_mask`, int64 `(rows, width)`, as
@@ -171,21 +171,20 @@ class DataCollator:
     def _from_features(self, features: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if "input_ids" not in features[0]:
             raise InputError(f"the rows have {sorted(features[0])} and no 'input_ids': tokenize the data set first")
+        columns = columns_of(features)
         rows = [feature["input_ids"] for feature in features]
         input_ids = _pad(rows, self.pad_token_id or 0)
         lengths = torch.tensor([len(row) for row in rows], device="cpu")
         mask = (torch.arange(input_ids.shape[1], device="cpu") < lengths[:, None]).long()
-        if "attention_mask" in features[0]:
+        if "attention_mask" in columns:
             mask = _pad([feature["attention_mask"] for feature in features], 0)
-        if "labels" in features[0]:
+        if "labels" in columns:
             labels = _pad([feature["labels"] for feature in features], IGNORE)
         else:
             labels = input_ids.masked_fill(mask == 0, IGNORE)
         for name in MASKS:
-            if name in features[0]:
+            if name in columns:
                 labels = labels.masked_fill(_pad([feature[name] for feature in features], 0) == 0, IGNORE)
-        if labels.shape != input_ids.shape or mask.shape != input_ids.shape:
-            raise InputError("labels, masks and input_ids of a row must have the same length")
         if "shift" not in self._checked:
             check_unshifted(input_ids, labels)
             self._checked.add("shift")
@@ -211,9 +210,10 @@ class DataCollator:
                 "would see each other; give DataCollator('flattened')"
             )
         for of_pack, feature in zip(lengths, features, strict=True):
-            if int(of_pack.sum()) != len(feature["input_ids"]):
+            if int(of_pack.sum()) != sum(feature.get("attention_mask", [1] * len(feature["input_ids"]))):
                 raise InputError(
-                    f"sequences of {of_pack.tolist()} in a pack of {len(feature['input_ids'])} tokens: they must add up"
+                    f"sequences of {of_pack.tolist()} in a pack of {len(feature['input_ids'])} tokens: they must add "
+                    "up to those that an attention_mask does not leave out"
                 )
         return torch.cat(lengths)
 
@@ -369,7 +369,7 @@ class BucketedTrainerMixin:
                     "or with BucketBatchSampler in a DataLoader; or choose rows, in batching={'rows': ...}"
                 )
             rows = None if "rows" in self.batching else _rows_with_labels(dataset)
-        else:
+        elif not isinstance(collator, DataCollator):  # which reads masks that no model takes
             dataset = trainer._remove_unused_columns(dataset, description="training")
         sampler = FlowingSampler(
             lengths_of(dataset),

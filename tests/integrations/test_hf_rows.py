@@ -16,7 +16,13 @@ from fastcollate.check import verify
 from fastcollate.check.counts import tokenizer_of
 from fastcollate.errors import InputError
 from fastcollate.integrations.checks import check_tokenizer
-from fastcollate.integrations.huggingface import DataCollator, lengths_of, open_dataset, store_from_dataset
+from fastcollate.integrations.huggingface import (
+    BucketedTrainerMixin,
+    DataCollator,
+    lengths_of,
+    open_dataset,
+    store_from_dataset,
+)
 from fastcollate.integrations.pytorch import BucketBatchSampler
 from fastcollate.train import MaskOptions
 from tests.integrations import chats
@@ -210,3 +216,40 @@ def test_rows_of_one_id_make_no_batch_of_a_trainer(tmp_path: Path) -> None:
     made = store_from_dataset(rows, tmp_path / "store", make_tokenizer())
     batches = list(bucketed_trainer(StoreDataset(made), tmp_path / "run").get_train_dataloader())
     assert [batch["input_ids"].tolist() for batch in batches] == [[[6, 7]]]
+
+
+@pytest.mark.parametrize(
+    ("features", "problem"),
+    [
+        ([{"input_ids": [5, 6, 7], "assistant_mask": [0, 0, 1]}], "column 'assistant_mask' may say what is trained"),
+        ([{"input_ids": [5, 6, 7], "loss_weights": [0, 0, 1]}], "column 'loss_weights' may say what is trained"),
+        ([{"input_ids": [5, 6, 7], "spans": [2, 1]}], "they are a store's"),
+        ([{"input_ids": [5]}, {"input_ids": [5, 6], "completion_mask": [0, 1]}], "row 1 of the batch has"),
+        (
+            [{"input_ids": [5, 6, 7], "loss_mask": [0, 1]}, {"input_ids": [5, 6], "loss_mask": [0, 1, 1]}],
+            "row 0 of the batch: 3 ids, but 2 values in 'loss_mask'",
+        ),
+        ([{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 0], "seq_lengths": [1, 2]}], "they must add up"),
+    ],
+)
+def test_what_may_say_what_is_trained_is_never_passed_over(features: list[dict[str, Any]], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        DataCollator("flattened", pad_token_id=0)(features)
+    masked = {"input_ids": [5, 6, 7], "loss_mask": [0, 0, 1], "attention_mask": [1, 1, 1], "seq_lengths": [1, 2]}
+    assert DataCollator("flattened", pad_token_id=0)([masked])["labels"].tolist() == [[-100, -100, 7]]
+
+
+def test_a_trainer_keeps_the_masks_that_our_collator_reads(tmp_path: Path) -> None:
+    """Its own way drops columns that no model takes: a data set's masks, and then everything is trained."""
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": [[5, 6, 7]] * 4, "completion_mask": [[0, 0, 1]] * 4, "note": ["x"] * 4}
+    )
+
+    class Bucketed(BucketedTrainerMixin, transformers.Trainer):  # type: ignore[misc]
+        pass
+
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    collator = DataCollator(pad_token_id=0)
+    trainer = Bucketed(model, arguments, train_dataset=rows, data_collator=collator)
+    assert next(iter(trainer.get_train_dataloader()))["labels"].tolist() == [[-100, -100, 7]] * 4
