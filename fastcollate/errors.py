@@ -29,8 +29,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        half = LONGEST_MESSAGE // 2 - 4
-        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} [...] {message[-half:]}")
+        super().__init__(bounded(message))
 
 
 class SourceReadError(InputError):
@@ -60,6 +59,12 @@ def import_extra(module: str, extra: str) -> ModuleType:
             f"this needs the package {module.split('.')[0]!r}, which is not installed; "
             f"install it with: pip install 'fastcollate[{extra}]'"
         ) from error
+
+
+def bounded(message: str) -> str:
+    """A message, of a longer one than `LONGEST_MESSAGE` its ends."""
+    half = LONGEST_MESSAGE // 2 - 4
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} [...] {message[-half:]}"
 
 
 def shown(value: Any) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.harness import save_part
 from fastcollate.ingest import encode
+from fastcollate.ingest.spec import Counts
 from fastcollate.sources.blocks import Block
 from fastcollate.sources.find import Source
 from fastcollate.sources.json_blocks import Piece, json_pieces
@@ -269,7 +270,7 @@ def compare_block(documents: list[bytes], kind: str, template: str) -> Counter[s
         if (texts := row_text(value, template)) is not None:
             wanted[1000 + number] = texts
     bad: list[Any] = []
-    parts = encode._texts(block, data, TEMPLATES[template], encode._SpecialTexts([SPECIAL]), bad)
+    parts = encode._texts(block, data, TEMPLATES[template], encode._SpecialTexts([SPECIAL]), bad, Counts())
     texts = list(zip(*[iter(parts.texts.strings())] * 2, strict=True))
     found_rows = dict(zip(parts.rows.tolist(), texts, strict=True))
     for row in sorted({*wanted, *found_rows}):

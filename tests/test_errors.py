@@ -15,7 +15,8 @@ from fastcollate.collate.collator import Collator
 from fastcollate.errors import LONGEST_MESSAGE, InputError, SourceReadError, choice, integer, nearest, shown
 from fastcollate.integrations.pytorch import BucketBatchSampler
 from fastcollate.sources import find_sources
-from fastcollate.text import load_tokenizer
+from fastcollate.text import BadRecordError, load_template, load_tokenizer
+from fastcollate.text.chat.turns import read_chat
 from fastcollate.train import TrainOptions
 from tests.helpers import make_shards
 
@@ -44,6 +45,18 @@ def refused_state(value: Any) -> None:
     sampler.load_state_dict({**sampler.state_dict(), "rows": value})
 
 
+def turn(value: dict[str, Any]) -> object:
+    made = json_like({"role": "assistant", "content": "x", **value})
+    return read_chat({"messages": [made]}, {})
+
+
+def json_like(value: Any) -> Any:
+    """An array as a list, as records are read."""
+    if type(value) is dict and len(value) > 1:
+        return {key: json_like(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 TAKERS: dict[str, Callable[[Any], object]] = {
     "integer": lambda value: integer("size", value, 1, 5),
     "choice": lambda value: choice("word", value, ("a", "b")),
@@ -60,6 +73,16 @@ TAKERS: dict[str, Callable[[Any], object]] = {
     "split": lambda value: find_sources(["README.md"], split=value),
     "rows of a batch": lambda value: Collator(make_shards([[1]]))([[value], 1]),
     "backend": lambda value: load_tokenizer("gpt2", value),
+    "weight of a turn": lambda value: turn({"weight": value}),
+    "train of a turn": lambda value: turn({"train": value}),
+    "role of a turn": lambda value: turn({"role": value}),
+    "part of a content": lambda value: turn({"content": [{"type": json_like(value)}]}),
+    "call": lambda value: turn({"role": "function_call", "content": value}),
+    "tools": lambda value: read_chat({"prompt": "x", "completion": "y", "tools": [value, 5]}, {}),
+    "system": lambda value: read_chat({"prompt": "x", "completion": "y", "system": [value]}, {}),
+    "history": lambda value: read_chat({"question": "x", "answer": "y", "history": [value]}, {}),
+    "name of a field": lambda value: load_template("alpaca").parts({f"{shown(value)}{'x' * 10**6}": 1}),
+    "answer": lambda value: load_template("alpaca").parts({"instruction": "x", "output": [value]}),
     "schedule": lambda value: TrainOptions(schedule=value),
 }
 
@@ -67,7 +90,7 @@ TAKERS: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
 def test_a_value_of_any_kind_is_refused_in_a_short_message(take: Callable[[Any], object], value: Any) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises((InputError, BadRecordError)) as caught:
         take(value)
     assert len(str(caught.value)) <= LONGEST_MESSAGE
 

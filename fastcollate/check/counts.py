@@ -127,6 +127,7 @@ class Inspection:
     boundary_mismatches: int | None  # rows whose prompt, tokenized alone, is no prefix of them; `None`: not recorded
     skipped_records: int | None  # by prepare; `None`: not recorded
     padding: dict[str, float]  # shares that prepare has found, by its names for them; empty: not recorded
+    dropped_fields: dict[str, int]  # records by the name of a field whose text is in no row
 
 
 def inspect_store(
@@ -161,6 +162,7 @@ def inspect_store(
         boundary_mismatches=summary.get("boundary_mismatches"),
         skipped_records=summary.get("num_skipped"),
         padding={name: share for name, share in summary.items() if name.startswith("padding_")},
+        dropped_fields=summary.get("dropped_fields", {}),
         masks=masks,
         other_shares=other["shares"],
         **totals,

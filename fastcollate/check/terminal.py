@@ -185,4 +185,5 @@ def summary_of(found: Inspection) -> dict[str, object]:
     unknown = "not recorded"
     rows["boundary mismatches"] = unknown if found.boundary_mismatches is None else found.boundary_mismatches
     rows["records skipped"] = unknown if found.skipped_records is None else found.skipped_records
-    return rows | summary_in_words(found.padding)
+    dropped = {"dropped_fields": found.dropped_fields} if found.dropped_fields else {}
+    return rows | summary_in_words({**dropped, **found.padding})

@@ -76,7 +76,7 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
 def _encoded_rows(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tuple[Rows, list[bytes], float]:
     """A unit's rows from its records' texts, each block's digest, the seconds in the tokenizer."""
     tokenizer, template = spec.tools()
-    parts, digests = _read(unit, spec, lost)
+    parts, digests = _read(unit, spec, lost, counts)
     while True:
         found, started = Counts(), time.thread_time()
         try:
@@ -97,7 +97,7 @@ def _encoded_chats(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tu
         data = block.read()
         digests.append(block.digest(data))
         bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
-        chats |= _rendered(block, data, spec, bad)
+        chats |= _rendered(block, data, spec, bad, counts)
         lost.add_all(block, data, bad)
     started = time.thread_time()
     while True:
@@ -113,18 +113,20 @@ def _encoded_chats(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tu
     return rows, digests, time.thread_time() - started
 
 
-def _rendered(block: Block, data: bytes, spec: JobSpec, bad: list[BadRecord]) -> dict[int, Rendered]:
+def _rendered(block: Block, data: bytes, spec: JobSpec, bad: list[BadRecord], counts: Counts) -> dict[int, Rendered]:
     """A block's records as text, by their numbers; those that give none go to `bad`."""
     _, template = spec.tools()
     refuses, found, row = spec.options.special_text != "encode", {}, block.first_row
     for chunk in records.read_records(block, data):
         for number in range(len(chunk)):
             try:
-                chat = template.render(chunk[number])
+                record = chunk[number]
+                chat = template.render(record)
                 if chat.protected and refuses:
                     start, stop, _ = chat.protected[0]
                     raise BadRecordError(_IS_SPECIAL.format(chat.text[start:stop]))
                 found[row + number] = chat
+                counts.add_dropped(template.dropped(record, chat.text))
             except InputError:  # the template's fault, not the record's
                 raise
             except (BadRecordError, ValueError) as error:
@@ -149,8 +151,8 @@ def _parts(texts: Sequence[Sequence[str]], rows: npt.ArrayLike) -> Parts:
     return Parts(Texts([text for of_row in texts for text in of_row]), starts, np.asarray(rows, np.uint64))
 
 
-def _read(unit: Unit, spec: JobSpec, lost: _Lost) -> tuple[Parts, list[bytes]]:
-    """The texts of a unit's records; each block's digest."""
+def _read(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tuple[Parts, list[bytes]]:
+    """The texts of a unit's records, of which is counted what they leave out; each block's digest."""
     tokenizer, template = spec.tools()
     special = _SpecialTexts.of(tokenizer, spec.options.special_text)
     found, digests = [], []
@@ -158,7 +160,7 @@ def _read(unit: Unit, spec: JobSpec, lost: _Lost) -> tuple[Parts, list[bytes]]:
         data = block.read()
         digests.append(block.digest(data))
         bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
-        found.append(_texts(block, data, template, special, bad))
+        found.append(_texts(block, data, template, special, bad, counts))
         lost.add_all(block, data, bad)
     return _joined(found), digests
 
@@ -189,12 +191,14 @@ class _Lost:
         return sorted(self._found)
 
 
-def _texts(block: Block, data: bytes, template: Template, special: _SpecialTexts, bad: list[BadRecord]) -> Parts:
+def _texts(
+    block: Block, data: bytes, template: Template, special: _SpecialTexts, bad: list[BadRecord], counts: Counts
+) -> Parts:
     """The rows' texts; records that give none go to `bad`."""
     names, row = template.names, block.first_row
     found: list[Parts] = []
     for chunk in records.read_records(block, data):
-        parts_of = _PartsOf(chunk, row, template, special, bad)
+        parts_of = _PartsOf(chunk, row, template, special, bad, counts)
         found.append(_single_texts(parts_of) if names is None else _column_texts(parts_of, names))
         row += len(chunk)
     return _joined(found)
@@ -208,11 +212,15 @@ class _PartsOf(NamedTuple):
     template: Template
     special: _SpecialTexts
     bad: list[BadRecord]
+    counts: Counts
 
     def __call__(self, number: int) -> list[str] | None:
         """A record's texts, or `None` where it has none, which is noted in `bad`."""
         try:
-            return self.special.checked(self.template.parts(self.chunk[number]))
+            record = self.chunk[number]
+            parts = self.special.checked(self.template.parts(record))
+            self.counts.add_dropped(self.template.dropped(record, "".join(parts)))
+            return parts
         except (BadRecordError, ValueError) as error:
             self.bad.append(BadRecord(self.first_row + number, 0, str(error)))
             return None
@@ -227,13 +235,18 @@ def _single_texts(parts_of: _PartsOf) -> Parts:
 def _column_texts(parts_of: _PartsOf, names: Sequence[Sequence[str]]) -> Parts:
     """Texts made of whole columns, two a record; those of irregular records one by one."""
     count = len(parts_of.chunk)
-    texts, irregular = parts_of.template.columns(parts_of.chunk.columns(names))
+    template, (columns, others) = parts_of.template, parts_of.chunk.columns(names)
+    texts, irregular = template.columns(columns)
     special = np.searchsorted(texts.offsets[::2], parts_of.special.places(texts.data), side="right") - 1
     rows = np.arange(parts_of.first_row, parts_of.first_row + count, dtype=np.uint64)
-    if not (irregular := sorted({*irregular, *special.tolist()})):
+    looked_at = {*irregular, *special.tolist(), *template.refused_for(others)}
+    for number, dropped in template.dropped_by_record(others, columns).items():
+        if number not in looked_at:
+            parts_of.counts.add_dropped(dropped)
+    if not looked_at:
         return Parts(texts, np.arange(count + 1) * 2, rows)
     pairs: list[list[str] | None] = [[*pair] for pair in zip(*[iter(texts.strings())] * 2, strict=True)]
-    for number in irregular:
+    for number in sorted(looked_at):
         pairs[number] = parts_of(number)
     return _parts([pair for pair in pairs if pair is not None], rows[[pair is not None for pair in pairs]])
 

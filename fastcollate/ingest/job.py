@@ -325,6 +325,8 @@ class _Job:
         content = manifests.sources_of([entry.sha256 for entry in seen], sum(self._num_records))
         summary = {**asdict(self._counts), "num_skipped": self._num_skipped}
         summary |= length_summary(self.root, self._shards, self.identity["end"])
+        if not summary["dropped_fields"]:
+            del summary["dropped_fields"]
         identity = manifests.StoreIdentity(content, **self.identity)
         manifests.write_manifest(self.root, identity, self._shards, files=kept, summary=summary)
         self._journal.finish()

@@ -42,6 +42,9 @@ def summary_in_words(summary: Mapping[str, Any]) -> dict[str, object]:
             size, _, policy = rest.partition("_")
             policy = policy.replace("random", "shuffled")
             found[f"padding, {size} rows a batch, {policy}"] = f"{value:.1%}"
+        elif key == "dropped_fields":
+            told = (f"{name} ({count:,} record{'s' * (count > 1)})" for name, count in value.items())
+            found["fields whose text is in no row"] = ", ".join(told)
         else:
             name = _WORDS.get(key, key.replace("length_p", "percentile ").replace("_", " "))
             found[name] = f"{value:.1f}" if key == "length_mean" else value

@@ -35,6 +35,7 @@ _FIELDS = {"text": ("text",), **dict.fromkeys(("alpaca", "phi3", "completion"), 
 _SIDE_VERSION = 1
 _SAMPLE_ROWS = 1 << 20
 _REMEDY = "choose another directory, or make this one anew with --overwrite (overwrite=True)"
+_MOST_NAMES = 64  # of fields
 _RECORDED = ("boundary", "max_length", "long_prompt", "special_text")  # of the options: those that change rows
 
 
@@ -175,6 +176,7 @@ class Counts:
         untrained_rows: rows without a trained token within the limit.
         corner_rows: rows on which reference and positional mode differ.
         long_prompts: rows whose prompt fills the limit, kept or cut.
+        dropped_fields: records by the name of a field whose text is in no row; see `Template.dropped`.
     """
 
     num_rows: int = 0
@@ -183,11 +185,22 @@ class Counts:
     untrained_rows: int = 0
     corner_rows: int = 0
     long_prompts: int = 0
+    dropped_fields: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Counts) -> None:
         """Add another unit's counts."""
         for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+        for name, count in other.dropped_fields.items():
+            self.add_dropped([name], count)
+
+    def add_dropped(self, names: Iterable[str], count: int = 1) -> None:
+        """Note fields of a record that are not in its text; of very many names the last ones stand together."""
+        noted = self.dropped_fields
+        for name in names:
+            key = name if name in noted or len(noted) < _MOST_NAMES else "other fields"
+            noted[key] = noted.get(key, 0) + count
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +232,8 @@ def unit_digest(unit: Unit, digests: Iterable[bytes]) -> str:
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What differs between what two jobs are besides their sources, in words."""
-    told = [
-        f"{name} ({found.get(name)!r}, now {wanted[name]!r})"
-        for name in ("kind", "end")
-        if found.get(name) != wanted[name]
-    ]
+    differing = [name for name in ("kind", "end") if found.get(name) != wanted[name]]
+    told = [f"{name} ({found.get(name)!r}, now {wanted[name]!r})" for name in differing]
     for group, word in (("tokenizer", "tokenizer"), ("template", "template"), ("options", "option")):
         old, new = found.get(group, {}), wanted[group]
         told += [

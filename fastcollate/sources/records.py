@@ -7,11 +7,12 @@ and whatever msgspec refuses is read by `json`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -30,6 +31,7 @@ _ESCAPE = re.compile(  # in JSON: a pair of surrogates, a lone one, or any other
     r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.S
 )
 _CHUNK_BYTES = 1 << 19  # read at once
+_MOST_OTHERS = 64  # fields of records that nobody has asked for
 _NO_NUMBERS = np.zeros(0, np.int64)
 _OTHER: Any = object()  # stands for what is no list of whole numbers
 
@@ -76,6 +78,19 @@ def _lists_of(column: Sequence[Any]) -> Lists:
         return Lists(values, offsets, is_list, is_there)
 
 
+class Columns(NamedTuple):
+    """Fields of records.
+
+    Attributes:
+        fields: what was asked for, a list for each.
+        others: what else the records hold, by name, of numbers only where they are JSON; of a field with several names
+            all that are there, where these are more than one.
+    """
+
+    fields: list[list[str | None]]
+    others: dict[str, list[Any]]
+
+
 class JsonRecords:
     """Records as JSON, cut apart and parsed when asked for.
 
@@ -102,24 +117,57 @@ class JsonRecords:
             raise ValueError(record)
         return record
 
-    def columns(self, fields: Sequence[Sequence[str]]) -> list[list[str | None]]:
-        """Some fields of all records, each under the first of its names that holds anything.
+    def columns(self, fields: Sequence[Sequence[str]]) -> Columns:
+        """Some fields of all records, each under the first of its names that holds anything, and the other fields.
 
-        All fields are `None` in a record that needs a look: one that cannot be parsed, or holds something that is not
-        text under one of the names.
+        All fields are `None` in a record that needs a look: one that cannot be parsed, holds something that is not
+        text under one of the names, or has very many fields.
         """
-        names = tuple(dict.fromkeys(chain.from_iterable(fields)))
-        decode = _decoder(names, str | None) if self._is_sure else None
-        if decode is None:
-            found: Iterable[Sequence[Any]] = [self._values(number, names) for number in range(len(self))]
-        else:
-            found = map(msgspec.structs.astuple, self._decoded(decode))
+        wanted = frozenset(chain.from_iterable(fields))
+        names: tuple[str, ...] = ()
+        rows: Iterator[Sequence[Any]] = iter(())
+        found: list[Sequence[Any]] = []
+        while len(found) < len(self):
+            more = self._with_names(names, len(found), wanted)
+            if more == names:
+                found.append(())
+            else:
+                names, rows = more, self._rows(more, wanted, len(found))
+            with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
+                found.extend(rows)  # up to one that is refused, or has a field more
+        if {*map(len, found)} - {len(names)}:
+            found = [(*row, *[None] * (len(names) - len(row))) for row in found]
         values = list(chain.from_iterable(found))
-        return _first_columns(fields, {name: values[index :: len(names)] for index, name in enumerate(names)})
+        return _columns(fields, {name: values[i :: len(names)] for i, name in enumerate(names)}, len(self))
+
+    def _rows(self, names: tuple[str, ...], wanted: frozenset[str], start: int) -> Iterator[Sequence[Any]]:
+        """The fields of records, which are refused as `columns` says, or where they have others."""
+        decode = _decoder(names, wanted) if self._is_sure else None
+        if decode is not None:
+            return map(msgspec.structs.astuple, map(decode, islice(self._pieces, start, None)))
+
+        def values(number: int) -> Sequence[Any]:
+            record = self[number]
+            if not isinstance(record, dict) or not record.keys() <= {*names}:
+                raise ValueError
+            if any(type(record.get(name)) not in (str, type(None)) for name in wanted):
+                raise ValueError
+            return [record.get(name) for name in names]
+
+        return map(values, range(start, len(self)))
+
+    def _with_names(self, names: tuple[str, ...], number: int, wanted: frozenset[str]) -> tuple[str, ...]:
+        """The names and those of a record's fields, of which only so many that are not wanted are taken."""
+        with contextlib.suppress(ValueError):
+            if isinstance(record := self[number], dict):
+                found = dict.fromkeys([*names, *record])
+                others = [name for name in found if name not in wanted][:_MOST_OTHERS]
+                return tuple(name for name in found if name in wanted or name in others)
+        return names
 
     def lists(self, names: Sequence[str]) -> dict[str, Lists]:
         """Some fields of all records as lists of whole numbers; a record that cannot be parsed holds none."""
-        decode = _decoder(tuple(names), list[int | bool] | None) if self._is_sure else None
+        decode = _decoder(tuple(names), frozenset(names), list[int | bool]) if self._is_sure else None
         found: list[Sequence[Any]] = []
         for number, piece in enumerate(self._pieces):
             try:
@@ -138,20 +186,6 @@ class JsonRecords:
             return [record.get(name) for name in names]
         except (ValueError, AttributeError):
             return [None] * len(names)
-
-    def _decoded(self, decode: Callable[[bytes], Any]) -> list[Any]:
-        found: list[Any] = []
-        records, nothing = map(decode, self._pieces), decode(b"{}")
-        while True:
-            try:
-                found.extend(records)  # up to one that is refused
-                return found
-            except (msgspec.DecodeError, RecursionError):
-                found.append(nothing)
-
-    def _values(self, number: int, names: Sequence[str]) -> Sequence[str | None]:
-        values = self._all(number, names)
-        return values if {*map(type, values)} <= {str, type(None)} else (None,) * len(names)
 
 
 class Unreadable(NamedTuple):
@@ -175,12 +209,13 @@ class TableRecords:
         """A record."""
         return {name: self._values(name, number, number + 1)[0] for name in self._columns}
 
-    def columns(self, fields: Sequence[Sequence[str]]) -> list[list[str | None]]:
-        """As of JSON records."""
-        values = {name: self._values(name, 0, len(self)) for name in chain.from_iterable(fields)}
-        columns = _first_columns(fields, values)
-        odd = {i for column in columns for i, value in enumerate(column) if not (value is None or type(value) is str)}
-        for column in columns:
+    def columns(self, fields: Sequence[Sequence[str]]) -> Columns:
+        """As of JSON records; of the other columns those that may hold no number alone."""
+        wanted = {*chain.from_iterable(fields)}
+        names = [n for n, c in self._columns.items() if n in wanted or re.search("string|binary|bool", str(c.type))]
+        columns = _columns(fields, {name: self._values(name, 0, len(self)) for name in names}, len(self))
+        odd = {i for c in columns.fields for i, value in enumerate(c) if not (value is None or type(value) is str)}
+        for column in columns.fields:
             for i in odd:
                 column[i] = None
         return columns
@@ -241,17 +276,19 @@ def _from_json(value: Any, feature: Any) -> Any:
     return value
 
 
-def _first_columns(fields: Sequence[Sequence[str]], columns: Mapping[str, list[Any]]) -> list[list[Any]]:
-    """What each record holds of each field, under the first of its names under which it holds anything."""
-    found = []
+def _columns(fields: Sequence[Sequence[str]], found: Mapping[str, list[Any]], num_records: int) -> Columns:
+    """What each record holds of each field, under the first of its names under which it holds anything; the others."""
+    others = {name: column for name, column in found.items() if name not in {*chain.from_iterable(fields)}}
+    first = []
     for names in fields:
-        column = columns[names[0]]
-        for name in names[1:]:
-            if all(column) or type(None) not in set(map(type, column)):  # `None in column` would compare the texts
-                break
-            column = [other if value is None else value for value, other in zip(column, columns[name], strict=True)]
-        found.append(column)
-    return found
+        there = [name for name in names if name in found]
+        column = found[there[0]] if there else [None] * num_records
+        for name in there[1:]:
+            others |= {there[0]: found[there[0]], name: found[name]}  # only one of them is taken
+            if not all(column) and type(None) in set(map(type, column)):  # `None in column` would compare the texts
+                column = [other if value is None else value for value, other in zip(column, found[name], strict=True)]
+        first.append(column)
+    return Columns(first, others)
 
 
 Records = JsonRecords | TableRecords
@@ -302,12 +339,16 @@ def _array_chunks(data: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
 _decode = msgspec.json.Decoder().decode
 
 
-@lru_cache(maxsize=64)
-def _decoder(names: tuple[str, ...], kind: Any) -> Callable[[bytes], Any] | None:
-    """What reads some fields of an object and passes over the others; `None` for names that msgspec cannot take."""
+@lru_cache(maxsize=256)
+def _decoder(names: tuple[str, ...], wanted: frozenset[str], kind: Any = str) -> Callable[[bytes], Any] | None:
+    """What reads the fields of an object, wanted ones of this kind; `None` for names that msgspec cannot take.
+
+    Where it reads texts, an object that has others is refused.
+    """
     fields = {f"field{index}": name for index, name in enumerate(names)}
+    kinds = [(field, kind | None if name in wanted else Any, None) for field, name in fields.items()]
     try:
-        record = msgspec.defstruct("Record", [(field, kind, None) for field in fields], rename=fields, gc=False)
+        record = msgspec.defstruct("Record", kinds, rename=fields, gc=False, forbid_unknown_fields=kind is str)
     except ValueError:
         return None
     return msgspec.json.Decoder(record).decode

@@ -6,20 +6,26 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastcollate.errors import bounded, shown
 from fastcollate.sources import records
+from fastcollate.text.chat.dropped import carries_text, dropped_fields
 from fastcollate.text.chat.rendered import Rendered
 from fastcollate.text.engines.backends import Texts
 
 Parts = list[str]
 """A record's texts: prompt, response, prompt, ..."""
 
+_ANSWERS = frozenset(("messages", "output", "completion", "text"))  # as a user names what is to be learnt
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
 ROLES |= {"human": "user", "observation": "tool", "tool_response": "tool", "ipython": "ipython"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
 
 
 class BadRecordError(Exception):
-    """A record that does not give a text; the message is the reason, without the place."""
+    """A record that does not give a text; the message is the reason, without the place, and as short as any."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(bounded(message))
 
 
 class Template:
@@ -66,6 +72,27 @@ class Template:
         """
         raise NotImplementedError
 
+    def dropped(self, record: Any, text: str) -> list[str]:
+        """The names of a record's fields that carry text which does not stand in the text made of it."""
+        return dropped_fields(record, text)
+
+    def dropped_by_record(
+        self, others: Mapping[str, Sequence[Any]], texts: Sequence[Sequence[str | None]]
+    ) -> dict[int, list[str]]:
+        """The same of many records, by number, from columns of the fields that are not taken and of those that are."""
+        found: dict[int, dict[str, Any]] = {}
+        for name, column in others.items():
+            for number, value in enumerate(column):
+                if value is not None and carries_text(name, value):
+                    found.setdefault(number, {})[name] = value
+        return {i: self.dropped(some, "\0".join(text[i] or "" for text in texts)) for i, some in found.items()}
+
+    def refused_for(self, others: Mapping[str, Sequence[Any]]) -> set[int]:
+        """The records that `parts` refuses for what is not taken of them, or may."""
+        labelled = {i for i, value in enumerate(others.get("label", ())) if isinstance(value, bool)}
+        columns = [others.get("chosen", ()), others.get("rejected", ())]
+        return labelled.union(i for column in columns for i, value in enumerate(column) if value is not None)
+
     def question(self, text: str, more: str = "") -> Rendered:
         """What stands before the answer to a question, and perhaps its input.
 
@@ -95,16 +122,27 @@ def role_of(name: Any, number: int) -> str:
     if not isinstance(name, str) or not name:
         raise BadRecordError(f"turn {number} has no role")
     if name not in ROLES:
-        raise BadRecordError(f"turn {number}: the role {name!r} is not known; use one of {', '.join(ROLES)}")
+        raise BadRecordError(f"turn {number}: the role {shown(name)} is not known; use one of {', '.join(ROLES)}")
     return ROLES[name]
 
 
-def refuse_labels(record: Mapping[str, Any]) -> None:
-    """Refuse what is no example to follow: a pair of which one is rejected, an answer with a verdict."""
-    if record.get("rejected") is not None or record.get("chosen") is not None:
-        raise BadRecordError("a pair of chosen and rejected answers: training on both as examples is no fine-tuning")
+def refuse_labels(record: Any, fields: Mapping[str, str]) -> None:
+    """Refuse what is no example to follow: a pair of which one is rejected, an answer with a verdict.
+
+    A pair is none where `fields` says which field is to be learnt.
+    """
+    if not isinstance(record, dict):
+        return
+    if _ANSWERS.isdisjoint(fields) and not (record.get("rejected") is None and record.get("chosen") is None):
+        raise BadRecordError(
+            "a pair of chosen and rejected answers, not one to learn; to learn the chosen ones name their field: "
+            "--field messages=chosen where they are turns, else --field output=chosen"
+        )
     if isinstance(record.get("label"), bool) and record.get("completion") is not None:
-        raise BadRecordError(f"an answer labelled {str(record['label']).lower()}, which no example to follow has")
+        raise BadRecordError(
+            f"an answer labelled {str(record['label']).lower()}, not one to learn; keep the records whose label is "
+            "true, and leave the field label out"
+        )
 
 
 def kind_of(value: Any) -> str:

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, shown
 from fastcollate.sources import records
 from fastcollate.text.chat.chatml import Chat
 from fastcollate.text.chat.template import ChatSettings, ChatTemplate, Tokens
 from fastcollate.text.engines.backends import Texts, starts_of
 from fastcollate.text.jinja_env import BEGIN, END, compile_template, variables_of
 from fastcollate.text.record import BadRecordError as BadRecordError
-from fastcollate.text.record import Parts, kind_of
+from fastcollate.text.record import Parts, kind_of, refuse_labels
 from fastcollate.text.record import Template as Template
 
 _NAMES = {  # under which fields are recognised
@@ -51,10 +51,12 @@ class SingleTurn(Template):
         super().__init__(name, {"fields": dict(fields), **({"mask_heading": True} if mask_heading else {})})
         self._head, self._before_input, heading = _TEXTS[name]
         self._after_prompt, self._before_output = (heading, "") if mask_heading else ("", heading)
+        self._fields = fields
         self.names = [_candidates(fields, field) for field in ("instruction", "input", "output")]
 
     def parts(self, record: Any) -> Parts:
         """Prompt and response."""
+        refuse_labels(record, self._fields)
         instructions, inputs, outputs = self.names or ()
         instruction = _text(record, instructions, "instruction")
         output = _text(record, outputs, "output")
@@ -92,10 +94,12 @@ class WholeText(Template):
 
     def __init__(self, fields: Mapping[str, str]) -> None:
         super().__init__("text", {"fields": dict(fields)})
+        self._fields = fields
         self.names = [(fields.get("text", "text"),)]
 
     def parts(self, record: Any) -> Parts:
         """No prompt, and the text."""
+        refuse_labels(record, self._fields)
         text = _text(record, (self.names or [("text",)])[0], "text")
         if not text:
             raise BadRecordError("no text: it is empty")
@@ -337,7 +341,7 @@ def _printable(value: Any) -> Any:
         or kind_of(value) == "NaN or infinite"
     ):
         remedy = "give a default, such as {{ x or '' }}" if value is None else "print its parts, or {{ x | tojson }}"
-        raise BadRecordError(f"the template prints {kind_of(value)} ({str(value)[:40]}); {remedy}")
+        raise BadRecordError(f"the template prints {kind_of(value)} ({shown(value)}); {remedy}")
     return value
 
 

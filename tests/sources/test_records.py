@@ -11,6 +11,7 @@ import pytest
 
 from fastcollate.ingest import encode
 from fastcollate.ingest.spans import BadRecord
+from fastcollate.ingest.spec import Counts
 from fastcollate.sources import records as module
 from fastcollate.sources.blocks import Block
 from fastcollate.sources.json_blocks import NOT_UTF8
@@ -30,7 +31,9 @@ def lines(*documents: bytes) -> tuple[Block, bytes]:
 def texts_of(*documents: bytes, template: str = "alpaca") -> tuple[list[str], list[int], list[BadRecord]]:
     bad: list[BadRecord] = []
     block, data = lines(*documents)
-    parts = encode._texts(block, data, load_template(template, {}), encode._SpecialTexts(["<|endoftext|>"]), bad)
+    parts = encode._texts(
+        block, data, load_template(template, {}), encode._SpecialTexts(["<|endoftext|>"]), bad, Counts()
+    )
     return parts.texts.strings(), parts.rows.tolist(), bad
 
 
@@ -114,7 +117,7 @@ def test_chunks_of_any_size_hold_the_same_records(kind: str, chunk_bytes: int, m
     block = Block(0, 0, "x", kind, 3, len(records), 5, len(data), 0)
     found = [part[i] for part in read_records(block, data) for i in range(len(part))]
     assert found == records
-    columns = [part.columns([("none", "text"), ("none",)]) for part in read_records(block, data)]
+    columns = [part.columns([("none", "text"), ("none",)]).fields for part in read_records(block, data)]
     assert [text for texts, _ in columns for text in texts] == [record["text"] for record in records]
     assert {text for _, texts in columns for text in texts} == {None}
     assert lines_of(block, data, {3, 17, 32}) == {3: 5, 17: 5 + 2 * 14, 32: 5 + 2 * 29}
@@ -124,7 +127,7 @@ def test_chunks_of_any_size_hold_the_same_records(kind: str, chunk_bytes: int, m
 def test_a_field_may_have_any_name(name: str) -> None:
     block, data = lines(json.dumps({name: "x", "b": "y"}).encode(), b"{", b"[]")
     (part,) = read_records(block, data)
-    assert part.columns([(name,), ("c", "b")]) == [["x", None, None], ["y", None, None]]
+    assert part.columns([(name,), ("c", "b")]).fields == [["x", None, None], ["y", None, None]]
 
 
 def test_lone_surrogates_are_mended_at_every_depth() -> None:
@@ -144,7 +147,10 @@ def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     parts = list(read_records(Block(0, 0, "x", "arrow", 0, 3, 0, 1, 0), sink.getvalue().to_pybytes()))
-    assert [part.columns([("b", "a"), ("b",)]) for part in parts] == [[["x", None], [None, None]], [["z"], [None]]]
-    assert parts[1].columns([("n", "a"), ("a",)]) == [["z"], ["z"]]
-    assert parts[0].columns([("n", "a"), ("a",)]) == [[None, None], [None, None]]
+    assert [part.columns([("b", "a"), ("b",)]).fields for part in parts] == [
+        [["x", None], [None, None]],
+        [["z"], [None]],
+    ]
+    assert parts[1].columns([("n", "a"), ("a",)]).fields == [["z"], ["z"]]
+    assert parts[0].columns([("n", "a"), ("a",)]).fields == [[None, None], [None, None]]
     assert parts[1][0] == {"a": "z", "n": None}

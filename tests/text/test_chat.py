@@ -111,10 +111,10 @@ def test_an_answer_that_a_template_changes_needs_marks(change: str, wanted: str 
         ({"role": A, "content": "x", "train_detail": [1]}, "train_detail names single characters"),
         ({"role": A, "content": None}, "turn 2 has no content"),
         ({"role": A, "content": 5}, "its content is a number, not text"),
-        ({"role": A, "content": [{"type": "image", "url": "u"}]}, "a part of its content is image, not text"),
+        ({"role": A, "content": [{"type": "image", "url": "u"}]}, "a part of its content is 'image', not text"),
         (
             {"role": A, "content": [{"type": "image", "url": "u", "text": "x"}]},
-            "part of its content is image, not text",
+            "part of its content is 'image', not text",
         ),
         ({"role": A, "content": [{"type": "text", "value": "x"}]}, "part of its content holds no text under 'text'"),
         ({"role": A, "content": [{"type": "python", "text": "1"}]}, "'python', and this template knows no parts"),

@@ -52,6 +52,9 @@ def texts_of(variables: Mapping[str, Any]) -> list[str]:
     """All texts that a template sees of a record."""
     found = [*leaves([value for name, value in variables.items() if name != "messages"])]
     for turn in variables["messages"]:
+        if len(turn) == 2 and type(turn.get("content")) is str:  # and a role
+            found += turn.values()
+            continue
         found += turn
         for value in turn.values():
             if type(value) is str:

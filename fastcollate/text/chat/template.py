@@ -122,7 +122,7 @@ class ChatTemplate(Template):
             return read_chat(record, self._fields)
         if not isinstance(record, dict):
             raise BadRecordError(f"not an object but {kind_of(record)}")
-        refuse_labels(record)
+        refuse_labels(record, self._fields)
         if missing := sorted(self._reads - record.keys()):
             raise BadRecordError(f"no field {missing[0]!r}; write record.{missing[0]} where it may be missing")
         filled = {name: "" if value is None else value for name, value in record.items()}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fastcollate.errors import shown
 from fastcollate.text.record import BadRecordError, kind_of, refuse_labels, role_of
 
 _TURNS = ("messages", "conversations", "conversation")
@@ -44,7 +45,7 @@ def read_chat(record: Any, fields: Mapping[str, str]) -> Chat:
     """
     if not isinstance(record, dict):
         raise BadRecordError(f"not an object but {kind_of(record)}")
-    refuse_labels(record)
+    refuse_labels(record, fields)
     name = fields.get("messages") or next((name for name in _TURNS if record.get(name) is not None), None)
     if name is not None:
         turns, trains, read = *_turns(record.get(name), name), [name]
@@ -118,8 +119,8 @@ def _without_special_keys(turn: Mapping[str, Any], number: int) -> tuple[dict[st
     if turn.get("train_detail") is not None:
         raise BadRecordError(f"turn {number}: train_detail names single characters; mask whole turns by train: false")
     weight, flags = turn.get("weight"), [turn[key] for key in _TRAIN_KEYS if turn.get(key) is not None]
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise BadRecordError(f"turn {number}: its weight is {str(weight)[:40]}; a turn is trained (1) or not (0)")
+    if weight is not None and (type(weight) not in (int, float) or weight not in (0, 1)):
+        raise BadRecordError(f"turn {number}: its weight is {shown(weight)}; a turn is trained (1) or not (0)")
     if not all(isinstance(flag, bool) for flag in flags):
         raise BadRecordError(f"turn {number}: {' or '.join(_TRAIN_KEYS)} is neither true nor false")
     is_answer = found.get("role") in _CALLS or role_of(found.get("role"), number) == "assistant"
@@ -137,7 +138,7 @@ def _calls(content: Any, number: int) -> list[dict[str, Any]]:
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise BadRecordError(
             f'turn {number}: a function_call is JSON such as {{"name": ..., "arguments": {{...}}}}, not '
-            f"{str(content)[:60]!r} ({type(error).__name__})"
+            f"{shown(content)} ({type(error).__name__})"
         ) from error
 
 
@@ -151,7 +152,7 @@ def _check_content(turn: Mapping[str, Any], number: int) -> None:
         for part in content:
             held = {key for key, value in part.items() if value is not None} if isinstance(part, dict) else set()
             if "type" not in held or not (held == {"type", "text"} or part["type"] == "text"):
-                kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+                kind = shown(part.get("type")) if isinstance(part, dict) else kind_of(part)
                 raise BadRecordError(f"turn {number}: a part of its content is {kind}, not text; only text is trained")
             if not isinstance(part.get("text"), str):
                 raise BadRecordError(f"turn {number}: a part of its content holds no text under 'text'")
