@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
 from fastcollate.errors import InputError, choice
 from fastcollate.options import explained, option
 
+_MOST_NAMES = 64  # of fields that are counted
 _CHOICES = {
     "end": ("auto", "append", "in_row"),
     "train_on": ("all", "last"),
@@ -143,6 +144,44 @@ class PrepareOptions:
             choice(name, getattr(self, name), choices)
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers={self.workers}: at least 1")
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums over rows, for the report; the same whatever the number of workers.
+
+    Attributes:
+        num_rows: rows stored.
+        num_tokens: tokens in them.
+        boundary_mismatches: rows whose prompt's tokens are not a prefix of the row's.
+        untrained_rows: rows without a trained token within the limit.
+        corner_rows: rows on which reference and positional mode differ.
+        long_prompts: rows whose prompt fills the limit, kept or cut.
+        dropped_fields: records by the name of a field whose text is in no row; see `Template.dropped`.
+    """
+
+    num_rows: int = 0
+    num_tokens: int = 0
+    boundary_mismatches: int = 0
+    untrained_rows: int = 0
+    corner_rows: int = 0
+    long_prompts: int = 0
+    dropped_fields: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Counts) -> None:
+        """Add another unit's counts."""
+        for name, value in asdict(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+        for name, count in other.dropped_fields.items():
+            self.add_dropped([name], count)
+
+    def add_dropped(self, names: Iterable[str], count: int = 1) -> None:
+        """Note fields of a record that are not in its text; of very many names the last ones stand together."""
+        noted = self.dropped_fields
+        for name in names:
+            key = name if name in noted or len(noted) < _MOST_NAMES else "other fields"
+            noted[key] = noted.get(key, 0) + count
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.ids.columns import columns_of_ids
+from fastcollate.ingest.options import Counts as Counts
 from fastcollate.ingest.options import PrepareOptions
 from fastcollate.plan import plan_epoch
 from fastcollate.progress import progress_bar
@@ -35,7 +36,6 @@ _FIELDS = {"text": ("text",), **dict.fromkeys(("alpaca", "phi3", "completion"), 
 _SIDE_VERSION = 1
 _SAMPLE_ROWS = 1 << 20
 _REMEDY = "choose another directory, or make this one anew with --overwrite (overwrite=True)"
-_MOST_NAMES = 64  # of fields
 _RECORDED = ("boundary", "max_length", "long_prompt", "special_text")  # of the options: those that change rows
 
 
@@ -163,44 +163,6 @@ class LostRecord(NamedTuple):
     row: int
     line: int
     reason: str
-
-
-@dataclass(slots=True)
-class Counts:
-    """Sums over rows, for the report; the same whatever the number of workers.
-
-    Attributes:
-        num_rows: rows stored.
-        num_tokens: tokens in them.
-        boundary_mismatches: rows whose prompt's tokens are not a prefix of the row's.
-        untrained_rows: rows without a trained token within the limit.
-        corner_rows: rows on which reference and positional mode differ.
-        long_prompts: rows whose prompt fills the limit, kept or cut.
-        dropped_fields: records by the name of a field whose text is in no row; see `Template.dropped`.
-    """
-
-    num_rows: int = 0
-    num_tokens: int = 0
-    boundary_mismatches: int = 0
-    untrained_rows: int = 0
-    corner_rows: int = 0
-    long_prompts: int = 0
-    dropped_fields: dict[str, int] = field(default_factory=dict)
-
-    def add(self, other: Counts) -> None:
-        """Add another unit's counts."""
-        for name, value in asdict(other).items():
-            if isinstance(value, int):
-                setattr(self, name, getattr(self, name) + value)
-        for name, count in other.dropped_fields.items():
-            self.add_dropped([name], count)
-
-    def add_dropped(self, names: Iterable[str], count: int = 1) -> None:
-        """Note fields of a record that are not in its text; of very many names the last ones stand together."""
-        noted = self.dropped_fields
-        for name in names:
-            key = name if name in noted or len(noted) < _MOST_NAMES else "other fields"
-            noted[key] = noted.get(key, 0) + count
 
 
 @dataclass(frozen=True, slots=True)
