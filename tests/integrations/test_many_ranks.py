@@ -85,6 +85,7 @@ write()
 """
 
 
+@pytest.mark.slow
 def test_loader_and_sampler_take_their_share_when_an_iteration_starts(store: TokenStore, tmp_path: Path) -> None:
     ranks = run(ALONE, store, tmp_path)
     for rank, notes in enumerate(ranks):
@@ -153,6 +154,7 @@ DIVIDING: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_accelerate_gives_each_rank_its_own_rows_or_is_refused(store: TokenStore, tmp_path: Path) -> None:
     """`prepare` deals a batch sampler's batches to the ranks; they were dealt already, and half were lost."""
     pytest.importorskip("accelerate")
@@ -228,6 +230,7 @@ write()
 """
 
 
+@pytest.mark.slow
 def test_lightning_and_fabric_give_each_rank_its_own_rows_or_are_refused(store: TokenStore, tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     ranks = run(LIGHTNING, store, tmp_path)
