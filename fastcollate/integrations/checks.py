@@ -29,14 +29,16 @@ def check_model(store: TokenStore | MixedStore, model: nn.Module) -> None:
 
 
 def check_tokenizer(store: TokenStore | MixedStore, tokenizer: Any) -> None:
-    """Refuse a tokenizer of Hugging Face that differs from the store's, by size or by the ids of a probe text."""
+    """Refuse a tokenizer of Hugging Face that differs from the store's: by size, a probe text, or its added tokens."""
     found = tokenizer.encode(_PROBE, add_special_tokens=False)
     if len(tokenizer) >= store.vocab_size:
         try:
-            expected = load_tokenizer(store.tokenizer_name).encode(_PROBE)
+            own = load_tokenizer(store.tokenizer_name)
         except InputError:
             return  # its vocabulary cannot be had here; the sizes agree
-        if found == expected:
+        added = {} if own.json is None else own.json.added.control
+        has_added = not added or tokenizer.convert_tokens_to_ids([*added]) == [*added.values()]
+        if found == own.encode(_PROBE) and has_added:
             return
     raise InputError(
         f"{store.path} is tokenized by {store.tokenizer_name} ({store.vocab_size:,} ids), and the tokenizer given "

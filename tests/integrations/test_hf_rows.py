@@ -253,3 +253,18 @@ def test_a_trainer_keeps_the_masks_that_our_collator_reads(tmp_path: Path) -> No
     collator = DataCollator(pad_token_id=0)
     trainer = Bucketed(model, arguments, train_dataset=rows, data_collator=collator)
     assert next(iter(trainer.get_train_dataloader()))["labels"].tolist() == [[-100, -100, 7]] * 4
+
+
+def test_a_tokenizer_with_other_added_tokens_is_refused(tmp_path: Path) -> None:
+    """Of one vocabulary and size, as the tokenizers of a base model and of its chat model are."""
+    store = store_from_dataset(
+        datasets.Dataset.from_dict({"input_ids": [[1, 2]]}), tmp_path / "s", chats.byte_tokenizer()
+    )
+    check_tokenizer(store, chats.byte_tokenizer())
+    content = chats.byte_tokenizer().backend_tokenizer.to_str().replace("<|turn|>", "<|role|>")
+    other = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=chats.byte_tokenizer().backend_tokenizer.from_str(content)
+    )
+    assert len(other) == store.vocab_size
+    with pytest.raises(InputError, match="encodes differently"):
+        check_tokenizer(store, other)
