@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastcollate.integrations.pytorch import BucketBatchSampler as BucketBatchSampler
     from fastcollate.integrations.pytorch import StoreDataset as StoreDataset
     from fastcollate.load.loader import BatchLoader as BatchLoader
+    from fastcollate.plan.cost.parts import balance as balance
     from fastcollate.plan.mixing import MixedStore as MixedStore
     from fastcollate.plan.packing import pack_lengths as pack_lengths
     from fastcollate.plan.plan import plan_epoch as plan_epoch
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Batch": "collate.batch", "BatchLoader": "load.loader", "BucketBatchSampler": "integrations.pytorch",
     "ContextParallelBatch": "collate.batch", "MixedStore": "plan.mixing", "PackedBatch": "collate.batch",
-    "StoreDataset": "integrations.pytorch", "TokenStore": "store.store", "collate_fn": "collate.drop_in",
-    "pack_lengths": "plan.packing", "plan_epoch": "plan.plan", "prepare": "ingest.job", "split_rows": "plan.splits",
+    "StoreDataset": "integrations.pytorch", "TokenStore": "store.store", "balance": "plan.cost.parts",
+    "collate_fn": "collate.drop_in", "pack_lengths": "plan.packing", "plan_epoch": "plan.plan",
+    "prepare": "ingest.job", "split_rows": "plan.splits",
 }  # fmt: skip
 
 __all__ = list(_MODULE_OF)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastcollate.check.imbalance import Imbalance, imbalance_of
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
 from fastcollate.load import row_reports
-from fastcollate.plan import EpochPlan, Packs
+from fastcollate.plan import EpochPlan
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer, load_tokenizer
@@ -83,7 +84,7 @@ def pack_capacity(cells: npt.NDArray[Any], max_length: int | None) -> int:
     return max_length or max(int(cells.max(initial=0)), _CONTEXT)
 
 
-def packed_batches(plan: EpochPlan) -> Iterator[Packs]:
+def packed_batches(plan: EpochPlan) -> Iterator[Any]:
     """The batches of a packed epoch, whose packs lie in them one after the other."""
     for index in range(plan.num_windows):
         window = plan.packs(index)
@@ -124,6 +125,7 @@ class Inspection:
     examples_without_trained: list[int]  # the first of these rows
     corner_rows: int  # on which `mode="reference"` differs from `mode="positional"`
     masks: TrainedByMask
+    imbalance: Imbalance  # of packs as wide as a row may be
     boundary_mismatches: int | None  # rows whose prompt, tokenized alone, is no prefix of them; `None`: not recorded
     skipped_records: int | None  # by prepare; `None`: not recorded
     padding: dict[str, float]  # shares that prepare has found, by its names for them; empty: not recorded
@@ -131,9 +133,16 @@ class Inspection:
 
 
 def inspect_store(
-    store: TokenStore, options: MaskOptions | None = None, *, progress: bool = True, silent: bool | None = None
+    store: TokenStore,
+    options: MaskOptions | None = None,
+    *,
+    ranks: int = 8,
+    progress: bool = True,
+    silent: bool | None = None,
 ) -> Inspection:
     """Count everything once over; memory does not grow with the store. `silent` is the old name of `progress=False`.
+
+    `ranks` is the number of those whose balance is told.
 
     Example:
         >>> found = inspect_store(TokenStore("store"), MaskOptions(max_length=256), progress=False)
@@ -164,6 +173,9 @@ def inspect_store(
         padding={name: share for name, share in summary.items() if name.startswith("padding_")},
         dropped_fields=summary.get("dropped_fields", {}),
         masks=masks,
+        imbalance=imbalance_of(
+            store.cells, ranks, **order_of(store, options, OrderOptions(policy="packed", batch_size=1))
+        ),
         other_shares=other["shares"],
         **totals,
     )

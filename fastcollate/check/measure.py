@@ -17,6 +17,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, trained_by_mask
+from fastcollate.check.imbalance import Imbalance, imbalance_of
 from fastcollate.collate import reference
 from fastcollate.errors import InputError
 from fastcollate.load import BatchLoader
@@ -55,6 +56,7 @@ class BenchReport:
     contenders: list[Verdict]  # the pipeline first
     advice: list[str]
     masks: TrainedByMask
+    imbalance: Imbalance
 
 
 class _Rows(Dataset[Any]):
@@ -84,6 +86,7 @@ def bench(
     model: str | None = None,
     rounds: int = 5,
     seconds: float = 0.5,
+    ranks: int = 8,
     progress: bool = True,
     silent: bool | None = None,
 ) -> BenchReport:
@@ -98,6 +101,7 @@ def bench(
         step_ms: a training step's time in milliseconds, for the verdict; or
         model: the bundled GPT-2 (`tiny`, ...) whose training step is measured on this store's batches.
         rounds: turns of each contender, of `seconds` each; the median counts.
+        ranks: how many ranks' balance is told, each with batches of that size.
         progress: show progress (`silent` is the old name, the other way round).
 
     Raises:
@@ -136,7 +140,8 @@ def bench(
     contenders = [_judge(name, statistics.median(found), waits[name]) for name, found in speeds.items()]
     advice = _advice(contenders, step_ms, chosen["policy"])
     masks = trained_by_mask(store, options)
-    return BenchReport(chosen["policy"], chosen["batch_size"], step_ms, contenders, advice, masks)
+    imbalance = imbalance_of(store.cells, ranks, max_length=options.max_length, **chosen)
+    return BenchReport(chosen["policy"], chosen["batch_size"], step_ms, contenders, advice, masks, imbalance)
 
 
 def _contenders(
@@ -331,6 +336,7 @@ def print_report(report: BenchReport) -> None:
     console = Console()
     console.print(table)
     console.print(report.masks.sentence, highlight=False)
+    console.print(report.imbalance.sentence, highlight=False)
     if report.step_ms is not None:
         console.print(f"step: {report.step_ms:.3f} ms")
     for sentence in report.advice:

@@ -182,6 +182,7 @@ def summary_of(found: Inspection) -> dict[str, object]:
     more = ", ..." if found.rows_without_trained > len(found.examples_without_trained) else ""
     rows["rows without a trained token"] = f"{found.rows_without_trained:,}" + (f" ({named}{more})" if named else "")
     rows["rows where reference and positional differ"] = found.corner_rows
+    rows[f"{found.imbalance.ranks} ranks, {found.imbalance.batches}"] = f"the slowest takes {found.imbalance.in_words}"
     unknown = "not recorded"
     rows["boundary mismatches"] = unknown if found.boundary_mismatches is None else found.boundary_mismatches
     rows["records skipped"] = unknown if found.skipped_records is None else found.skipped_records

@@ -140,6 +140,7 @@ def inspect(
     row: Annotated[int | None, typer.Option(help="Show this row: text, ids, targets.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page for the browser to this file.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in a batch of the page's picture of an epoch.")] = 8,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to tell the balance of.")] = 8,
     json_output: Json = False,
 ) -> None:
     """Show what is in a store: counts, lengths, and what is trained, also with prompts masked."""
@@ -157,7 +158,7 @@ def inspect(
             say_next("inspect", store, "--row", (row + 1) % len(opened), *["--mask-prompt"] * masks.mask_prompt)
         return
     with telling_of_kernels(quiet=json_output):
-        found = inspect_store(opened, masks, progress=not json_output)
+        found = inspect_store(opened, masks, ranks=ranks, progress=not json_output)
         if page is not None:
             write_report(opened, page, found, batch_size=batch_size)
     if json_output:
@@ -221,6 +222,7 @@ def bench(
         str | None, typer.Option(help="Measure the step of this bundled GPT-2 on this machine's CPU, such as tiny.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Turns of each contender; the median counts.")] = 5,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to tell the balance of.")] = 8,
     json_output: Json = False,
 ) -> None:
     """Is the loop data-bound? Batches a second, beside the reference loop and torch's DataLoader."""
@@ -230,7 +232,9 @@ def bench(
 
     opened = TokenStore(store)
     with telling_of_kernels(quiet=json_output):
-        report = run(opened, masks, order, step_ms=step_ms, model=model, rounds=rounds, progress=not json_output)
+        report = run(
+            opened, masks, order, step_ms=step_ms, model=model, rounds=rounds, ranks=ranks, progress=not json_output
+        )
     if json_output:
         print_json(asdict(report))
     else:

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from fastcollate.collate import AnyBatch, Collator
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
-from fastcollate.plan import Packs
 
 Int64Array = npt.NDArray[np.int64]
 Fill = Callable[[Int64Array, Int64Array, Int64Array], int]  # bounds, buffer, report -> batches filled
@@ -50,7 +49,9 @@ def padded_job(collator: Collator, rows: Int64Array, bounds: Int64Array) -> Job:
     return Job(lambda bounds, out, report: collator.fill_group(rows, bounds, out, report), collator.batches, bounds)
 
 
-def packed_job(collator: Collator, packs: Packs, bounds: Int64Array, capacity: int) -> Job:
+def packed_job(
+    collator: Collator, packs: tuple[Int64Array, Int64Array, Int64Array], bounds: Int64Array, capacity: int
+) -> Job:
     """Packed batches: batch `b` is the packs `bounds[b]` to `bounds[b + 1]`, of so many cells each."""
     rows, starts, ends = (np.ascontiguousarray(part, np.int64) for part in packs)
 

@@ -64,6 +64,11 @@ class Stats:
         wait_s: seconds that the consumer has waited for batches; those of a group come together. Compiling the
             kernels, once, is not counted.
         h2d_bytes: bytes of the batches that were copied to a device.
+        mean_cost: what the optimizer steps that were begun cost, by `PlanOptions.cost`, on the mean of all ranks; of
+            packs, and of `max_tokens` where `balance` is.
+        slowest_cost: what they cost the slowest rank of each.
+        step_imbalance: the slowest over the mean in the last of these steps.
+        worst_imbalance: in the worst.
     """
 
     batches: int = 0
@@ -77,6 +82,23 @@ class Stats:
     cut_tokens: int = 0
     wait_s: float = 0.0
     h2d_bytes: int = 0
+    mean_cost: float = 0.0
+    slowest_cost: float = 0.0
+    step_imbalance: float = 1.0
+    worst_imbalance: float = 1.0
+
+    @property
+    def imbalance(self) -> float:
+        """How many times as long as with ranks that all finish together the steps took, by what they cost."""
+        return self.slowest_cost / self.mean_cost if self.mean_cost else 1.0
+
+    def count_steps(self, slowest: npt.NDArray[np.float64], mean: npt.NDArray[np.float64]) -> None:
+        """Add some optimizer steps, by what they cost the slowest rank and the mean of all."""
+        for most, even in zip(slowest.tolist(), mean.tolist(), strict=True):
+            self.mean_cost += even
+            self.slowest_cost += most
+            self.step_imbalance = most / even if even else 1.0
+            self.worst_imbalance = max(self.worst_imbalance, self.step_imbalance)
 
     def count(self, num_batches: int, totals: Sequence[int]) -> None:
         """Add some batches, by the sums of their lines of the kernel's report."""
@@ -97,6 +119,7 @@ class _Handed:
     """How many batches of a group were handed over, and how many of these are counted."""
 
     group: Group
+    costs: Any  # of the steps of its window, or `None`
     batches: int = 0
     counted: int = 0
 
@@ -197,8 +220,9 @@ class BatchLoader(position.Epochs):
         self._check_worker()
         iteration = self._begin()
         self._times()
+        costs: dict[int, Any] = {}  # by window
         groups = fill_groups(
-            lambda window: self._job(iteration, window),
+            lambda window: self._job(iteration, window, costs),
             iteration.planned.plan.num_windows,
             iteration.first[1:],
             self._own_transfer(),
@@ -212,7 +236,8 @@ class BatchLoader(position.Epochs):
                     self._warn_of_corners()
                 if group.totals[kernels.UNTRAINED]:
                     self._warn_of_untrained(group.totals)
-                handed = _Handed(group)
+                costs.pop(group.window - 1, None)
+                handed = _Handed(group, costs.get(group.window))
                 self._handed.append(handed)
                 try:
                     for number, batch in enumerate(group.batches, 1):
@@ -255,16 +280,22 @@ class BatchLoader(position.Epochs):
         if count:
             lines = group.report[handed.counted : handed.batches]
             self._stats.count(count, group.totals if count == len(group.report) else lines.sum(0).tolist())
+            if handed.costs is not None:  # a step's with its first batch
+                size = self._plan_options.batches_a_step
+                begin, end = (-(-(group.first + number) // size) for number in (handed.counted, handed.batches))
+                self._stats.count_steps(handed.costs.slowest[begin:end], handed.costs.mean[begin:end])
             handed.counted = handed.batches
 
-    def _job(self, iteration: position.Iteration, index: int) -> Job:
-        """One window's batches, to be filled."""
+    def _job(self, iteration: position.Iteration, index: int, costs: dict[int, Any]) -> Job:
+        """One window's batches, to be filled, and what its steps cost."""
         planned, capacity = iteration.planned, self._plan_options.capacity
         if capacity is not None:
             packs, bounds = planned.packs(index)
+            costs[index] = planned.plan.last_step_costs()
             self._ask_for(packs.rows)
             return packed_job(self._collator, packs, bounds, capacity)
         window = planned.window(index)
+        costs[index] = planned.plan.last_step_costs()
         self._ask_for(window.rows)
         return padded_job(self._collator, window.rows, window.bounds)
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from fastcollate.plan.mixing import Order as Order
     from fastcollate.plan.options import OrderKeywords as OrderKeywords
     from fastcollate.plan.options import PlanOptions as PlanOptions
-    from fastcollate.plan.packing import Packs as Packs
     from fastcollate.plan.packing import pack_lengths as pack_lengths
     from fastcollate.plan.plan import EpochPlan as EpochPlan
     from fastcollate.plan.plan import plan_epoch as plan_epoch
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     **dict.fromkeys(("OrderKeywords", "PlanOptions"), "options"),
     **dict.fromkeys(("MixedStore", "Order"), "mixing"),
-    **dict.fromkeys(("Packs", "pack_lengths"), "packing"),
+    **dict.fromkeys(("pack_lengths",), "packing"),
     **dict.fromkeys(("EpochPlan", "plan_epoch"), "plan"),
     "split_rows": "splits",
 }

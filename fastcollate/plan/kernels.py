@@ -249,6 +249,63 @@ def cut_by_tokens(lengths: Any, budget: int, shares: int, bounds: Any) -> int:
 
 
 @kernel
+def cut_batches(lengths: Any, budget: int, bounds: Any) -> int:
+    """Cut rows into batches of at most `budget` cells, padding included, and of one row where that alone is longer.
+
+    Writes the bounds and returns the number of batches.
+    """
+    num_batches = start = widest_row = 0
+    bounds[0] = 0
+    for i in range(len(lengths)):
+        width = max(widest_row, max(np.int64(lengths[i]), 1))
+        if i > start and (i + 1 - start) * width > budget:
+            num_batches += 1
+            bounds[num_batches] = start = i
+            width = max(np.int64(lengths[i]), 1)
+        widest_row = width
+    if len(lengths):
+        num_batches += 1
+        bounds[num_batches] = len(lengths)
+    return num_batches
+
+
+@kernel
+def cut_sorted_batches(lengths: Any, budget: int, bounds: Any) -> int:
+    """The same of rows that come shortest first: no batch has more rows than the one before."""
+    num_batches = start = 0
+    bounds[0] = 0
+    size = np.int64(len(lengths))
+    while start < len(lengths):
+        size = min(size, len(lengths) - start)
+        while size > 1 and size * max(np.int64(lengths[start + size - 1]), 1) > budget:
+            size = min(size - 1, max(budget // max(np.int64(lengths[start]), 1), 1))
+        start += size
+        num_batches += 1
+        bounds[num_batches] = start
+    return num_batches
+
+
+@kernel
+def group_sums(values: Any, bounds: Any, sums: Any) -> None:
+    """Each group's sum, added up in order."""
+    for group in range(len(sums)):
+        total = 0.0
+        for i in range(bounds[group], bounds[group + 1]):
+            total += values[i]
+        sums[group] = total
+
+
+@kernel
+def group_widths(lengths: Any, bounds: Any, widths: Any) -> None:
+    """Each group's longest."""
+    for group in range(len(widths)):
+        width = 0
+        for i in range(bounds[group], bounds[group + 1]):
+            width = max(width, np.int64(lengths[i]))
+        widths[group] = width
+
+
+@kernel
 def deal(items: Any, bounds: Any, order: Any, rank: int, world_size: int, out: Any, out_bounds: Any) -> None:
     """One rank's share of each group, the groups in the given order: items `rank`, `rank + world_size`, ..."""
     count = 0

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.options import Int64Array, PlanOptions, row_numbers
-from fastcollate.plan.plan import EpochPlan, PackWindow, Window, as_lengths, key_of, plan_with, too_long
+from fastcollate.plan.options import Int64Array, PlanOptions, as_lengths, row_numbers
+from fastcollate.plan.packing import PackWindow, Window
+from fastcollate.plan.plan import EpochPlan, key_of, plan_with
 from fastcollate.store import Example, TokenStore, require_served, shards
 
 Rows = range | npt.NDArray[np.int64]
@@ -276,7 +277,7 @@ class Order:
             lengths = self._lengths_of(rows)
             place = int(np.argmax(lengths))
             if int(lengths[place]) > widest:
-                raise too_long(int(rows[place]), int(lengths[place]), options)
+                raise options.too_long(int(rows[place]), int(lengths[place]))
         if options.drop_last or options.long_rows == "drop":
             plan = self.plan(replace(options, rank=0), 0).plan  # no rank has more batches
             if not any(map(plan.num_batches, range(plan.num_windows))):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import LARGEST, LARGEST_CAPACITY, InputError, choice, integer, shown
+from fastcollate.plan.cost.deal import Cost, cost_name
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -37,6 +38,9 @@ class OrderKeywords(TypedDict, total=False):
     longest_first: bool
     pad_to_multiple_of: int | None
     cp_size: int | None
+    balance: bool | None
+    accumulation: int
+    cost: Cost
 
 
 class PlanKeywords(OrderKeywords, total=False):
@@ -57,10 +61,10 @@ class PlanOptions:
             cut into batches, and the batches shuffled), or `"packed"` (rows are shuffled, packed by best fit
             inside a window, and the packs shuffled).
         window: rows a window, rounded up to whole steps; by default 1,024 steps, at least 16,384 and at most
-            262,144 rows, which is what packed takes.
+            262,144 rows, which is what packed takes, and whatever is balanced by cost.
         seed: with the epoch it decides every random choice.
         rank: which of `world_size` shares to plan. All ranks get the same number of batches and, in each step, rows
-            of similar length. A step's rows depend on `batch_size * world_size` only.
+            of similar length, or of similar cost (`balance`). A step's rows depend on `batch_size * world_size` only.
         world_size: number of ranks.
         max_length: rows count as no longer than this; with the policy packed, `long_rows` says what becomes of longer
             ones.
@@ -82,6 +86,14 @@ class PlanOptions:
             packs must be one too.
         cp_size: with the policy packed, ranks of a context-parallel group, which share `rank`: each row is padded to a
             multiple of `2 * cp_size` cells of its pack.
+        balance: deal by cost, so that the ranks of a step finish together. With the policy packed, each `batch_size *
+            world_size * accumulation` packs that cost alike make an optimizer step, however many ranks share it; with
+            `max_tokens` (bucketed or shuffled) each `world_size * accumulation` batches. By default where that product
+            of ranks and accumulation is more than 1 and no `shares` are given; a loaded state brings its own.
+        accumulation: batches of a rank that make an optimizer step, whose costs count together where `balance` is.
+        cost: what a row of `n` tokens costs: `cost * n + n * n` for an integer, 6 times the model's width (by default
+            6 * 4,096, as in models of 7B; GPT-2's is 4,608), or a function from an int64 array of lengths to costs.
+            Packs cost what their rows do, padded batches their rows times the longest's cost.
     """
 
     batch_size: int | None = None
@@ -101,12 +113,20 @@ class PlanOptions:
     longest_first: bool = False
     pad_to_multiple_of: int | None = None
     cp_size: int | None = None
+    balance: bool | None = None
+    accumulation: int = 1
+    cost: Cost = 6 * 4096
+
+    @property
+    def batches_a_step(self) -> int:
+        """Batches of a rank that are planned together: those of an optimizer step where they are balanced, else one."""
+        return self.accumulation if self.balance else 1
 
     @property
     def group(self) -> int:
-        """Rows (packs) that every rank's batch together hold, or come in multiples of."""
+        """Rows (packs) that every rank's batches of a step together hold, or come in multiples of."""
         if self.batch_size is not None:
-            return self.batch_size * self.world_size
+            return self.batch_size * self.world_size * self.batches_a_step
         assert self.shares is not None
         return self.shares
 
@@ -116,13 +136,28 @@ class PlanOptions:
         if self.max_tokens is None:
             return None
         assert self.shares is not None
-        widest = self.max_tokens * self.world_size // self.shares
+        widest = self.max_tokens * self.world_size * self.batches_a_step // self.shares
         return widest - widest % (self.pad_to_multiple_of or 1)
 
     @property
     def row_multiple(self) -> int:
         """What divides the cells of each row of a pack."""
         return 1 if self.cp_size is None else 2 * self.cp_size
+
+    def too_long(self, row: int, length: int) -> InputError:
+        """Why a row stands in no batch of `max_tokens`."""
+        shares = f" (of rows in multiples of shares={self.shares})" if self.shares != self.world_size else ""
+        multiple = self.pad_to_multiple_of
+        padded = f" (padded to a multiple of {multiple})" if multiple else ""
+        return InputError(
+            f"row {row} has {length} tokens{padded}, more than max_tokens={self.max_tokens} allows a batch"
+            f"{'' if self.balance else shares}; raise max_tokens, or give a max_length that cuts such rows"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """The checked options as numbers and strings, for a saved state."""
+        longest = self.capacity or self.widest or LARGEST
+        return {**{name: getattr(self, name) for name in self.__slots__}, "cost": cost_name(self.cost, longest)}
 
     def checked(self) -> PlanOptions:
         """The same with plain integers, and with what follows from the other options filled in; refuses wrong ones.
@@ -136,7 +171,11 @@ class PlanOptions:
             if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
                 raise InputError(f"{name}={shown(value)}: give True or False")
         world_size = integer("world_size", self.world_size, 1, MOST_RANKS)
-        shares = world_size if self.shares is None else self.shares
+        accumulation = integer("accumulation", self.accumulation, 1, MOST_RANKS)
+        balance = self._balance(world_size * accumulation)
+        shares = self.shares
+        if shares is None:
+            shares = world_size * accumulation if balance and self.policy != "packed" else world_size
         shares = integer("shares", shares, -LARGEST, LARGEST)
         if not 1 <= shares <= MOST_RANKS or shares % world_size:
             raise InputError(f"shares={shares}: give a multiple of world_size={world_size}, {MOST_RANKS:,} at most")
@@ -156,6 +195,8 @@ class PlanOptions:
         options = replace(
             self, **sizes, max_length=max_length, shares=shares, rank=rank, world_size=world_size,
             seed=integer("seed", self.seed), drop_last=bool(self.drop_last), longest_first=bool(self.longest_first),
+            balance=balance, accumulation=accumulation,
+            cost=self.cost if callable(self.cost) else integer("cost", self.cost, 0, 1 << 32),
         )  # fmt: skip
         if self.policy == "packed":
             return options._with_packs()
@@ -165,6 +206,26 @@ class PlanOptions:
                 "policy='packed'"
             )
         return options
+
+    def _balance(self, batches: int) -> bool:
+        """Whether what is dealt is balanced, of so many batches of all ranks in a step."""
+        packed = self.policy == "packed"
+        can = packed or (self.max_tokens is not None and self.policy != "sequential")
+        if self.balance is None:
+            return can and batches > 1 and (packed or self.shares is None)
+        if not isinstance(self.balance, (bool, np.bool_, int)) or self.balance not in (0, 1):
+            raise InputError(f"balance={shown(self.balance)}: give True or False, or leave it out")
+        if self.balance and not can:
+            raise InputError(
+                f"balance=True with policy={self.policy!r}, max_tokens={self.max_tokens}: packs (policy='packed') or "
+                "batches of max_tokens (bucketed or shuffled) are dealt by cost; leave it out"
+            )
+        if self.balance and not packed and self.shares not in (None, batches):
+            raise InputError(
+                f"balance=True, shares={self.shares}: batches are dealt one by one, so shares is world_size * "
+                f"accumulation, {batches} here; leave it out"
+            )
+        return bool(self.balance)
 
     def _with_packs(self) -> PlanOptions:
         if self.longest_first:
@@ -204,3 +265,11 @@ def row_numbers(rows: npt.ArrayLike | range, num_rows: int, name: str = "rows") 
     if numbers.size and numbers[-1] - numbers[0] == len(numbers) - 1 and bool((np.diff(numbers) == 1).all()):
         return range(int(numbers[0]), int(numbers[-1]) + 1)
     return numbers
+
+
+def as_lengths(lengths: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Lengths as an array; refuses what is not one integer a row."""
+    array = np.asarray(lengths)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer a row")
+    return array if array.size else np.zeros(0, np.int64)

@@ -80,6 +80,40 @@ class Packs(NamedTuple):
         return Packs(rows, starts, np.append(self.bounds, self.bounds[-1] + np.arange(1, missing + 1)))
 
 
+class Window(NamedTuple):
+    """One rank's batches of one window: batch `b` is the row numbers `rows[bounds[b]:bounds[b + 1]]`."""
+
+    rows: Int64Array
+    bounds: Int64Array
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in this window."""
+        return len(self.bounds) - 1
+
+    def split(self) -> list[Int64Array]:
+        """The batches, an array each."""
+        return np.split(self.rows, self.bounds[1:-1])
+
+
+class PackWindow(NamedTuple):
+    """One rank's packed batches of one window: batch `b` is the packs `bounds[b]` to `bounds[b + 1]`."""
+
+    packs: Packs
+    bounds: Int64Array
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in this window."""
+        return len(self.bounds) - 1
+
+    def batch(self, index: int) -> Packs:
+        """The packs of one batch, whose bounds start at 0."""
+        bounds = self.packs.bounds[self.bounds[index] : self.bounds[index + 1] + 1]
+        part = slice(bounds[0], bounds[-1])
+        return Packs(self.packs.rows[part], self.packs.starts[part], bounds - bounds[0])
+
+
 def pack_rows(
     rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit: int, long_rows: str, multiple: int = 1
 ) -> Packs:

@@ -8,7 +8,7 @@ rows over the windows; from `BLOCK_FROM` rows on it moves blocks of `BLOCK` neig
 fall into the same window, though not into the same batch: a window's rows are mixed again.
 
 Packs are made of a window's rows. So that every step but the epoch's last has as many packs as any other, the packs of
-most rows are halved until a window's packs fill its last step: on average half a step's packs a window.
+most rows are halved until a window's packs fill its last step, half a step's on average; batches are cut smaller.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,49 +26,19 @@ from typing_extensions import Unpack
 
 from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.options import Int64Array, PlanKeywords, PlanOptions
-from fastcollate.plan.packing import Packs, pack_rows
+from fastcollate.plan.cost import deal as costs
+from fastcollate.plan.cost.epoch import step_costs_of
+from fastcollate.plan.options import Int64Array, PlanKeywords, PlanOptions, as_lengths
+from fastcollate.plan.packing import Packs, PackWindow, Window, pack_rows
 from fastcollate.store import pages
+
+Float64Array = npt.NDArray[np.float64]
 
 BLOCK = 64
 BLOCK_FROM = 1 << 22
 WINDOW_BATCHES = 1024
 MIN_WINDOW, MAX_WINDOW = 1 << 14, 1 << 18
-_ROWS_KEY, _MIX_KEY, _ORDER_KEY, _ROTATION_KEY = range(4)
-
-
-class Window(NamedTuple):
-    """One rank's batches of one window: batch `b` is the row numbers `rows[bounds[b]:bounds[b + 1]]`."""
-
-    rows: Int64Array
-    bounds: Int64Array
-
-    @property
-    def num_batches(self) -> int:
-        """Batches in this window."""
-        return len(self.bounds) - 1
-
-    def split(self) -> list[Int64Array]:
-        """The batches, an array each."""
-        return np.split(self.rows, self.bounds[1:-1])
-
-
-class PackWindow(NamedTuple):
-    """One rank's packed batches of one window: batch `b` is the packs `bounds[b]` to `bounds[b + 1]`."""
-
-    packs: Packs
-    bounds: Int64Array
-
-    @property
-    def num_batches(self) -> int:
-        """Batches in this window."""
-        return len(self.bounds) - 1
-
-    def batch(self, index: int) -> Packs:
-        """The packs of one batch, whose bounds start at 0."""
-        bounds = self.packs.bounds[self.bounds[index] : self.bounds[index + 1] + 1]
-        part = slice(bounds[0], bounds[-1])
-        return Packs(self.packs.rows[part], self.packs.starts[part], bounds - bounds[0])
+_ROWS_KEY, _MIX_KEY, _ORDER_KEY, _ROTATION_KEY, _RANKS_KEY = range(5)
 
 
 @dataclass(frozen=True)
@@ -96,6 +66,8 @@ class EpochPlan:
             return getattr(self.options, name)
         raise AttributeError(f"a plan has no {name!r}")
 
+    step_costs = step_costs_of  # of one window, on all ranks
+
     @property
     def num_rows(self) -> int:
         """Rows in the data set."""
@@ -116,6 +88,11 @@ class EpochPlan:
     def has_even_windows(self) -> bool:
         """Whether each window but the last has as many batches as any other."""
         return self.options.batch_size is not None and self.options.policy != "packed"
+
+    @property
+    def _deals_batches(self) -> bool:
+        """Whether padded batches are dealt by cost, one by one."""
+        return bool(self.options.balance) and self.options.policy != "packed"
 
     def num_batches(self, index: int) -> int:
         """Batches in a window; with `max_tokens`, and packed, this plans it."""
@@ -152,11 +129,13 @@ class EpochPlan:
         largest, step = self._largest if self.options.longest_first else (0, 0)
         if index not in (0, largest) or (largest, step) == (0, 0):
             return window
+        size = self.options.batches_a_step
+        first, place = slice(size), slice(step * size, (step + 1) * size)
         own, other = window.split(), self._window(largest - index).split()
         if index == 0:  # the first step and the largest change places
-            own[0], other[step] = other[step], own[0]
+            own[first], other[place] = other[place], own[first]
         if index == largest:
-            own[step] = other[0]
+            own[place] = other[first]
         return Window(np.concatenate(own), np.cumsum([0, *map(len, own)]))
 
     @cached_property
@@ -164,21 +143,33 @@ class EpochPlan:
         """Window and step of the most cells, of the steps that all ranks share evenly."""
         most, found = 0, (0, 0)
         for index in range(self.num_windows):
-            rows, bounds, order = self._steps(index)
-            lengths, _ = self._lengths(rows, self.options.max_length)
-            counts = np.diff(bounds)
-            if len(counts):
-                widths = _rounded_up(np.maximum.reduceat(lengths, bounds[:-1]), self.options.pad_to_multiple_of)
-                cells = widths * counts * (counts % self.options.group == 0)
-                place = int(cells[order].argmax())
-                if cells[order[place]] > most:
-                    most, found = int(cells[order[place]]), (index, place)
+            cells = self._cells(index)
+            if len(cells) and cells.max() > most:
+                most, found = int(cells.max()), (index, int(cells.argmax()))
         return found
+
+    def _cells(self, index: int) -> Int64Array:
+        """Cells of each of a window's steps, or of its largest batch; 0 where not all ranks share it evenly."""
+        group = self.options.group
+        if self._deals_batches:
+            batches, order, _ = self.dealt_batches(index)
+            rows, bounds, order = batches.rows, batches.bounds, order[: len(order) // group * group].reshape(-1, group)
+        else:
+            rows, bounds, order = self._steps(index)
+        lengths, _ = self._lengths(rows, self.options.max_length)
+        counts = np.diff(bounds)
+        widths = costs.rounded_up(costs.widths(lengths, bounds), self.options.pad_to_multiple_of)
+        cells: Int64Array = widths * counts * (self._deals_batches | (counts % group == 0))
+        return cells[order].max(1) if self._deals_batches else cells[order]
 
     def _window(self, index: int) -> Window:
         """One rank's share of a window's steps, in the order in which they were planned."""
-        rows, bounds, order = self._steps(index)
         options = self.options
+        if self._deals_batches:
+            batches, dealt, _ = self.dealt_batches(index)
+            own = batches.take(dealt[options.rank :: options.world_size])
+            return Window(own.rows.astype(np.int64), own.bounds)
+        rows, bounds, order = self._steps(index)
         out = np.empty(len(rows) // options.world_size + len(order), np.int64)
         out_bounds = np.empty(len(bounds), np.int64)
         plan_kernels.deal(rows, bounds, order, options.rank, options.world_size, out, out_bounds)
@@ -207,7 +198,13 @@ class EpochPlan:
     def packs(self, index: int) -> PackWindow:
         """Plan one window of packed batches; costs the same wherever it lies."""
         options = self.options
-        assert options.batch_size is not None
+        packs, order, _ = self.dealt_packs(index)
+        own = packs.take(order[options.rank :: options.world_size])
+        return PackWindow(own, np.append(np.arange(0, own.num_packs, options.batch_size), own.num_packs))
+
+    def dealt_packs(self, index: int) -> tuple[Packs, Int64Array, Float64Array]:
+        """A window's packs, their order (rank `r` takes `r`, `r + world_size`, ... of it), and their costs in it."""
+        options = self.options
         assert options.capacity is not None
         self._check_window(index)
         limit = options.capacity if options.max_length is None else min(options.max_length, options.capacity)
@@ -219,24 +216,70 @@ class EpochPlan:
             missing = -packs.num_packs % options.group
             if missing and not is_last:
                 packs = packs.filled_up(packs.num_packs + missing, repeat=options.tail == "repeat")
-            order = np.arange(packs.num_packs)
-            plan_kernels.shuffle(order, self._key(_ORDER_KEY, index))
-        if is_last and missing:
-            packs = self._last_packs(packs, order)
-            order = np.arange(packs.num_packs)
-        own = packs.take(order[options.rank :: options.world_size])
-        return PackWindow(own, np.append(np.arange(0, own.num_packs, options.batch_size), own.num_packs))
+            each = self._pack_costs(packs, limit)
+            order = self._order(each, index)
+            if is_last and missing:
+                whole = len(order) - len(order) % options.group
+                rest = self._last_packs(packs.take(order[whole:]))
+                order = np.append(order[:whole], packs.num_packs + np.arange(rest.num_packs))
+                packs, each = packs.followed_by(rest), np.append(each, self._pack_costs(rest, limit))
+            return packs, *self._deal(each, order, index)
 
-    def _last_packs(self, packs: Packs, order: Int64Array) -> Packs:
-        """The epoch's last packs, of a number that the tail policy makes right."""
-        whole = len(order) - len(order) % self.options.group
+    def _last_packs(self, rest: Packs) -> Packs:
+        """The epoch's last packs, which fill no step, of a number that the tail policy makes right."""
         if self.options.drop_last:
-            return packs.take(order[:whole])
-        rest = packs.take(order[whole:])
+            return rest.take(np.arange(0))
         missing = -rest.num_packs % self.options.world_size
-        if missing and self.options.tail == "repeat":
-            rest = rest.filled_up(rest.num_packs + missing, repeat=True)
-        return packs.take(order[:whole]).followed_by(rest)
+        return rest.filled_up(rest.num_packs + missing, repeat=True) if self.options.tail == "repeat" else rest
+
+    def _pack_costs(self, packs: Packs, limit: int) -> Float64Array:
+        lengths = np.empty(len(packs.rows), np.int32)
+        plan_kernels.gather_lengths(self.lengths, packs.rows, 2**31 - 1, lengths)
+        if len(packs.starts):
+            lengths -= packs.starts
+        return costs.of_packs(np.minimum(lengths, limit), packs.bounds, self.options.cost)
+
+    def dealt_batches(self, index: int) -> tuple[Packs, Int64Array, Float64Array]:
+        """The same of padded batches: of all ranks together, as many as make whole steps."""
+        options = self.options
+        assert options.max_tokens is not None
+        with np.errstate(over="ignore"):
+            rows = self._rows(index)
+            bucketed = options.policy == "bucketed"
+            rows, lengths = self._sorted(rows) if bucketed else (rows, self._lengths(rows, options.max_length)[0])
+            widths = costs.rounded_up(lengths, options.pad_to_multiple_of)
+            if len(rows) and widths[place := int(widths.argmax())] > options.max_tokens:
+                raise options.too_long(int(rows[place]), int(lengths[place]))
+            bounds = costs.cut_evenly(widths, options.max_tokens, options.group, is_sorted=bucketed)
+            if len(rows) < options.group and options.tail == "repeat":  # a row a batch, and as many on each rank
+                missing = -len(rows) % options.world_size
+                rows, widths = (np.append(part, np.resize(part, missing)) for part in (rows, widths))
+                bounds = np.arange(len(rows) + 1)
+            longest = widths[bounds[1:] - 1] if bucketed else costs.widths(widths, bounds)
+            each = costs.row_costs(longest, options.cost) * np.diff(bounds)
+            return Packs(rows, bounds[:0], bounds), *self._deal(each, self._order(each, index), index)
+
+    def _order(self, each: Float64Array, index: int) -> Int64Array:
+        """The order of a window's packs or batches, by what each costs."""
+        key = self._key(_ORDER_KEY, index)
+        if self.options.balance and self.options.group > 1:
+            return costs.steps_of_like_cost(each, self.options.group, key)
+        order = np.arange(len(each))
+        plan_kernels.shuffle(order, key)
+        return order
+
+    def _deal(self, each: Float64Array, order: Int64Array, index: int) -> tuple[Int64Array, Float64Array]:
+        """Deal steps in this order to the ranks, and tell what each part of that costs."""
+        options = self.options
+        if options.balance:
+            order = order[costs.deal(each[order], options.group, options.world_size, self._key(_RANKS_KEY, index))]
+        self.__dict__["_dealt"] = each[order]
+        return order, each[order]
+
+    def last_step_costs(self) -> costs.StepCosts | None:
+        """What the steps of the window that was planned last cost; `None` where rows are dealt, no packs or batches."""
+        dealt = self.__dict__.get("_dealt")
+        return None if dealt is None else costs.step_costs(dealt, self.options.group, self.options.world_size)
 
     def _check_window(self, index: int) -> None:
         if not 0 <= index < self.num_windows:
@@ -250,19 +293,20 @@ class EpochPlan:
         options, first = self.options, index * self.window_rows
         count = min(self.window_rows, self.num_rows - first)
         packed, is_shuffled = options.policy == "packed", options.policy != "sequential"
-        kept = count - count % options.group if options.drop_last and not packed else count
+        whole = packed or (self._deals_batches and count >= options.group)
+        kept = count - count % options.group if options.drop_last and not whole else count
         dtype = np.uint32 if self.num_rows < 1 << 31 and not packed else np.int64  # half the memory to go through
         if is_shuffled and self.num_windows > 1:
             rows: npt.NDArray[Any] = np.empty(kept, dtype)  # what is left out lies elsewhere in each epoch
             rotation = int(self._key(_ROTATION_KEY)) % self.num_rows
             plan_kernels.permuted_rows(first, self.num_rows, self.block, self._key(_ROWS_KEY), rotation, rows)
         else:
-            rows = np.arange(first, first + count).astype(dtype)
+            rows = np.arange(first, first + count, dtype=dtype)
         if is_shuffled and (self.num_windows == 1 or self.block > 1):
             plan_kernels.shuffle(rows, self._key(_MIX_KEY, index))
         rows = rows[:kept]
         missing = -kept % (options.group if options.batch_size is None else options.world_size)
-        if missing and options.tail == "repeat" and not packed:
+        if missing and options.tail == "repeat" and not (packed or self._deals_batches):
             rows = np.concatenate([rows, np.resize(rows, missing)])
         return rows
 
@@ -294,16 +338,11 @@ class EpochPlan:
         if options.max_tokens is None:
             return np.append(np.arange(0, len(rows), options.group), len(rows)) if len(rows) else np.zeros(1, np.int64)
         bounds = np.empty(len(rows) // options.group + 2, np.int64)
-        widths = _rounded_up(lengths, options.pad_to_multiple_of)
+        widths = costs.rounded_up(lengths, options.pad_to_multiple_of)
         count = plan_kernels.cut_by_tokens(widths, options.max_tokens * options.world_size, options.group, bounds)
         if count < 0:
-            raise too_long(int(rows[-1 - count]), int(lengths[-1 - count]), options)
+            raise options.too_long(int(rows[-1 - count]), int(lengths[-1 - count]))
         return bounds[: count + 1]
-
-
-def _rounded_up(lengths: npt.NDArray[Any], multiple: int | None) -> npt.NDArray[Any]:
-    """The widths of batches whose longest rows these are."""
-    return lengths if multiple is None else -(-lengths.astype(np.int64) // multiple) * multiple
 
 
 def key_of(seed: int, *purpose: int) -> np.uint64:
@@ -312,17 +351,6 @@ def key_of(seed: int, *purpose: int) -> np.uint64:
     for part in purpose:
         key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
     return key
-
-
-def too_long(row: int, length: int, options: PlanOptions) -> InputError:
-    """Why a row stands in no batch of `max_tokens`."""
-    shares = f" (of rows in multiples of shares={options.shares})" if options.shares != options.world_size else ""
-    multiple = options.pad_to_multiple_of
-    padded = f" (padded to a multiple of {multiple})" if multiple else ""
-    return InputError(
-        f"row {row} has {length} tokens{padded}, more than max_tokens={options.max_tokens} allows a batch{shares}; "
-        "raise max_tokens, or give a max_length that cuts such rows"
-    )
 
 
 def plan_epoch(lengths: npt.ArrayLike, *, epoch: int = 0, **options: Unpack[PlanKeywords]) -> EpochPlan:
@@ -361,18 +389,10 @@ def plan_with(lengths: npt.NDArray[Any], options: PlanOptions, epoch: int) -> Ep
     """`plan_epoch` by options that are checked already."""
     window, block, group = options.window, options.block, options.group
     if window is None:
-        packed = options.policy == "packed"
-        window = MAX_WINDOW if packed else min(max(WINDOW_BATCHES * group, MIN_WINDOW), MAX_WINDOW)
+        least = MAX_WINDOW if options.policy == "packed" or options.balance else MIN_WINDOW
+        window = min(max(WINDOW_BATCHES * group, least), MAX_WINDOW)
     if block is None:
         block = BLOCK if len(lengths) >= BLOCK_FROM else 1
     if block > 1:
         pages.expect_single_pages(lengths)
     return EpochPlan(lengths, options, integer("epoch", epoch, 0, LARGEST), math.ceil(window / group) * group, block)
-
-
-def as_lengths(lengths: npt.ArrayLike) -> npt.NDArray[Any]:
-    """Lengths as an array; refuses what is not one integer a row."""
-    array = np.asarray(lengths)
-    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        raise InputError(f"lengths are {array.dtype} of shape {array.shape}: give one integer a row")
-    return array if array.size else np.zeros(0, np.int64)

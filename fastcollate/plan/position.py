@@ -7,27 +7,18 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from fastcollate.errors import LARGEST, InputError, integer, shown
+from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan.mixing import Order, OrderedPlan
 from fastcollate.plan.options import Int64Array, OrderKeywords, PlanOptions
+from fastcollate.plan.saved import STATE_VERSION, of_all_ranks
+from fastcollate.plan.saved import Position as Position
+from fastcollate.plan.saved import SavedState as SavedState
 from fastcollate.ranks import own_share, times_dealt, warn_of_a_missing_group
-
-STATE_VERSION = 3
-_SIZES = ("batch_size", "max_tokens", "world_size", "shares")  # may differ, as long as a step holds the same rows
-
-
-class Position(NamedTuple):
-    """The next batch: of an epoch, of a window in it, and its number there."""
-
-    epoch: int
-    window: int = 0
-    batch: int = 0
 
 
 class Epochs:
@@ -43,9 +34,9 @@ class Epochs:
     def __init__(self, order: Order, options: OrderKeywords, rank: int | None, world_size: int | None) -> None:
         self._order = order
         self._asked, self._share_asked = options, (rank, world_size)
+        self._saved_balance: bool | None = None  # of a loaded state, where none was asked for
         alone = 0 if rank is None else rank, 1 if world_size is None else world_size
-        rank, world_size = own_share(rank, world_size, options.get("cp_size")) or alone
-        self._plan_options = PlanOptions(**options, rank=rank, world_size=world_size).checked()
+        self._plan_options = self._planned_by(own_share(rank, world_size, options.get("cp_size")) or alone)
         order.check(self._plan_options)
         self._has_told_length = self._has_told_nesting = False
         self._place: tuple[int, int, int] = Position(0)  # the position, as a plain tuple: it is written once a batch
@@ -75,12 +66,18 @@ class Epochs:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mover": None}
 
+    def _planned_by(self, share: tuple[int, int], *, forget_saved: bool = False) -> PlanOptions:
+        asked = self._asked.copy()
+        if asked.get("balance") is None and not forget_saved:
+            asked["balance"] = self._saved_balance
+        return PlanOptions(**asked, rank=share[0], world_size=share[1]).checked()
+
     def _take_share(self) -> None:
         """Take the share that this process has now; of a process group that is gone, the last one stays."""
         before, share = self._plan_options, own_share(*self._share_asked, self._plan_options.cp_size)
         if share is None or share == (before.rank, before.world_size):
             return
-        options = PlanOptions(**self._asked, rank=share[0], world_size=share[1]).checked()
+        options = self._planned_by(share)
         self._order.check(options)
         self._plan_options = options
         if self._has_told_length and options.world_size != before.world_size:
@@ -136,10 +133,10 @@ class Epochs:
 
         One that begins while another runs, such as an evaluation within a training loop, leaves the position to that.
         """
-        before = _of_all_ranks(self._plan_options)
+        before = of_all_ranks(self._plan_options)
         self._take_share()
         warn_of_a_missing_group(*self._share_asked)
-        if self._starts_here and self._place[1:] != (0, 0) and _of_all_ranks(self._plan_options) != before:
+        if self._starts_here and self._place[1:] != (0, 0) and of_all_ranks(self._plan_options) != before:
             raise InputError(
                 f"the {self._kind} was put to its position before the process group was there, and a step holds other "
                 f"rows now, of world_size={self._plan_options.world_size}: load the state once the group is there"
@@ -203,7 +200,7 @@ class Epochs:
         epoch, window, batch = self._place
         if (window, batch) == (0, 0):
             self._take_share()
-        options = asdict(self._plan_options)
+        options = self._plan_options.plain()
         del options["rank"]
         return {
             "version": STATE_VERSION,
@@ -219,13 +216,20 @@ class Epochs:
         """Continue at a saved position: the next iteration starts there.
 
         The world size may be another one, with the same `batch_size * world_size`; or the same `max_tokens *
-        world_size` and `shares`. All ranks together then give exactly the rows that were not yet given.
+        world_size` and `shares`. All ranks together then give exactly the rows that were not yet given. Where `balance`
+        is, the product is that with `accumulation`, of `batch_size` or beside the same `max_tokens`; where `balance`
+        was not said, the run goes on as it began.
 
         Raises:
             InputError: the state is damaged, or of another version, store or order of rows; it says what differs.
         """
         self._take_share()
-        self._continue_at(*SavedState(state, self._kind).read(self._order, self._plan_options))
+        saved = SavedState(state, self._kind)
+        own = self._planned_by((self._plan_options.rank, self._plan_options.world_size), forget_saved=True)
+        options = saved.with_balance(own) if self._asked.get("balance") is None else own
+        found = saved.read(self._order, options)
+        self._plan_options, self._saved_balance = options, options.balance
+        self._continue_at(*found)
 
     def _continue_at(self, position: Position, source_rows: Int64Array) -> None:
         self._move(position, starts_here=True)
@@ -273,126 +277,3 @@ class Iteration:
         if epochs._stamp == self._stamp:
             epochs._leave_window()
             epochs._place, epochs._is_told, epochs._mover = Position(self._epoch + 1), True, None
-
-
-class SavedState:
-    """A saved state, of which nothing is believed before it is checked."""
-
-    def __init__(self, state: Mapping[str, Any], kind: str) -> None:
-        self._kind = kind
-        if not isinstance(state, Mapping):
-            raise self._error(f"is a {type(state).__name__}: give what state_dict gave")
-        self._state = state
-        self._version = self._field("version")
-        if type(self._version) is not int or self._version not in (2, STATE_VERSION):
-            raise self._error(
-                f"has version={shown(self._version)}, and this release reads 2 and {STATE_VERSION}: load it with the "
-                "release that saved it, or start afresh"
-            )
-
-    def _error(self, what: str) -> InputError:
-        return InputError(f"the saved {self._kind} state {what}")
-
-    def _field(self, name: str) -> Any:
-        if name not in self._state:
-            raise self._error(f"has no {name!r}: it is damaged, or of something else")
-        return self._state[name]
-
-    def _differs(self, name: str, saved: Any, own: Any) -> InputError:
-        return self._error(
-            f"has {name}={shown(saved)}, this {self._kind} {shown(own)}; make the {self._kind} with the saved value, "
-            "or start afresh"
-        )
-
-    def read(self, order: Order, options: PlanOptions) -> tuple[Position, Int64Array]:
-        """The position, and the rows of each source before it; every field is checked."""
-        identity = order.identity() if self._version == STATE_VERSION else self._identity_2(order)
-        for name, own in identity.items():
-            if not _is_same(self._field(name), own):
-                raise self._differs(name, self._field(name), own)
-        self._check_options(options)
-        position = self._position(order, replace(options, rank=0))
-        return position, self._source_rows(order.names)
-
-    def _identity_2(self, order: Order) -> dict[str, Any]:
-        """What a state of version 2 must agree on."""
-        num_rows = len(order.lengths) if order.mix else order.num_rows
-        if "store" not in self._state:  # of a sampler
-            warnings.warn(
-                "a sampler's state of version 2 does not say of which store and rows it is: only their number is "
-                "compared",
-                stacklevel=5,
-            )
-            return {"num_rows": num_rows}
-        if order.mix or not isinstance(order.rows, range):
-            raise self._error(
-                "is of version 2, whose loaders knew neither mixes nor row numbers: it is of another order of rows; "
-                "start afresh"
-            )
-        store = order.identity()["store"]
-        store = "" if store.startswith("lengths ") else store
-        return {"num_rows": num_rows, "first_row": order.rows.start, "store": store}
-
-    def _check_options(self, own: PlanOptions) -> None:
-        names = set(asdict(own)) - {"rank"}
-        added = {"longest_first", "pad_to_multiple_of", "cp_size"}  # since such a state
-        added |= {"block", "shares"} if self._version == 2 else set()
-        absent = added - set(self._state)
-        try:
-            saved = PlanOptions(**{name: self._field(name) for name in names - absent}).checked()
-        except InputError as error:
-            raise self._error(f"is damaged: {error}") from error
-        for name in sorted(names - set(_SIZES)):
-            if getattr(saved, name) != getattr(own, name):
-                raise self._differs(name, getattr(saved, name), getattr(own, name))
-        if _of_all_ranks(saved) == _of_all_ranks(own):
-            return
-        rows, cells, shares = _of_all_ranks(saved)
-        remedy = f"batch_size * world_size = {rows}"
-        if rows is None:
-            remedy = f"max_tokens * world_size = {cells} and shares={shares} (which world_size must divide)"
-        sizes = [", ".join(f"{name}={getattr(part, name)!r}" for name in _SIZES) for part in (saved, own)]
-        raise self._error(
-            f"has {sizes[0]}, this {self._kind} {sizes[1]}: then a step holds other rows; make the {self._kind} with "
-            f"{remedy}, or start afresh"
-        )
-
-    def _position(self, order: Order, options: PlanOptions) -> Position:
-        """The position; `options` are those of the first rank, which has the most batches."""
-        try:
-            epoch = integer("epoch", self._field("epoch"), 0, LARGEST)
-            plan = order.plan(options, epoch).plan
-            window = integer("next_window", self._field("next_window"), 0, plan.num_windows - 1)
-            batch = integer("next_batch", self._field("next_batch"), 0, plan.num_batches(window))
-        except InputError as error:
-            raise self._error(f"is damaged: {error}") from error
-        left_out = options.drop_last and plan.num_windows == 1 and plan.num_rows % options.group
-        if self._version == 2 and left_out and options.policy in ("shuffled", "bucketed"):
-            raise self._error(
-                "is of version 2, where drop_last left out the same rows in each epoch; now it leaves out others, so "
-                "that the order is another one: start afresh"
-            )
-        return Position(epoch, window, batch)
-
-    def _source_rows(self, names: Sequence[str]) -> Int64Array:
-        saved = self._state.get("source_rows", ()) if self._version == 2 else self._field("source_rows")
-        if not isinstance(saved, (list, tuple)) or len(saved) != len(names):
-            raise self._differs("source_rows", saved, list(names))
-        return np.array([integer("source_rows", count, 0, LARGEST) for count in saved], np.int64)
-
-
-def _of_all_ranks(options: PlanOptions) -> tuple[Any, ...]:
-    """What a step of all ranks together holds: rows; or cells, and rows in multiples of something."""
-    if options.batch_size is not None:
-        return options.batch_size * options.world_size, None, None
-    assert options.max_tokens is not None
-    return None, options.max_tokens * options.world_size, options.shares
-
-
-def _is_same(saved: Any, own: Any) -> bool:
-    """Whether plain values are the same, and of the same kind; a tuple is as good as a list."""
-    if isinstance(own, (list, tuple)):
-        return isinstance(saved, (list, tuple)) and len(saved) == len(own) and all(map(_is_same, saved, own))
-    if isinstance(own, dict):
-        return isinstance(saved, dict) and saved.keys() == own.keys() and all(_is_same(saved[k], own[k]) for k in own)
-    return type(saved) is type(own) and bool(saved == own)

@@ -52,7 +52,10 @@ class _Run:
         model = _make_model(store, options, saved)
         self.stepper = Stepper(model.to(ranks.device), options, ranks)
         torch.manual_seed(options.seed + ranks.rank)  # the same weights, each rank its own dropout
-        loader = make_loader(store, options, ranks, self.splits["train"], model.config.context_length)
+        loader = make_loader(
+            store, options, ranks, self.splits["train"], model.config.context_length, width=model.config.width,
+            balance=saved is None or bool(saved.loader.get("balance", False)),  # a run goes on as it began
+        )  # fmt: skip
         self.feed = Feed(loader, options.accumulate, ranks)
         self.counters = Counters(total_steps=self._plan_steps())
         if saved is not None:

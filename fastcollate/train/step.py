@@ -293,9 +293,20 @@ def split_rows(num_rows: int, options: TrainOptions) -> dict[str, range]:
 
 
 def make_loader(
-    store: TokenStore, options: TrainOptions, ranks: Ranks, rows: range, context: int, *, policy: str | None = None
+    store: TokenStore,
+    options: TrainOptions,
+    ranks: Ranks,
+    rows: range,
+    context: int,
+    *,
+    policy: str | None = None,
+    balance: bool | None = None,
+    width: int = 768,
 ) -> BatchLoader:
-    """This rank's loader over some rows; refuses what ranks cannot divide, or the model's context cannot hold."""
+    """This rank's loader over some rows; refuses what ranks cannot divide, or the model's context cannot hold.
+
+    `balance` is for packs, whose cost the model's width decides: then an optimizer step's packs cost alike.
+    """
     max_length = options.max_length
     packed = (policy or options.policy) == "packed"
     if max_length is None and (packed or store.max_length > context):
@@ -320,6 +331,9 @@ def make_loader(
         world_size=ranks.world_size,
         device=ranks.device,
         tail="uneven",  # every row once an epoch, whatever the number of ranks
+        balance=balance if packed else None,
+        accumulation=options.accumulate if packed else 1,
+        cost=6 * width,
         rows=rows,
     )
 
@@ -336,5 +350,5 @@ def validation_batches(
     """This rank's batches of the validation rows, always the same ones."""
     if rows:
         policy = "packed" if options.policy == "packed" else "sequential"
-        loader = make_loader(store, options, ranks, rows, context, policy=policy)
+        loader = make_loader(store, options, ranks, rows, context, policy=policy, balance=False)
         yield from map(as_micro_batch, islice(loader, options.eval_batches or None))

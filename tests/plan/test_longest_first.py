@@ -29,7 +29,7 @@ def test_two_steps_change_places_and_the_first_is_the_largest(seed: int) -> None
         "window": int(rng.integers(8, 80)), "seed": seed, "tail": ("repeat", "uneven")[seed // 3 % 2],
         "drop_last": seed % 4 == 3, "max_length": (None, 30)[seed // 5 % 2], "world_size": int(rng.integers(1, 5)),
         **({"batch_size": int(rng.integers(1, 9))} if seed // 2 % 2 else {"max_tokens": int(rng.integers(50, 200))}),
-        "epoch": seed % 3,
+        "epoch": seed % 3, "balance": False,
     }  # fmt: skip
     ranks = range(options["world_size"])
     plain = [list(plan_epoch(lengths, rank=rank, **options)) for rank in ranks]
@@ -42,6 +42,21 @@ def test_two_steps_change_places_and_the_first_is_the_largest(seed: int) -> None
     limit, group = options["max_length"] or 60, plan_epoch(lengths, **options).options.group
     even = [s for s in range(len(first[0])) if sum(len(own[s]) for own in first if s < len(own)) % group == 0]
     assert all(cells(lengths, first, 0, limit) >= cells(lengths, first, step, limit) for step in even)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_first_step_of_balanced_batches_has_the_largest_one(accumulation: int) -> None:
+    for seed in range(20):
+        options: dict[str, Any] = {
+            "max_tokens": 150, "window": 100, "seed": seed, "world_size": 2, "accumulation": accumulation,
+            "policy": ("bucketed", "shuffled")[seed % 2],
+        }  # fmt: skip
+        plain = [list(plan_epoch(LENGTHS, rank=rank, **options)) for rank in range(2)]
+        first = [list(plan_epoch(LENGTHS, rank=rank, longest_first=True, **options)) for rank in range(2)]
+        for old, new in zip(plain, first, strict=True):
+            assert sorted(map(tuple, old)) == sorted(map(tuple, new))
+        cells = [[len(rows) * int(LENGTHS[rows].max()) for rows in own] for own in first]
+        assert max(max(own[:accumulation]) for own in cells) == max(map(max, cells))
 
 
 def test_a_run_continues_at_another_world_size_and_gives_each_row_once() -> None:
@@ -69,6 +84,7 @@ def test_states_from_before_and_of_another_order() -> None:
     sampler = BucketBatchSampler(LENGTHS, batch_size=8)
     state = sampler.state_dict()
     assert state.pop("longest_first") is False
+    state = {name: state[name] for name in state if name not in ("balance", "accumulation", "cost")} | {"version": 3}
     sampler.load_state_dict(state)
     with pytest.raises(InputError, match="longest_first=False, this sampler True"):
         BucketBatchSampler(LENGTHS, batch_size=8, longest_first=True).load_state_dict(state)

@@ -151,9 +151,10 @@ def test_every_step_but_the_last_is_full_and_little_is_unused() -> None:
     assert abs(np.corrcoef(firsts[:-1], firsts[1:])[0, 1]) < 0.1  # packs of long rows are not next to each other
 
 
-def test_a_step_holds_the_same_rows_at_every_world_size() -> None:
+@pytest.mark.parametrize("balance", [True, False])
+def test_a_step_holds_the_same_rows_at_every_world_size(balance: bool) -> None:
     lengths = np.random.default_rng(1).integers(1, 30, 500)
-    options: dict[str, Any] = {"policy": "packed", "capacity": 60, "seed": 3, "window": 120}
+    options: dict[str, Any] = {"policy": "packed", "capacity": 60, "seed": 3, "window": 120, "balance": balance}
     whole = [sorted(packs.rows.tolist()) for packs in batches_of(plan_epoch(lengths, batch_size=12, **options))]
     for size in (2, 3, 4):
         ranks = [

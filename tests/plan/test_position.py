@@ -547,7 +547,7 @@ def test_states_of_the_release_go_on_where_their_meaning_is_the_same() -> None:
         (old_loader_state(), {"rows": np.arange(0, 203, 2)}, "neither mixes nor row numbers"),
         (old_loader_state(drop_last=True, window=None, next_window=0), {"drop_last": True, "window": None}, "left out"),
         (old_loader_state(version=1), {}, "version=1"),
-        (old_loader_state(version=4), {}, "version=4"),
+        (old_loader_state(version=5), {}, "version=5"),
         (old_loader_state(version="2"), {}, "version='2'"),
         (old_loader_state(next_batch=9), {}, "next_batch=9: give 0 to 8"),
         (old_loader_state(next_window=4), {}, "next_window=4: give 0 to 3"),
