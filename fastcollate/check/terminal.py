@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastcollate.check.counts import Histogram, Inspection, Int64Array, tokenizer_of
+from fastcollate.check.turns import Turn, special_tokens, turns_of
 from fastcollate.collate import Batch
 from fastcollate.errors import InputError
 from fastcollate.ingest import summary_in_words
@@ -21,6 +22,7 @@ from fastcollate.train import MaskOptions
 
 PROMPT, TRAINED, IGNORED, PADDING = KINDS = ("prompt", "trained", "ignored", "padding")
 MARKS = {PROMPT: "?", TRAINED: "+", IGNORED: "x", PADDING: "."}
+_SAID_TOKENS = 16  # shown of a turn
 STYLES = {PROMPT: "cyan", TRAINED: "bold green", IGNORED: "red", PADDING: "bright_black"}
 
 
@@ -34,6 +36,7 @@ class RowView(NamedTuple):
     targets: Int64Array  # (width,); that of column `c` is token `c + 1`
     tokens: list[int]  # `width + 1` (none where the width is 0): the row's own, an appended end, and padding
     kinds: list[str]  # of each token: one of `KINDS`; it is trained where it is a target, and the first never is one
+    turns: Sequence[Turn] = ()  # of the row's own tokens; only `view_row` looks for them
 
     def runs(self) -> Iterator[tuple[str, int, int]]:
         """(kind, first token, end) of each stretch of one kind."""
@@ -51,11 +54,12 @@ def view_row(store: TokenStore, row: int, options: MaskOptions | None = None) ->
         >>> view.kinds.count("trained") > 0
         True
     """
-    return next(view_rows(store, [row], options))
+    view = next(view_rows(store, [row], options))
+    return view._replace(turns=turns_of(store, row, tokenizer_of(store)[0]))
 
 
 def view_rows(store: TokenStore, rows: Iterable[int], options: MaskOptions | None = None) -> Iterator[RowView]:
-    """`view_row` of several rows."""
+    """`view_row` of several rows, without their turns."""
     collator = (options or MaskOptions()).collator(store)
     longest = int(np.argmax(store.lengths))  # and fills the most cells
     for row in rows:
@@ -90,7 +94,15 @@ def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
     out.append(f"row {view.row}, record {view.source_row}: {view.num_tokens} tokens, shown {len(view.inputs)} wide\n")
     for kind in KINDS:
         out.append(f" {MARKS[kind]} {kind}: {view.kinds.count(kind)} ", STYLES[kind])
-    out.append("\n\n")
+    out.append(f"\n\n{'turn':>10} {'tokens':>7} {'trained':>7}\n", "bold")
+    for turn in view.turns:
+        trained = view.kinds[turn.start : turn.stop].count(TRAINED)
+        said = "" if tokenizer is None else repr(tokenizer.decode(view.tokens[turn.start : turn.stop][:_SAID_TOKENS]))
+        cut = " ..." if turn.stop - turn.start > _SAID_TOKENS else ""
+        style = STYLES[TRAINED] if trained else STYLES[PROMPT]
+        out.append(f"{turn.role:>10} {turn.stop - turn.start:>7} {trained:>7}  {_printable(said)}{cut}\n", style)
+    out.append("\n")
+    special = {} if tokenizer is None else special_tokens(tokenizer)
     bar = glyph("│", "|")
     for kind, start, end in view.runs():
         body = f"({end - start} tokens)"
@@ -104,8 +116,10 @@ def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
         shown = range(max(first - 1, 0), end - 1)
         for column in shown[:1] if kind == PADDING else shown:
             token, target = columns[column]
-            out.append(f"{column:>6} {token:>6} {_piece(token, tokenizer)} -> ")
-            out.append(f"{target:>6} {_piece(target, tokenizer)} {MARKS[kind]} {kind}\n", STYLES[kind])
+            out.append(f"{column:>6} {token:>6} ").append(*_piece(token, tokenizer, special)).append(
+                f" -> {target:>6} "
+            )
+            out.append(*_piece(target, tokenizer, special)).append(f" {MARKS[kind]} {kind}\n", STYLES[kind])
         if kind == PADDING and len(shown) > 1:
             out.append(f"{'...':>6} the same to column {shown[-1]}\n", STYLES[kind])
     return out
@@ -126,10 +140,13 @@ def print_row(store: TokenStore, view: RowView) -> str:
     return problem
 
 
-def _piece(token: int, tokenizer: Tokenizer | None) -> str:
+def _piece(token: int, tokenizer: Tokenizer | None, special: Mapping[int, str]) -> tuple[str, str]:
+    """A token's text in quotation marks, or the bare name of a special one; how it is shown."""
     if token < 0 or tokenizer is None:
-        return " " * 18
-    return f"{_printable(repr(tokenizer.decode([token]))):<18}"
+        return " " * 18, ""
+    if token in special:
+        return f"{_printable(special[token]):<18}", "reverse"
+    return f"{_printable(repr(tokenizer.decode([token]))):<18}", ""
 
 
 def _printable(text: str) -> str:

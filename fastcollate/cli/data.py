@@ -151,7 +151,9 @@ def inspect(
     if row is not None:
         view = view_row(opened, row, masks)
         if json_output:
-            print_json({**view._asdict(), "inputs": view.inputs.tolist(), "targets": view.targets.tolist()})
+            turns = [turn._asdict() for turn in view.turns]
+            arrays = {"inputs": view.inputs.tolist(), "targets": view.targets.tolist()}
+            print_json({**view._asdict(), **arrays, "turns": turns})
         else:
             if problem := print_row(opened, view):
                 print(f"note: ids only, {problem}", file=sys.stderr)

@@ -186,7 +186,15 @@ def test_the_printed_row_reads_without_colour(store: TokenStore) -> None:
     lines = terminal.render_row(view_row(store, 2, MASKED), None).plain.splitlines()
     assert lines.pop().split() == ["...", "the", "same", "to", "column", "5"]
     assert "? prompt: 1  + trained: 3  x ignored: 1  . padding: 2" in lines[1]
-    assert [line[:12].strip() for line in lines[3:7]] == ["prompt ? │", "trained + │", "ignored x │", "padding . │"]
+    assert lines[3].split() == ["turn", "tokens", "trained"]
+    text = lines.index("", 3) + 1
+    assert {line.split()[0] for line in lines[4 : text - 1]} == {"prompt", "response"}
+    assert [line[:12].strip() for line in lines[text : text + 4]] == [
+        "prompt ? │",
+        "trained + │",
+        "ignored x │",
+        "padding . │",
+    ]
     assert [line.split()[-2:] for line in lines[-5:]] == [
         ["+", "trained"], ["+", "trained"], ["+", "trained"], ["x", "ignored"], [".", "padding"],
     ]  # fmt: skip
