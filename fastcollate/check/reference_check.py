@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastcollate.check.chats import ChatRows
+from fastcollate.check.chat.rows import ChatRows
 from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, tokenizer_of, trained_by_mask
 from fastcollate.check.ids import differing_rows
 from fastcollate.collate import reference

@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from fastcollate.check.chat.turns import Turn, special_tokens, turns_of
 from fastcollate.check.counts import Histogram, Inspection, Int64Array, tokenizer_of
-from fastcollate.check.turns import Turn, special_tokens, turns_of
 from fastcollate.collate import Batch
 from fastcollate.errors import InputError
 from fastcollate.ingest import summary_in_words

@@ -11,7 +11,7 @@ import pytest
 
 from fastcollate import TokenStore, prepare
 from fastcollate.check import print_row, view_row
-from fastcollate.check.turns import Turn, turns_of
+from fastcollate.check.chat.turns import Turn, turns_of
 from fastcollate.text import load_tokenizer
 from tests.helpers import run_cli
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastcollate.check.chats import ChatRows
+from fastcollate.check.chat.rows import ChatRows
 from fastcollate.check.reference_check import verify
 from fastcollate.errors import InputError
 from fastcollate.ingest.job import prepare

@@ -1,0 +1,1 @@
+"""Chats in a store: rows against their records, and their turns."""
