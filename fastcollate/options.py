@@ -31,11 +31,11 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def option(default: Any, help_text: str, *flags: str, fixed: bool = False) -> Any:
+def option(default: Any, help_text: str, *flags: str, fixed: bool = False, choices: tuple[str, ...] = ()) -> Any:
     """A field of an option dataclass, declared and explained once: the command line takes it from there.
 
     `flags` is what that calls it, the plainest first (`--its-name` without). A `fixed` option decides what is trained
-    on what, and cannot change when the run is resumed.
+    on what, and cannot change when the run is resumed. Of an option with `choices` nothing else is taken.
 
     Example:
         >>> from dataclasses import dataclass
@@ -45,7 +45,7 @@ def option(default: Any, help_text: str, *flags: str, fixed: bool = False) -> An
         >>> Options().limit
         5
     """
-    return field(default=default, metadata={"help": help_text, "flags": flags, "fixed": fixed})
+    return field(default=default, metadata={"help": help_text, "flags": flags, "fixed": fixed, "choices": choices})
 
 
 def flag_of(item: Field[Any]) -> str:

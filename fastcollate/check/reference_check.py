@@ -303,7 +303,8 @@ class _Records:
             )
         if 2 * (found.num_problems - before) > len(store):
             names = ", ".join(source.name for source in self.sources)
-            found.problems.insert(place, f"{names}: most records are others than those {store.path} was prepared from")
+            most = f"{names}: most records are others than those {store.path} was prepared from"
+            found.problems.insert(place, f"{most}; give the same files, in the same order")
 
 
 def _compare_row(

@@ -10,7 +10,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
+from enum import Enum
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
@@ -23,7 +24,6 @@ app = typer.Typer(
     help="Tokenize instruction data once, then train on it without waiting for data.",
     epilog="Start with: fastcollate train --out runs/first",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -42,7 +42,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = _show_warning
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except (InputError, MissingExtraError) as error:
         fail(str(error))
     except OSError as error:
@@ -52,11 +52,25 @@ def main() -> None:
         fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
         fail(_interrupted(), status=130)
-    except SystemExit as stop:
-        cause = stop.__context__ and stop.__context__.__cause__
-        if isinstance(cause, KeyboardInterrupt):  # typer has caught Ctrl-C, and says nothing
+    except Exception as error:
+        if type(error).__name__ == "Abort":  # typer has caught Ctrl-C, and says nothing
             fail(_interrupted(), status=130)
-        raise
+        if not hasattr(error, "format_message"):  # else one of typer's, or of click's below an older typer
+            raise
+        _fail_of_usage(error)
+
+
+def _fail_of_usage(error: Any) -> None:
+    """A command that was written wrongly: in one line, with the help of what is missing, and where to look."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(error.exit_code)
+    context, missing = getattr(error, "ctx", None), getattr(error, "param", None)
+    command = f"fastcollate {context.info_name}" if context and context.parent else "fastcollate"
+    said = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    if type(error).__name__ == "MissingParameter" and (text := getattr(missing, "help", "")):
+        said = f"{said} ({text.rstrip('.')})"
+    fail(f"{said}; see: {command} --help", status=error.exit_code)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
@@ -107,11 +121,13 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     """
     types = get_type_hints(function, include_extras=True)
     kinds: list[tuple[str, Any]] = [(name, kind) for name, kind in types.items() if is_dataclass(kind)]
-    own = [p.replace(annotation=types[p.name]) for p in inspect_module.signature(function).parameters.values()]
+    signature = inspect_module.signature(function).parameters.values()
+    own = [p.replace(annotation=types[p.name]) for p in signature if p.kind is not p.VAR_KEYWORD]
     parameters = [part for p in own for part in (_options_of(p.annotation) if is_dataclass(p.annotation) else [p])]
 
     @wraps(function)
     def command(**values: Any) -> None:
+        values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
         made = {name: kind(**{item.name: values.pop(item.name) for item in fields(kind)}) for name, kind in kinds}
         function(**values, **made)
 
@@ -124,15 +140,43 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
 def _options_of(kind: Any) -> list[inspect_module.Parameter]:
     """A parameter for each field of an option dataclass, as typer reads them."""
     types = get_type_hints(kind)
-    return [
-        inspect_module.Parameter(
-            item.name,
-            inspect_module.Parameter.POSITIONAL_OR_KEYWORD,
-            default=item.default,
-            annotation=Annotated[types[item.name], typer.Option(*item.metadata["flags"], help=item.metadata["help"])],
-        )
-        for item in fields(kind)
-    ]
+    return [_parameter(item, types[item.name]) for item in fields(kind)]
+
+
+def options_from(kind: Any, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that takes these fields of an option dataclass too, as keywords."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        types, known = get_type_hints(kind), {item.name: item for item in fields(kind)}
+        more = [
+            _parameter(known[name], types[name]).replace(kind=inspect_module.Parameter.KEYWORD_ONLY) for name in names
+        ]
+
+        @wraps(function)
+        def command(**values: Any) -> None:
+            function(**{name: value.value if isinstance(value, Enum) else value for name, value in values.items()})
+
+        old = inspect_module.signature(function).parameters.values()
+        command.__signature__ = inspect_module.Signature([*old, *more])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in (*old, *more)}
+        return command
+
+    return decorate
+
+
+def _parameter(item: Field[Any], kind: Any) -> inspect_module.Parameter:
+    """A field as typer reads it; its choices are checked, and stand in the help, before anything is loaded."""
+    default = item.default
+    if item.metadata["choices"]:
+        words = Enum(item.name, {word: word for word in item.metadata["choices"]}, type=str)  # type: ignore[misc]
+        kind = words if default is not None else words | None
+        default = default and words(default)
+    return inspect_module.Parameter(
+        item.name,
+        inspect_module.Parameter.POSITIONAL_OR_KEYWORD,
+        default=default,
+        annotation=Annotated[kind, typer.Option(*item.metadata["flags"], help=item.metadata["help"])],
+    )
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fastcollate.cli import data as data_commands
-from fastcollate.cli.app import Fields, Json, app, fail, print_json, say_next, with_options
+from fastcollate.cli.app import Fields, Json, app, fail, options_from, print_json, say_next, with_options
 from fastcollate.errors import InputError
+from fastcollate.ingest import PrepareOptions
 from fastcollate.train import AnswerOptions, TrainOptions
 
 SAMPLE_STEPS = 120  # enough to see the loss fall, in a minute or two on two cores
 
 
+_PREPARING = ("tokenizer", "boundary", "mask_heading", "special_text", "long_prompt", "on_error", "split", "workers")
+
+
 @app.command()
+@options_from(PrepareOptions, *_PREPARING)
 @with_options
 def train(
+    files: Annotated[
+        list[str] | None, typer.Argument(help="Files of records, as --data takes them.", show_default=False)
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Files of records; repeatable. Without --data and --store: 120 steps of a built-in sample."),
@@ -29,12 +37,16 @@ def train(
     *,
     options: TrainOptions,
     json_output: Json = False,
+    **preparing: Any,
 ) -> None:
     """Train GPT-2 on instruction data; everything is written under OUT. Ctrl-C leaves a checkpoint to resume from."""
     from fastcollate.progress import print_summary
     from fastcollate.train import find_checkpoint, join_ranks
     from fastcollate.train import train as run
 
+    data = [*(files or []), *(data or [])]
+    if store is not None:
+        _refuse_with_store(data, preparing)
     if not (data or store or options.epochs or options.max_steps):
         options = replace(options, max_steps=SAMPLE_STEPS)
     find_checkpoint(options)  # before anything is written
@@ -43,10 +55,8 @@ def train(
         if store is None:
             store = options.out / "store"
             if ranks.is_first:
-                _prepare_for_training(data, store, template, field, options)
+                _prepare_for_training(data, store, options.out, field, {"template": template, **preparing})
             ranks.barrier()
-        elif data:
-            raise InputError("--data and --store: give one of them")
         report = run(store, options, ranks=ranks, progress=not json_output)
     finally:
         ranks.close()
@@ -62,20 +72,39 @@ def train(
         fail(f"interrupted after step {report.steps}; continue with the same command and --resume", status=130)
 
 
+def _refuse_with_store(data: list[str], preparing: dict[str, Any]) -> None:
+    """A store is tokenized already: what decides how would be passed over."""
+    if data:
+        raise InputError(f"{data[0]} and --store: give either files of records, or a store")
+    defaults = {item.name: item.default for item in fields(PrepareOptions)}
+    for name, value in preparing.items():
+        if value != defaults[name]:
+            raise InputError(
+                f"--{name.replace('_', '-')} {value} and --store: that decides how records are tokenized, which a "
+                "store's are; give it to fastcollate prepare"
+            )
+
+
 def _prepare_for_training(
-    data: list[str] | None, store: Path, template: str, field: list[str] | None, options: TrainOptions
+    data: list[str], store: Path, out: Path, field: list[str] | None, preparing: dict[str, Any]
 ) -> None:
     from fastcollate.ingest import prepare as run
 
     if not data:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / "sample.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "sample.jsonl"
         data_commands.write_sample(path, data_commands.SAMPLE_RECORDS)
         data = [str(path)]
-    run(data, store, template=template, fields=data_commands.parse_fields(field))
+    run(data, store, fields=data_commands.parse_fields(field), **preparing)
 
 
-Run = Annotated[Path, typer.Option("--checkpoint", help="A run's directory, or a checkpoint file in it.")]
+Run = Annotated[
+    Path,
+    typer.Option(
+        "--checkpoint",
+        help="A run's directory, or a checkpoint file in it; make one with: fastcollate train --out runs/first.",
+    ),
+]
 
 
 @app.command()

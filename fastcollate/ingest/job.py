@@ -273,7 +273,8 @@ class _Job:
             reason, num_records = result.bad[0].reason, sum(block.num_rows for block in unit.blocks)
             alike = sum(bad.reason == reason for bad in result.bad)
             more = f" (the same in {alike} of the {num_records} records that were read with it)" if alike > 1 else ""
-            raise InputError(f"{place_of(self.sources, result.bad[0])}: {reason}{more}")
+            remedy = "mend it, or have such records skipped and listed with --on-error skip"
+            raise InputError(f"{place_of(self.sources, result.bad[0])}: {reason}{more}; {remedy}")
         self._check_proved(result)
         if unit.shard != self._open_number:
             self._close_shard()

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypedDict
 
 from fastcollate.errors import InputError, choice
 from fastcollate.options import explained, option
 
 _MOST_NAMES = 64  # of fields that are counted
-_CHOICES = {
-    "end": ("auto", "append", "in_row"),
-    "train_on": ("all", "last"),
-    "boundary": ("reference", "exact"),
-    "on_error": ("raise", "skip"),
-    "long_prompt": ("reject", "keep", "cut"),
-    "special_text": ("reject", "encode", "strip-end"),
-    "engine": ("local", "ray"),
-}
-
-
 _WORDS = {  # as `inspect` calls the same
     "num_rows": "rows", "num_tokens": "tokens", "length_p0": "shortest", "length_p50": "median",
     "length_p100": "longest", "length_mean": "mean length", "num_skipped": "records skipped",
@@ -104,8 +93,9 @@ class PrepareOptions:
     end: str = option(
         "auto",
         "What ends a row: in_row, what a chat template writes; append, an end-of-text; auto goes by the template.",
+        choices=("auto", "append", "in_row"),
     )
-    train_on: str = option("all", "Of a chat: all answers, or the last one.")
+    train_on: str = option("all", "Of a chat: all answers, or the last one.", choices=("all", "last"))
     mask_heading: bool = option(
         False, "Do not train the constant heading of a response, such as alpaca's.", "--mask-heading"
     )
@@ -114,19 +104,24 @@ class PrepareOptions:
         "reference",
         "reference: the length of the prompt tokenized by itself; exact: the response begins at the first token that "
         "holds a character of it.",
+        choices=("reference", "exact"),
     )
     on_error: str = option(
         "raise",
         "raise: stop at the first bad record; skip: list it in skipped.txt and go on. What is finished before a bad "
         "record is kept for the next call, also for one that skips.",
+        choices=("raise", "skip"),
     )
     max_length: int | None = option(None, "Limit in columns for --long-prompt and the counts; rows are stored whole.")
     long_prompt: str = option(
-        "reject", "A prompt that fills the limit: reject (a bad record), keep, or cut (from the left)."
+        "reject",
+        "A prompt that fills the limit: reject (a bad record), keep, or cut (from the left).",
+        choices=("reject", "keep", "cut"),
     )
     special_text: str = option(
         "reject",
         "A text like <|endoftext|>: reject (a bad record), encode as text, or strip-end: drop the one at a row's end.",
+        choices=("reject", "encode", "strip-end"),
     )
     split: str | None = option(None, "The split to take, where a source is a dictionary of splits.")
     allow_special: str | None = option(
@@ -134,16 +129,17 @@ class PrepareOptions:
         "Texts of added tokens, with blanks between them, that stand for these in what the assistant says; by default "
         "the tags of thoughts and tool calls.",
     )
-    engine: str = option("local", "local processes, or ray for a cluster.")
+    engine: str = option("local", "local processes, or ray for a cluster.", choices=("local", "ray"))
     workers: int | None = option(None, "Worker processes; the usable cores by default.")
     overwrite: bool = option(False, "Make the store anew, whatever lies in its directory.", "--overwrite")
     wait: bool = option(True, "Wait where another job is writing this store, or refuse.", "--wait/--no-wait")
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            choice(name, getattr(self, name), choices)
+        for item in fields(self):
+            if choices := item.metadata["choices"]:
+                choice(item.name, getattr(self, item.name), choices)
         if self.workers is not None and self.workers < 1:
-            raise InputError(f"workers={self.workers}: at least 1")
+            raise InputError(f"workers={self.workers}: give at least 1")
 
 
 @dataclass(slots=True)

@@ -291,7 +291,7 @@ def _plain_files(url: str, name: str | None) -> list[Source]:
         files.invalidate_cache()  # it may remember what was there before
     if _is_pattern(path) and not attempt(name, url, lambda: files.exists(path)):
         if not (found := sorted(attempt(name, url, lambda: files.glob(path)))):
-            raise InputError(f"{name}: no file matches this pattern")
+            raise InputError(f"{name}: no file matches this pattern; check the folder, and the ending")
         if is_local:
             return [_local_file(path, path) for path in found]
         urls = [str(files.unstrip_protocol(path)) for path in found]

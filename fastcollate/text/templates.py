@@ -349,4 +349,4 @@ def _read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"template {str(path)!r}: cannot be read ({error})") from error
+        raise InputError(f"template {str(path)!r}: cannot be read ({error}); check the path") from error

@@ -47,6 +47,7 @@ class MaskOptions:
         "reference: the chapter's masks, corners included; positional: what you mean. By default positional where rows "
         "hold their end, else reference.",
         fixed=True,
+        choices=("reference", "positional"),
     )
 
     def of(self, store: TokenStore, saved: Mapping[str, Any] | None = None) -> Self:
@@ -75,7 +76,7 @@ class OrderOptions:
         8
     """
 
-    policy: str = option("bucketed", "Order: sequential, shuffled, bucketed, packed.")
+    policy: str = option("bucketed", "The order of rows.", choices=("sequential", "shuffled", "bucketed", "packed"))
     batch_size: int = option(8, "Rows (packs) in a batch of one process, as a loader counts (train: of all ranks).")
     capacity: int | None = option(
         None, "With --policy packed, cells a pack; if not given --max-length, or 1024, or the longest row if longer."
@@ -95,7 +96,7 @@ class TrainOptions(MaskOptions):
 
     out: Path = option(Path("runs/train"), "Directory for everything the run writes.")  # noqa: RUF009 (immutable)
     resume: bool = option(False, "Continue from the checkpoint in OUT, if there is one.")
-    model: str = option("tiny", "tiny, 124M, 355M, 774M or 1558M.", fixed=True)
+    model: str = option("tiny", "The GPT-2 to train.", fixed=True, choices=("tiny", "124M", "355M", "774M", "1558M"))
     weights: Path | None = option(  # noqa: RUF009
         None, "Start from published weights: a local model.safetensors or pytorch_model.bin.", fixed=True
     )
@@ -103,7 +104,12 @@ class TrainOptions(MaskOptions):
     dropout: float = option(0.0, "Share of activations dropped in training.", fixed=True)
     epochs: int | None = option(None, "Passes over the data; 1 if --max-steps is not given either.")
     max_steps: int | None = option(None, "Stop after so many optimizer steps.")
-    policy: str = option("bucketed", "Order: sequential, shuffled, bucketed, packed (end to end).", fixed=True)
+    policy: str = option(
+        "bucketed",
+        "The order of rows; packed: end to end.",
+        fixed=True,
+        choices=("sequential", "shuffled", "bucketed", "packed"),
+    )
     batch_size: int | None = option(
         None,
         "Rows a batch (packs, if packed), of all ranks together (a `BatchLoader`'s batch_size is one rank's); "
@@ -117,17 +123,27 @@ class TrainOptions(MaskOptions):
         None, "With --policy packed, cells a pack; --max-length or the model's context if not given.", fixed=True
     )
     long_rows: str = option(
-        "truncate", "With --policy packed, what becomes of rows beyond --max-length: truncate, split, drop.", fixed=True
+        "truncate",
+        "With --policy packed, what becomes of rows beyond --max-length: truncate, split, drop.",
+        fixed=True,
+        choices=("truncate", "split", "drop"),
     )
     accumulate: int = option(1, "Batches an optimizer step.", fixed=True)
-    learning_rate: float | None = option(None, "Peak learning rate; 3e-3 for tiny, 5e-5 for the others.", fixed=True)
+    learning_rate: float | None = option(
+        None, "Peak learning rate; 3e-3 for tiny, 5e-5 for the others.", "--learning-rate", "--lr", fixed=True
+    )
     warmup: int = option(10, "Steps of linear warm-up.", fixed=True)
-    schedule: str = option("cosine", "After the warm-up: cosine (down to a tenth) or constant.", fixed=True)
+    schedule: str = option(
+        "cosine", "After the warm-up: cosine (down to a tenth) or constant.", fixed=True, choices=("cosine", "constant")
+    )
     weight_decay: float = option(0.1, "AdamW's weight decay, on matrices.", fixed=True)
     clip: float = option(1.0, "Largest norm of the gradient; 0 for no limit.", fixed=True)
     seed: int = option(123, "Decides weights, order and dropout.", fixed=True)
     precision: str = option(
-        "auto", "float32, bfloat16 (autocast), or auto: bfloat16 on CUDA, float32 on a CPU.", fixed=True
+        "auto",
+        "float32, bfloat16 (autocast), or auto: bfloat16 on CUDA, float32 on a CPU.",
+        fixed=True,
+        choices=("auto", "float32", "bfloat16"),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     compile: bool = option(False, "Compile the model; worth it on long runs.")
