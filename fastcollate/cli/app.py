@@ -42,7 +42,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = _show_warning
     try:
-        sys.exit(app(standalone_mode=False))
+        if (status := app(standalone_mode=False)) == 130:  # some releases of typer catch Ctrl-C, others let it through
+            fail(_interrupted(), status=130)
+        sys.exit(status)
     except (InputError, MissingExtraError) as error:
         fail(str(error))
     except OSError as error:
@@ -53,7 +55,7 @@ def main() -> None:
     except KeyboardInterrupt:
         fail(_interrupted(), status=130)
     except Exception as error:
-        if type(error).__name__ == "Abort":  # typer has caught Ctrl-C, and says nothing
+        if type(error).__name__ == "Abort":
             fail(_interrupted(), status=130)
         if not hasattr(error, "format_message"):  # else one of typer's, or of click's below an older typer
             raise
