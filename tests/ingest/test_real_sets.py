@@ -164,9 +164,8 @@ def test_an_end_that_a_tokenizer_json_names(tmp_path: Path) -> None:
 def test_it_is_said_once_with_the_count(tmp_path: Path, count: int) -> None:
     source = write_answers(tmp_path / "a.jsonl", "completion", ["fine"] * 4 + [f"a{END}"] * count)
     message = r"line 5, record 4: ends in '<\|endoftext\|>' as text; drop it with --special-text strip-end, or store"
-    more = (
-        rf".*\(the same in {count} of the {count + 4} records that were read with it\)" if count > 1 else r".*encode$"
-    )
+    alike = rf".*\(the same in {count} of the {count + 4} records that were read with it\)"
+    more = alike if count > 1 else r".*encode; mend it"
     with pytest.raises(InputError, match=message + more):
         prepare(source, tmp_path / "s", template="completion")
     if count < 5:
