@@ -64,5 +64,5 @@ def test_the_example_runs(public_name: str, folder: Path, tmp_path: Path, monkey
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
-    result = doctest.DocTestRunner(optionflags=CHECKS).run(example, out=said.append)
+    result = doctest.DocTestRunner(verbose=False, optionflags=CHECKS).run(example, out=said.append)
     assert result.failed == 0, "".join(said)

@@ -68,5 +68,5 @@ def test_the_examples_run(name: str, folder: Path, tmp_path: Path, monkeypatch: 
     assert any(example.examples for example in examples)
     said: list[str] = []
     for example in examples:
-        doctest.DocTestRunner(optionflags=CHECKS).run(example, out=said.append)
+        doctest.DocTestRunner(verbose=False, optionflags=CHECKS).run(example, out=said.append)
     assert not said, "".join(said)
