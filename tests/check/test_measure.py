@@ -51,6 +51,7 @@ def test_without_a_step_there_is_no_verdict(store: TokenStore) -> None:
 SHUFFLED = {"policy": "shuffled", "batch_size": 8}
 
 
+@pytest.mark.usefixtures("few_workers")
 @pytest.mark.parametrize("masked", [False, True])
 def test_packs_are_measured_beside_equal_ones(store: TokenStore, masked: bool) -> None:
     order = order_of(store, MaskOptions(), OrderOptions(policy="packed", batch_size=2, capacity=30))
