@@ -36,9 +36,11 @@ def test_the_pipeline_is_measured_beside_the_others(store: TokenStore) -> None:
     for found in report.contenders:
         assert found.batches_per_s > 0
         assert found.ms_per_batch == pytest.approx(1000 / found.batches_per_s)
-        assert found.data_bound is True  # no batch is made in a microsecond
-        assert 0.05 < (found.wait_share or 0) < 1
-    assert report.advice[0].startswith("data-bound: beside steps of 0.001 ms the loop waits ")
+        assert found.wait_share is not None
+        assert 0 < found.wait_share < 1
+        assert found.data_bound is (found.wait_share > room.DATA_BOUND)
+    assert report.contenders[1].data_bound is True  # the reference makes no batch in a microsecond
+    assert " beside steps of 0.001 ms the loop waits for data " in report.advice[0]
 
 
 @pytest.mark.usefixtures("few_workers")
@@ -144,7 +146,7 @@ def test_the_command(store: TokenStore, monkeypatch: pytest.MonkeyPatch, capsys:
     printed = json.loads(capsys.readouterr().out)
     assert printed["step_ms"] > 0
     assert len(printed["contenders"]) == 3
-    assert run_cli(monkeypatch, "bench", store.path, "--step-ms", 50, "--rounds", 1) == 0
+    assert run_cli(monkeypatch, "bench", store.path, "--step-ms", 5, "--rounds", 1) == 0
     out = capsys.readouterr().out
     assert "reference loop" in out
-    assert "step: 50.000 ms" in out
+    assert "step: 5.000 ms" in out
