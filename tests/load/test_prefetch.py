@@ -347,6 +347,10 @@ def test_another_global_batch_is_refused_with_the_remedy() -> None:
     with pytest.raises(InputError, match=r"batch_size \* world_size = 16"):
         BatchLoader(store, max_tokens=800, world_size=2).load_state_dict(state)
     state = BatchLoader(store, max_tokens=400, world_size=2).state_dict()
+    with pytest.raises(InputError, match=r"max_tokens=400 and world_size \* accumulation = 2"):
+        BatchLoader(store, max_tokens=800, world_size=1).load_state_dict(state)
+    BatchLoader(store, max_tokens=400, accumulation=2).load_state_dict(state)
+    state = BatchLoader(store, max_tokens=400, world_size=2, balance=False).state_dict()
     with pytest.raises(InputError, match=r"max_tokens \* world_size = 800 and shares=2"):
         BatchLoader(store, max_tokens=800, world_size=1).load_state_dict(state)
     BatchLoader(store, max_tokens=800, world_size=1, shares=2).load_state_dict(state)
