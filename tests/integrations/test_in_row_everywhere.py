@@ -115,7 +115,7 @@ def test_the_command_line_knows_both_ends(
         assert run_cli(monkeypatch, "verify", store.path, flag, "--policy", "packed", "--json") == 0
         assert json.loads(capsys.readouterr().out)["ok"]
         assert run_cli(monkeypatch, "bench", store.path, flag, "--rounds", 1, "--step-ms", 10, "--json") == 0
-        assert len(json.loads(capsys.readouterr().out)["contenders"]) == 5
+        assert len(json.loads(capsys.readouterr().out)["contenders"]) == 6
         page = tmp_path / f"page{flag}.html"
         assert run_cli(monkeypatch, "inspect", store.path, flag, "--report", page, "--json") == 0
         found = json.loads(capsys.readouterr().out)
