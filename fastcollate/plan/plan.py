@@ -158,7 +158,7 @@ class EpochPlan:
             rows, bounds, order = self._steps(index)
         lengths, _ = self._lengths(rows, self.options.max_length)
         counts = np.diff(bounds)
-        widths = costs.rounded_up(costs.widths(lengths, bounds), self.options.pad_to_multiple_of)
+        widths = costs.padded_to(costs.widths(lengths, bounds), self.options.pad_to_multiple_of)
         cells: Int64Array = widths * counts * (self._deals_batches | (counts % group == 0))
         return cells[order].max(1) if self._deals_batches else cells[order]
 
@@ -247,7 +247,7 @@ class EpochPlan:
             rows = self._rows(index)
             bucketed = options.policy == "bucketed"
             rows, lengths = self._sorted(rows) if bucketed else (rows, self._lengths(rows, options.max_length)[0])
-            widths = costs.rounded_up(lengths, options.pad_to_multiple_of)
+            widths = costs.padded_to(lengths, options.pad_to_multiple_of)
             if len(rows) and widths[place := int(widths.argmax())] > options.max_tokens:
                 raise options.too_long(int(rows[place]), int(lengths[place]))
             bounds = costs.cut_evenly(widths, options.max_tokens, options.group, is_sorted=bucketed)
@@ -338,7 +338,7 @@ class EpochPlan:
         if options.max_tokens is None:
             return np.append(np.arange(0, len(rows), options.group), len(rows)) if len(rows) else np.zeros(1, np.int64)
         bounds = np.empty(len(rows) // options.group + 2, np.int64)
-        widths = costs.rounded_up(lengths, options.pad_to_multiple_of)
+        widths = costs.padded_to(lengths, options.pad_to_multiple_of)
         count = plan_kernels.cut_by_tokens(widths, options.max_tokens * options.world_size, options.group, bounds)
         if count < 0:
             raise options.too_long(int(rows[-1 - count]), int(lengths[-1 - count]))

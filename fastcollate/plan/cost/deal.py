@@ -80,7 +80,7 @@ def widths(lengths: npt.NDArray[Any], bounds: Int64Array) -> Int64Array:
     return out
 
 
-def rounded_up(lengths: npt.NDArray[Any], multiple: int | None) -> npt.NDArray[Any]:
+def padded_to(lengths: npt.NDArray[Any], multiple: int | None) -> npt.NDArray[Any]:
     """The widths of batches whose longest rows these are."""
     return lengths if multiple is None else -(-lengths.astype(np.int64) // multiple) * multiple
 

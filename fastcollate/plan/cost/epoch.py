@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastcollate.plan.cost.deal import StepCosts, rounded_up, row_costs, step_costs, widths
+from fastcollate.plan.cost.deal import StepCosts, padded_to, row_costs, step_costs, widths
 
 if TYPE_CHECKING:
     from fastcollate.plan.plan import EpochPlan
@@ -23,7 +23,7 @@ def step_costs_of(plan: EpochPlan, index: int) -> StepCosts:
     for rank in range(options.world_size):
         rows, bounds = replace(plan, options=replace(options, rank=rank)).window(index)
         each = widths(plan.lengths[rows].astype(np.int64), bounds)
-        each = rounded_up(np.minimum(each, options.max_length or each), options.pad_to_multiple_of)
+        each = padded_to(np.minimum(each, options.max_length or each), options.pad_to_multiple_of)
         ranks.append(row_costs(each, options.cost) * np.diff(bounds))
     found = np.zeros((max(map(len, ranks)), options.world_size))
     for rank, own in enumerate(ranks):
