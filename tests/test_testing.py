@@ -49,7 +49,7 @@ def makers(store: TokenStore) -> dict[str, Callable[[int, int], Any]]:
     dataset = StoreDataset(store, mask_prompt=True)
 
     def flattened(rank: int, num_ranks: int) -> Loop:
-        options = {**share(rank, num_ranks), "policy": "packed", "capacity": 64}
+        options = {**share(rank, num_ranks), "policy": "packed", "capacity": 64, "balance": True}
         return Loop(dataset, BucketBatchSampler(lengths_of(dataset), **options), DataCollator("flattened"))
 
     def by_tokens(rank: int, num_ranks: int) -> BatchLoader:
@@ -66,7 +66,7 @@ def makers(store: TokenStore) -> dict[str, Callable[[int, int], Any]]:
         "loader": lambda rank, num_ranks: BatchLoader(store, prefetch=0, mask_prompt=True, **share(rank, num_ranks)),
         "ahead": lambda rank, num_ranks: BatchLoader(store, policy="shuffled", **share(rank, num_ranks)),
         "packed": lambda rank, num_ranks: BatchLoader(
-            store, prefetch=0, policy="packed", capacity=64, **share(rank, num_ranks)
+            store, prefetch=0, policy="packed", capacity=64, balance=True, **share(rank, num_ranks)
         ),
         "tokens": by_tokens,
         "sampler": lambda rank, num_ranks: BucketBatchSampler(store, **share(rank, num_ranks)),
