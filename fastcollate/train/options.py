@@ -230,10 +230,14 @@ class TrainOptions(MaskOptions):
             if item.metadata["fixed"] and is_given and own[item.name] != saved.get(item.name):
                 free = (o for o in options if not o.metadata["fixed"] and o.name not in ("out", "resume"))
                 raise InputError(
-                    f"{self.out}: the run was started with {flag_of(item)} {saved.get(item.name)}, not "
-                    f"{own[item.name]}; resume it with that, or choose another --out; with --resume may change: "
-                    f"{', '.join(map(flag_of, free))}"
+                    f"{self.out}: the run was started {_given(flag_of(item), saved.get(item.name))}, not "
+                    f"{_given(flag_of(item), own[item.name])}; resume it so, or choose another --out; with --resume "
+                    f"may change: {', '.join(map(flag_of, free))}"
                 )
+
+
+def _given(flag: str, value: Any) -> str:
+    return f"without {flag}" if value is None else f"with {flag} {value}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

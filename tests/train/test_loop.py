@@ -362,9 +362,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, random_store: TokenStore) 
     with pytest.raises(InputError, match="holds a run already; continue it with --resume"):
         train(random_store, replace(run, max_steps=3), progress=False)
     for resume in (False, True):
-        with pytest.raises(InputError, match=r"started with --seed 123, not 124; .* may change: --epochs, --max-steps"):
+        with pytest.raises(
+            InputError, match=r"with --seed 123, not with --seed 124; .* may change: --epochs, --max-st"
+        ):
             train(random_store, replace(run, resume=resume, seed=124), progress=False)
-    with pytest.raises(InputError, match="started with --global-batch-size None, not 4"):
+    with pytest.raises(InputError, match="started without --global-batch-size, not with --global-batch-size 4"):
         train(random_store, replace(run, resume=True, batch_size=4), progress=False)
     other = write_store(
         tmp_path / "other", [([1, 2], [1, 2, 3])], tokenizer={**random_store.manifest["tokenizer"], "fingerprint": "1"}
