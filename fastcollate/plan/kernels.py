@@ -20,6 +20,7 @@ _FACTOR_1, _FACTOR_2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)  # see `_has
 _12, _15, _20 = np.uint32(12), np.uint32(15), np.uint32(20)
 _ROUNDS = 4
 _SMALL = 1 << 12
+LONGEST = 2**31 - 1  # tokens of a row: more count as so many
 _STRETCH = 2048  # positions permuted at once
 
 
@@ -283,6 +284,20 @@ def cut_sorted_batches(lengths: Any, budget: int, bounds: Any) -> int:
         num_batches += 1
         bounds[num_batches] = start
     return num_batches
+
+
+@kernel
+def pack_costs(lengths: Any, rows: Any, starts: Any, bounds: Any, limit: int, linear: int, costs: Any) -> None:
+    """Each pack's sum of `linear * L + L**2` over its rows, or parts of rows, of at most `limit` tokens."""
+    for pack in range(len(costs)):
+        total = 0.0
+        for i in range(bounds[pack], bounds[pack + 1]):
+            length = min(np.int64(lengths[np.uint64(rows[i])]), LONGEST)
+            if len(starts):
+                length -= starts[i]
+            exact = np.float64(min(length, limit))
+            total += exact * exact + linear * exact
+        costs[pack] = total
 
 
 @kernel

@@ -13,6 +13,7 @@ most rows are halved until a window's packs fill its last step, half a step's on
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -216,13 +217,14 @@ class EpochPlan:
             missing = -packs.num_packs % options.group
             if missing and not is_last:
                 packs = packs.filled_up(packs.num_packs + missing, repeat=options.tail == "repeat")
-            each = self._pack_costs(packs, limit)
+            price = functools.partial(costs.of_packs, self.lengths, limit=limit, cost=options.cost)
+            each = price(packs)
             order = self._order(each, index)
             if is_last and missing:
                 whole = len(order) - len(order) % options.group
                 rest = self._last_packs(packs.take(order[whole:]))
                 order = np.append(order[:whole], packs.num_packs + np.arange(rest.num_packs))
-                packs, each = packs.followed_by(rest), np.append(each, self._pack_costs(rest, limit))
+                packs, each = packs.followed_by(rest), np.append(each, price(rest))
             return packs, *self._deal(each, order, index)
 
     def _last_packs(self, rest: Packs) -> Packs:
@@ -231,13 +233,6 @@ class EpochPlan:
             return rest.take(np.arange(0))
         missing = -rest.num_packs % self.options.world_size
         return rest.filled_up(rest.num_packs + missing, repeat=True) if self.options.tail == "repeat" else rest
-
-    def _pack_costs(self, packs: Packs, limit: int) -> Float64Array:
-        lengths = np.empty(len(packs.rows), np.int32)
-        plan_kernels.gather_lengths(self.lengths, packs.rows, 2**31 - 1, lengths)
-        if len(packs.starts):
-            lengths -= packs.starts
-        return costs.of_packs(np.minimum(lengths, limit), packs.bounds, self.options.cost)
 
     def dealt_batches(self, index: int) -> tuple[Packs, Int64Array, Float64Array]:
         """The same of padded batches: of all ranks together, as many as make whole steps."""
@@ -315,7 +310,7 @@ class EpochPlan:
         lengths = np.empty(len(rows), np.int32)
         if self.block > 1:
             pages.ask_for_items(self.lengths, rows)
-        limit = 2**31 - 1 if limit is None else min(limit, 2**31 - 1)
+        limit = plan_kernels.LONGEST if limit is None else min(limit, plan_kernels.LONGEST)
         plan_kernels.gather_lengths(self.lengths, rows, limit, lengths)
         longest = int(lengths.view(np.uint32).max(initial=0))
         if longest >= 1 << 31:  # a negative one: the kernels count by length, and would write before their memory

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError
 from fastcollate.plan import kernels as plan_kernels
+from fastcollate.plan.kernels import LONGEST
+
+if TYPE_CHECKING:
+    from fastcollate.plan.packing import Packs
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 _TRIES = 4  # to find a budget that cuts a multiple
+_FEW = 1 / 32  # of the batches: so many may be halved
 
 Cost = int | Callable[[Int64Array], npt.ArrayLike]
 
@@ -66,10 +71,17 @@ def cost_name(cost: Cost, longest: int) -> int | str:
     return f"function {hashlib.blake2b(row_costs(lengths, cost).astype('<f8').tobytes(), digest_size=8).hexdigest()}"
 
 
-def of_packs(lengths: npt.NDArray[Any], bounds: Int64Array, cost: Cost) -> Float64Array:
-    """What packs cost: attention is within rows, so a pack costs what its rows do."""
-    out = np.empty(len(bounds) - 1, np.float64)
-    plan_kernels.group_sums(row_costs(lengths, cost), bounds, out)
+def of_packs(lengths: npt.NDArray[Any], packs: Packs, limit: int, cost: Cost) -> Float64Array:
+    """What packs cost: attention is within rows, so a pack costs what its rows do, of at most so many tokens each.
+
+    The lengths are those of all rows of the data set.
+    """
+    out = np.empty(packs.num_packs, np.float64)
+    if not callable(cost):
+        plan_kernels.pack_costs(lengths, packs.rows, packs.starts, packs.bounds, limit, cost, out)
+        return out
+    own = np.minimum(lengths[packs.rows], LONGEST) - (packs.starts if len(packs.starts) else 0)
+    plan_kernels.group_sums(row_costs(np.minimum(own, limit), cost), packs.bounds, out)
     return out
 
 
@@ -96,7 +108,7 @@ def cut_evenly(lengths: npt.NDArray[Any], max_tokens: int, group: int, *, is_sor
     budget = max_tokens
     bounds: Int64Array = room[: count + 1].copy()
     wanted = -(-count // group) * group
-    for _ in range(_TRIES):
+    for _ in range(_TRIES if wanted - count > _FEW * count else 0):
         if count == wanted:
             break
         budget = min(budget * count // wanted + (count > wanted), max_tokens)
@@ -117,7 +129,7 @@ def steps_of_like_cost(costs: Float64Array, group: int, key: np.uint64) -> Int64
 
     What does not fill a step comes last. It is of like cost too, anywhere among the others.
     """
-    order: Int64Array = np.argsort(-costs, kind="stable")
+    order: Int64Array = np.argsort(costs, kind="stable")[::-1]  # sorted batches are long runs already, this way round
     num_steps, rest = divmod(len(order), group)
     if rest:
         place = int(plan_kernels.mix(key, np.uint64(num_steps))) % (num_steps + 1) * group
@@ -139,7 +151,8 @@ def deal(costs: Float64Array, group: int, world_size: int, key: np.uint64) -> In
     num_steps, whole = len(costs) // group, len(costs) - len(costs) % group
     shifts = np.arange(num_steps) % world_size
     plan_kernels.shuffle(shifts, key)
-    columns = (np.arange(world_size) + shifts[:, None]) % world_size
+    columns = np.arange(world_size) + shifts[:, None]
+    columns -= world_size * (columns >= world_size)
     dealt = (group * np.arange(num_steps)[:, None] + columns)[:, None]
     if group > world_size:
         items = np.arange(whole).reshape(num_steps, group // world_size, world_size)
