@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from fastcollate.plan import MixedStore
 from fastcollate.store import TokenStore
 from fastcollate.text import load_tokenizer
 
+MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 _PROBE = "Below is an instruction: add 12,345 and 67; spell 'naïve café'.\n\n### Response:\n"
 
 
@@ -79,6 +82,21 @@ def columns_of(features: Sequence[Mapping[str, Any]]) -> set[str]:
                     "masks and input_ids of a row must have the same length"
                 )
     return columns
+
+
+def warn_if_all_trained(columns: Collection[str]) -> None:
+    """Say once that all tokens of features are trained: a mask may have been lost on the way to here."""
+    if not {"labels", *MASKS}.intersection(columns):
+        _tell_of_all_trained()
+
+
+@functools.cache
+def _tell_of_all_trained() -> None:
+    warnings.warn(
+        "the rows have neither labels nor a mask, so every token is trained; if the data set has a mask "
+        f"({', '.join(MASKS)}), a Trainer has removed it: set remove_unused_columns=False in its arguments",
+        stacklevel=4,
+    )
 
 
 def _num_embeddings(model: nn.Module) -> int | None:

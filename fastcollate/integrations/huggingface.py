@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from fastcollate.collate import collate_fn, settings
 from fastcollate.errors import InputError, choice, import_extra, integer, shown
-from fastcollate.integrations.checks import check_model, check_tokenizer, check_unshifted, columns_of
+from fastcollate.integrations import checks
 from fastcollate.integrations.flow import FlowingSampler
 from fastcollate.integrations.hf_datasets import lengths_of as lengths_of
 from fastcollate.integrations.hf_datasets import open_dataset as open_dataset
@@ -23,7 +23,6 @@ from fastcollate.plan import MixedStore
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 IGNORE = -100
-MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 LAYOUTS = ("padded", "flattened")
 
 
@@ -35,7 +34,8 @@ class DataCollator:
     From a `StoreDataset` each row is exactly its ids, with the end-of-text where the store says that one is appended;
     its options (`mask_prompt`, `max_length`, ...) decide the labels and the cut, `max_length` counting columns of
     `input_ids`. Features are mappings with `input_ids`, and with `labels`, `completion_mask`, `assistant_masks`,
-    `loss_mask` or nothing more (then all tokens are trained, else those that all of them train). With `seq_lengths`, as
+    `loss_mask` (those are trained that all of them train), or nothing more: then all tokens are, and a warning says so
+    once, since a `Trainer` removes masks unless its `remove_unused_columns` is false. With `seq_lengths`, as
     `trl.pack_dataset` gives, or `position_ids` that restart, each of a pack's sequences is a row of the flattened form;
     the padded one refuses packs.
     Other keys are left out, and refused where they may say what is trained. The first column's label is -100: it is no
@@ -128,7 +128,7 @@ class DataCollator:
     def _from_store(self, features: Sequence[StoreRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dataset, rows = row_numbers(features)
         if self.tokenizer is not None and "tokenizer" not in self._checked:
-            check_tokenizer(dataset.store, self.tokenizer)
+            checks.check_tokenizer(dataset.store, self.tokenizer)
             self._checked.add("tokenizer")
         limit, appended = dataset.options["max_length"], int(getattr(dataset.store, "end", "append") == "append")
         packs = packs_of(features)
@@ -171,7 +171,8 @@ class DataCollator:
     def _from_features(self, features: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if "input_ids" not in features[0]:
             raise InputError(f"the rows have {sorted(features[0])} and no 'input_ids': tokenize the data set first")
-        columns = columns_of(features)
+        columns = checks.columns_of(features)
+        checks.warn_if_all_trained(columns)
         rows = [feature["input_ids"] for feature in features]
         input_ids = _pad(rows, self.pad_token_id or 0)
         lengths = torch.tensor([len(row) for row in rows], device="cpu")
@@ -182,11 +183,11 @@ class DataCollator:
             labels = _pad([feature["labels"] for feature in features], IGNORE)
         else:
             labels = input_ids.masked_fill(mask == 0, IGNORE)
-        for name in MASKS:
+        for name in checks.MASKS:
             if name in columns:
                 labels = labels.masked_fill(_pad([feature[name] for feature in features], 0) == 0, IGNORE)
         if "shift" not in self._checked:
-            check_unshifted(input_ids, labels)
+            checks.check_unshifted(input_ids, labels)
             self._checked.add("shift")
         missing = _rounded_up(input_ids.shape[1], self._multiple(features)) - input_ids.shape[1]
         fills = (self.pad_token_id or 0, IGNORE, 0)
@@ -362,7 +363,7 @@ class BucketedTrainerMixin:
                     f"data_collator is a {type(collator).__name__}, which cannot read rows of a StoreDataset: "
                     "give data_collator=fastcollate.integrations.huggingface.DataCollator()"
                 )
-            check_model(dataset.store, trainer.model)
+            checks.check_model(dataset.store, trainer.model)
             if isinstance(dataset.store, MixedStore) and "rows" not in self.batching:
                 raise InputError(
                     "train_dataset is over a MixedStore, whose weights a Trainer does not keep: use a BatchLoader, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ import torch
 
 from fastcollate import MixedStore, StoreDataset
 from fastcollate.errors import InputError
+from fastcollate.integrations import checks
 from fastcollate.integrations.checks import check_tokenizer
 from fastcollate.integrations.huggingface import (
     BucketedTrainerMixin,
@@ -447,6 +449,21 @@ def test_a_tokenizer_of_the_same_size_with_other_ids_is_refused() -> None:
     encoding = load_tokenizer("gpt2")
     same_ids = SimpleNamespace(encode=lambda text, add_special_tokens: encoding.encode(text))
     check_tokenizer(store, type("Same", (), {"encode": staticmethod(same_ids.encode), "__len__": lambda self: 50257})())
+
+
+def test_a_mask_that_a_trainer_removes_is_missed(tmp_path: Path) -> None:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=4, n_layer=1, n_head=1))
+    rows = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}] * 2)
+    for removed in (False, True):
+        checks._tell_of_all_trained.cache_clear()
+        args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, remove_unused_columns=removed)
+        collator = DataCollator(pad_token_id=0)
+        trainer = transformers.Trainer(model, args, train_dataset=rows, data_collator=collator)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            batch = next(iter(trainer.get_train_dataloader()))
+        assert any("every token is trained" in str(warning.message) for warning in found) == removed
+        assert batch["labels"].tolist() == [[-100, 6 if removed else -100, 7]] * 2
 
 
 def test_wrong_use_is_named(store: TokenStore, tmp_path: Path) -> None:
