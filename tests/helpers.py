@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import fastcollate
 from fastcollate.sources.sample import sample_records
 from fastcollate.store.manifest import StoreIdentity, sources_of, write_manifest
 from fastcollate.store.shards import ShardColumns, ShardInfo, shard_name, token_dtype, write_shard
@@ -28,6 +30,9 @@ GPT2 = {
 }  # fmt: skip
 APPEND: Any = SimpleNamespace(end="append", pad_token_id=50256, end_token_id=50256)  # what rows' ends are, of a store
 Row = tuple[Sequence[int], Sequence[int]]
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ADAPTERS = {"huggingface": "transformers", "lightning": "lightning", "pytorch": "torch"}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]  # what a test of both is parametrized with
 
 
@@ -268,3 +273,20 @@ def numbered_store(path: Path, num_rows: int, *, longest: int = 40) -> TokenStor
         rows.append(([2, length - 2], [row // 100, row % 100, *rng.integers(100, 299, length - 2).tolist()]))
     tokenizer = {"name": "gpt2", "fingerprint": "00", "vocab_size": 300, "pad_token_id": 299}
     return write_store(path, rows, shard_rows=100, tokenizer=tokenizer)
+
+
+def imported_by_the_pages() -> set[str]:
+    """`module.name` of each `from fastcollate... import name` on a page."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    found = re.findall(r"^ *from (fastcollate[\w.]*) import ([\w, ]+)", text, re.M)
+    return {f"{module}.{name.strip()}" for module, names in found for name in names.split(",")}
+
+
+def public_names() -> list[str]:
+    """Each as `module.name`."""
+    names = {f"fastcollate.{name}" for name in fastcollate.__all__} | imported_by_the_pages()
+    for adapter in ADAPTERS:
+        path = ROOT / "fastcollate" / "integrations" / f"{adapter}.py"
+        classes = re.findall(r"^class ([A-Z]\w+)", path.read_text(), re.M)
+        names |= {f"fastcollate.integrations.{adapter}.{name}" for name in classes if name not in fastcollate.__all__}
+    return sorted(names)

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import save_chat_models, torchrun
+from tests.helpers import PAGES, ROOT, save_chat_models, torchrun
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEST_COMMAND = "<!-- test command -->"
 RANKS = re.compile(r"<!-- ranks ([\d ]+) -->\n$")
 

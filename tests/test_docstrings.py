@@ -18,28 +18,9 @@ from typing import Any
 import pytest
 
 import fastcollate
+from tests.helpers import ADAPTERS, public_names
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ADAPTERS = {"huggingface": "transformers", "lightning": "lightning", "pytorch": "torch"}
 CHECKS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-
-
-def imported_by_the_pages() -> set[str]:
-    """`module.name` of each `from fastcollate... import name` on a page."""
-    text = "\n".join(page.read_text() for page in PAGES)
-    found = re.findall(r"^ *from (fastcollate[\w.]*) import ([\w, ]+)", text, re.M)
-    return {f"{module}.{name.strip()}" for module, names in found for name in names.split(",")}
-
-
-def public_names() -> list[str]:
-    """Each as `module.name`."""
-    names = {f"fastcollate.{name}" for name in fastcollate.__all__} | imported_by_the_pages()
-    for adapter in ADAPTERS:
-        path = ROOT / "fastcollate" / "integrations" / f"{adapter}.py"
-        classes = re.findall(r"^class ([A-Z]\w+)", path.read_text(), re.M)
-        names |= {f"fastcollate.integrations.{adapter}.{name}" for name in classes if name not in fastcollate.__all__}
-    return sorted(names)
 
 
 @pytest.fixture(scope="module")
