@@ -34,5 +34,5 @@ _MODULE_OF = {
 }  # fmt: skip
 
 __all__ = list(_MODULE_OF)
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __getattr__, __dir__ = face(__name__, _MODULE_OF)

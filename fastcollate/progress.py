@@ -100,8 +100,7 @@ class _Lines(rich_progress.Progress):
         self._tell(task_id)
 
     def stop(self) -> None:
-        """The last numbers of each task."""
-        super().stop()
+        """The last numbers of each task. There is no display to stop, and rich before 14.3 would end its line."""
         for task in self.tasks:
             self._say(task)
 

@@ -24,29 +24,44 @@ settings.register_profile(
 settings.load_profile("default")
 
 
-def _shared(name: str) -> Path:
-    path = SHARED / name
-    if not path.is_file():
-        pytest.skip(f"needs shared/data/{name} beside the checkout")
-    return path
+RECORDS = {  # fixtures of files that a cloner need not have
+    "instruction_data": "instruction-data.json",
+    "gsm8k": "gsm8k_train.jsonl",
+    "expected_widths": "expected_train_widths_seed123_bs8.json",
+}
 
 
 @pytest.fixture(scope="session")
 def instruction_data() -> Path:
     """The chapter's 1,100 records."""
-    return _shared("instruction-data.json")
+    return SHARED / RECORDS["instruction_data"]
 
 
 @pytest.fixture(scope="session")
 def gsm8k() -> Path:
     """7,473 grade-school problems, `question` and `answer`."""
-    return _shared("gsm8k_train.jsonl")
+    return SHARED / RECORDS["gsm8k"]
 
 
 @pytest.fixture(scope="session")
 def expected_widths() -> Path:
     """Batch widths that the chapter's own loader gives."""
-    return _shared("expected_train_widths_seed123_bs8.json")
+    return SHARED / RECORDS["expected_widths"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the records beside the checkout are marked so, and deselected where those are missing."""
+    missing = []
+    for item in items:
+        files = [SHARED / RECORDS[name] for name in getattr(item, "fixturenames", ()) if name in RECORDS]
+        if files:
+            item.add_marker("real_records")
+        if not all(file.is_file() for file in files):
+            missing.append(item)
+    if missing:
+        config.hook.pytest_deselected(items=missing)
+        items[:] = [item for item in items if item not in missing]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

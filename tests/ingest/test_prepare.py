@@ -120,6 +120,13 @@ def test_the_chapters_records_equal_the_reference(tmp_path: Path, instruction_da
     assert (report.summary["length_p0"], report.summary["length_p50"], report.summary["length_p100"]) == (40, 55, 91)
 
 
+def test_questions_and_answers_equal_the_reference(tmp_path: Path) -> None:
+    records = [record for record in many(300) if record["instruction"] and record["output"]]
+    lines = [{"question": record["instruction"], "answer": record["output"]} for record in records]
+    prepare(write_lines(tmp_path / "a.jsonl", lines), tmp_path / "s")
+    check_against_reference(TokenStore(tmp_path / "s"), [{**record, "input": ""} for record in records])
+
+
 def test_gsm8k_equals_the_reference_and_its_fields_are_recognised(tmp_path: Path, gsm8k: Path) -> None:
     prepare(gsm8k, tmp_path / "s")
     records = [json.loads(line) for line in gsm8k.read_text().splitlines()]

@@ -140,14 +140,17 @@ def _awkward_strings(data: bytes, offsets: npt.NDArray[np.int64]) -> Any:
 
 
 def resident_bytes() -> int:
-    """The memory that this process holds."""
+    """The memory that this process holds; 0 where nothing tells it (Windows), so that caches are kept."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux: the peak is the next best thing
-        import resource
         import sys
 
+        try:
+            import resource
+        except ImportError:
+            return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
