@@ -35,6 +35,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "name"),
     [*(("prepare", name) for name in (*MISTAKES, "directory")), ("train", "missing.json"), ("train", "directory")],
@@ -57,6 +58,7 @@ def test_a_mistake_is_one_line_and_leaves_no_store(tmp_path: Path, command: str,
     assert not list(tmp_path.rglob("*.arrow"))
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['fastcollate', 'train', '--help']\n"
@@ -69,6 +71,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert result.stderr.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_wrong_field_mapping_is_named(tmp_path: Path) -> None:
     result = fastcollate("prepare", "a.json", "store", "--field", "x", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (
@@ -91,6 +94,7 @@ def test_ctrl_c_says_so_in_one_line(
     ]
 
 
+@pytest.mark.slow
 def test_the_version(tmp_path: Path) -> None:
     from fastcollate import __version__
 

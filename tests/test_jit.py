@@ -59,6 +59,7 @@ def test_a_kernel_is_made_of_all_that_its_file_imports(path: Path) -> None:
         assert {"layout.py", "settings.py"} <= files
 
 
+@pytest.mark.slow
 def test_what_kernel_files_hold_from_elsewhere_is_part_of_them_through_faces_too() -> None:
     """Another process imports them, and tells where their functions, kernels and modules come from."""
     names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in KERNEL_FILES]

@@ -31,6 +31,7 @@ assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", LOOPS, ids=["DataLoader", "packed", "Lightning"])
 def test_a_batch_without_a_target_ruins_no_model_of_a_recipe(text: str, tmp_path: Path) -> None:
     """No row of this store has a target when prompts are masked; every batch is one whose mean is NaN."""

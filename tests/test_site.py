@@ -26,6 +26,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_public_name_has_its_entry_with_its_example(site: Path) -> None:
     text = "\n".join(page.read_text() for page in sorted(site.glob("api/*/index.html")))
     entries = re.split(r'<h[23] id="(?=fastcollate\.)', text)[1:]
@@ -33,6 +34,7 @@ def test_every_public_name_has_its_entry_with_its_example(site: Path) -> None:
     assert set(public_names()) <= shown
 
 
+@pytest.mark.slow
 def test_the_landing_page_leads_to_every_page(site: Path) -> None:
     pages = {str(page.parent.relative_to(site)) + "/" for page in site.glob("**/index.html")} - {"./"}
     text = (site / "index.html").read_text()
@@ -40,12 +42,14 @@ def test_the_landing_page_leads_to_every_page(site: Path) -> None:
     assert pages == set(re.findall(r'<a href="([\w/]+/)"', body))
 
 
+@pytest.mark.slow
 def test_every_command_and_option_is_listed(site: Path) -> None:
     text = (site / "commands" / "index.html").read_text()
     for item in (*fields(PrepareOptions), *fields(TrainOptions)):
         assert flag_of(item) in text
 
 
+@pytest.mark.slow
 def test_no_page_asks_another_server_for_anything(site: Path) -> None:
     loads = re.compile(r"""<(?:script|img|iframe)[^>]*src="(https?:)?//|<link[^>]*href="(https?:)?//""")
     for page in site.rglob("*.html"):

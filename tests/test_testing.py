@@ -150,6 +150,7 @@ def test_rows_are_told_apart_whatever_their_padding(store: TokenStore) -> None:
     assert row == (untrained[0][0, :2].numpy().tobytes(), untrained[1][0, :2].numpy().tobytes())
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_named_and_pytest_is_not_needed(store: TokenStore) -> None:
     make_loader = partial(makers(store)["sampler"])
     for options in ({"every": 0}, {"world_sizes": ()}, {"world_sizes": (0,)}):

@@ -38,6 +38,7 @@ def store(tmp_path: Path) -> TokenStore:
     return write_store(tmp_path / "store", ROWS, shard_rows=2, summary={"boundary_mismatches": 1, "num_skipped": 7})
 
 
+@pytest.mark.slow
 def test_counts_of_a_small_store(store: TokenStore) -> None:
     found = inspect_store(store, MASKED, progress=False)
     assert (found.num_rows, found.num_tokens, found.num_shards, found.mean_length) == (5, 24, 3, 4.8)
@@ -97,6 +98,7 @@ rows_strategy = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(rows=rows_strategy, limit=st.none() | st.integers(1, 13))
 def test_counts_are_those_of_the_oracle(rows: list[Row], limit: int | None) -> None:
     with TemporaryDirectory() as folder:

@@ -29,6 +29,7 @@ def few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "WORKERS", (0,))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_workers")
 def test_the_pipeline_is_measured_beside_the_others(store: TokenStore) -> None:
     report = bench(store, step_ms=0.001, rounds=2, seconds=0.05, progress=False)
@@ -53,6 +54,7 @@ def test_without_a_step_there_is_no_verdict(store: TokenStore) -> None:
 SHUFFLED = {"policy": "shuffled", "batch_size": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_workers")
 @pytest.mark.parametrize("masked", [False, True])
 def test_packs_are_measured_beside_equal_ones(store: TokenStore, masked: bool) -> None:
@@ -129,6 +131,7 @@ def test_the_advice_follows_from_what_was_waited() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"step_ms": 0.0}, {"rounds": 0}, {"seconds": 0.0}, {"model": "no-such"}])
 def test_wrong_values(store: TokenStore, options: dict[str, object]) -> None:
     with pytest.raises(InputError):

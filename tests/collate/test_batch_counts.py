@@ -40,6 +40,7 @@ def expected_counts(lengths: list[int], batch: Any, untrained: int, corners: int
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_a_padded_batch_knows_what_it_holds(seed: int) -> None:
     chance = random.Random(seed)

@@ -44,6 +44,7 @@ def pairs_of(batch: list[list[int]], data: st.DataObject) -> list[tuple[int, lis
     return [(data.draw(st.integers(-3, len(row) + 4)), row) for row in batch]
 
 
+@pytest.mark.slow
 @given(rows, limits, ignores, st.sampled_from([PAD, 0, 7, -1, 2**40]))
 @example([[], []], None, -100, PAD)
 def test_plain_rows(batch: list[list[int]], limit: int | None, ignore: int, pad: int) -> None:
@@ -51,6 +52,7 @@ def test_plain_rows(batch: list[list[int]], limit: int | None, ignore: int, pad:
     check(collate_fn(batch, **options), custom_collate_fn(batch, **options))
 
 
+@pytest.mark.slow
 @given(rows, limits, ignores, st.sampled_from([PAD, 0, 7]), st.data())
 def test_rows_with_prompt_lengths(
     batch: list[list[int]], limit: int | None, ignore: int, pad: int, data: st.DataObject
@@ -60,6 +62,7 @@ def test_rows_with_prompt_lengths(
     check(collate_fn(pairs, **options), custom_collate_with_masking_fn(pairs, **options))
 
 
+@pytest.mark.slow
 @given(rows, limits, st.data())
 def test_arrays_and_tensors_are_rows_too(batch: list[list[int]], limit: int | None, data: st.DataObject) -> None:
     kinds = [
@@ -217,6 +220,7 @@ def test_left_truncation_keeps_the_last_columns(batch: list[list[int]], limit: i
         assert set(targets[i, kept:].tolist()) <= {-100}
 
 
+@pytest.mark.slow
 @given(rows, st.one_of(st.none(), st.integers(1, 15)))
 def test_narrow_inputs(batch: list[list[int]], limit: int | None) -> None:
     shards = make_shards(batch)
@@ -392,6 +396,7 @@ class Rows(torch.utils.data.Dataset[list[int]]):
         return self.items[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers(context: str) -> None:
     items = [list(range(n % 7)) for n in range(20)]

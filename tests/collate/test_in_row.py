@@ -108,6 +108,7 @@ def test_a_batch_is_the_ids_but_the_last_and_but_the_first(
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 @given(rows_of_flags, options_of, st.integers(0, 2**32))
 def test_a_pack_is_rows_of_as_many_cells_end_to_end(
     rows: list[list[tuple[int, bool]]], options: dict[str, Any], seed: int
@@ -133,6 +134,7 @@ def test_a_pack_is_rows_of_as_many_cells_end_to_end(
         assert sum(batch.counts.rows for batch in loaded) == len(rows)
 
 
+@pytest.mark.slow
 @given(rows_of_flags, st.integers(1, 6))
 def test_split_rows_train_each_id_but_the_first_once(rows: list[list[tuple[int, bool]]], capacity: int) -> None:
     rows = [*rows, [(1, True)] * 3]
@@ -143,6 +145,7 @@ def test_split_rows_train_each_id_but_the_first_once(rows: list[list[tuple[int, 
     assert trained == sorted(token for row in rows for token, _ in row[1:])
 
 
+@pytest.mark.slow
 @given(rows_of_flags, options_of, st.sampled_from(["bucketed", "packed"]))
 def test_verify_knows_both_ends(rows: list[list[tuple[int, bool]]], options: dict[str, Any], policy: str) -> None:
     rows = [*rows, [(1, True)] * 3]
@@ -155,6 +158,7 @@ def test_verify_knows_both_ends(rows: list[list[tuple[int, bool]]], options: dic
         assert found.rows == len(rows)
 
 
+@pytest.mark.slow
 @given(rows_of_flags, st.one_of(st.none(), st.integers(1, 16)), st.sampled_from(["reference", "positional"]))
 def test_an_appended_end_is_not_the_padding(rows: list[list[tuple[int, bool]]], limit: int | None, mode: str) -> None:
     """Two ids: targets are the chapter's with the end for its one id, inputs hold padding where no row's id is."""

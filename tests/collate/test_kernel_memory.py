@@ -32,6 +32,7 @@ def random_rows(chance: random.Random, num_rows: int, longest: int) -> list[list
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_long_rows_equal_the_reference(seed: int, dtype: Any) -> None:
@@ -50,6 +51,7 @@ def test_long_rows_equal_the_reference(seed: int, dtype: Any) -> None:
         assert torch.equal(found.targets, expected[1]), seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("narrow", [False, True])
 def test_cells_outside_the_batches_stay_as_they_are(seed: int, narrow: bool) -> None:

@@ -125,6 +125,7 @@ def test_fill_packed_group(benchmark: Any, rows: list[list[int]]) -> None:
     assert report[0, kernels.REAL] == report[0, kernels.TRAINED] == sum(map(len, rows))
 
 
+@pytest.mark.slow
 def test_pack_best_fit(benchmark: Any) -> None:
     lengths = np.sort(np.random.default_rng(6).integers(8, 464, 1 << 16))
     bin_of = np.empty(len(lengths), np.int64)

@@ -51,6 +51,7 @@ def test_widths_are_multiples(batch: list[list[int]], limit: int | None, multipl
     same(collate_fn(pairs, **options, pad_to_multiple_of=multiple), wanted)
 
 
+@pytest.mark.slow
 @given(rows_of_ids, limits, multiples, st.booleans(), st.sampled_from(["left", "right"]), st.data())
 def test_widths_of_a_store_are_multiples(
     batch: list[list[int]], limit: int | None, multiple: int, masked: bool, truncation: str, data: Any
@@ -88,6 +89,7 @@ def packs_of(lengths: list[int], capacity: int) -> list[int]:
     return [*bounds, len(lengths)]
 
 
+@pytest.mark.slow
 @given(rows_of_ids, st.integers(1, 12), st.integers(0, 5), rank_counts, st.integers(0, 9), st.booleans(), st.booleans())
 def test_packs(
     batch: list[list[int]], limit: int, more: int, cp_size: int | None, room: int, in_row: bool, narrow: bool
@@ -198,6 +200,7 @@ def test_numbers_that_are_none(name: str, value: Any) -> None:
         Collator(make_shards([[1]]), **{name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [64, 100])
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_the_block_mask_is_attention_within_each_segment(capacity: int, block_size: int) -> None:

@@ -67,6 +67,7 @@ def test_jobs_that_overwrite_together_make_it_once(tmp_path: Path, source: Path)
         assert store_hash(tmp_path / "s") == store_hash(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_jobs_that_ask_for_different_stores_do_not_take_each_others(tmp_path: Path, source: Path) -> None:
     other = write_lines(tmp_path / "b.jsonl", many(300, seed=3))
     first = subprocess.Popen(command(source, tmp_path / "s"), stderr=subprocess.PIPE, text=True)
@@ -131,6 +132,7 @@ def in_thread(run: Any) -> list[BaseException]:
     return found
 
 
+@pytest.mark.slow
 def test_who_does_not_wait_is_refused(tmp_path: Path, source: Path) -> None:
     with hold(tmp_path / "s"):
         [error] = in_thread(lambda: prepare(source, tmp_path / "s", wait=False))
@@ -144,6 +146,7 @@ def test_who_does_not_wait_is_refused(tmp_path: Path, source: Path) -> None:
     assert not prepare(source, tmp_path / "s", wait=False).reused
 
 
+@pytest.mark.slow
 def test_who_waits_says_so_and_for_whom(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +191,7 @@ def test_a_store_in_use_is_read_to_its_end_while_it_is_made_anew(tmp_path: Path,
     assert [row.input_ids.tolist() for row in opened] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_workers_end_with_their_leader(tmp_path: Path, source: Path) -> None:
     psutil = pytest.importorskip("psutil")
@@ -204,6 +208,7 @@ SLOW = "import time; from fastcollate.ingest import encode; real = encode._encod
 SLOW += "encode._encode = lambda *all: (time.sleep(0.1), real(*all))[1]; "
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_is_the_leaders_alone(tmp_path: Path, source: Path) -> None:
     """A terminal sends it to all: workers, idle or not, say nothing, and the leader one line."""
@@ -229,6 +234,7 @@ def test_ctrl_c_is_the_leaders_alone(tmp_path: Path, source: Path) -> None:
         shutil.rmtree(tmp_path / "s")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("where", ["after_in_parent", "after_in_child"])
 def test_ctrl_c_while_a_worker_starts_is_not_lost(tmp_path: Path, source: Path, where: str) -> None:
@@ -238,6 +244,7 @@ def test_ctrl_c_while_a_worker_starts_is_not_lost(tmp_path: Path, source: Path, 
     assert job.returncode == (130 if where == "after_in_parent" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["file", "stdin", "-c"])
 def test_a_script_that_guards_nothing_may_call_it(tmp_path: Path, source: Path, how: str) -> None:
     """Where a thread is alive, and on other systems, workers are spawned: they may not run the script again."""

@@ -355,6 +355,7 @@ def run_cli(source: Path, store: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, str(source), str(store)], stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_a_killed_job_continues_to_the_same_bytes(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", many(6000))
     undisturbed = run_cli(source, tmp_path / "s0")

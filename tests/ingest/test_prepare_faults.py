@@ -68,6 +68,7 @@ def check_one_line_and_resume(
     assert verify_checksums(store) == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_the_kernel_kills(tmp_path: Path, records: list[dict[str, str]]) -> None:
     psutil = pytest.importorskip("psutil")
     source = write_lines(tmp_path / "a.jsonl", records)
@@ -89,6 +90,7 @@ def test_a_worker_that_the_kernel_kills(tmp_path: Path, records: list[dict[str, 
     check_one_line_and_resume(result, source, tmp_path / "s", "a worker process was killed")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on file sizes stands in for a full disk")
 def test_a_disk_that_takes_no_more(tmp_path: Path, records: list[dict[str, str]]) -> None:
     source = write_lines(tmp_path / "a.jsonl", [*records, {"instruction": "long", "output": "x y " * 60_000}])
@@ -135,6 +137,7 @@ def test_a_read_error_in_the_middle_of_a_file(
     assert store_hash(tmp_path / "s") == store_hash(tmp_path / "s0")
 
 
+@pytest.mark.slow
 def test_a_compressed_file_that_was_cut_off(tmp_path: Path, records: list[dict[str, str]]) -> None:
     import gzip
 

@@ -154,6 +154,7 @@ def test_wrong_use_is_named(store: TokenStore, tmp_path: Path) -> None:
         trainer.fit(TinyModel(50), datamodule=DataModule(store, batch_size=4))
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named() -> None:
     code = "import sys; sys.modules['lightning'] = None; sys.modules['lightning.pytorch'] = None\n"
     code += "import fastcollate.integrations.lightning"

@@ -32,6 +32,7 @@ def same(found: Any, expected: Any) -> bool:
 ROWS = rows_of(203)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["sequential", "shuffled", "bucketed"])
 @pytest.mark.parametrize("sizes", [{"batch_size": 8}, {"max_tokens": 300}], ids=str)
 def test_batches_equal_the_reference_over_the_plan(policy: str, sizes: dict[str, int]) -> None:

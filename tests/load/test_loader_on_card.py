@@ -79,6 +79,7 @@ def test_every_batch_equals_the_reference(device: str, policy: str, mask_prompt:
         assert all_same(batches, reference_batches(mask_prompt, prompts, epoch=epoch, **options))
 
 
+@pytest.mark.slow
 @on_both
 def test_narrow_inputs_keep_their_type_and_place(device: str) -> None:
     options = {**PACKED, "inputs_dtype": torch.int32}
@@ -135,6 +136,7 @@ def test_two_loaders_in_threads_do_not_meet(device: str) -> None:
         assert all_same(found[seed], expected_batches(**{**OPTIONS, "seed": seed}))
 
 
+@pytest.mark.slow
 @on_both
 @both_policies
 def test_leaving_early_gives_the_memory_back(
@@ -153,6 +155,7 @@ def test_leaving_early_gives_the_memory_back(
     assert held(device) == before
 
 
+@pytest.mark.slow
 @on_both
 def test_an_error_of_the_consumer_leaves_nothing_behind(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch_room, "GROUP_CELLS", 2000)
@@ -171,6 +174,7 @@ def fail_at_the_sixth(loader: BatchLoader) -> None:
         1 / (5 - number)
 
 
+@pytest.mark.slow
 @on_both
 def test_an_error_of_the_store_leaves_nothing_behind(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch_room, "GROUP_CELLS", 500)  # copies of the groups before it are under way

@@ -211,6 +211,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["caught", "raised"])
 def test_ctrl_c_ends_the_threads(tmp_path: Path, how: str) -> None:
     write_store(tmp_path / "store", [([0, len(row)], row) for row in ROWS[:30]])
@@ -230,6 +231,7 @@ def test_ctrl_c_ends_the_threads(tmp_path: Path, how: str) -> None:
         assert process.returncode != 0
 
 
+@pytest.mark.slow
 def test_an_iterator_held_to_the_end_of_the_program_leaves_quietly(tmp_path: Path) -> None:
     write_store(tmp_path / "store", [([0, len(row)], row) for row in ROWS[:30]])
     script = """
@@ -262,6 +264,7 @@ def forked(work: Any) -> Any:
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_makes_an_iterator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

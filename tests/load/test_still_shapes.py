@@ -55,6 +55,7 @@ def test_widths_of_every_loader(store: TokenStore, sizes: dict[str, Any], prefet
     assert all(same(a, b) for a, b in zip(found, others, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_packs_for_context_parallel_ranks_of_every_loader(store: TokenStore, workers: int) -> None:
     options: dict[str, Any] = {"max_length": 40, "mask_prompt": True, "cp_size": 2, "max_segments": 80}
@@ -103,6 +104,7 @@ def test_a_sampler_and_a_data_set_that_disagree(store: TokenStore) -> None:
         dataset.collate(dataset.__getitems__(rows))
 
 
+@pytest.mark.slow
 def test_on_a_device_nothing_is_lost(store: TokenStore) -> None:
     for options in ({}, {"cp_size": 2}):
         batch: Any = next(iter(BatchLoader(store, **CP, **options, device="meta")))
@@ -133,6 +135,7 @@ class Model(torch.nn.Module):
         return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_at_most_one_compilation_a_width(store: TokenStore, packed: bool) -> None:
     options: dict[str, Any] = {"drop_last": True, "max_length": 96}

@@ -235,6 +235,7 @@ def test_copies_as_late_as_events_allow(
     assert loader.stats.h2d_bytes == sum(tensor.nbytes for batch in plain for tensor in batch)
 
 
+@pytest.mark.slow
 def test_leaving_early_strands_no_buffer(by_hand: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "GROUP_CELLS", 500)
     loader = BatchLoader(make_store(ROWS), device="cuda", prefetch=3, **OPTIONS)

@@ -52,6 +52,7 @@ def parts_of(batch: Any) -> list[tuple[int, int]]:
     return list(zip(batch, starts, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_each_row_once_over_stop_and_resume_at_other_world_sizes(name: str) -> None:
     for case in range(200):

@@ -236,6 +236,7 @@ def examples(draw: st.DrawFn) -> list[Example]:
     return made
 
 
+@pytest.mark.slow
 @given(
     examples=examples(),
     capacity=st.integers(3, 40),

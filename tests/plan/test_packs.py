@@ -161,6 +161,7 @@ def test_rows_are_split_in_order() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
 @pytest.mark.parametrize("inputs_dtype", [torch.int32, torch.int64])
 def test_packs_of_every_kind_of_ids(dtype: Any, inputs_dtype: torch.dtype) -> None:

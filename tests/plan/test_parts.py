@@ -35,6 +35,7 @@ def karmarkar_karp(costs: list[float], num_parts: int, *, equal_counts: bool) ->
     return found[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("equal_counts", [False, True])
 @pytest.mark.parametrize("kind", ["log-normal", "uniform", "heavy"])
 def test_no_less_level_than_karmarkar_karp(kind: str, equal_counts: bool) -> None:

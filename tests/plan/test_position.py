@@ -60,6 +60,7 @@ def test_the_keywords_are_the_options() -> None:
         assert f"\n        {name}: " in (PlanOptions.__doc__ or ""), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_loader_and_sampler_resume_alike_and_from_each_others_state(make: Any, options: dict[str, Any]) -> None:
@@ -129,6 +130,7 @@ def test_the_newest_iteration_moves_the_position(make: Any) -> None:
     assert made.state_dict() == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [*MAKERS, lambda **options: loader(prefetch=3, **options)])
 @pytest.mark.parametrize("options", KINDS, ids=str)
 @pytest.mark.parametrize("num_batches", [0, 1, 5, None])
@@ -320,6 +322,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: store_of_rows(folder / name, *random_rows(n, seed=n)) for name, n in (("a", 120), ("b", 30))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [{"batch_size": 8}, {"max_tokens": 300}, {"policy": "packed", "capacity": 64, "batch_size": 2}]
 )

@@ -268,6 +268,7 @@ def test_a_frames_objects_keep_their_own_keys(tmp_path: Path) -> None:
         prepare(times.assign(o=[{"t": {1}}]), tmp_path / "sets")
 
 
+@pytest.mark.slow
 def test_no_library_is_imported_but_the_objects_own(tmp_path: Path) -> None:
     with pa.ipc.new_stream(tmp_path / "rows.arrow", TABLE.schema) as writer:
         writer.write_table(TABLE)

@@ -403,6 +403,7 @@ def test_the_ending_may_stand_in_the_query(site: Site) -> None:
     assert "/get: the ending (none) is not known" in refusal(f"http://{site.address}/get?sig=.{SECRET}")
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_no_secret(site: Site, tmp_path: Path) -> None:
     site.statuses = [403] * 100
     url = f"http://me:{SECRET}@{site.address}/a.jsonl?sig={SECRET}"

@@ -30,6 +30,7 @@ def contents(store: TokenStore) -> list[Any]:
     return [(row.input_ids.tolist(), row.input_ids.dtype, row.spans.tolist(), row.source_row) for row in store]
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(
         st.tuples(st.lists(st.integers(0, 9), max_size=4), st.lists(st.integers(0, 300), max_size=9)), min_size=1
@@ -176,6 +177,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err.endswith("choose another directory, or delete it\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
 def test_thousands_of_shards_within_64_descriptors(tmp_path: Path) -> None:
     old = write_format_1(tmp_path / "old", ROWS * 400, shard_rows=1)

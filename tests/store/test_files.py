@@ -102,6 +102,7 @@ def test_without_sync_nothing_is_synced(path: Path, monkeypatch: pytest.MonkeyPa
     assert len(synced) == (2 if os.name == "posix" else 1)
 
 
+@pytest.mark.slow
 def test_nothing_else_in_the_package_replaces_files() -> None:
     """The one atomic writer is the only one."""
     package = Path(__file__).resolve().parents[2] / "fastcollate"

@@ -205,6 +205,7 @@ def test_a_store_keeps_its_own_tokenizer(tmp_path: Path) -> None:
     assert verify_checksums(path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts maps and descriptors as Linux tells them")
 def test_thousands_of_shards_open_within_256_descriptors_and_few_maps(tmp_path: Path) -> None:
     path = write_format_1(tmp_path / "many", ROWS[:4] * 1250, shard_rows=1)

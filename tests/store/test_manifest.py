@@ -108,6 +108,7 @@ def test_a_manifest_that_is_nested_too_deeply_is_one_clear_error(path: Path, ope
                     use(path)
 
 
+@pytest.mark.slow
 def test_an_entry_nested_about_as_deep_as_can_be_read(path: Path) -> None:
     """Its checksum is right, so that it comes to be shown in a message."""
     whole = (path / "manifest.json").read_bytes()

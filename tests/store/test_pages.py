@@ -126,6 +126,7 @@ def resident(array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return np.frombuffer(found, np.uint8) & 1 == 1
 
 
+@pytest.mark.slow
 def test_pages_come_into_memory_without_being_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "numbers"
     items = mmap.PAGESIZE // 8
@@ -170,6 +171,7 @@ def test_where_pages_are_in_memory_only_a_few_are_asked_for(monkeypatch: pytest.
     assert [len(some) for some in asks] == [32, 4096]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"batch_size": 4}, {"policy": "packed", "batch_size": 1, "capacity": 32}])
 def test_a_loader_asks_for_the_rows_of_each_window(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     rows = [[token] * (token % 7 + 1) for token in range(400)]

@@ -46,6 +46,7 @@ def columns_of(rows: list[Row], first: int = 0, *, dtype: Any = np.uint16, extra
     )
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=4), st.lists(st.integers(0, 65535), max_size=9))),
     cuts=st.lists(st.integers(0, 20), max_size=5),

@@ -221,6 +221,7 @@ def test_any_flipped_byte_is_found(store: TokenStore) -> None:
     assert verify_checksums(store.path) == []
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_a_flipped_byte_never_reads_out_of_bounds(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

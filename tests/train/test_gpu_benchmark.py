@@ -85,12 +85,14 @@ FAILING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "expected"), FAILING, ids=["error", "crash", "hang", "success"])
 def test_why_a_step_failed_is_said(code: str, expected: str | None) -> None:
     found = program.failure_of([sys.executable, "-S", "-c", code], LIMIT_S)
     assert found == expected
 
 
+@pytest.mark.slow
 def test_what_a_step_has_started_ends_with_it(tmp_path: Path) -> None:
     child = f"import os; open({str(tmp_path / 'id')!r}, 'w').write(str(os.getpid())); import time; time.sleep(60)"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {child!r}]); time.sleep(60)"

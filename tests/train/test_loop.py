@@ -227,6 +227,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_ctrl_c_leaves_a_run_that_goes_on_to_the_last_bit(tmp_path: Path) -> None:
     store = sample_store(tmp_path / "store", 60)

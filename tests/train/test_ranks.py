@@ -105,6 +105,7 @@ def rows_seen(out: Path) -> Counter[int]:
 COMMON = {"train_share": 1.0, "test_share": 0.0, "batch_size": 8, "schedule": "constant", "eval_every": 0}
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(tmp_path: Path, store: TokenStore) -> None:
     values = {**COMMON, "epochs": 2, "mask_prompt": True, "accumulate": 2}
     launch(1, store, tmp_path / "one", **values)
@@ -124,6 +125,7 @@ def part_of(store: TokenStore, path: Path, num_rows: int) -> TokenStore:
     return write_store(path, rows, shard_rows=50, tokenizer=store.manifest["tokenizer"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("num_ranks", "num_rows", "values"),
@@ -153,6 +155,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, store: TokenStore) -> list[f
     return losses(out)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_restarts_from_the_checkpoint(
     tmp_path: Path, store: TokenStore, whole: list[float | None]
 ) -> None:
@@ -179,6 +182,7 @@ def test_a_restarted_rank_waits_out_the_address_of_the_attempt_before(monkeypatc
             assert second.result(timeout=60).get("greeting") == b"hello"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks_gets_exactly_the_rows_not_yet_seen(
     tmp_path: Path, store: TokenStore, whole: list[float | None], before: int, after: int
