@@ -3,7 +3,7 @@
     python -m benchmarks.curve [STEPS]
 
 Packs, balanced by cost, four an optimizer step; tiny GPT-2, float32, one process a rank over gloo. Writes
-`bench_results/curve.json` (the largest difference from the run on one rank) and draws `bench_results/curve.png`.
+`bench_results/curve.json` (the largest difference from the run on one rank) and draws `docs/images/curve.png`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def draw(curves: dict[str, list[float]], kills: list[int]) -> None:
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(RESULTS / "curve.png", dpi=110)
+    figure.savefig(RESULTS.parent / "docs" / "images" / "curve.png", dpi=110)
 
 
 def main() -> None:
