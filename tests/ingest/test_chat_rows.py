@@ -83,6 +83,7 @@ def expected(folder: Path, record: dict[str, Any]) -> tuple[list[int], list[int]
     return found["input_ids"], found["assistant_masks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_rows_are_those_of_transformers(written: Path, workers: int) -> None:
     records = [chat(number, said=f"the number {number}", more=number % 3) for number in range(300)]

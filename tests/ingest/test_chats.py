@@ -18,6 +18,7 @@ from tests.fuzz_chats import JINJA, KINDS, make_tokenizer, run, trained_of
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 
 
+@pytest.mark.slow
 def test_ids_and_masks_are_the_oracle_s() -> None:
     counts = run(int(os.environ.get("FUZZ_CHATS", "1500")), SEED)
     assert counts["boundaries"] > counts["records"]

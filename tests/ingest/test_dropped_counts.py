@@ -88,6 +88,7 @@ def template_file(folder: Path, name: str) -> dict[str, Any]:
     return {"template": name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("template", [name for name in WANTED if name != "in_row.jinja"])
 @pytest.mark.parametrize("chunk_bytes", [300, 1 << 19])
@@ -117,6 +118,7 @@ def test_where_nothing_is_dropped_nothing_is_said(tmp_path: Path) -> None:
     assert "no row" not in str(report)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_and_stops_change_no_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "SIZES", blocks.Sizes(3000, 9000))
     made, counts = made_records("alpaca", 900)

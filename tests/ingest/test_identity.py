@@ -51,6 +51,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_same_content_is_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_lines(tmp_path / "a.jsonl", many(700))
     prepare(source, tmp_path / "s")
@@ -88,6 +89,7 @@ def test_the_fingerprint_knows_how_content_is_read(tmp_path: Path) -> None:
         prepare(tmp_path / "t.tsv", tmp_path / "t", on_error="skip")
 
 
+@pytest.mark.slow
 def test_data_sets_tables_and_iterables_by_their_records(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     records = [{"input": "", **record} for record in many(300)]
@@ -108,6 +110,7 @@ def test_data_sets_tables_and_iterables_by_their_records(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.slow
 def test_loader_states_exchange(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", many(200))
     prepare(source, tmp_path / "s")
@@ -123,6 +126,7 @@ def test_loader_states_exchange(tmp_path: Path) -> None:
     assert next(iter(other))[0].tolist() == expected[0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("settled")
 def test_an_unchanged_file_is_not_read_again(tmp_path: Path, reads: list[str]) -> None:
     names = [write_lines(tmp_path / f"{i}.jsonl", many(50, seed=i)) for i in range(3)]
@@ -155,6 +159,7 @@ def test_one_file_under_names_that_are_read_otherwise(tmp_path: Path, link: Any)
         prepare(tmp_path / "a.tsv", tmp_path / "s")
 
 
+@pytest.mark.slow
 def test_the_side_file_of_another_store_proves_nothing(tmp_path: Path, reads: list[str]) -> None:
     first = write_lines(tmp_path / "a.jsonl", many(50))
     second = write_lines(tmp_path / "b.jsonl", many(50, seed=1))
@@ -166,6 +171,7 @@ def test_the_side_file_of_another_store_proves_nothing(tmp_path: Path, reads: li
     assert reads == [str(second)]
 
 
+@pytest.mark.slow
 def test_a_file_changed_within_a_tick_of_the_clock_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_lines(tmp_path / "a.jsonl", many(50))
     prepare(source, tmp_path / "s")
@@ -176,6 +182,7 @@ def test_a_file_changed_within_a_tick_of_the_clock_is_noticed(tmp_path: Path, mo
         prepare(source, tmp_path / "s")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("settled")
 def test_a_change_of_content_is_told_whatever_the_times_say(tmp_path: Path) -> None:
     names = [write_lines(tmp_path / f"{i}.jsonl", many(50, seed=i)) for i in range(5)]
@@ -223,6 +230,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_and_touching_it_is_non
         prepare(source, tmp_path / "t", workers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
@@ -281,6 +289,7 @@ def test_a_tokenizers_content_counts_and_not_its_place(tmp_path: Path) -> None:
         prepare(source, tmp_path / "s", tokenizer=same)
 
 
+@pytest.mark.slow
 def test_a_template_that_changes_while_the_job_runs_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +315,7 @@ def test_a_template_that_changes_while_the_job_runs_is_an_error(
         sealed.tools()
 
 
+@pytest.mark.slow
 def test_files_that_systems_put_everywhere_hurt_nobody(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", many(200))
     junk = [".DS_Store", "Thumbs.db", ".nfs0000000000abcdef", "._shard-00000.arrow", "desktop.ini", "lost+found"]
@@ -323,6 +333,7 @@ def test_files_that_systems_put_everywhere_hurt_nobody(tmp_path: Path) -> None:
     assert prepare(source, tmp_path / "s").reused
 
 
+@pytest.mark.slow
 def test_a_finished_store_on_a_read_only_disk_is_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
 ) -> None:
@@ -344,6 +355,7 @@ def test_a_finished_store_on_a_read_only_disk_is_reused(
         prepare(source, tmp_path / "s", overwrite=True)
 
 
+@pytest.mark.slow
 def test_a_store_from_which_records_were_left_out_is_taken_only_by_who_skips(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [*many(20), {"instruction": 5}])
     prepare(source, tmp_path / "s", on_error="skip")
@@ -355,6 +367,7 @@ def test_a_store_from_which_records_were_left_out_is_taken_only_by_who_skips(tmp
     assert prepare(good, tmp_path / "t").reused
 
 
+@pytest.mark.slow
 def test_skipping_gives_the_same_store_wherever_the_sources_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +379,7 @@ def test_skipping_gives_the_same_store_wherever_the_sources_lie(
     assert manifests[0] == manifests[1]
 
 
+@pytest.mark.slow
 def test_a_damaged_store_is_told_and_made_anew(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", many(400))
     prepare(source, tmp_path / "s")

@@ -126,6 +126,7 @@ def record_lists(draw: st.DrawFn) -> list[Record]:
     return records
 
 
+@pytest.mark.slow
 @given(record_lists())
 @settings(max_examples=300, deadline=None)
 def test_rows_are_those_of_the_rule(records: list[Record]) -> None:
@@ -135,6 +136,7 @@ def test_rows_are_those_of_the_rule(records: list[Record]) -> None:
         assert rows_in(chunk, columns) == (expected, {})
 
 
+@pytest.mark.slow
 @given(record_lists(), st.integers(0, 2))
 @settings(max_examples=200, deadline=None)
 def test_an_end_that_closes_a_row_gives_way_to_the_appended_one(records: list[Record], end: int) -> None:

@@ -50,16 +50,19 @@ def command(source: Path, store: Path, *options: str, before: str = "") -> list[
     return [sys.executable, "-c", code, "prepare", str(source), str(store), "--workers", "2", "--json", *options]
 
 
+@pytest.mark.slow
 def test_jobs_that_begin_together_make_one_store(tmp_path: Path, source: Path) -> None:
     result = run_races(source, tmp_path, turns=8, workers=2)
     assert result["jobs"] == 20
 
 
+@pytest.mark.slow
 def test_a_new_job_at_once_after_its_leader_was_killed(tmp_path: Path, source: Path) -> None:
     result = run_kills(source, tmp_path, turns=8, seed=3, workers=2)
     assert result["turns"] == 8
 
 
+@pytest.mark.slow
 def test_jobs_that_overwrite_together_make_it_once(tmp_path: Path, source: Path) -> None:
     prepare(source, tmp_path / "plain")
     for _ in range(3):
@@ -80,6 +83,7 @@ def test_jobs_that_ask_for_different_stores_do_not_take_each_others(tmp_path: Pa
     assert store_hash(tmp_path / "s") == store_hash(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_bad_sources_together_leave_no_folder(tmp_path: Path) -> None:
     bad = write_lines(tmp_path / "bad.jsonl", [{"instruction": 5}])
     for _ in range(4):
@@ -92,6 +96,7 @@ def hold(store: Path) -> JobLock:
     return JobLock(store, wait=False, holder=str)
 
 
+@pytest.mark.slow
 def test_jobs_that_fail_in_turn_leave_no_folder(tmp_path: Path) -> None:
     """One makes the folder that another has just removed, however their steps fall between each other."""
     store = tmp_path / "runs" / "s"
@@ -181,6 +186,7 @@ def test_a_folder_that_vanishes_under_who_waits_is_made_again(tmp_path: Path) ->
     assert got == [True]
 
 
+@pytest.mark.slow
 def test_a_store_in_use_is_read_to_its_end_while_it_is_made_anew(tmp_path: Path, source: Path) -> None:
     from fastcollate.store.store import TokenStore
 
@@ -275,6 +281,7 @@ def test_the_keywords_are_the_options(tmp_path: Path) -> None:
         prepare(write_lines(tmp_path / "a.jsonl", many(2)), tmp_path / "s", tempalte="alpaca")  # type: ignore[call-arg]
 
 
+@pytest.mark.slow
 def test_a_store_that_is_made_anew_at_this_moment_is_waited_for(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

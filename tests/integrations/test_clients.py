@@ -100,6 +100,7 @@ def records_for(name: str) -> list[dict[str, Any]]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [torchtune, llama_factory, nanochat, alpaca])
 def test_rows_are_the_project_s(rule: Callable[[dict[str, Any]], Pieces], tmp_path: Path) -> None:
     name = rule.__name__

@@ -31,6 +31,7 @@ def stream(options: dict[str, Any], count: int) -> list[list[int]]:
     return list(islice(chain.from_iterable(iter(lambda: list(sampler), None)), count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_turns_of_one_length_are_the_planned_epochs_one_after_another(options: dict[str, Any]) -> None:
     sampler = FlowingSampler(LENGTHS, **options)

@@ -72,6 +72,7 @@ def test_a_store_of_ready_ids_holds_exactly_these(store: TokenStore, monkeypatch
     assert verify(store, MaskOptions(mask_prompt=True), progress=False).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 1, 2, 7, 20, 100])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("step", [None, 8])

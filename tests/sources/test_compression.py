@@ -91,6 +91,7 @@ def test_frames_that_are_to_be_skipped() -> None:
     assert read(skipped + frame + skipped + frame + skipped, "zstd") == RAW * 2
 
 
+@pytest.mark.slow
 @EVERY
 def test_what_grows_much_takes_little_at_once(compression: str, tmp_path: Path) -> None:
     size = 50_000_000

@@ -61,6 +61,7 @@ def compressed(name: str) -> bytes:
     return bytes(compress(LINES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 @pytest.mark.parametrize("ending", ["gz", "zst", "bz2", "xz"])
 def test_a_compressed_file_that_was_cut_off(tmp_path: Path, ending: str, on_error: str) -> None:
@@ -148,6 +149,7 @@ def test_utf16_is_named(tmp_path: Path, name: str, encoding: str) -> None:
     assert text.encode(encoding).decode(named) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["naïve", "“quoted”", "5 €"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
 def test_windows_1252_is_a_bad_record_that_says_how_to_convert(tmp_path: Path, name: str, text: str) -> None:

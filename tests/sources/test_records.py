@@ -37,6 +37,7 @@ def texts_of(*documents: bytes, template: str = "alpaca") -> tuple[list[str], li
     return parts.texts.strings(), parts.rows.tolist(), bad
 
 
+@pytest.mark.slow
 def test_documents_are_what_json_reads() -> None:
     counts = compare_documents(SEED, BUDGET)
     assert counts["documents"] == BUDGET

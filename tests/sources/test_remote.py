@@ -375,6 +375,7 @@ def test_errors_of_libraries(monkeypatch: pytest.MonkeyPatch, error: Exception, 
             assert re.match(rf"memory://remote/a\.jsonl: {said}", refusal(url))
 
 
+@pytest.mark.slow
 def test_no_secret_in_the_store_and_urls_are_told_apart(site: Site, tmp_path: Path) -> None:
     half = LINES.index(b"\n", len(LINES) // 2) + 1
     site.files[f"/get.jsonl?part=1&sig={SECRET}"] = LINES[:half]

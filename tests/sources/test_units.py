@@ -54,6 +54,7 @@ def check(units: list[Unit], sizes: Sizes) -> list[Block]:
     return blocks
 
 
+@pytest.mark.slow
 @given(
     files=st.lists(st.lists(st.integers(0, 4000), min_size=1, max_size=30), min_size=1, max_size=12),
     block=st.integers(16, 4000),
@@ -83,6 +84,7 @@ def test_a_file_of_5_mb_has_work_for_all_workers_and_small_ones_share(tmp_path: 
     assert len(units) < 20
 
 
+@pytest.mark.slow
 def test_many_small_files_are_cut_by_number_too(tmp_path: Path) -> None:
     names = [write(tmp_path / f"{i}.jsonl", [""]) for i in range(20)] * 500
     assert [len(unit.blocks) for unit in read_units(find_sources(names))] == [4096, 4096, 1808]
@@ -130,6 +132,7 @@ def chats(count: int) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [texts, chats])
 def test_a_tables_content_is_the_same_however_it_is_stored(tmp_path: Path, make: Any) -> None:
     datasets = pytest.importorskip("datasets")

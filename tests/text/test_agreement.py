@@ -85,6 +85,7 @@ def test_every_code_point(backend: AgreeingBackend) -> None:
     assert backend.differing_codes() == found
 
 
+@pytest.mark.slow
 def test_only_texts_that_hold_one_are_tiktokens(backend: AgreeingBackend) -> None:
     codes = backend.differing_codes()
     if not codes:
@@ -103,6 +104,7 @@ def the_backend() -> AgreeingBackend:
     return backend_of("o200k_base")
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_batches_of_both_kinds(data: st.DataObject) -> None:
     backend = the_backend()

@@ -40,6 +40,7 @@ def counter_examples(scheme: str, pattern: Any, lefts: list[str], rights: list[s
             yield left, right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("left", "right"), [((CLASSES, 2), (CLASSES, 2)), ((FEW, 3), (FEW, 1)), ((FEW, 1), (FEW, 3))])
 def test_no_counter_example(scheme_and_pattern: tuple[str, Any], left: tuple[str, int], right: tuple[str, int]) -> None:
     assert not list(counter_examples(*scheme_and_pattern, list(texts(*left)), list(texts(*right))))

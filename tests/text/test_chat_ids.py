@@ -149,6 +149,7 @@ def chats(names: list[str], count: int, seed: int) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_ids_and_masks_are_those_of_transformers(both: Pair) -> None:
     dice = random.Random(1)
     given = chats(dice.sample(both.added, min(len(both.added), 40)), 700, 2)
@@ -166,6 +167,7 @@ def test_what_encodes(both: Pair, request: pytest.FixtureRequest) -> None:
     assert both.ours.backend == ("gigatoken" if kind in ("llama3", "deepseek", "qwen") else "tokenizers")
 
 
+@pytest.mark.slow
 def test_a_records_text_is_never_a_token_and_decodes_to_itself(both: Pair) -> None:
     """All added tokens, whole, nested, torn and at the ends, among tokens that the template wrote."""
     control = both.ours.special_texts
@@ -244,6 +246,7 @@ def test_where_texts_part_the_ids_are_theirs(both: Pair, seed: int) -> None:
     assert (proved > 100) == (kind != "unknown")
 
 
+@pytest.mark.slow
 def test_a_response_has_the_tokens_that_hold_a_character_of_it(both: Pair) -> None:
     both.ours.warm()
     for pieces in chats([], 300, 5):

@@ -169,6 +169,7 @@ SOURCES = [f"{{{{ x | tojson{arguments} }}}}" for arguments in ARGUMENTS]
 COMPILED = [(compile_template("t", source, lambda value: value), source) for source in SOURCES]
 
 
+@pytest.mark.slow
 @given(value=VALUES)
 def test_tojson_is_that_of_transformers(value: Any) -> None:
     for template, source in COMPILED:

@@ -47,6 +47,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", NAMES)
 def test_a_folder_is_read_as_transformers_reads_it(names: dict[str, Any], tmp_path: Path) -> None:
     theirs = saved(tmp_path, **names)
@@ -167,6 +168,7 @@ def test_malformed_files_are_refused_by_name(file: str, content: str, tmp_path: 
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     saved(tmp_path, eos_token="</s>")
     with open(tmp_path / "chat_template.jinja", "wb") as file:

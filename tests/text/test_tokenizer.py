@@ -178,6 +178,7 @@ def test_one_wrong_id_stops_the_job_naming_the_text(monkeypatch: pytest.MonkeyPa
         tokenizer.check(texts, tokenizer.encode_batch(texts), seed=0)
 
 
+@pytest.mark.slow
 @NEEDS_GIGATOKEN
 def test_caches_are_thrown_away_and_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = module._cached.__wrapped__("gpt2", "gigatoken")
@@ -201,6 +202,7 @@ def test_caches_are_thrown_away_and_ids_stay(monkeypatch: pytest.MonkeyPatch) ->
     assert rows(tokenizer.encode_batch([])) == []
 
 
+@pytest.mark.slow
 @NEEDS_GIGATOKEN
 def test_threads_may_share_caches_that_are_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = module._cached.__wrapped__("gpt2", "gigatoken")

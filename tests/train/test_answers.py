@@ -42,6 +42,7 @@ def test_it_stops_at_the_end_token_and_at_the_context(model: GPT2) -> None:
     assert len(generate(model, [1] * 100, max_new_tokens=100, stop_at=None)) == 24
 
 
+@pytest.mark.slow
 def test_top_k_and_temperature_draw_from_the_right_distribution(model: GPT2) -> None:
     with torch.no_grad():
         logits = model(torch.tensor([[7, 8]]))[0, -1]
@@ -80,6 +81,7 @@ def test_wrong_options_are_refused(model: GPT2, prompt: list[int], options: dict
         generate(model, prompt, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_ready_ids_without_a_chat_template_take_a_whole_prompt() -> None:
     with pytest.raises(
         InputError, match=r"rows are ready ids, and tokenizer 'gpt2' comes with no chat template: .*--raw"

@@ -54,6 +54,7 @@ def run(store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return options.out
 
 
+@pytest.mark.slow
 def test_a_question_stands_as_the_template_writes_it(store: TokenStore, run: Path) -> None:
     found = answer(run, "What is <|end|> & naïve?", "An input.", SHORT)
     turns = [{"role": "user", "content": "What is <|end|> & naïve?\n\nAn input."}]
@@ -65,6 +66,7 @@ def test_a_question_stands_as_the_template_writes_it(store: TokenStore, run: Pat
     assert answer(run, "raw", options=SHORT, raw=True)["prompt"] == "raw"
 
 
+@pytest.mark.slow
 def test_the_records_own_answers_are_told_from_prompts(store: TokenStore, run: Path) -> None:
     found = answer_split(run, SHORT, split="train", progress=False)
     answers = json.loads(Path(found["out"]).read_text())
@@ -86,6 +88,7 @@ def test_an_answer_ends_with_its_turn(store: TokenStore) -> None:
         assert asked.prompt + asked.answer == store[0].input_ids[: len(asked.prompt) + len(asked.answer)].tolist()
 
 
+@pytest.mark.slow
 def test_the_command_line(
     run: Path, store: TokenStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,6 +140,7 @@ def test_other_errors_of_pytorch_stay_what_they_are(tmp_path: Path, monkeypatch:
         save_checkpoint(tmp_path / "checkpoint.pt", make_checkpoint())
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

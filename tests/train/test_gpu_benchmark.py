@@ -35,6 +35,7 @@ TINY = Scale(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(training.STEPS))
 def test_a_step_that_trains(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -53,6 +54,7 @@ def test_a_step_that_trains(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path
         assert found["useful_tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_the_checks_that_need_no_card(capsys: pytest.CaptureFixture[str]) -> None:
     found = checks.agree(TINY, steps=2)
     assert found["largest_relative_difference"] == 0
@@ -60,6 +62,7 @@ def test_the_checks_that_need_no_card(capsys: pytest.CaptureFixture[str]) -> Non
     assert "short: done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_copies_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic of `copy`; the copies themselves need a card."""
     empty = torch.empty

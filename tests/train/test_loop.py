@@ -75,6 +75,7 @@ def failing_after(num_steps: int) -> Any:
     return step_or_fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_prompt", [False, True])
 @pytest.mark.parametrize("policy", ["shuffled", "bucketed"])
 def test_every_loss_equals_training_on_the_reference_collate(tmp_path: Path, mask_prompt: bool, policy: str) -> None:
@@ -105,6 +106,7 @@ def test_every_loss_equals_training_on_the_reference_collate(tmp_path: Path, mas
     assert expected[-1] < expected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_mean_is_over_the_trained_tokens_of_the_whole_step(tmp_path: Path, random_store: TokenStore) -> None:
     whole = options(
@@ -116,6 +118,7 @@ def test_the_mean_is_over_the_trained_tokens_of_the_whole_step(tmp_path: Path, r
     assert losses(whole.out) == pytest.approx(losses(parts.out), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("long_rows", ["truncate", "split", "drop"])
 @pytest.mark.parametrize("mask_prompt", [False, True])
@@ -170,6 +173,7 @@ def test_the_pack_is_the_context_unless_told_otherwise(random_store: TokenStore,
         sizes(max_tokens=60)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_loss_falls_and_the_files_are_there(tmp_path: Path, random_store: TokenStore) -> None:
     pytest.importorskip("matplotlib")
@@ -195,6 +199,7 @@ def test_the_loss_falls_and_the_files_are_there(tmp_path: Path, random_store: To
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("policy", ["shuffled", "bucketed"])
@@ -274,6 +279,7 @@ def test_a_step_without_a_trained_token_is_skipped_and_counted(tmp_path: Path) -
     assert all(torch.isfinite(before[name]).all() for name in after)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize(
@@ -324,6 +330,7 @@ def test_shares_that_add_up_to_one_are_accepted(train_share: float, test_share: 
     assert len(splits["test"]) == round(1000 * (min(0.1, 1 - train_share) if test_share is None else test_share))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_early_stop_keeps_the_best(tmp_path: Path, random_store: TokenStore) -> None:
     run = options(
@@ -338,6 +345,7 @@ def test_early_stop_keeps_the_best(tmp_path: Path, random_store: TokenStore) -> 
     assert lines[0]["trained_tokens"] == int(random_store.lengths[114:].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_bfloat16_trains(tmp_path: Path, random_store: TokenStore) -> None:
     exact = options(tmp_path / "exact", epochs=1)
@@ -390,6 +398,7 @@ def test_a_vocabulary_beyond_the_model_is_refused(tmp_path: Path) -> None:
         train(store, options(tmp_path / "run"), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_longer_run_says_which_learning_rates_follow(
     tmp_path: Path, random_store: TokenStore, capsys: pytest.CaptureFixture[str]
@@ -441,6 +450,7 @@ def test_the_old_name_of_progress_warns(tmp_path: Path, random_store: TokenStore
         train(random_store, options(tmp_path / "run", max_steps=1), show=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path, random_store: TokenStore) -> None:
     run = options(tmp_path / "run", max_steps=3, schedule="constant")
@@ -475,6 +485,7 @@ def test_options_out_of_range_are_refused(values: dict[str, Any], message: str) 
         options(Path("x"), **values)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_compiled_training_sees_few_widths(
     tmp_path: Path, random_store: TokenStore, monkeypatch: pytest.MonkeyPatch

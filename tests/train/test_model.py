@@ -33,6 +33,7 @@ def theirs(config: GPT2Config) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("tie_weights", [True, False])
@@ -92,6 +93,7 @@ def test_a_file_that_holds_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "was run").exists()
 
 
+@pytest.mark.slow
 def test_configurations_have_the_published_sizes() -> None:
     with torch.device("meta"):
         sizes = {name: sum(p.numel() for p in GPT2(config).parameters()) for name, config in CONFIGS.items()}

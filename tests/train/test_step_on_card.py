@@ -71,6 +71,7 @@ def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
         assert error < (0.03 if gradient.ndim > 1 else 0.1), (name, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_packed_in_16_bits_is_near_padded_in_32(store: TokenStore, device: str) -> None:
     """The same rows: one batch of a plan, padded, on the CPU, and end to end as segments of one pack on the device."""
@@ -88,6 +89,7 @@ def test_packed_in_16_bits_is_near_padded_in_32(store: TokenStore, device: str) 
         assert_near(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_run_in_two_parts_is_near_the_whole(store: TokenStore, device: str, policy: str, tmp_path: Path) -> None:

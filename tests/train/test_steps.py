@@ -89,6 +89,7 @@ class Simulation:
         self.steps += bool(step.num_batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", [False, True], ids=["epoch counted at the end", "with the last batch"])
 @pytest.mark.parametrize("tail", ["uneven", "repeat"])
 @pytest.mark.parametrize("world_size", range(2, 9))
