@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import warnings
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -99,8 +99,8 @@ def _opening(reader: _Reader) -> re.Match[bytes] | None:
     if not rest.strip():
         return found
     try:
-        msgspec.json.decode(line)
-    except msgspec.DecodeError:
+        json.loads(line)
+    except (ValueError, RecursionError):
         return found
     return None  # the first line is a whole value, and another follows
 

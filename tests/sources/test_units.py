@@ -211,7 +211,9 @@ def test_records_in_an_array_that_its_name_or_an_object_hides(
     assert found == RECORDS
 
 
-@pytest.mark.parametrize("value", [{"data": TURNS[0]}, TURNS[0], {"data": [1, 2]}])
+@pytest.mark.parametrize(
+    "value", [{"data": TURNS[0]}, TURNS[0], {"data": [1, 2]}, {"data": TURNS[0], "score": float("inf")}]
+)
 def test_lines_that_begin_like_an_array_stay_lines(value: object, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(2 * (json.dumps(value) + "\n"))
     assert records_of(tmp_path / "a.jsonl") == [value, value]
