@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import RESULTS
 
-PAGES = [RESULTS.parent / "README.md", RESULTS.parent / "docs" / "randomness.md"]
+PAGES = [RESULTS.parent / "README.md", *sorted((RESULTS.parent / "docs").glob("*.md"))]
+
 RECIPES = {  # the benchmark's name of a recipe -> its heading in docs/recipes.md
     "DataLoader": "PyTorch: `DataLoader`",
     "Trainer": "Hugging Face: `Trainer`",
@@ -17,10 +19,39 @@ RECIPES = {  # the benchmark's name of a recipe -> its heading in docs/recipes.m
 }
 
 
+def wrap(sentence: str) -> str:
+    """A paragraph in lines of a page's width, for a page's own sentences that hold results."""
+    return textwrap.fill(sentence, 120, break_on_hyphens=False)
+
+
 def result(name: str) -> dict[str, Any]:
     """A result file."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
+
+
+def headline() -> str:
+    """The README's figures, in a sentence."""
+    recipe, card = result("integrations")["recipes"]["Trainer"], result("gpu")["t0"]
+    before, after = ((recipe[f"padding_{when}"], recipe[f"seconds_per_epoch_{when}"]) for when in ("before", "after"))
+    return wrap(
+        f"Measured ([all of it](docs/performance.md)): in a `Trainer` on gsm8k, padding {before[0]:.1%} → "
+        f"{after[0]:.1%}, data path {before[1]:.2f} → {after[1]:.2f} s an epoch; on two CPU cores, tokenizing "
+        f"{result('prepare_short')['times_datasets_map']:.0f} times as fast as `datasets.map`; on one card, "
+        f"{card['times_chapter_tuned']:.1f} times the useful tokens a second of the chapter's loop, tuned."
+    )
+
+
+def card() -> str:
+    """What was run on a card, and when."""
+    found = result("gpu")
+    steps = [step for step in found.values() if "card" in step]
+    cards, commits = (" and ".join(dict.fromkeys(step[key] for step in steps)) for key in ("card", "commit"))
+    return wrap(
+        f"**On a GPU**: one {cards}, at commits {commits} ({found['machine']['date']}): training, copies, a memory "
+        f"check, {found['tests']['passed']} tests that need a card. Later commits were not run there, and several GPUs "
+        "never: the tests' ranks are CPU processes."
+    )
 
 
 def recipes_table() -> str:
@@ -40,10 +71,19 @@ def recipes_table() -> str:
     return "\n".join(lines)
 
 
+COLLATE = {
+    "fastcollate": "fastcollate",
+    "reference": "the chapter's collate",
+    "numpy loop": "NumPy row loop",
+    "fill": "filling the same bytes",
+}
+
+
 def collate_table() -> str:
     """Microseconds a batch, and how many times as long the others take."""
+    names = list(COLLATE.values())
     lines = [
-        "| batch | order | fastcollate, µs | the chapter's collate | NumPy row loop | filling the same bytes |",
+        f"| batch | order | {names[0]}, µs | " + " | ".join(names[1:]) + " |",
         "|---|---|---|---|---|---|",
     ]
     for case in result("collate")["cases"]:
@@ -53,6 +93,11 @@ def collate_table() -> str:
             f"| {1 / case['times_a_fill_takes']:.2f} × |"
         )
     return "\n".join(lines)
+
+
+def loader_title(name: str) -> str:
+    """A loader's name in the pages, from its name in the results."""
+    return name.replace("baseline", "release 0.1")
 
 
 def loader_table() -> str:
@@ -72,23 +117,25 @@ def loader_table() -> str:
             times = "" if name.startswith("fastcollate") else f" ({row['times_ours']:.3g} ×)"
             micros = row["microseconds_per_batch"]
             cells.append((f"{micros:,.0f}" if micros >= 1000 else f"{micros:.4g}") + times)
-        lines.append(f"| {name.replace('baseline', 'release 0.1')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {loader_title(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+COLD = {
+    "asking ahead": "fastcollate",
+    "without asking": "the same, asking for nothing",
+    "row loop": "NumPy row loop",
+}
 
 
 def cold_table() -> str:
     """The first batch and the mean of the next ones from a store that is not in memory."""
-    ways = {
-        "asking ahead": "fastcollate",
-        "without asking": "the same, asking for nothing",
-        "row loop": "NumPy row loop",
-    }
     lines = [
-        "| batch | " + " | ".join(f"{title}: first, ms | µs a batch" for title in ways.values()) + " |",
-        "|---" * (1 + 2 * len(ways)) + "|",
+        "| batch | " + " | ".join(f"{title}: first, ms | µs a batch" for title in COLD.values()) + " |",
+        "|---" * (1 + 2 * len(COLD)) + "|",
     ]
     for case in result("cold")["cases"]:
-        cells = [f"{case[way]['first_batch_ms']:,.0f} | {case[way]['microseconds_per_batch']:,.0f}" for way in ways]
+        cells = [f"{case[way]['first_batch_ms']:,.0f} | {case[way]['microseconds_per_batch']:,.0f}" for way in COLD]
         lines.append(f"| {case['batch_size']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -115,18 +162,42 @@ def prepare_table() -> str:
     return "\n".join(lines)
 
 
+def chat_rows() -> list[tuple[str, dict[str, Any]]]:
+    """(template, result) of each run over chats, the largest first."""
+    rows = [(name.split(",")[0], row) for name, row in result("chat_speed").items() if name != "machine"]
+    return sorted(rows, key=lambda pair: -pair[1]["chats"])
+
+
 def chats_table() -> str:
     """Microseconds a chat through a model's own template, and how many times as long the others take."""
     lines = [
         "| chats | template of TRL | processes | fastcollate, µs a chat | `datasets.map`, µs a chat | with start-up |",
         "|---|---|---|---|---|---|",
     ]
-    rows = [(name, row) for name, row in result("chat_speed").items() if name != "machine"]
-    for name, row in sorted(rows, key=lambda pair: -pair[1]["chats"]):
+    for template, row in chat_rows():
         micros = row["microseconds_a_chat"]
         lines.append(
-            f"| {row['chats']:,} | `{name.split(',')[0]}` | {row['processes']} | {micros['ours']:,.0f} "
+            f"| {row['chats']:,} | `{template}` | {row['processes']} | {micros['ours']:,.0f} "
             f"| {micros['theirs']:,.0f} ({row['times_as_fast']} ×) | {row['times_as_fast_with_start']} × |"
+        )
+    return "\n".join(lines)
+
+
+PACKING = {
+    "threads ahead": "fastcollate, threads ahead",
+    "one thread": "fastcollate, one thread",
+    "TRL, map batches of 1,000": "TRL's `pack_dataset`, map batches of 1,000",
+    "TRL, map batches of 200,000": "TRL's `pack_dataset`, map batches of 200,000",
+}
+
+
+def packing_table() -> str:
+    """Rows a second from lengths to finished packs, and the share of cells that hold a token."""
+    lines = ["| packs of 1,024 cells | rows a second | over the faster TRL | cells used |", "|---|---|---|---|"]
+    for name, title in PACKING.items():
+        row = result("packing")["materialised"][name]
+        lines.append(
+            f"| {title} | {row['rows_per_s']:,} | {row['times_the_faster_trl']:.1f} × | {row['cells_used']:.2%} |"
         )
     return "\n".join(lines)
 
@@ -138,15 +209,23 @@ TRAINING = {
 }
 
 
+STEPS = {
+    "chapter": "the chapter's loop",
+    "chapter_tuned": "the same, tuned",
+    "bucketed": "bucketed",
+    "packed": "packed",
+}
+
+
 def training_table() -> str:
     """Useful tokens a second of a training step, and how many times as many as the chapter's loop."""
     found = result("train_throughput")
     lines = [
-        "| useful tokens a second | the chapter's loop | the same, tuned | bucketed | packed |",
+        "| useful tokens a second | " + " | ".join(STEPS.values()) + " |",
         "|---|---|---|---|---|",
     ]
     for name, title in TRAINING.items():
-        rates = {key: found[name][key] for key in ("chapter", "chapter_tuned", "bucketed", "packed")}
+        rates = {key: found[name][key] for key in STEPS}
         cells = [f"{row['useful_tokens_per_s']:,} ({row['times_chapter']} ×)" for row in rates.values()]
         cells[0] = f"{rates['chapter']['useful_tokens_per_s']:,}"
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
@@ -161,6 +240,7 @@ def windows_table() -> str:
     return "\n".join(lines)
 
 
+GPU_DATA = {"dense": "rows of 1,024", "t0": "T0-like lengths", "chat": "chat lengths to 8,192"}
 GPU = {
     ("dense", "padded_compiled"): "rows of 1,024, padded, compiled",
     ("dense", "packed_compiled"): "rows of 1,024, packed, compiled",
@@ -206,6 +286,8 @@ def gpu_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "card": card,
     "training": training_table,
     "recipes": recipes_table,
     "collate": collate_table,
@@ -213,6 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cold": cold_table,
     "prepare": prepare_table,
     "chats": chats_table,
+    "packing": packing_table,
     "windows": windows_table,
     "gpu": gpu_table,
 }

@@ -2,7 +2,8 @@
 
 `bash` blocks run line by line as they stand, except that installing is left out (the CI script does that) and that
 `python` means this interpreter. `python` blocks run each in a fresh process; below `<!-- ranks 2 1 -->` in two of
-`torchrun`, and then again in one. Other blocks are output or text.
+`torchrun`, and then again in one. A block below `<!-- output -->` is what the block before it prints. Other blocks are
+text.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import pytest
 from tests.helpers import PAGES, ROOT, save_chat_models, torchrun
 
 TEST_COMMAND = "<!-- test command -->"
+OUTPUT = "<!-- output -->"
 RANKS = re.compile(r"<!-- ranks ([\d ]+) -->\n$")
 
 
 def blocks(page: Path) -> list[tuple[int, str, str]]:
-    """(line, language, text) of each fenced block to run; the block that runs these tests is left out."""
+    """(line, language, text) of each fenced block to run or compare; the block that runs these tests is left out."""
     text = page.read_text()
     found = []
-    for match in re.finditer(r"^```(bash|python)\n(.*?)^```$", text, re.M | re.S):
+    for match in re.finditer(r"^```(bash|python|text)\n(.*?)^```$", text, re.M | re.S):
         before = text[: match.start()]
+        if match[1] == "text" and not before.rstrip().endswith(OUTPUT):
+            continue
         if not before.rstrip().endswith(TEST_COMMAND):
             ranks = RANKS.search(before)
             found.append((before.count("\n") + 1, f"ranks {ranks[1]}" if ranks else match[1], match[2]))
@@ -61,18 +65,35 @@ def run(language: str, text: str, cwd: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
+def without_trailing_blanks(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     if page.name == "chats.md":
         save_chat_models(tmp_path)
+    printed = ""
     for line, language, text in blocks(page):
+        if language == "text":
+            assert printed == without_trailing_blanks(text), f"{page.name}, line {line}, is now:\n{printed}"
+            continue
         result = run(language, text, tmp_path)
+        printed = without_trailing_blanks(result.stdout)
         assert result.returncode == 0, f"{page.name}, block at line {line}:\n{text}\n{result.stdout}{result.stderr}"
 
 
-@pytest.mark.parametrize(("page", "cell"), [("README.md", "| Lightning |"), ("docs/randomness.md", "| 15,625 |")])
+@pytest.mark.parametrize(
+    ("page", "cell"),
+    [
+        ("README.md", "data path"),
+        ("README.md", "**On a GPU**"),
+        ("docs/performance.md", "| Lightning |"),
+        ("docs/randomness.md", "| 15,625 |"),
+    ],
+)
 def test_the_pages_tables_agree_with_the_results(page: str, cell: str) -> None:
     sys.path.insert(0, str(ROOT))  # `benchmarks` is no part of the installed package
     from benchmarks.tables import with_tables
@@ -82,18 +103,44 @@ def test_the_pages_tables_agree_with_the_results(page: str, cell: str) -> None:
     assert with_tables(text) == text
 
 
+def test_the_plots_agree_with_the_results() -> None:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.plots import IMAGES, PLOTS
+
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for name, draw in PLOTS.items():
+        assert (IMAGES / f"{name}.svg").read_text() == draw(), f"python -m benchmarks.plots draws {name}.svg anew"
+        assert f"(images/{name}.svg)" in page
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
 def test_the_install_commands_are_left_out_and_nothing_else() -> None:
     assert without_install('python -m pip install ".[vocab]" && fastcollate train') == "fastcollate train"
     assert without_install("pip install fastcollate") == ""
     assert without_install("fastcollate sample records.jsonl") == "fastcollate sample records.jsonl"
 
 
+def anchors(page: Path) -> set[str]:
+    """What a page's headings are called in links."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_what_a_page_points_to_is_there(page: Path) -> None:
-    """Links to files, and files of this repository that stand in backquotes."""
+    """Links to files and headings, pictures, and files of this repository that stand in backquotes."""
     text = page.read_text()
-    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
     named = re.findall(r"`((?:fastcollate|tests|docs|benchmarks|bench_results|\.ci)/[\w./-]*)`", text)
-    missing = [link for link in links if not (page.parent / link).exists()]
-    missing += [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+    missing = [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+    for link in links:
+        file, _, anchor = link.partition("#")
+        if "://" in link or "NAME" in link:
+            continue
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
     assert not missing, f"{page.name}: {missing}"
