@@ -141,6 +141,7 @@ def test_what_a_page_points_to_is_there(page: Path) -> None:
         if "://" in link or "NAME" in link:
             continue
         target = page.parent / file if file else page
-        if not target.exists() or (anchor and anchor not in anchors(target)):
+        made = "api" in target.parts  # from the docstrings, when the site is built, which checks these
+        if not target.exists() or (anchor and not made and anchor not in anchors(target)):
             missing.append(link)
     assert not missing, f"{page.name}: {missing}"
