@@ -31,7 +31,7 @@ class RuntimeDocstrings(griffe.Extension):
         found = getattr(importlib.import_module(module), name)
         obj.docstring = griffe.Docstring(inspect.getdoc(found) or "", parent=obj)
         for field in dataclasses.fields(found):
-            obj.members[field.name].value = repr(field.default)
+            obj.members["__init__"].parameters[field.name].default = repr(field.default)
 
 
 def command_lines() -> Iterator[str]:
@@ -43,7 +43,7 @@ def command_lines() -> Iterator[str]:
         context = command.make_context(name, [], resilient_parsing=True)
         yield f"## fastcollate {name}\n\n{command.help}\n\n| option | what it is | default |\n|---|---|---|"
         for one in command.params:
-            flags = ", ".join(f"`{flag}`" for flag in [*one.opts, *one.secondary_opts])
+            flags = ", ".join(f"`{flag}`{{.flag}}" for flag in [*one.opts, *one.secondary_opts])
             told = html.escape(getattr(one, "help", None) or "").replace("|", "\\|")
             default = one.get_default(context)
             if isinstance(default, Enum):

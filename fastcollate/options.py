@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from dataclasses import Field, field, fields
@@ -56,5 +57,5 @@ def flag_of(item: Field[Any]) -> str:
 def explained(kind: type[T]) -> type[T]:
     """The same option dataclass with its fields' help in its docstring."""
     lines = [f"    {item.name}: {item.metadata['help']}" for item in fields(kind)]  # type: ignore[arg-type]
-    kind.__doc__ = "\n".join([kind.__doc__ or "", "", "Attributes:", *lines])
+    kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), "", "Attributes:", *lines])
     return kind
