@@ -157,6 +157,7 @@ def test_packs_of_trl_do_not_see_each_other(tmp_path: Path) -> None:
     assert open_dataset(made)["labels"][:] == [row["labels"] for row in alone]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [chats.by_torchtitan, chats.by_axolotl, chats.by_transformers])
 def test_labels_by_others_rules(tmp_path: Path, rule: Callable[[Any, chats.Chat], dict[str, list[int]]]) -> None:
     """2,000 rows as torchtitan, axolotl and `transformers` label them: ids and labels of every row, in every batch."""

@@ -237,6 +237,7 @@ def table(features: list[dict[str, Any]]) -> Any:
     return datasets.Dataset.from_list([{k: f[k] for k in ("input_ids", "labels")} for f in features])
 
 
+@pytest.mark.slow
 def test_trainer_gives_the_same_losses_in_the_same_order(store: TokenStore, tmp_path: Path) -> None:
     theirs = transformers.DataCollatorForSeq2Seq(make_tokenizer())
     wanted = losses(
@@ -253,6 +254,7 @@ class Bucketed(BucketedTrainerMixin, transformers.Trainer):  # type: ignore[misc
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bucketed_trainer_runs_the_plan_and_resumes(store: TokenStore, tmp_path: Path, workers: int) -> None:
     dataset = StoreDataset(store, mask_prompt=True)
@@ -288,6 +290,7 @@ class StopAt(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
         return control
 
 
+@pytest.mark.slow
 def test_bucketed_trainer_over_a_tokenized_dataset_and_by_tokens(tmp_path: Path) -> None:
     class ByTokens(Bucketed):
         batching: ClassVar[dict[str, Any]] = {"batch_size": None, "max_tokens": 200}
@@ -300,6 +303,7 @@ def test_bucketed_trainer_over_a_tokenized_dataset_and_by_tokens(tmp_path: Path)
     assert len(losses(trainer)) == 10
 
 
+@pytest.mark.slow
 def test_epochs_of_differing_batches_lose_no_row_under_a_trainer(store: TokenStore, tmp_path: Path) -> None:
     dataset = StoreDataset(store, mask_prompt=True)
     seen: list[list[int]] = []
@@ -334,6 +338,7 @@ def test_epochs_of_differing_batches_lose_no_row_under_a_trainer(store: TokenSto
     assert resumed == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_padded_and_flattened_batches_give_one_loss_in_a_trainer(
     store: TokenStore, tmp_path: Path, masked: bool
@@ -371,6 +376,7 @@ def test_lengths_of_a_shuffled_or_chosen_data_set() -> None:
     assert lengths_of(data.select([])).tolist() == []
 
 
+@pytest.mark.slow
 def test_sft_trainer_with_completion_only_loss_gives_the_same_losses(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     rng = np.random.default_rng(0)
@@ -466,6 +472,7 @@ def test_a_mask_that_a_trainer_removes_is_missed(tmp_path: Path) -> None:
         assert batch["labels"].tolist() == [[-100, 6 if removed else -100, 7]] * 2
 
 
+@pytest.mark.slow
 def test_wrong_use_is_named(store: TokenStore, tmp_path: Path) -> None:
     dataset = StoreDataset(store)
     shifted = [{"input_ids": f["input_ids"], "labels": [*f["input_ids"][1:], -100]} for f in FEATURES]
@@ -508,6 +515,7 @@ def bucketed_trainer(dataset: StoreDataset, out: Path) -> Any:
     return Bucketed(make_model(), args, train_dataset=dataset, data_collator=DataCollator())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kept"),
     [

@@ -81,6 +81,7 @@ def test_every_way_gives_all_ids_but_one(
     assert all(set(inputs[n:]) <= {PAD} and set(targets[n:]) <= {-100} for inputs, targets, n in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["bucketed", "packed"])
 def test_the_training_loop(
     store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], policy: str
@@ -108,6 +109,7 @@ def vars_of(options: TrainOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in options.__dataclass_fields__}
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_both_ends(
     store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_store_per_split_and_a_mix(store: TokenStore, tmp_path: Path) -> None:
     assert sum(model.validated) == 20
 
 
+@pytest.mark.slow
 def test_validation_is_the_same_rows_in_the_same_order_each_time(store: TokenStore) -> None:
     import lightning.pytorch as pl
     from lightning_run import TinyModel
@@ -110,6 +111,7 @@ def test_validation_is_the_same_rows_in_the_same_order_each_time(store: TokenSto
         assert sanity == epochs[0][:2]
 
 
+@pytest.mark.slow
 def test_epochs_of_differing_batches_lose_no_row(store: TokenStore) -> None:
     import lightning.pytorch as pl
     from lightning_run import TinyModel

@@ -41,6 +41,7 @@ def same(found: Any, wanted: Any) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (2, "spawn")])
 def test_batches_equal_the_reference_over_the_plan(dataset: StoreDataset, workers: int, context: str | None) -> None:
     sampler = BucketBatchSampler(dataset, batch_size=8, seed=3)
@@ -57,6 +58,7 @@ def test_batches_equal_the_reference_over_the_plan(dataset: StoreDataset, worker
     assert seen[0] != seen[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long_rows", ["truncate", "split", "drop"])
 @pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "spawn")])
 def test_packed_batches_are_the_loaders(
@@ -90,6 +92,7 @@ def test_packed_rows_are_the_chosen_ones_and_go_on_where_they_stopped(dataset: S
     assert same(subset, expected(batches[0][:1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_drop_in_collate_fn_in_workers(workers: int) -> None:
     pairs = [(spans[0], row) for spans, row in zip(SPANS, ROWS, strict=True)]
@@ -136,6 +139,7 @@ def test_state_is_exact_to_the_batch(dataset: StoreDataset, step: int) -> None:
     assert list(first) == list(resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stateful_data_loader_resumes_mid_epoch(dataset: StoreDataset, workers: int) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
@@ -220,6 +224,7 @@ def test_single_rows(dataset: StoreDataset) -> None:
     assert same(copy.collate([copy[3], copy[5]]), expected([3, 5]))
 
 
+@pytest.mark.slow
 def test_a_store_opened_by_a_relative_path_is_found_after_chdir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_prepare_makes_the_rows_that_transformers_tokenizes(store: TokenStore, t
         assert open_dataset(found)[name][:] == open_dataset(store)[name][:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("streams", [False, True])
 def test_open_dataset_is_what_sft_trainer_prepares(store: TokenStore, tmp_path: Path, form: str, streams: bool) -> None:
