@@ -50,6 +50,7 @@ def test_a_file_imports_only_from_folders_above_its_own(path: Path) -> None:
             assert ORDER.index(room) <= own, f"{path.relative_to(PACKAGE)} imports {module}, which is below it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", sorted(FACED))
 def test_a_folder_is_imported_through_its_face_of_at_most_ten_names(folder: str) -> None:
     names = set()

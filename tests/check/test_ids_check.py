@@ -30,6 +30,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"max_length": 1, "long_prompt": "cut"}, {"max_length": 1, "on_error": "skip"}]
 )

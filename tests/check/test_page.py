@@ -189,6 +189,7 @@ class Opened:
         return [text.split("record")[0].strip() for text in self.page.locator("#rows h3").all_inner_texts()]
 
 
+@pytest.mark.slow
 def test_it_renders_and_asks_for_nothing(browser: Any, page_file: Path) -> None:
     with Opened(browser, page_file) as opened:
         page = opened.page
@@ -211,6 +212,7 @@ def test_it_renders_and_asks_for_nothing(browser: Any, page_file: Path) -> None:
         assert opened.requests == [page_file.as_uri()]
 
 
+@pytest.mark.slow
 def test_the_policy_changes_the_picture(browser: Any, page_file: Path) -> None:
     with Opened(browser, page_file) as opened:
         notes = {}
@@ -220,6 +222,7 @@ def test_the_policy_changes_the_picture(browser: Any, page_file: Path) -> None:
         assert notes["bucketed"] < notes["shuffled"]
 
 
+@pytest.mark.slow
 def test_the_viewer_pages(browser: Any, page_file: Path) -> None:
     with Opened(browser, page_file) as opened:
         page = opened.page
@@ -236,6 +239,7 @@ def test_the_viewer_pages(browser: Any, page_file: Path) -> None:
         assert page.locator("#next").is_disabled()
 
 
+@pytest.mark.slow
 def test_a_search_finds_rows(browser: Any, page_file: Path) -> None:
     with Opened(browser, page_file) as opened:
         page = opened.page
@@ -251,6 +255,7 @@ def test_a_search_finds_rows(browser: Any, page_file: Path) -> None:
         assert len(opened.rows()) == 5
 
 
+@pytest.mark.slow
 def test_a_hostile_text_stays_text(browser: Any, page_file: Path) -> None:
     with Opened(browser, page_file) as opened:
         opened.page.fill("#search", "#17")
@@ -259,6 +264,7 @@ def test_a_hostile_text_stays_text(browser: Any, page_file: Path) -> None:
         assert opened.page.title() == "my <store>: token store"
 
 
+@pytest.mark.slow
 def test_ids_and_targets_stand_side_by_side(browser: Any, page_file: Path, store: TokenStore) -> None:
     with Opened(browser, page_file) as opened:
         page = opened.page
@@ -277,6 +283,7 @@ def test_ids_and_targets_stand_side_by_side(browser: Any, page_file: Path, store
         assert page.locator(".cells").count() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1600])
 def test_it_is_legible_at_both_widths(browser: Any, page_file: Path, width: int) -> None:
     with Opened(browser, page_file, width) as opened:

@@ -45,6 +45,7 @@ def prepared(source: Path) -> TokenStore:
     return TokenStore(source.parent / "store")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["sequential", "shuffled", "bucketed"])
 def test_a_whole_store_agrees(prepared: TokenStore, source: Path, policy: str) -> None:
     masks = MaskOptions(mask_prompt=policy != "sequential")
@@ -206,6 +207,7 @@ def test_a_response_that_merges_with_its_heading_is_no_difference(
     assert (found.problems, found.records) == ([], 5)
 
 
+@pytest.mark.slow
 def test_any_store_that_was_just_prepared_is_right() -> None:
     counts = run(int(os.environ.get("FUZZ_JOBS", "104")), int(os.environ.get("FUZZ_SEED", "1")))
     assert counts["changed sources noticed"] > counts["jobs"] // 4
@@ -244,6 +246,7 @@ def turns(draw: st.DrawFn) -> Row:
     return np.diff([0, *cuts, len(row)]).tolist(), row
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(turns(), min_size=1, max_size=6),
     limit=st.none() | st.integers(1, 10),
@@ -298,6 +301,7 @@ def test_the_command_fails_on_damage(
     assert json.loads(capsys.readouterr().out)["num_problems"] == 1
 
 
+@pytest.mark.slow
 def test_random_batches_of_the_long_check(monkeypatch: pytest.MonkeyPatch) -> None:
     from million_batches import run_round
 
@@ -307,6 +311,7 @@ def test_random_batches_of_the_long_check(monkeypatch: pytest.MonkeyPatch) -> No
     assert cells > 10_000
 
 
+@pytest.mark.slow
 def test_a_template_that_lies_elsewhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "own.jinja").write_text("{{ q }}{% generation %}{{ a }}{% endgeneration %}")

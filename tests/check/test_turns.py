@@ -87,6 +87,7 @@ def chats(style: Style, has_tokens: bool) -> list[list[dict[str, str]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STYLES)
 def test_the_turns_of_a_row_are_those_of_its_record(folder: Path, tmp_path: Path, name: str) -> None:
     style = STYLES[name]
