@@ -62,6 +62,7 @@ def test_there_is_a_recipe_for_each_kind() -> None:
     assert all(len([line for line in text.splitlines() if line]) <= 10 for text in RECIPES.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_and_masks_of_a_recipe(kind: str, models: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer

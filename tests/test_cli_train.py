@@ -31,12 +31,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, records: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_everything_lies_under_out(finished: Path) -> None:
     assert [step["step"] for step in metrics(finished)] == [1, 2, 3]
     names = {path.name for path in finished.iterdir()}
     assert {"checkpoint.pt", "metrics.jsonl", "evaluations.jsonl", "store"} <= names
 
 
+@pytest.mark.slow
 def test_resuming_with_the_same_data_goes_on(
     tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +56,7 @@ def test_resuming_with_the_same_data_goes_on(
     assert len(losses(tmp_path / "run")) == 5
 
 
+@pytest.mark.slow
 def test_the_first_command_runs_again_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +79,7 @@ def test_the_first_command_runs_again_and_goes_on(
     assert "with --resume may change: --epochs, --max-steps, --device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_generate_and_evaluate(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +102,7 @@ def test_generate_and_evaluate(
     assert "--split exam: choose one of train, test, validation" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_published_weights_are_where_training_starts(
     tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +123,7 @@ def test_published_weights_are_where_training_starts(
     assert "a model of width 64 with 2 layers: --model tiny" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_malformed_file_is_one_line_and_no_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ def test_every_folder_and_file_at_the_top_has_its_place_in_the_order() -> None:
     assert found - {"__init__", "__main__"} <= {*ORDER, *MOVED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MOVED)
 def test_a_place_that_the_last_release_documented_still_works_and_warns(module: str) -> None:
     sys.modules.pop(f"fastcollate.{module}", None)

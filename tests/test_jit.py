@@ -83,6 +83,7 @@ def decorated(tree: ast.Module, *names: str) -> list[ast.FunctionDef]:
     return [one for one in functions if any(isinstance(d, ast.Name) and d.id in names for d in one.decorator_list)]
 
 
+@pytest.mark.slow
 def test_only_kernels_name_a_part_of_kernels() -> None:
     """A part has no entry for Python: a call from there ends the process."""
     trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}

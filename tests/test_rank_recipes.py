@@ -61,6 +61,7 @@ def test_fsdp_goes_on_with_another_number_of_ranks(folder: Path, tmp_path: Path)
     assert len(set(found[0])) == 6
 
 
+@pytest.mark.slow
 def test_torchtitan_gets_batches_without_end_and_resumes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = names_of("StoreDataLoader", folder, monkeypatch).StoreDataLoader
 
@@ -98,6 +99,7 @@ def test_torchtitan_gets_batches_without_end_and_resumes(folder: Path, monkeypat
     assert loader.loader.epoch == 2
 
 
+@pytest.mark.slow
 def test_nanochats_loop_gets_what_it_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """int32 and int64 of one shape, -1 where nothing is trained; an epoch that ends with its last batch, told by three
     globals."""

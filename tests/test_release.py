@@ -34,6 +34,7 @@ def parameters_of(public: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASE["names"])
 def test_a_name_of_the_release_takes_and_has_what_it_did(name: str) -> None:
     module, _, attribute = name.rpartition(".")

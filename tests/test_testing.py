@@ -77,6 +77,7 @@ def makers(store: TokenStore) -> dict[str, Callable[[int, int], Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["loader", "ahead", "packed", "tokens", "sampler", "padded", "flattened", "mix", "turns"]
 )
