@@ -1,7 +1,7 @@
 """The built-in sample: a few thousand generated instruction records, the same on every machine.
 
-Small tasks that a tiny model can begin to learn in a minute, with answers of one word up to a paragraph, so that
-the lengths vary as they do in real sets.
+Small tasks, with answers of one word up to a paragraph, so that the lengths vary as they do in real sets. Two of three
+records rewrite a sentence, which a tiny model learns in two minutes: it then answers for sentences it was not shown.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ WORDS = (  # noqa: SIM905 (sixty quoted words would be harder to read)
     "evening doctor farmer teacher painter sailor baker mountain valley planet rocket basket button carpet dragon"
 ).split()
 NAMES = ("Ada", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jonas", "Karin", "Leo")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+VERBS = ("walk", "talk", "cook", "paint", "play", "work", "jump", "listen", "rest", "wait", "laugh", "shout")
+PLACES = (
+    "at home", "in the garden", "near the river", "with a friend", "all day", "in the evening", "behind the house",
+    "on the bridge", "under the table", "for an hour",
+)  # fmt: skip
 UNITS = (
     ("meters", "centimeters", 100), ("kilometers", "meters", 1000), ("kilograms", "grams", 1000),
     ("hours", "minutes", 60), ("minutes", "seconds", 60), ("days", "hours", 24), ("weeks", "days", 7),
     ("liters", "milliliters", 1000), ("feet", "inches", 12), ("yards", "feet", 3),
 )  # fmt: skip
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+PAST_TENSE = "Put the sentence into the past tense."  # this kind, and
+QUESTION = "Turn the sentence into a question."  # this one, a tiny model learns in two minutes
 
 
 def _with_article(word: str) -> str:
@@ -55,21 +60,9 @@ class _Tasks:
         a, b = self.number(1, 99), self.number(1, 99)
         return self.one_of((f"What is {a} plus {b}?", f"Add {a} and {b}.")), "", f"{a} + {b} = {a + b}"
 
-    def subtract(self) -> _Task:
-        a, b = self.number(20, 99), self.number(1, 20)
-        return f"Subtract {b} from {a}.", "", f"{a} - {b} = {a - b}"
-
-    def multiply(self) -> _Task:
-        a, b = self.number(2, 12), self.number(2, 12)
-        return f"Multiply {a} by {b}.", "", f"{a} times {b} is {a * b}."
-
     def spell(self) -> _Task:
         word = self.one_of(WORDS)
         return f"Spell the word '{word}' letter by letter.", "", "-".join(word.upper())
-
-    def count_letters(self) -> _Task:
-        word = self.one_of(WORDS)
-        return "How many letters does this word have?", word, f"The word '{word}' has {len(word)} letters."
 
     def reverse_order(self) -> _Task:
         words = self.some_of(WORDS, self.number(3, 9))
@@ -93,38 +86,32 @@ class _Tasks:
         words = self.some_of(WORDS, self.number(2, 6))
         return "Write the text in capital letters.", " ".join(words), " ".join(words).upper()
 
-    def day_after(self) -> _Task:
-        today, ahead = self.number(0, 6), self.number(1, 6)
-        day = DAYS[(today + ahead) % 7]
-        return f"Today is {DAYS[today]}. Which day is it {NUMBER_WORDS[ahead]} days from now?", "", f"It will be {day}."
-
     def larger(self) -> _Task:
         a, b = self.some_of(range(1, 100), 2)
         return "Which number is larger?", f"{a} or {b}", f"{max(a, b)} is larger than {min(a, b)}."
 
+    def _sentence(self) -> tuple[str, str, str]:
+        return self.one_of(NAMES), self.one_of(VERBS), self.one_of(PLACES)
+
     def past_tense(self) -> _Task:
-        name = self.one_of(NAMES)
-        verb = self.one_of(("walk", "talk", "cook", "paint", "play", "work", "jump", "listen"))
-        place = self.one_of(("at home", "in the garden", "near the river", "with a friend", "all day"))
-        return "Put the sentence into the past tense.", f"{name} {verb}s {place}.", f"{name} {verb}ed {place}."
+        name, verb, place = self._sentence()
+        return PAST_TENSE, f"{name} {verb}s {place}.", f"{name} {verb}ed {place}."
+
+    def question(self) -> _Task:
+        name, verb, place = self._sentence()
+        return QUESTION, f"{name} {verb}s {place}.", f"Does {name} {verb} {place}?"
 
     def list_multiples(self) -> _Task:
-        base, count = self.number(2, 12), self.number(5, 20)
+        base, count = self.number(2, 12), self.number(3, 12)
         numbers = ", ".join(str(base * i) for i in range(1, count + 1))
-        what = f"the first {count} multiples of {base}"
-        return f"List {what}.", "", f"{what.capitalize()} are {numbers}."
+        return f"List the first {count} multiples of {base}.", "", numbers
 
     def shopping(self) -> _Task:
         name, count = self.one_of(NAMES), self.number(2, 7)
         items = self.some_of(WORDS, count)
         prices = [self.number(2, 20) for _ in items]
-        offers, steps, total = [], [], 0
-        for item, price in zip(items, prices, strict=True):
-            offers.append(f"{_with_article(item)} for {price} coins")
-            steps.append(f"After the {item}: {total} + {price} = {total + price}.")
-            total += price
-        question = "How many coins are spent? Show each step."
-        return question, f"{name} buys {', '.join(offers)}.", f"{' '.join(steps)} {name} spends {total} coins."
+        offers = [f"{_with_article(item)} for {price} coins" for item, price in zip(items, prices, strict=True)]
+        return "How many coins are spent?", f"{name} buys {', '.join(offers)}.", f"{name} spends {sum(prices)} coins."
 
     def story(self) -> _Task:
         name, friend = self.some_of(NAMES, 2)
@@ -135,24 +122,27 @@ class _Tasks:
         return f"Tell a short story about {name}, {friend} and {_with_article(thing)}.", "", " ".join(sentences)
 
 
-_ORDER = (
-    _Tasks.add, _Tasks.subtract, _Tasks.multiply, _Tasks.spell, _Tasks.count_letters, _Tasks.reverse_order,
-    _Tasks.sort_words, _Tasks.sort_numbers, _Tasks.convert, _Tasks.capitals, _Tasks.day_after, _Tasks.larger,
-    _Tasks.past_tense, _Tasks.list_multiples, _Tasks.shopping, _Tasks.story,
+_OTHERS = (
+    _Tasks.add, _Tasks.larger, _Tasks.spell, _Tasks.capitals, _Tasks.reverse_order, _Tasks.sort_words,
+    _Tasks.sort_numbers, _Tasks.convert, _Tasks.list_multiples, _Tasks.story, _Tasks.shopping,
 )  # fmt: skip
+_KINDS = (*[_Tasks.past_tense] * 10, *[_Tasks.question] * 10, *_OTHERS)
 
 
 def sample_records(num_records: int = 3000, *, seed: int = 0) -> list[dict[str, str]]:
-    """Generate instruction records: arithmetic, spelling, word order, unit conversion, short stories.
+    """Generate instruction records: sentences to rewrite (two of three), arithmetic, word order, short stories.
 
     Args:
         num_records: how many; a shorter sample is the beginning of a longer one.
         seed: another seed gives other records.
 
     Returns:
-        Records with `instruction`, `input` (empty for about half of them) and `output`, a pure function of the
-        arguments.
+        Records with `instruction`, `input` (empty for some of them) and `output`, a pure function of the arguments.
+        No two ask the same, so that what is split off is not trained on.
     """
     tasks = _Tasks(seed)
-    drawn = (tasks.one_of(_ORDER)(tasks) for _ in range(num_records))
-    return [dict(zip(("instruction", "input", "output"), task, strict=True)) for task in drawn]
+    found: dict[tuple[str, str], str] = {}
+    while len(found) < num_records:
+        instruction, text, output = tasks.one_of(_KINDS)(tasks)
+        found.setdefault((instruction, text), output)
+    return [{"instruction": asked[0], "input": asked[1], "output": output} for asked, output in found.items()]

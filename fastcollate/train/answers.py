@@ -20,6 +20,8 @@ from fastcollate.train.model import GPT2, KeyValueCache
 from fastcollate.train.options import AnswerOptions
 from fastcollate.train.ranks import choose_device
 
+_PROMPT_LINES, _ANSWER_LINES = 4, 5  # at most, of a sample printed during training
+
 
 @torch.inference_mode()
 def generate(
@@ -112,12 +114,13 @@ def _without_end(response: list[int], tokenizer: Tokenizer) -> tuple[list[int], 
 
 
 def continue_prompt(model: GPT2, store: TokenStore, row: int, max_new_tokens: int) -> str:
-    """A row's prompt as text, and how the model continues it."""
+    """The end of a row's prompt as text, and how the model continues it: a few lines, without empty ones."""
     tokenizer = load_tokenizer(store.tokenizer_name)
     asked = _asked_by(store[row], store, tokenizer)
     prompt = asked.prompt or [store.end_token_id]
     found = generate(model, prompt, max_new_tokens=max_new_tokens, stop_at=asked.stops)
-    return tokenizer.decode([*asked.prompt, *found])
+    before, after = (list(filter(str.strip, tokenizer.decode(ids).splitlines())) for ids in (asked.prompt, found))
+    return "\n".join([*before[-_PROMPT_LINES:], *after[:_ANSWER_LINES]])
 
 
 _JINJA = (".jinja", ".j2", ".jinja2")
