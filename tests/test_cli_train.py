@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastcollate.cli.model import SAMPLE_RUN
 from fastcollate.sources.sample import sample_records
+from fastcollate.train.files import TrainReport
 from fastcollate.train.model import CONFIGS, GPT2
 from tests.helpers import losses, metrics, run_cli
 
@@ -61,8 +63,8 @@ def test_the_first_command_runs_again_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("fastcollate.cli.data.SAMPLE_RECORDS", 60)
-    monkeypatch.setattr("fastcollate.cli.model.SAMPLE_STEPS", 2)
-    first = ["train", "--out", tmp_path / "R", *QUICK[2:], "--sample-tokens", 0]
+    monkeypatch.setitem(SAMPLE_RUN, "max_steps", 2)
+    first = ["train", "--out", tmp_path / "R", *QUICK[2:]]
     for more, steps, says in (
         ([], 2, "steps"),
         ([], 2, "this run has ended, at step 2"),
@@ -77,6 +79,40 @@ def test_the_first_command_runs_again_and_goes_on(
         assert [step["step"] for step in metrics(tmp_path / "R")] == list(range(1, steps + 1))
     assert run_cli(monkeypatch, *first, "--max-steps", 9, "--resume", "--seed", 1) == 1
     assert "with --resume may change: --epochs, --max-steps, --device" in capsys.readouterr().err
+    assert run_cli(monkeypatch, *first, "--max-steps", 9, "--resume", "--train-prompt") == 1
+    assert "started with --mask-prompt True" in capsys.readouterr().err
+
+
+def test_the_first_run_has_options_of_its_own_where_none_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    monkeypatch.setattr("fastcollate.train.train", lambda _, options, **__: found.append(options) or TrainReport())
+    own = {"max_steps": 1500, "mask_prompt": True, "eval_every": 250}
+    for given, expected in (
+        ([], own),
+        (["--train-prompt"], {**own, "mask_prompt": False}),
+        (["--eval-every", 50, "--max-steps", 7], {**own, "eval_every": 50, "max_steps": 7}),
+        (["--epochs", 2], {**own, "max_steps": None}),
+        (["--store", tmp_path / "R" / "store"], {"max_steps": None, "mask_prompt": False, "eval_every": 50}),
+    ):
+        assert run_cli(monkeypatch, "train", "--out", tmp_path / "R", "--device", "cpu", *given) == 0
+        options = found.pop()
+        assert {name: getattr(options, name) for name in own} == expected
+    capsys.readouterr()
+    assert run_cli(monkeypatch, "train", "--help") == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f"--{name.replace('_', '-')}" in said for name in own)
+    assert str(own["max_steps"]) in said
+
+
+@pytest.mark.parametrize("given", ["--on-error raise", "--template alpaca", "--field a=b", "--workers 1"])
+def test_what_decides_how_records_are_tokenized_is_refused_with_a_store(
+    given: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it is the option's default."""
+    assert run_cli(monkeypatch, "train", "--store", finished / "store", *given.split()) == 1
+    assert f"{given} and --store: that decides how records are tokenized" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """Every code block of the README and of `docs/` runs here, in the order of the page, in an empty directory.
 
-`bash` blocks run line by line as they stand, except that installing is left out (the CI script does that) and that
-`python` means this interpreter. `python` blocks run each in a fresh process; below `<!-- ranks 2 1 -->` in two of
-`torchrun`, and then again in one. A block below `<!-- output -->` is what the block before it prints. Other blocks are
-text.
+`bash` blocks run line by line as they stand, except that installing is left out (the CI script does that), that
+`python` means this interpreter, and that a first run is of few steps (`benchmarks.first_answers` runs it whole).
+`python` blocks run each in a fresh process; below `<!-- ranks 2 1 -->` in two of `torchrun`, and then again in one. A
+block below `<!-- output -->` is what the block before it prints. Other blocks are text.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -42,6 +43,10 @@ def without_install(line: str) -> str:
     return re.sub(r"^(python -m )?pip install [^&]*(&&\s*)?", "", line)
 
 
+def shortened(line: str) -> str:
+    return re.sub(r"(fastcollate train --out \S+)$", r"\1 --max-steps 20", line)
+
+
 def run_ranks(text: str, cwd: Path, num_ranks: str) -> subprocess.CompletedProcess[str]:
     """Run in each of these numbers of processes, one after another."""
     for number in map(int, num_ranks.split()):
@@ -54,7 +59,7 @@ def run_ranks(text: str, cwd: Path, num_ranks: str) -> subprocess.CompletedProce
 def run(language: str, text: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if language == "bash":
-        lines = "\n".join(without_install(line) for line in text.splitlines())
+        lines = "\n".join(shortened(without_install(line)) for line in text.splitlines())
         command = ["bash", "-euo", "pipefail", "-c", lines]
     elif language.startswith("ranks "):
         return run_ranks(text, cwd, language.removeprefix("ranks "))
@@ -115,6 +120,16 @@ def test_the_plots_agree_with_the_results() -> None:
 
 def test_the_readme_is_read_in_a_minute() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_the_answer_in_the_readme_is_a_measured_one() -> None:
+    runs = json.loads((ROOT / "bench_results" / "first_answers.json").read_text())["runs"]
+    asked = [one for run in runs for some in run["asked"].values() for one in some]
+    readme = (ROOT / "README.md").read_text()
+    question, answer = re.search(r'runs/first --prompt "(.*?)" --input "(.*?)"', readme), "Does Emma walk all day?"
+    assert question is not None
+    assert answer in readme
+    assert (*question.groups(), answer) in [(o["instruction"], o["input"], o["answer"]) for o in asked]
 
 
 def test_the_install_commands_are_left_out_and_nothing_else() -> None:
