@@ -147,7 +147,7 @@ def inspect_store(
     Example:
         >>> found = inspect_store(TokenStore("store"), MaskOptions(max_length=256), progress=False)
         >>> found.masks.sentence
-        'trained: 100%; 37.2% with --mask-prompt'
+        'trained: 100%; 28.0% with --mask-prompt'
     """
     progress = renamed_switch(progress, old="silent", given=silent)
     options = (options or MaskOptions()).of(store)

@@ -64,7 +64,7 @@ class DataCollator:
         >>> dataset = StoreDataset("store", mask_prompt=True)
         >>> batch = DataCollator()([dataset[3], dataset[5]])
         >>> {name: tuple(tensor.shape) for name, tensor in batch.items()}
-        {'input_ids': (2, 90), 'labels': (2, 90), 'attention_mask': (2, 90)}
+        {'input_ids': (2, 77), 'labels': (2, 77), 'attention_mask': (2, 77)}
 
         Over tokenized features, with labels or a `completion_mask`:
 

@@ -38,7 +38,7 @@ class StoreBatches:
         >>> dataset = StoreDataset("store")
         >>> batches = StoreBatches(dataset, BucketBatchSampler(dataset, batch_size=8))
         >>> len(batches), next(iter(batches)).inputs.shape
-        (75, torch.Size([8, 58]))
+        (75, torch.Size([8, 57]))
     """
 
     def __init__(self, dataset: StoreDataset, sampler: BucketBatchSampler, *, evaluates: bool = False) -> None:

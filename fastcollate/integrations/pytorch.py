@@ -176,7 +176,7 @@ class StoreRow:
         >>> from fastcollate import StoreDataset
         >>> row = StoreDataset("store")[3]
         >>> row.number, len(row.example.input_ids)
-        (3, 89)
+        (3, 56)
     """
 
     __slots__ = ("dataset", "number")

@@ -56,8 +56,8 @@ class TokenStore:
         >>> len(store), store.tokenizer_name, store.vocab_size
         (600, 'gpt2', 50257)
         >>> row = store[3]
-        >>> row.input_ids[:4], row.spans  # 36 tokens of prompt, 53 of response
-        (array([21106,   318,   281, 12064], dtype=uint16), array([36, 53], dtype=uint32))
+        >>> row.input_ids[:4], row.spans  # 44 tokens of prompt, 12 of response
+        (array([21106,   318,   281, 12064], dtype=uint16), array([44, 12], dtype=uint32))
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
