@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from inspect import signature
 from itertools import islice
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_docs import ROOT, blocks, run
+from test_docs import ROOT, blocks
 
 from benchmarks.chat_exact import chats, templates, theirs_of
 from fastcollate import TokenStore
@@ -71,7 +73,8 @@ def test_ids_and_masks_of_a_recipe(kind: str, models: Path, tmp_path: Path) -> N
     records = list(some_chats(kind, seed=11))
     (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / model).symlink_to(models / model)
-    result = run("python", RECIPES[kind], tmp_path)
+    command = [sys.executable, "-c", RECIPES[kind]]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stderr
     source = (templates()[0].parent / f"{template}.jinja").read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(models / model)
