@@ -209,13 +209,13 @@ def sort_by_length(rows: Any, lengths: Any, longest: int, sorted_rows: Any, sort
         starts[np.uint64(lengths[i]) + np.uint64(1)] += 1
     for length in range(longest + 1):
         starts[length + 1] += starts[length]
+        if len(sorted_lengths):
+            sorted_lengths[starts[length] : starts[length + 1]] = length
     for i in range(np.uint64(len(rows))):
         length = np.uint64(lengths[i])
         place = np.uint64(starts[length])
         starts[length] += 1
         sorted_rows[place] = rows[i]
-        if len(sorted_lengths):
-            sorted_lengths[place] = lengths[i]
 
 
 @kernel

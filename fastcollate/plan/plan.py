@@ -265,11 +265,12 @@ class EpochPlan:
 
     def _deal(self, each: Float64Array, order: Int64Array, index: int) -> tuple[Int64Array, Float64Array]:
         """Deal steps in this order to the ranks, and tell what each part of that costs."""
-        options = self.options
+        options, dealt = self.options, each[order]
         if options.balance:
-            order = order[costs.deal(each[order], options.group, options.world_size, self._key(_RANKS_KEY, index))]
-        self.__dict__["_dealt"] = each[order]
-        return order, each[order]
+            turns = costs.deal(dealt, options.group, options.world_size, self._key(_RANKS_KEY, index))
+            order, dealt = order[turns], dealt[turns]
+        self.__dict__["_dealt"] = dealt
+        return order, dealt
 
     def last_step_costs(self) -> costs.StepCosts | None:
         """What the steps of the window that was planned last cost; `None` where rows are dealt, no packs or batches."""
