@@ -179,7 +179,7 @@ def _template_of(data: Mapping[str, Any], beside: Path, tokenizer: Tokenizer) ->
     """The template of a run's store; where that was made of ready ids, the tokenizer's own chat template."""
     name = data["template"]
     if name not in ("tokenized", "tokenizer") and not name.endswith(_JINJA):
-        return load_template(name)
+        return load_template(name, mask_heading=bool(data.get("mask_heading")))
     if name == "tokenized":
         if not tokenizer.chat_template:
             raise InputError(

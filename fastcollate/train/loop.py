@@ -262,6 +262,7 @@ class _Run:
                     "fingerprint": self.store.fingerprint,
                     "tokenizer": self.store.tokenizer_name,
                     "template": str(self.store.manifest["template"].get("name", "")),
+                    "mask_heading": bool(self.store.manifest["template"].get("mask_heading")),
                     "splits": {split: [rows.start, rows.stop] for split, rows in self.splits.items()},
                 },
             ),

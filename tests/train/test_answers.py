@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastcollate import TokenStore, prepare
 from fastcollate.errors import InputError
+from fastcollate.sources import sample_records
 from fastcollate.text import load_tokenizer
+from fastcollate.train import AnswerOptions, TrainOptions, answer, train
 from fastcollate.train.answers import _template_of, generate
-from fastcollate.train.model import GPT2, GPT2Config
+from fastcollate.train.model import CONFIGS, GPT2, GPT2Config
 
 CONFIG = GPT2Config(num_layers=2, num_heads=2, width=16, vocab_size=50, context_length=24, tie_weights=False)
 
@@ -87,3 +90,17 @@ def test_ready_ids_without_a_chat_template_take_a_whole_prompt() -> None:
         InputError, match=r"rows are ready ids, and tokenizer 'gpt2' comes with no chat template: .*--raw"
     ):
         _template_of({"template": "tokenized"}, Path(), load_tokenizer("gpt2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask_heading", [False, True])
+def test_a_heading_that_was_masked_stands_in_the_question(
+    mask_heading: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = GPT2Config(num_layers=1, num_heads=2, width=8, vocab_size=50257, context_length=256)
+    monkeypatch.setattr("fastcollate.train.model.CONFIGS", {**CONFIGS, "tiny": small})
+    prepare(sample_records(40), tmp_path / "store", mask_heading=mask_heading)
+    options = TrainOptions(out=tmp_path / "run", max_steps=1, eval_every=0, sample_tokens=0, device="cpu")
+    train(TokenStore(tmp_path / "store"), options, progress=False)
+    found = answer(tmp_path / "run", "Hi", options=AnswerOptions(max_new_tokens=1, device="cpu"))
+    assert found["prompt"].endswith("Hi" + "\n\n### Response:\n" * mask_heading)
