@@ -135,7 +135,7 @@ def test_a_file_that_is_not_there_comes_with_the_name_most_like_it(
         with pytest.raises(InputError) as caught:
             find_sources(given)
         assert str(caught.value).startswith(f"{given}: no such file; {wanted}")
-    with pytest.raises(InputError, match=r"To try things: fastcollate sample mine\.jsonl$"):
+    with pytest.raises(InputError, match=r"; to try things: fastcollate sample mine\.jsonl$"):
         find_sources("mine.jsonl")
 
 

@@ -73,7 +73,7 @@ class Collator:
         name: str = "the store",
     ) -> None:
         if max_length is not None and max_length < 1:
-            raise InputError(f"max_length={max_length}: give at least 1, or None to keep whole rows")
+            raise InputError(f"max_length={max_length}: give at least 1, or leave it out to keep whole rows")
         if inputs_dtype not in (torch.int64, torch.int32):
             raise InputError(f"inputs_dtype={inputs_dtype}: choose torch.int64 or torch.int32")
         self.table = layout.Table(shards, name=name)

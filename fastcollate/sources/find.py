@@ -325,7 +325,7 @@ def _local_file(path: str, name: str) -> Source:
                 f"python -c \"from datasets import load_dataset as load; load('{name}', split='train')"
                 ".to_json('NEW.jsonl')\", and give NEW.jsonl"
             ) from None
-        sample = f" To try things: fastcollate sample {name}" if name.endswith(".jsonl") else ""
+        sample = f"; to try things: fastcollate sample {name}" if name.endswith(".jsonl") else ""
         raise InputError(f"{name}: no such file; {nearest(path)}{sample}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
