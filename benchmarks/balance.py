@@ -26,7 +26,7 @@ import numpy.typing as npt
 from benchmarks.harness import interleave, medians, save_part
 from fastcollate import balance, plan_epoch
 
-ROWS, LINEAR, REPEATS = 200_000, 24_576, 7
+ROWS, LINEAR, REPEATS, PLANS = 200_000, 24_576, 7, 61
 Lengths = npt.NDArray[np.int64]
 
 PLAN = """
@@ -122,7 +122,7 @@ def plans(baseline: str | None) -> dict[str, Any]:
                 if policy == "packed":
                     options = {"world_size": world_size, "policy": "packed", "capacity": capacity, "batch_size": 1}
                 off = {} if baseline else {"balance": False}
-                times = [(own.seconds(options), before.seconds({**options, **off})) for _ in range(2 + REPEATS)][2:]
+                times = [(own.seconds(options), before.seconds({**options, **off})) for _ in range(2 + PLANS)][2:]
                 dealt, in_turn = describe(lengths, options), describe(lengths, {**options, "balance": False})
                 cases.append({
                     "rows": kind, "policy": policy, "ranks": world_size, **dealt, "in_turn": in_turn,
