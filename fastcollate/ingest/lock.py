@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import stat
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -81,7 +82,8 @@ class JobLock:
             except (FileExistsError, NotADirectoryError) as error:
                 if folder.is_dir():
                     return
-                if os.path.lexists(folder) or not isinstance(error, FileExistsError):
+                is_gone = isinstance(error, FileExistsError) and not _is_no_directory(folder)
+                if not is_gone:
                     raise InputError(f"{folder}: is not a directory; choose another place for the store") from error
             except OSError as error:
                 raise _not_made(folder, error) from error
@@ -133,6 +135,14 @@ class JobLock:
             for folder in self.made:
                 if folder != self._root:
                     folder.rmdir()
+
+
+def _is_no_directory(path: Path) -> bool:
+    """Whether something else lies there; asked once, for a folder may come and go meanwhile."""
+    try:
+        return not stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _not_made(folder: Path, error: OSError) -> InputError:
