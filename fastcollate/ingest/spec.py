@@ -103,7 +103,11 @@ class JobSpec:
 
     def sealed(self) -> JobSpec:
         """The same job; all who work at it take the tokenizer and the template that are there now, or fail."""
-        return replace(self, seal=self._digest(*self.tools()))
+        tools = self.tools()
+        found = replace(self, seal=self._digest(*tools))
+        _LOADED.clear()
+        _LOADED[found.seal] = tools
+        return found
 
     def _digest(self, tokenizer: Tokenizer, template: Template) -> str:
         what = [self.options.backend, tokenizer.identity(), template.identity()]
