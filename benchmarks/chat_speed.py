@@ -74,6 +74,8 @@ def digest(ids: Any, lengths: Any, masks: Any) -> str:
 
 def ours(folder: Path, source: Path, processes: int) -> dict[str, Any]:
     began = time.perf_counter()
+    import jinja2  # noqa: F401  # `prepare` imports it where a template is compiled; transformers does so at once
+
     from fastcollate import TokenStore, plan_epoch, prepare
     from fastcollate.text import load_tokenizer
 

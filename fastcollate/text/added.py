@@ -123,10 +123,11 @@ class Joints:
         longest = max(map(len, tokens), default=0)
         self._heads = {text[-cut:] for text in literals for cut in range(1, min(len(text), longest) + 1)} & heads
         self._tails = {text[:cut] for text in literals for cut in range(1, min(len(text), longest) + 1)} & tails
-        self._text_ends_so = re.compile(rf"{_alternatives(sorted(heads)) or '(?!)'}\s*\0")
+        begins = "".join(sorted({re.escape(token[0]) for token in tokens if token}))
+        self._text_ends_so = re.compile(rf"[{begins}][^\0]{{0,{longest}}}?\s*\0" if begins else "(?!)")
 
     def may_join(self, given: str) -> bool:
-        """Whether `joined` is to be asked."""
+        """Whether `joined` is to be asked: a text may end as a token begins; the first character near its end tells."""
         return bool(self._heads) or self._text_ends_so.search(given) is not None
 
     def joined(self, given: str, text: str) -> str | None:
