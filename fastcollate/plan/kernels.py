@@ -287,40 +287,6 @@ def cut_sorted_batches(lengths: Any, budget: int, bounds: Any) -> int:
 
 
 @kernel
-def pack_costs(lengths: Any, rows: Any, starts: Any, bounds: Any, limit: int, linear: int, costs: Any) -> None:
-    """Each pack's sum of `linear * L + L**2` over its rows, or parts of rows, of at most `limit` tokens."""
-    for pack in range(len(costs)):
-        total = 0.0
-        for i in range(bounds[pack], bounds[pack + 1]):
-            length = min(np.int64(lengths[np.uint64(rows[i])]), LONGEST)
-            if len(starts):
-                length -= starts[i]
-            exact = np.float64(min(length, limit))
-            total += exact * exact + linear * exact
-        costs[pack] = total
-
-
-@kernel
-def group_sums(values: Any, bounds: Any, sums: Any) -> None:
-    """Each group's sum, added up in order."""
-    for group in range(len(sums)):
-        total = 0.0
-        for i in range(bounds[group], bounds[group + 1]):
-            total += values[i]
-        sums[group] = total
-
-
-@kernel
-def group_widths(lengths: Any, bounds: Any, widths: Any) -> None:
-    """Each group's longest."""
-    for group in range(len(widths)):
-        width = 0
-        for i in range(bounds[group], bounds[group + 1]):
-            width = max(width, np.int64(lengths[i]))
-        widths[group] = width
-
-
-@kernel
 def deal(items: Any, bounds: Any, order: Any, rank: int, world_size: int, out: Any, out_bounds: Any) -> None:
     """One rank's share of each group, the groups in the given order: items `rank`, `rank + world_size`, ..."""
     count = 0

@@ -46,7 +46,7 @@ class Packs(NamedTuple):
 
     def take(self, order: Int64Array) -> Packs:
         """Some of the packs, in another order."""
-        sizes = np.diff(self.bounds)[order]
+        sizes = self.bounds[order + 1] - self.bounds[order]
         bounds = np.append(0, np.cumsum(sizes))
         places = np.arange(bounds[-1]) + np.repeat(self.bounds[order] - bounds[:-1], sizes)
         return Packs(self.rows[places], self.starts[places] if len(self.starts) else self.starts, bounds)

@@ -243,7 +243,7 @@ class EpochPlan:
             bucketed = options.policy == "bucketed"
             rows, lengths = self._sorted(rows) if bucketed else (rows, self._lengths(rows, options.max_length)[0])
             widths = costs.padded_to(lengths, options.pad_to_multiple_of)
-            if len(rows) and widths[place := int(widths.argmax())] > options.max_tokens:
+            if len(rows) and widths[place := len(rows) - 1 if bucketed else int(widths.argmax())] > options.max_tokens:
                 raise options.too_long(int(rows[place]), int(lengths[place]))
             bounds = costs.cut_evenly(widths, options.max_tokens, options.group, is_sorted=bucketed)
             if len(rows) < options.group and options.tail == "repeat":  # a row a batch, and as many on each rank

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fastcollate.errors import InputError
 from fastcollate.plan import kernels as plan_kernels
+from fastcollate.plan.cost import kernels as cost_kernels
 from fastcollate.plan.kernels import LONGEST
 
 if TYPE_CHECKING:
@@ -78,17 +79,17 @@ def of_packs(lengths: npt.NDArray[Any], packs: Packs, limit: int, cost: Cost) ->
     """
     out = np.empty(packs.num_packs, np.float64)
     if not callable(cost):
-        plan_kernels.pack_costs(lengths, packs.rows, packs.starts, packs.bounds, limit, cost, out)
+        cost_kernels.pack_costs(lengths, packs.rows, packs.starts, packs.bounds, limit, cost, out)
         return out
     own = np.minimum(lengths[packs.rows], LONGEST) - (packs.starts if len(packs.starts) else 0)
-    plan_kernels.group_sums(row_costs(np.minimum(own, limit), cost), packs.bounds, out)
+    cost_kernels.group_sums(row_costs(np.minimum(own, limit), cost), packs.bounds, out)
     return out
 
 
 def widths(lengths: npt.NDArray[Any], bounds: Int64Array) -> Int64Array:
     """Each batch's longest row."""
     out = np.empty(len(bounds) - 1, np.int64)
-    plan_kernels.group_widths(lengths, bounds, out)
+    cost_kernels.group_widths(lengths, bounds, out)
     return out
 
 
@@ -151,13 +152,10 @@ def deal(costs: Float64Array, group: int, world_size: int, key: np.uint64) -> In
     num_steps, whole = len(costs) // group, len(costs) - len(costs) % group
     shifts = np.arange(num_steps) % world_size
     plan_kernels.shuffle(shifts, key)
-    columns = np.arange(world_size) + shifts[:, None]
-    columns -= world_size * (columns >= world_size)
-    dealt = (group * np.arange(num_steps)[:, None] + columns)[:, None]
-    if group > world_size:
-        items = np.arange(whole).reshape(num_steps, group // world_size, world_size)
-        _deal_rounds(items, costs)
-        dealt = np.take_along_axis(items, columns[:, None], axis=2)
+    items = np.arange(whole).reshape(num_steps, group // world_size, world_size)
+    _deal_rounds(items, costs)
+    dealt = np.empty_like(items)
+    cost_kernels.turn(items, shifts, dealt)
     rest = whole + np.argsort(-costs[whole:], kind="stable")
     missing = -len(rest) % world_size  # in the last round
     last = np.append(rest, np.arange(missing) + len(costs)).reshape(1, -1, world_size)
