@@ -144,6 +144,12 @@ class PlanOptions:
         """What divides the cells of each row of a pack."""
         return 1 if self.cp_size is None else 2 * self.cp_size
 
+    def evened(self, count: int) -> int:
+        """So many batches of a row each, after the tail policy has made them right for all ranks."""
+        if self.drop_last:
+            return count - count % self.group
+        return count + -count % self.world_size if self.tail == "repeat" else count
+
     def too_long(self, row: int, length: int) -> InputError:
         """Why a row stands in no batch of `max_tokens`."""
         shares = f" (of rows in multiples of shares={self.shares})" if self.shares != self.world_size else ""

@@ -246,10 +246,10 @@ class EpochPlan:
             if len(rows) and widths[place := len(rows) - 1 if bucketed else int(widths.argmax())] > options.max_tokens:
                 raise options.too_long(int(rows[place]), int(lengths[place]))
             bounds = costs.cut_evenly(widths, options.max_tokens, options.group, is_sorted=bucketed)
-            if len(rows) < options.group and options.tail == "repeat":  # a row a batch, and as many on each rank
-                missing = -len(rows) % options.world_size
-                rows, widths = (np.append(part, np.resize(part, missing)) for part in (rows, widths))
-                bounds = np.arange(len(rows) + 1)
+            if (len(bounds) - 1) % options.group:  # a row a batch, and still no whole steps
+                size = options.evened(len(rows))
+                rows, widths = np.resize(rows, size), np.resize(widths, size)
+                bounds = np.arange(size + 1)
             longest = widths[bounds[1:] - 1] if bucketed else costs.widths(widths, bounds)
             each = costs.row_costs(longest, options.cost) * np.diff(bounds)
             return Packs(rows, bounds[:0], bounds), *self._deal(each, self._order(each, index), index)

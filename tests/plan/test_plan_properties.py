@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastcollate.errors import InputError
@@ -89,9 +89,53 @@ def test_batches_of_a_token_budget(
                 width = max(int(lengths[rows].max()), int(lengths[following[0]]), 1)
                 assert (len(rows) + 1) * width > budget
     assert set(seen) == set(range(len(lengths)))
-    cuts = plan.balance and len(lengths) >= world_size  # one by one, and a batch is halved before a row is repeated
-    assert sum(seen.values()) - len(lengths) == (0 if cuts else -len(lengths) % world_size)
+    repeated = sum(seen.values()) - len(lengths)
+    halved = plan.balance and len(batches) * world_size < len(lengths)  # before a row is repeated
+    assert repeated == (0 if halved else -len(lengths) % world_size)
     assert len(sizes) == 1
+
+
+@st.composite
+def any_plan(draw: st.DrawFn) -> dict[str, Any]:
+    """Options of every kind together, of few rows, so that ends and steps that are not full come often."""
+    how = draw(st.sampled_from(["rows", "tokens", "packs"]))
+    world_size, accumulation = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    options: dict[str, Any] = {
+        "accumulation": accumulation, "tail": draw(st.sampled_from(["repeat", "uneven"])),
+        "drop_last": draw(st.booleans()), "seed": draw(st.integers(0, 3)), "world_size": world_size,
+        "window": draw(st.sampled_from([None, 3, 7, 20])),
+    }  # fmt: skip
+    if how == "packs":
+        return {
+            **options,
+            "policy": "packed",
+            "capacity": draw(st.integers(30, 90)),
+            "batch_size": draw(st.integers(1, 3)),
+        }
+    options |= {"policy": draw(policies), "balance": draw(st.sampled_from([None, False])) if how == "tokens" else None}
+    if how == "tokens":
+        return {**options, "max_tokens": draw(st.sampled_from([30, 35, 60, 200]))}
+    return {**options, "batch_size": draw(st.integers(1, 4))}
+
+
+few_lengths = st.lists(st.sampled_from([0, 1, 10, 16, 29, 30]), min_size=1, max_size=9)
+
+
+@given(lengths=few_lengths | st.lists(st.integers(0, 30), min_size=1, max_size=40), options=any_plan())
+@example(lengths=[0, 16, 0], options={"policy": "shuffled", "max_tokens": 30, "world_size": 2, "drop_last": False,
+                                      "tail": "repeat"})  # fmt: skip
+def test_no_rank_has_more_steps_than_another(lengths: list[int], options: dict[str, Any]) -> None:
+    """A rank that goes on alone waits for the others for ever."""
+    plans = [plan_epoch(lengths, rank=rank, **options) for rank in range(options["world_size"])]
+    batches = [[rows.tolist() for rows in plan] for plan in plans]
+    counts = Counter(row for own in batches for rows in own for row in rows)
+    assert [len(plan) for plan in plans] == [len(own) for own in batches]
+    if options["drop_last"] or options["tail"] == "repeat":
+        assert len({len(own) for own in batches}) == 1
+    if options["drop_last"] or options["tail"] == "uneven":
+        assert max(counts.values(), default=1) == 1
+    if not options["drop_last"]:
+        assert set(counts) == set(range(len(lengths)))
 
 
 def test_the_policies_order() -> None:
