@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
+from fastcollate.plan.moving.schedule import Schedule, steps_of, whole_steps
 from fastcollate.plan.options import Int64Array, PlanOptions, as_lengths, row_numbers
 from fastcollate.plan.packing import PackWindow, Window
 from fastcollate.plan.plan import EpochPlan, key_of, plan_with
@@ -35,14 +36,21 @@ class MixedStore:
     What an epoch draws is a pure function of the arguments and its number. Shares are whole rows by largest remainder
     (Hamilton's method).
 
+    With `step_rows` steps count from the first epoch on, and each holds its own share: up to any step, the rows of each
+    source are within one of the exact ones (with `policy="bucketed"`, `"packed"` and `max_tokens` up to any window).
+
     Args:
         stores: by name; all of one tokenizer, and alike in their rows' end and padding.
-        weights: each source's share, any positive numbers, by name; or
+        weights: each source's share, any positive numbers, by name; or a table of such lines by step, such as `{0:
+            {"chat": 3, "code": 1}, 1000: {"chat": 1, "code": 1}}`, whose shares are linear between its lines and
+            constant before and behind them; or
         temperature: shares in proportion to `size ** (1 / temperature)`: 1 (the default) is in proportion to size,
             larger values favour small sources (Arivazhagan et al., 2019).
         rows: row numbers to draw from, by name, such as one split of each store; all rows by default.
-        num_rows: rows an epoch; by default as many as all sources have together.
+        num_rows: rows an epoch; by default as many as all sources have together (whole steps of `step_rows`).
         seed: decides which rows.
+        step_rows: rows that all ranks together take in a step: `batch_size * world_size` (times `accumulation`), or of
+            packs and `max_tokens` about so many. A table of weights needs it.
 
     Attributes:
         names: the sources, in order.
@@ -51,7 +59,7 @@ class MixedStore:
         lengths: each row's length in ids, `(num_rows_of_all_stores,)`.
         cells: see `TokenStore.cells`.
         starts: int64 `(num_sources + 1,)`, the first row of each source.
-        shares: rows that each source gives to an epoch, int64.
+        shares: rows that each source gives to an epoch, int64; where weights move, to the first one.
 
     Raises:
         InputError: no store, different tokenizers, or weights that do not fit.
@@ -79,15 +87,18 @@ class MixedStore:
         self,
         stores: Mapping[str, TokenStore],
         *,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float] | Mapping[int, Mapping[str, float]] | None = None,
         temperature: float | None = None,
         rows: Mapping[str, npt.ArrayLike] | None = None,
         num_rows: int | None = None,
         seed: int = 0,
+        step_rows: int | None = None,
     ) -> None:
         if not stores:
             raise InputError("no store to mix: give at least one, by name")
-        for what, mapping in (("weights", weights), ("rows", rows)):
+        table = steps_of(weights)
+        lines: dict[int, Any] = {0: weights} if table is None else {**table}
+        for what, mapping in (*(("weights", line) for line in lines.values()), ("rows", rows)):
             if mapping is not None and set(mapping) - set(stores):
                 raise InputError(f"{what} name {sorted(set(mapping) - set(stores))}; the stores are {sorted(stores)}")
         self._sources = [_Source(name, store, _chosen(name, store, rows)) for name, store in stores.items()]
@@ -101,8 +112,17 @@ class MixedStore:
         self._join()
         self.starts: Int64Array = np.cumsum([0, *(len(store) for store in stores.values())], dtype=np.int64)
         sizes = [len(source.rows) for source in self._sources]
-        num_rows = sum(sizes) if num_rows is None else integer("num_rows", num_rows, -LARGEST, LARGEST)
-        self.shares = _shares(self.names, sizes, weights, temperature, num_rows)
+        asked, num_rows = num_rows, sum(sizes) if num_rows is None else integer("num_rows", num_rows, -LARGEST, LARGEST)
+        if num_rows < 1:
+            raise InputError(f"nothing to draw: {sum(sizes)} rows in all stores, num_rows={num_rows}")
+        exact = {step: _exact_shares(self.names, sizes, line, temperature) for step, line in lines.items()}
+        self.schedule: Schedule | None = None
+        if step_rows is None and table is None:
+            self.shares = _whole_shares(exact[0], num_rows)
+        else:
+            num_rows, step_rows = whole_steps(num_rows, step_rows, is_asked=asked is not None)
+            self.schedule = Schedule(exact, step_rows, num_rows)
+            self.shares = self.schedule.counts_of_epoch(0)[1].sum(0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "shards": None, "lengths": None, "cells": None}  # a process opens the stores again
@@ -145,12 +165,18 @@ class MixedStore:
         return self._sources[source].store[row - int(self.starts[source])]
 
     def rows_of_epoch(self, epoch: int) -> Int64Array:
-        """The rows that an epoch draws, int64 `(num_rows,)`, source after source; a plan then orders them."""
-        drawn = [
-            int(self.starts[index]) + self._draw(index, epoch * int(share), int(share))
-            for index, share in enumerate(self.shares)
-        ]
-        return np.concatenate(drawn)
+        """The rows that an epoch draws, int64 `(num_rows,)`: source after source, and a plan then orders them; or with
+        `step_rows` step after step."""
+        if self.schedule is None:
+            return np.concatenate(self._drawn(epoch * self.shares, self.shares))
+        before, counts = self.schedule.counts_of_epoch(epoch)
+        drawn = self._drawn(before, counts.sum(0))
+        return self.schedule.in_steps(drawn, counts, key_of(self._seed, len(self.names), epoch))
+
+    def _drawn(self, firsts: Int64Array, counts: Int64Array) -> list[Int64Array]:
+        """So many rows of each source, from the given places in its draws on."""
+        places = zip(self.starts.tolist(), firsts.tolist(), counts.tolist(), strict=False)
+        return [start + self._draw(index, first, count) for index, (start, first, count) in enumerate(places)]
 
     def count_sources(self, rows: npt.ArrayLike) -> Int64Array:
         """How many of some rows come from each source, int64 `(num_sources,)`."""
@@ -168,7 +194,8 @@ class MixedStore:
 
     def rows_drawn(self) -> Int64Array:
         """All rows that some epoch draws."""
-        chosen = zip(self._sources, self.starts[:-1], self.shares, strict=True)
+        shares = self.shares if self.schedule is None else self.schedule.most
+        chosen = zip(self._sources, self.starts[:-1], shares, strict=True)
         return np.concatenate([_numbers(source.rows) + start for source, start, share in chosen if share])
 
     def identity(self) -> dict[str, Any]:
@@ -177,7 +204,7 @@ class MixedStore:
             [name, store.fingerprint, identity_of(rows), int(share)]
             for (name, store, rows), share in zip(self._sources, self.shares, strict=True)
         ]
-        return {"sources": sources, "seed": self._seed}
+        return {"sources": sources, "seed": self._seed, **(self.schedule.identity() if self.schedule else {})}
 
     def _draw(self, index: int, first: int, count: int) -> Int64Array:
         """Places `first` to `first + count` of the source's rows, shuffled anew each time all of them are through."""
@@ -203,14 +230,10 @@ def _numbers(rows: Rows) -> Int64Array:
     return np.arange(rows.start, rows.stop) if isinstance(rows, range) else rows
 
 
-def _shares(
-    names: Sequence[str],
-    sizes: Sequence[int],
-    weights: Mapping[str, float] | None,
-    temperature: float | None,
-    num_rows: int,
-) -> Int64Array:
-    """Rows from each source: whole numbers that sum to `num_rows`, by largest remainder."""
+def _exact_shares(
+    names: Sequence[str], sizes: Sequence[int], weights: Mapping[str, float] | None, temperature: float | None
+) -> npt.NDArray[np.float64]:
+    """Each source's share, float64, which sum to 1."""
     if weights is not None and temperature is not None:
         raise InputError("give either weights or temperature, not both")
     if weights is not None:
@@ -223,13 +246,19 @@ def _shares(
             raise InputError(f"temperature={temperature}: give a positive number; 1 draws in proportion to size")
         wanted = np.array(sizes, np.float64) ** (1 / (temperature or 1.0))
     empty = [name for name, size, want in zip(names, sizes, wanted, strict=True) if want > 0 and size == 0]
-    if empty or num_rows < 1:
-        raise InputError(f"nothing to draw: sources without rows {empty}, num_rows={num_rows}")
-    exact = wanted / wanted.sum() * num_rows
-    shares: Int64Array = np.floor(exact).astype(np.int64)
-    largest = np.argsort(shares - exact, kind="stable")[: num_rows - int(shares.sum())]
-    shares[largest] += 1
+    if empty:
+        raise InputError(f"nothing to draw: sources without rows {empty}")
+    shares: npt.NDArray[np.float64] = wanted / wanted.sum()
     return shares
+
+
+def _whole_shares(shares: npt.NDArray[np.float64], num_rows: int) -> Int64Array:
+    """Rows from each source: whole numbers that sum to `num_rows`, by largest remainder."""
+    exact = shares * num_rows
+    whole: Int64Array = np.floor(exact).astype(np.int64)
+    largest = np.argsort(whole - exact, kind="stable")[: num_rows - int(whole.sum())]
+    whole[largest] += 1
+    return whole
 
 
 class Order:
@@ -267,10 +296,13 @@ class Order:
         if last is None or last[0] != drawn:
             rows = self.mix.rows_of_epoch(epoch) if self.mix else self.rows
             self._last = last = drawn, rows, self._lengths_of(rows)
-        return OrderedPlan(plan_with(last[2], options, epoch), last[1], self.mix)
+        in_order = self.mix is not None and self.mix.schedule is not None
+        return OrderedPlan(plan_with(last[2], options, epoch, in_order=in_order), last[1], self.mix)
 
     def check(self, options: PlanOptions) -> None:
         """Refuse options under which a row stands in no batch, or there is no batch at all."""
+        if self.mix is not None and self.mix.schedule is not None:
+            self.mix.schedule.check(options)
         widest, longest = options.widest, getattr(self._source, "max_length", None)
         if widest is not None and all(bound is None or bound > widest for bound in (options.max_length, longest)):
             rows = self.mix.rows_drawn() if self.mix else self.rows

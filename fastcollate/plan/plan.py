@@ -54,6 +54,7 @@ class EpochPlan:
         epoch: the epoch.
         window_rows: rows a window.
         block: rows that the permutation moves together.
+        in_order: windows, and steps of the policy shuffled, have their rows as they come, such as a mix's by step.
     """
 
     lengths: npt.NDArray[Any] = field(repr=False)
@@ -61,6 +62,7 @@ class EpochPlan:
     epoch: int
     window_rows: int
     block: int
+    in_order: bool = False
 
     def __getattr__(self, name: str) -> Any:
         if name in PlanOptions.__slots__:
@@ -292,13 +294,13 @@ class EpochPlan:
         whole = packed or (self._deals_batches and count >= options.group)
         kept = count - count % options.group if options.drop_last and not whole else count
         dtype = np.uint32 if self.num_rows < 1 << 31 and not packed else np.int64  # half the memory to go through
-        if is_shuffled and self.num_windows > 1:
+        if is_shuffled and self.num_windows > 1 and not self.in_order:
             rows: npt.NDArray[Any] = np.empty(kept, dtype)  # what is left out lies elsewhere in each epoch
             rotation = int(self._key(_ROTATION_KEY)) % self.num_rows
             plan_kernels.permuted_rows(first, self.num_rows, self.block, self._key(_ROWS_KEY), rotation, rows)
         else:
             rows = np.arange(first, first + count, dtype=dtype)
-        if is_shuffled and (self.num_windows == 1 or self.block > 1):
+        if is_shuffled and (options.policy != "shuffled" if self.in_order else self.num_windows == 1 or self.block > 1):
             plan_kernels.shuffle(rows, self._key(_MIX_KEY, index))
         rows = rows[:kept]
         missing = -kept % (options.group if options.batch_size is None else options.world_size)
@@ -381,7 +383,7 @@ def plan_epoch(lengths: npt.ArrayLike, *, epoch: int = 0, **options: Unpack[Plan
     return plan_with(as_lengths(lengths), PlanOptions(**options).checked(), epoch)
 
 
-def plan_with(lengths: npt.NDArray[Any], options: PlanOptions, epoch: int) -> EpochPlan:
+def plan_with(lengths: npt.NDArray[Any], options: PlanOptions, epoch: int, *, in_order: bool = False) -> EpochPlan:
     """`plan_epoch` by options that are checked already."""
     window, block, group = options.window, options.block, options.group
     if window is None:
@@ -391,4 +393,5 @@ def plan_with(lengths: npt.NDArray[Any], options: PlanOptions, epoch: int) -> Ep
         block = BLOCK if len(lengths) >= BLOCK_FROM else 1
     if block > 1:
         pages.expect_single_pages(lengths)
-    return EpochPlan(lengths, options, integer("epoch", epoch, 0, LARGEST), math.ceil(window / group) * group, block)
+    window = math.ceil(window / group) * group
+    return EpochPlan(lengths, options, integer("epoch", epoch, 0, LARGEST), window, block, in_order)
