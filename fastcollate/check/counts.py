@@ -153,7 +153,7 @@ def inspect_store(
     options = (options or MaskOptions()).of(store)
     by_length = count_lengths(store.lengths)
     totals, other, masks = _both_masks(store, options, progress=progress)
-    summary = store.manifest["summary"]
+    summary, template = store.manifest["summary"], store.manifest["template"]
     return Inspection(
         path=str(store.path),
         num_rows=len(store),
@@ -161,7 +161,7 @@ def inspect_store(
         num_shards=len(store.manifest["shards"]),
         num_bytes=sum(entry["num_bytes"] for entry in store.manifest["shards"]),
         tokenizer=store.tokenizer_name,
-        template=str(store.manifest["template"].get("name", "unknown")),
+        template="preference:" * ("preference" in template) + str(template.get("name", "unknown")),
         fingerprint=store.fingerprint,
         end=store.end,
         options=options,

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastcollate.check.chat.judged import judged_differences
 from fastcollate.check.chat.rows import ChatRows
 from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, tokenizer_of, trained_by_mask
 from fastcollate.check.ids import differing_rows
@@ -29,6 +30,7 @@ from fastcollate.train import MaskOptions, OrderOptions
 
 _MOST_PROBLEMS = 20
 _SETTINGS = ("arguments", "date", "train_on", "allowed", "mask_heading", "source")
+PREFERENCE = "preference"  # records of pairs, or of answers with verdicts
 TOKENIZED = "tokenized"  # records that hold ids: no text is tokenized again
 
 
@@ -97,7 +99,7 @@ def verify(
         >>> verify(store, order=OrderOptions(policy="shuffled", batch_size=16), progress=False).ok
         True
     """
-    progress = renamed_switch(progress, old="silent", given=silent)
+    progress, store = renamed_switch(progress, old="silent", given=silent), store.as_rows()
     options = (options or MaskOptions()).of(store)
     again = _Records(store, sources) if sources else None
     found = Verification(masks=trained_by_mask(store, options))
@@ -259,7 +261,10 @@ class _Records:
             )
         asked = {key: saved[key] for key in _SETTINGS if key in saved and (is_chat or key != "source")}
         end = "in_row" if is_chat else "append"
-        self.template: Template = load_template(saved["name"], saved.get("fields"), tokenizer, end=end, **asked)
+        name, fields = saved["name"], saved.get("fields")
+        if PREFERENCE in saved:
+            name, fields = f"{PREFERENCE}:{name}", {**fields, **saved[PREFERENCE]["fields"]}
+        self.template: Template = load_template(name, fields, tokenizer, end=end, **asked)
         if self.template.identity() != saved:
             raise InputError(f"template {saved['name']!r} is not the one that {store.path} was prepared with")
         self.chats = ChatRows(store, self.template) if is_chat else None
@@ -284,6 +289,14 @@ class _Records:
                         found.records += 1
                         continue
                     try:
+                        if self.template.preference is not None:
+                            num_rows, problems = judged_differences(
+                                store, row, chunk[number], self.template, self.tokenizer
+                            )
+                            for problem in problems:
+                                found.note(problem)
+                            row, found.records = row + num_rows, found.records + 1
+                            continue
                         if self.chats is not None:
                             for problem in self.chats.differences(row, chunk[number]):
                                 found.note(problem)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fastcollate.errors import InputError
 from fastcollate.ingest.ids.rows import read_rows, with_end_appended
+from fastcollate.ingest.pairs.rows import Check, Extra, read_judged
 from fastcollate.ingest.spans import BadRecord, Parts, Rows, count, encode_parts, limit_prompts
 from fastcollate.ingest.spec import TOKENIZED, Counts, JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.sources import Block, Unit, records
@@ -55,19 +56,26 @@ def encode_unit(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encode
 def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
     tokenizer, template = spec.tools()
     lost, counts, seconds = _Lost(unit), Counts(), 0.0
-    if template.name == TOKENIZED:
+    extra: Extra = {}
+    if template.preference is not None:
+        rows, extra, digests, seconds = read_judged(unit, (tokenizer, template), _check_of(spec), lost, counts)
+    elif template.name == TOKENIZED:
         rows, digests = read_rows(unit, template.settings["fields"], tokenizer.vocab_size, lost.add_all)
         rows = with_end_appended(rows, tokenizer.end_token_id) if template.end == "append" else rows
     else:
         make = _encoded_rows if template.end == "append" else _encoded_chats
         rows, digests, seconds = make(unit, spec, lost, counts)
     too_long: list[BadRecord] = []
+    before = rows.source_row
     rows = limit_prompts(rows, spec.options, counts, too_long, end=template.end)
     lost.add_rows(too_long)
+    extra = {name: values[np.isin(before, rows.source_row)] for name, values in extra.items()}
     count(rows, tokenizer, spec.options, counts, end=template.end)
     part = None
     if len(rows.source_row):
-        columns = shards.ShardColumns(rows.ids.astype(shards.token_dtype(tokenizer.vocab_size), copy=False), *rows[1:])
+        columns = shards.ShardColumns(
+            rows.ids.astype(shards.token_dtype(tokenizer.vocab_size), copy=False), *rows[1:], extra
+        )
         name = f".part-{token}-{unit.index:05d}-{secrets.token_hex(3)}.arrow"
         part = shards.write_shard(Path(directory), name, columns, sync=False)
     return Encoded(UnitResult(unit.index, unit_digest(unit, digests), part, counts, lost.sorted(), seconds), digests)
@@ -116,15 +124,13 @@ def _encoded_chats(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tu
 def _rendered(block: Block, data: bytes, spec: JobSpec, bad: list[BadRecord], counts: Counts) -> dict[int, Rendered]:
     """A block's records as text, by their numbers; those that give none go to `bad`."""
     _, template = spec.tools()
-    refuses, found, row = spec.options.special_text != "encode", {}, block.first_row
+    found, row = {}, block.first_row
     for chunk in records.read_records(block, data):
         for number in range(len(chunk)):
             try:
                 record = chunk[number]
                 chat = template.render(record)
-                if chat.protected and refuses:
-                    start, stop, _ = chat.protected[0]
-                    raise BadRecordError(_IS_SPECIAL.format(chat.text[start:stop]))
+                _refuse_protected(chat, spec.options.special_text)
                 found[row + number] = chat
                 counts.add_dropped(template.dropped(record, chat.text))
             except InputError:  # the template's fault, not the record's
@@ -187,8 +193,30 @@ class _Lost:
             self.add_all(block, block.read(), [bad[i] for i in np.flatnonzero(numbers == number).tolist()])
 
     def sorted(self) -> list[LostRecord]:
-        """All of them, in order."""
-        return sorted(self._found)
+        """All of them, in order, each once: of a pair both rows may be no good."""
+        return sorted({record.row: record for record in reversed(self._found)}.values())
+
+
+def _check_of(spec: JobSpec) -> Check:
+    """What texts like tokens' become by the option `special_text`, or are refused for."""
+    tokenizer, template = spec.tools()
+    policy = spec.options.special_text
+    special = _SpecialTexts.of(tokenizer, policy)
+
+    def check(asked: Rendered, whole: Rendered) -> tuple[Rendered, Rendered]:
+        if template.end == "in_row":
+            _refuse_protected(whole, policy)
+            return asked, whole
+        parts = special.checked([asked.text, whole.text[len(asked.text) :]])
+        return Rendered(parts[0], [], []), Rendered("".join(parts), [], [])
+
+    return check
+
+
+def _refuse_protected(chat: Rendered, policy: str) -> None:
+    if chat.protected and policy != "encode":
+        start, stop, _ = chat.protected[0]
+        raise BadRecordError(_IS_SPECIAL.format(chat.text[start:stop]))
 
 
 def _texts(

@@ -32,6 +32,7 @@ from fastcollate.text import Template, Tokenizer, choose_template, load_template
 
 SIDE_FILE = "sources.json"
 TOKENIZED = "tokenized"  # the template of records that hold ids
+PREFERENCE = "preference"  # the one of records whose answers are better or worse
 _FIELDS = {"text": ("text",), **dict.fromkeys(("alpaca", "phi3", "completion"), ("instruction", "input", "output"))}
 _SIDE_VERSION = 1
 _SAMPLE_ROWS = 1 << 20
@@ -56,11 +57,19 @@ class JobSpec:
     def chosen(self, sources: Sequence[Source]) -> JobSpec:
         """The same job with what its first record decides: the template, and which columns of ids are taken."""
         asked, fields, why = self.options, self.fields, self.options.template
-        first = _first_record(sources) if asked.template in ("auto", TOKENIZED, *_FIELDS) else None
+        prefers = asked.template.partition(":")[0] == PREFERENCE
+        first = _first_record(sources) if prefers or asked.template in ("auto", TOKENIZED, *_FIELDS) else None
         lower = None if first is None else {**{name.casefold(): value for name, value in first.items()}, **first}
-        if asked.template == "auto":
-            name, why = choose_template(lower, fields, self._tokenizer, asked.end)
+        if asked.template == "auto" or prefers:
+            name, why, fields = choose_template(
+                first if prefers else lower, fields, self._tokenizer, asked.end, asked.template
+            )
             asked, why = replace(asked, template=name), f"{name} ({why})"
+        for name, value in (("boundary", "exact"), ("long_prompt", "cut"), ("train_on", "last")):
+            if prefers and getattr(asked, name) == value:
+                raise InputError(
+                    f"{name}={value!r}: answers that are compared have one prompt, and are compared whole; leave it out"
+                )
         if asked.template == TOKENIZED:
             if asked.tokenizer == "auto":
                 raise InputError("tokenizer='auto': records that hold ids need the one that made them (--tokenizer)")
@@ -122,16 +131,18 @@ class JobSpec:
 
     def identity(self) -> dict[str, Any]:
         """What a store records of a job besides its sources: nothing that changes no row, and no path."""
+        preference = self.tools()[1].preference
         found = [tool.identity() for tool in self.tools()]
         tokenizer, template = ({**identity, "name": Path(identity["name"]).name} for identity in found)
         if (end := self.tools()[1].end) == "append":
             tokenizer["pad_token_id"] = tokenizer["end_token_id"]  # such rows are filled up with their end
         return {
-            "kind": "rows",
+            "kind": "rows" if preference is None else preference.kind,
             "end": end,
             "tokenizer": tokenizer,
             "template": template,
             "options": {name: getattr(self.options, name) for name in _RECORDED},
+            "columns": {} if preference is None else preference.columns,
         }
 
 

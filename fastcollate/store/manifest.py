@@ -24,7 +24,7 @@ FORMAT = "fastcollate-store"
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
-KINDS = ("rows", "pairs", "documents")
+KINDS = ("rows", "pairs", "documents", "answers")
 ENDS = ("append", "in_row")
 _REMEDY = "prepare the store again"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of the store's own directory, never of another
@@ -55,8 +55,8 @@ class StoreIdentity:
             `pad_token_id`, `end_token_id`, `files` (names of its files in the store).
         template: `name` and whatever else decides the texts.
         options: the job's options that change rows.
-        kind: `rows`; `pairs`, each of which is two neighbouring rows of one `source_row`, the chosen one first; or
-            `documents`.
+        kind: `rows`; `pairs`, each of which is two neighbouring rows of one `source_row`, the chosen one first;
+            `answers`, rows with a verdict each in a column `label` or `score`; or `documents`.
         end: `append`, where the collate appends the end-of-text to each row; or `in_row`, where rows hold their end.
         columns: further columns of the shards, by name: their NumPy types, such as `{"label": "int8"}`.
     """

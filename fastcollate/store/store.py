@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 import os
@@ -106,7 +107,8 @@ class TokenStore:
     tokenizer_name: str
     """The encoding's name, such as `gpt2`, or the path of the store's own `tokenizer.json`."""
     kind: str
-    """What rows are: `rows`; `pairs`, two neighbouring rows of one `source_row` each; or `documents`."""
+    """What rows are: `rows`; `pairs`, two neighbouring rows of one `source_row` each, the chosen one first; `answers`,
+    a row with a verdict each; or `documents`."""
     end: str
     """`append`: the collate appends the end-of-text to each row; `in_row`: rows hold their end themselves."""
     pad_token_id: int
@@ -132,6 +134,29 @@ class TokenStore:
                     "lengths in their shard); prepare the store again"
                 )
 
+    def as_rows(self) -> TokenStore:
+        """The same store with each row by itself, whatever links it to another, such as to look at or to verify them.
+
+        Example:
+            >>> from fastcollate import TokenStore
+            >>> TokenStore("store").as_rows().kind
+            'rows'
+        """
+        found = copy.copy(self)
+        found.kind = "rows"
+        return found
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A further column of all rows, `(num_rows,)`, such as the labels of answers.
+
+        Raises:
+            InputError: the store has no such column.
+        """
+        if name not in self.manifest["columns"]:
+            have = ", ".join(map(repr, self.manifest["columns"])) or "none"
+            raise InputError(f"{self.path}: no column {name!r}; it has {have}")
+        return np.concatenate([shard.extra[name] for shard in self.shards])
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -154,8 +179,14 @@ class TokenStore:
     def __repr__(self) -> str:
         return f"TokenStore({str(self.path)!r}): {len(self):,} rows, {self.num_tokens:,} tokens"
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
-        return TokenStore, (self._from_anywhere,)  # a worker process opens its own map instead of receiving a copy
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process opens its own map instead of receiving a copy.
+        as_rows = self.kind != self.manifest["kind"]
+        return (_rows_at if as_rows else TokenStore), (self._from_anywhere,)
+
+
+def _rows_at(path: Path) -> TokenStore:
+    return TokenStore(path).as_rows()
 
 
 def require_served(store: Any) -> None:

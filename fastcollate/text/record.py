@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcollate.errors import bounded, shown
 from fastcollate.sources import records
 from fastcollate.text.chat.dropped import carries_text, dropped_fields
 from fastcollate.text.chat.rendered import Rendered
 from fastcollate.text.engines.backends import Texts
+
+if TYPE_CHECKING:
+    from fastcollate.text.chat.pairs import Preference
 
 Parts = list[str]
 """A record's texts: prompt, response, prompt, ..."""
@@ -39,6 +42,7 @@ class Template:
         end: `append`, where an end-of-text follows each row; `in_row`, where the template writes rows' ends: a record
             gives one text by `render`, and not `parts`.
         of_records: whether a template that writes rows' ends knows of no turns.
+        preference: how a record is read as answers of which some are better; `None` where it is one to follow.
         unproved: what a `BadRecordError` says where it is not certain what of a record is trained.
     """
 
@@ -47,6 +51,7 @@ class Template:
     end = "append"
     of_records = False
     names: Sequence[Sequence[str]] | None = None
+    preference: Preference | None = None
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         self.name = name
@@ -71,6 +76,15 @@ class Template:
             BadRecordError: it cannot be rendered, or what of it is trained is not certain.
         """
         raise NotImplementedError
+
+    def asked_and_whole(self, record: Any) -> tuple[Rendered, Rendered]:
+        """What a model is asked by a record, and the record whole, as a text each; of none anything is trained.
+
+        Raises:
+            BadRecordError: it cannot be rendered.
+        """
+        parts = self.parts(record)
+        return Rendered(parts[0], [], []), Rendered("".join(parts), [], [])
 
     def dropped(self, record: Any, text: str) -> list[str]:
         """The names of a record's fields that carry text which does not stand in the text made of it."""
@@ -135,13 +149,14 @@ def refuse_labels(record: Any, fields: Mapping[str, str]) -> None:
         return
     if _ANSWERS.isdisjoint(fields) and not (record.get("rejected") is None and record.get("chosen") is None):
         raise BadRecordError(
-            "a pair of chosen and rejected answers, not one to learn; to learn the chosen ones name their field: "
-            "--field messages=chosen where they are turns, else --field output=chosen"
+            "a pair of chosen and rejected answers, not one to learn; for preferences use --template preference; to "
+            "learn the chosen ones name their field: --field messages=chosen where they are turns, else --field "
+            "output=chosen"
         )
     if isinstance(record.get("label"), bool) and record.get("completion") is not None:
         raise BadRecordError(
             f"an answer labelled {str(record['label']).lower()}, not one to learn; keep the records whose label is "
-            "true, and leave the field label out"
+            "true, and leave the field label out; or use --template preference"
         )
 
 

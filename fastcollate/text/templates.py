@@ -14,6 +14,7 @@ import numpy as np
 
 from fastcollate.errors import InputError, shown
 from fastcollate.sources import records
+from fastcollate.text.chat import pairs
 from fastcollate.text.chat.chatml import Chat
 from fastcollate.text.chat.template import ChatSettings, ChatTemplate, Tokens
 from fastcollate.text.engines.backends import Texts, starts_of
@@ -176,7 +177,8 @@ def load_template(
 
     Args:
         name: `alpaca`, `phi3`, `completion`, `text`, `chat`, `tokenizer` (the chat template that comes with it), or a
-            file: a chat template where it reads `messages` and writes tokens of the tokenizer, else one of records.
+            file: a chat template where it reads `messages` and writes tokens of the tokenizer, else one of records;
+            `preference:` before one of these is for pairs of answers, and for answers with verdicts.
         fields: where a template's field comes from, such as `{"instruction": "question"}`; fields that are not
             named are recognised by common names.
         tokenizer: for chat templates.
@@ -191,6 +193,8 @@ def load_template(
         settings = ChatSettings(saved["arguments"], saved["date"], saved["train_on"], tuple(saved["allowed"]))
         tokens = Tokens(saved["tokens"], tokenizer.special_texts)
         return ChatTemplate(name, saved["source"], tokens, settings, saved["fields"])
+    if name.startswith(f"{pairs.NAME}:"):
+        return _preference(name.partition(":")[2], fields or {}, tokenizer, asked)
     fields, settings = dict(fields or {}), ChatSettings(**asked)
     if settings.source is not None and settings.end == "in_row":  # as a store keeps it
         return _chat_template(name, settings.source, fields, tokenizer, settings)
@@ -214,7 +218,7 @@ def load_template(
             )
         return _chat_template(name, own, fields, tokenizer, settings)
     if name not in ("chat", "text", *_TEXTS):
-        known = ", ".join((*_TEXTS, "text", "chat", "tokenizer", "tokenized"))
+        known = ", ".join((*_TEXTS, "text", "chat", "tokenizer", "tokenized", pairs.NAME))
         raise InputError(f"template {name!r}: choose one of {known}, or give the path of a .jinja file")
     if settings.end == "in_row":
         raise InputError(
@@ -227,6 +231,17 @@ def load_template(
     if name == "text":
         return WholeText(fields)
     return Chat(fields, settings.train_on) if name == "chat" else SingleTurn(name, fields, settings.mask_heading)
+
+
+def _preference(base: str, fields: Mapping[str, str], tokenizer: Any, asked: dict[str, Any]) -> Template:
+    """A template of records that are read as pairs, or as answers with verdicts; a heading belongs to what is asked."""
+    if base in ("text", "tokenized"):
+        raise InputError(f"template '{pairs.NAME}:{base}': {base} knows no prompt, which two answers share")
+    others = {name: field for name, field in fields.items() if name not in pairs.FIELDS}
+    made = load_template(base, others, tokenizer, **{**asked, "mask_heading": base in ("alpaca", "phi3")})
+    made.preference = pairs.Preference({name: field for name, field in fields.items() if name in pairs.FIELDS})
+    made.settings = {**made.settings, pairs.NAME: {"fields": made.preference.fields, "reader": 1}}
+    return made
 
 
 def _chat_template(
@@ -271,14 +286,31 @@ def is_chat_template(source: str, tokenizer: Any) -> bool:
 
 
 def choose_template(
-    record: Any, fields: Mapping[str, str], load: Callable[[], Any], end: str = "auto"
-) -> tuple[str, str]:
-    """The template that `auto` stands for, by the first record's fields, and why, in words.
+    record: Any, fields: Mapping[str, str], load: Callable[[], Any], end: str = "auto", asked: str = "auto"
+) -> tuple[str, str, Mapping[str, str]]:
+    """The template that `auto` or `preference` stands for, by the first record's fields; why, in words; what it takes.
 
     `load` gives the tokenizer, which only a chat needs.
     """
     record = record if isinstance(record, dict) else {}
+    if asked == "auto":
+        return *_template_of(record, fields, load, end), fields
+    preference = pairs.Preference.of(record, fields)
+    why = f"records hold {' and '.join(name for name in preference.fields if name != 'prompt')}"
+    base = asked.partition(":")[2]
+    if not base:
+        others = {name: field for name, field in fields.items() if name not in pairs.FIELDS}
+        try:
+            base, reason = _template_of(preference.read(record).answers[0], others, load, end)
+        except BadRecordError as error:
+            raise InputError(f"template {asked!r}: the first record: {error}") from error
+        why += f"; {base}: {reason.partition('; its ')[0]}"
+    return f"{pairs.NAME}:{base}", why, {**fields, **preference.fields}
 
+
+def _template_of(
+    record: Mapping[str, Any], fields: Mapping[str, str], load: Callable[[], Any], end: str
+) -> tuple[str, str]:
     def holds(name: str, kind: type) -> bool:
         return isinstance(record.get(fields.get(name, name)), kind)
 

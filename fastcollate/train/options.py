@@ -57,10 +57,12 @@ class MaskOptions:
         return replace(self, mode=mode_of(store, self.mode or (saved or {}).get("mode")))
 
     def collator(self, store: TokenStore) -> Collator:
-        """The fast path with these options; ignored targets are -100."""
+        """The fast path with these options, over the store's rows one by one; ignored targets are -100."""
         from fastcollate.load import collator_of
 
-        return collator_of(store, {name: getattr(self, name) for name in ("max_length", "mask_prompt", "mode")})
+        return collator_of(
+            store.as_rows(), {name: getattr(self, name) for name in ("max_length", "mask_prompt", "mode")}
+        )
 
     def with_other_mask(self) -> MaskOptions:
         """The same with the other `mask_prompt`."""

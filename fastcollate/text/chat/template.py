@@ -147,6 +147,19 @@ class ChatTemplate(Template):
         chat = self._read(record)
         return self._rendered(chat, self._variables(chat))
 
+    def asked_and_whole(self, record: Any) -> tuple[Rendered, Rendered]:
+        """The turns before the record's `completion`, or before its last, with the head of an answer; and all turns."""
+        if self.of_records:
+            found = self.render(record)
+            stop = found.trained[0][0] if found.trained else len(found.text)
+            protected = [place for place in found.protected if place[1] <= stop]
+            return Rendered(found.text[:stop], [], protected), found._replace(trained=[])
+        chat = self._read(record)._replace(trains=[])
+        answer, variables = record.get("completion"), self._variables(chat)
+        count = len(variables["messages"]) - (len(answer) if isinstance(answer, list) else 1)
+        asked = {**variables, "messages": variables["messages"][:count], "add_generation_prompt": True}
+        return self._rendered(chat, asked), self._rendered(chat, variables)
+
     def question(self, text: str, more: str = "") -> Rendered:
         """A user's turn, and what the template writes before an answer to it."""
         if self.of_records:
