@@ -9,7 +9,7 @@ import torch
 
 from fastcollate.errors import InputError, integer
 
-_COUNTS = "_fastcollate_counts"
+_COUNTS, _SOURCES = "_fastcollate_counts", "_fastcollate_sources"
 _LONGEST, _CP_SIZE = -2, -1  # of a batch's line of the kernel's report
 B = TypeVar("B", bound="AnyBatch")
 
@@ -64,6 +64,11 @@ class Batch(NamedTuple):
     def counts(self) -> Counts | None:
         """What a loader's batch holds; `None` for tensors from elsewhere. See `counts_of`."""
         return counts_of(self)
+
+    @property
+    def sources(self) -> torch.Tensor | None:
+        """Of a loader of a `MixedStore` the source of each row: its place in `mix.names`; int64, on the CPU."""
+        return sources_of(self)
 
     def with_tensors(self, tensors: Iterable[torch.Tensor]) -> Batch:
         """The same batch as other tensors, such as copies on a device."""
@@ -124,6 +129,12 @@ class PackedBatch(NamedTuple):
     def counts(self) -> Counts | None:
         """What a loader's batch holds; `None` for tensors from elsewhere. See `counts_of`."""
         return counts_of(self)
+
+    @property
+    def sources(self) -> torch.Tensor | None:
+        """Of a loader of a `MixedStore` the source of each segment: its place in `mix.names`, -1 where cells are
+        unused; int64, on the CPU."""
+        return sources_of(self)
 
     def with_tensors(self, tensors: Iterable[torch.Tensor]) -> PackedBatch:
         """The same batch as other tensors, such as copies on a device."""
@@ -193,6 +204,12 @@ class ContextParallelBatch(NamedTuple):
         """What a loader's whole batch holds, also in a shard; `None` for tensors from elsewhere. See `counts_of`."""
         return counts_of(self)
 
+    @property
+    def sources(self) -> torch.Tensor | None:
+        """Of a loader of a `MixedStore` the source of each segment: its place in `mix.names`, -1 where cells are
+        unused; int64, on the CPU."""
+        return sources_of(self)
+
     def with_tensors(self, tensors: Iterable[torch.Tensor]) -> ContextParallelBatch:
         """The same batch as other tensors, such as copies on a device."""
         return _with_tensors(self, tensors)
@@ -217,11 +234,24 @@ def counts_of(batch: Any) -> Counts | None:
     return None if line is None else Counts._make(line[: len(Counts._fields)])
 
 
+def note_sources(inputs: torch.Tensor, sources: Any) -> None:
+    """Let a batch's inputs know where their rows (or segments) are from, an int64 array."""
+    setattr(inputs, _SOURCES, sources)
+
+
+def sources_of(batch: Any) -> torch.Tensor | None:
+    """Where a batch's rows (or segments) are from, kept as `counts_of` says."""
+    found = getattr(batch[0], _SOURCES, None)
+    return None if found is None else torch.from_numpy(found)
+
+
 def _with_tensors(batch: B, tensors: Iterable[torch.Tensor]) -> B:
     found = type(batch)(*tensors)
     line = getattr(batch[0], _COUNTS, None)
     if line is not None:
         note_counts(found[0], line)
+    if hasattr(batch[0], _SOURCES):
+        note_sources(found[0], getattr(batch[0], _SOURCES))
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from fastcollate.collate import fill as kernels
 from fastcollate.collate import fill_packed as pack_kernels
 from fastcollate.collate import settings as options
-from fastcollate.collate.batch import Batch, ContextParallelBatch, PackedBatch, note_counts
+from fastcollate.collate.batch import Batch, ContextParallelBatch, PackedBatch, note_counts, note_sources
 from fastcollate.errors import LARGEST_CAPACITY, InputError, integer, shown
 from fastcollate.store import layout
 
@@ -120,6 +120,8 @@ class Collator:
         if width < 0:
             raise self.table.explain(int(numbers[-1 - width]))
         return make_batch(out, self._inputs_dtype, len(numbers), width, 0, middle)
+
+    note_sources = staticmethod(note_sources)
 
     def fill_group(self, rows: Int64Array, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
         """Fill as many batches as `out` holds in one kernel call, or measure them; see `fill.fill_padded_group`.

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,8 +30,9 @@ from fastcollate.load.options import (
     trained_rows,
 )
 from fastcollate.load.prefetch import Group, fill_groups
+from fastcollate.load.sources import BatchSources
 from fastcollate.load.transfer import Transfer, make_transfer
-from fastcollate.plan import Order, PlanOptions, position
+from fastcollate.plan import MixedStore, Order, PlanOptions, position
 from fastcollate.store import layout, pages
 
 
@@ -69,6 +70,7 @@ class Stats:
         slowest_cost: what they cost the slowest rank of each.
         step_imbalance: the slowest over the mean in the last of these steps.
         worst_imbalance: in the worst.
+        trained_by_source: of a `MixedStore`, the trained tokens of each source, by name.
     """
 
     batches: int = 0
@@ -86,6 +88,7 @@ class Stats:
     slowest_cost: float = 0.0
     step_imbalance: float = 1.0
     worst_imbalance: float = 1.0
+    trained_by_source: dict[str, int] = field(default_factory=dict)
 
     @property
     def imbalance(self) -> float:
@@ -99,6 +102,11 @@ class Stats:
             self.slowest_cost += most
             self.step_imbalance = most / even if even else 1.0
             self.worst_imbalance = max(self.worst_imbalance, self.step_imbalance)
+
+    def count_sources(self, names: Sequence[str], trained: npt.NDArray[np.int64]) -> None:
+        """Add what a batch trains of each source."""
+        for name, count in zip(names, trained.tolist(), strict=True):
+            self.trained_by_source[name] = self.trained_by_source.get(name, 0) + count
 
     def count(self, num_batches: int, totals: Sequence[int]) -> None:
         """Add some batches, by the sums of their lines of the kernel's report."""
@@ -221,8 +229,10 @@ class BatchLoader(position.Epochs):
         iteration = self._begin()
         self._times()
         costs: dict[int, Any] = {}  # by window
+        mix = self._store if isinstance(self._store, MixedStore) else None
+        sources = None if mix is None else BatchSources(mix, self._collator)
         groups = fill_groups(
-            lambda window: self._job(iteration, window, costs),
+            lambda window: self._job(iteration, window, costs, sources),
             iteration.planned.plan.num_windows,
             iteration.first[1:],
             self._own_transfer(),
@@ -242,6 +252,9 @@ class BatchLoader(position.Epochs):
                 try:
                     for number, batch in enumerate(group.batches, 1):
                         iteration.hand_over(group.window, group.first + number)
+                        if sources is not None and mix is not None:
+                            trained = sources.note(batch, group.window, group.first + number - 1)
+                            self._stats.count_sources(mix.names, trained)
                         if group.arrival is not None:
                             batch = batch.with_tensors(group.arrival.receive(batch))
                             self._stats.h2d_bytes += sum(tensor.nbytes for tensor in batch)
@@ -272,7 +285,9 @@ class BatchLoader(position.Epochs):
         """What has been handed over until now; a copy, which does not change."""
         for handed in self._handed:
             self._count(handed)
-        return Stats(*map(self._stats.__getattribute__, Stats.__slots__))  # `copy.copy` takes four times as long
+        found = Stats(*map(self._stats.__getattribute__, Stats.__slots__))  # `copy.copy` takes four times as long
+        found.trained_by_source = dict(found.trained_by_source)
+        return found
 
     def _count(self, handed: _Handed) -> None:
         """Add the batches that were handed over since the last count."""
@@ -286,17 +301,23 @@ class BatchLoader(position.Epochs):
                 self._stats.count_steps(handed.costs.slowest[begin:end], handed.costs.mean[begin:end])
             handed.counted = handed.batches
 
-    def _job(self, iteration: position.Iteration, index: int, costs: dict[int, Any]) -> Job:
+    def _job(
+        self, iteration: position.Iteration, index: int, costs: dict[int, Any], sources: BatchSources | None
+    ) -> Job:
         """One window's batches, to be filled, and what its steps cost."""
         planned, capacity = iteration.planned, self._plan_options.capacity
         if capacity is not None:
             packs, bounds = planned.packs(index)
             costs[index] = planned.plan.last_step_costs()
             self._ask_for(packs.rows)
+            if sources is not None:
+                sources.expect_packs(index, packs, bounds)
             return packed_job(self._collator, packs, bounds, capacity)
         window = planned.window(index)
         costs[index] = planned.plan.last_step_costs()
         self._ask_for(window.rows)
+        if sources is not None:
+            sources.expect(index, window.rows, window.bounds)
         return padded_job(self._collator, window.rows, window.bounds)
 
     def _ask_for(self, rows: npt.NDArray[np.int64]) -> None:

@@ -178,15 +178,18 @@ class MixedStore:
         places = zip(self.starts.tolist(), firsts.tolist(), counts.tolist(), strict=False)
         return [start + self._draw(index, first, count) for index, (start, first, count) in enumerate(places)]
 
+    def source_of(self, rows: npt.ArrayLike) -> Int64Array:
+        """The source of each of some rows: its place in `names`."""
+        return np.searchsorted(self.starts, np.asarray(rows, np.int64), side="right") - 1
+
     def count_sources(self, rows: npt.ArrayLike) -> Int64Array:
         """How many of some rows come from each source, int64 `(num_sources,)`."""
-        sources = np.searchsorted(self.starts, np.asarray(rows, np.int64), side="right") - 1
-        return np.bincount(sources, minlength=len(self.names)).astype(np.int64)
+        return np.bincount(self.source_of(rows), minlength=len(self.names)).astype(np.int64)
 
     def count_sources_up_to(self, rows: Int64Array, bounds: Int64Array) -> Int64Array:
         """How many of the rows before each bound come from each source, int64 `(num_bounds, num_sources)`."""
         groups, num_sources = len(bounds) - 1, len(self.names)
-        sources = np.searchsorted(self.starts, rows[bounds[0] : bounds[-1]], side="right") - 1
+        sources = self.source_of(rows[bounds[0] : bounds[-1]])
         cells = np.repeat(np.arange(groups), np.diff(bounds)) * num_sources + sources
         counts = np.zeros((groups + 1, num_sources), np.int64)
         np.cumsum(np.bincount(cells, minlength=groups * num_sources).reshape(groups, -1), axis=0, out=counts[1:])
