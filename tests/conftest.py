@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -47,6 +51,32 @@ def gsm8k() -> Path:
 def expected_widths() -> Path:
     """Batch widths that the chapter's own loader gives."""
     return SHARED / RECORDS["expected_widths"]
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A file system on an S3 server of this machine, with an empty `bucket`."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("flask")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    fsspec.config.conf.pop("s3", None)
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
+    files = fsspec.filesystem("s3", skip_instance_cache=True)
+    files.mkdir("bucket")
+    try:
+        yield files
+    finally:
+        fsspec.filesystem("s3").clear_instance_cache()
+        server.stop()
 
 
 @pytest.hookimpl(tryfirst=True)

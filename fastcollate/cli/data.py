@@ -64,10 +64,10 @@ def prepare(
     """Tokenize records once into a memory-mapped store; a job that was stopped continues."""
     from fastcollate.ingest import prepare as run
     from fastcollate.progress import print_summary
-    from fastcollate.sources import name_of
+    from fastcollate.sources import remote
 
     if not sources:
-        given = name_of(str(store))
+        given = remote.name_of(str(store))
         raise InputError(
             f"prepare got only {given!r}: name the sources first, the store's directory last, such as: "
             f"fastcollate prepare {given} store"

@@ -6,11 +6,9 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 from test_prepare import SMALL, check_against_reference, many, store_hash, write_lines
 
@@ -149,31 +147,6 @@ def test_a_compressed_file_that_was_cut_off(tmp_path: Path, records: list[dict[s
     assert result.stderr.strip().splitlines()[-1].startswith(f"error: {source}: ends at byte {len(raw) // 2} ")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "s" / "manifest.json").exists()
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A file system on an S3 server of this machine."""
-    pytest.importorskip("s3fs")
-    pytest.importorskip("flask")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    fsspec.config.conf.pop("s3", None)
-    files = fsspec.filesystem("s3", skip_instance_cache=True)
-    files.mkdir("bucket")
-    try:
-        yield files
-    finally:
-        fsspec.filesystem("s3").clear_instance_cache()
-        server.stop()
 
 
 def test_an_s3_server(tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,242 @@
+"""The objects below a URL of any `fsspec` file system: read, written, listed, removed; each call retried and checked.
+
+Nothing here tells a URL as it was given, which may hold a secret: only its name (see `sources.remote.name_of`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+
+from fastcollate.errors import InputError
+from fastcollate.options import local_path
+from fastcollate.sources import remote
+
+PART = 16 << 20  # bytes of one request of a larger upload
+_IS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters or more: C:// is a drive
+_NO_STORE = (
+    "http",
+    "https",
+    "hf",
+    "git",
+    "github",
+    "data",
+    "zip",
+    "tar",
+)  # where no store can be written or ranged over
+_TAGS = ("ETag", "etag", "md5", "content_md5", "generation", "LastModified", "mtime", "created")
+Result = TypeVar("Result")
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a URL, as `s3://bucket/store` is, and no path of this machine."""
+    return isinstance(path, str) and _IS_URL.match(path) is not None
+
+
+def folder_of(path: str | os.PathLike[str]) -> Path | Objects:
+    """A store's folder: a path of this machine, or the objects below a URL."""
+    return Objects(str(path)) if is_url(path) else local_path(path)
+
+
+class Found(NamedTuple):
+    """What a listing says of an object: its size in bytes, and what tells one content from another, if anything."""
+
+    num_bytes: int
+    tag: str
+
+
+class Objects:
+    """The objects below a URL: a folder of a store.
+
+    Each call is tried again, each time later, where what stopped it may pass. Stopped for good it is a
+    `SourceReadError` with the object's name, without the URL's user, password and query.
+
+    Example:
+        >>> folder = Objects("memory://bucket/store")
+        >>> folder.write("a.txt", b"1 2 3"), folder.write("a.txt", b"others", create=True)
+        (True, False)
+        >>> folder.read("a.txt", 2, 3), sorted(folder.found()), folder.get("b.txt")
+        (b'2', ['a.txt'], None)
+        >>> f"{folder / 'a.txt'}"
+        'memory://bucket/store/a.txt'
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.name = remote.name_of(self.url)
+        scheme, _, place = url.partition("://")
+        if "::" in url or scheme.lower() in _NO_STORE:
+            raise InputError(f"{self.name}: no store can lie there; name a place of object storage, such as s3://...")
+        if not place.strip("/"):
+            raise InputError(f"{self.name}//: name a folder of the storage, such as {scheme}://bucket/store")
+        self._files, self._path = self._attempt("", lambda: fsspec.core.url_to_fs(self.url))
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __truediv__(self, name: str) -> str:
+        """An object's name for messages."""
+        return f"{self.name}/{name}"
+
+    def get(self, name: str) -> bytes | None:
+        """All of an object, or `None` where there is none."""
+
+        def action() -> bytes | None:
+            try:
+                return bytes(self._files.cat_file(self._at(name)))
+            except FileNotFoundError:
+                return None
+
+        return self._attempt(name, action)
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """An object's bytes from `start` to before `stop`; exactly so many, or it is an error."""
+
+        def action() -> bytes:
+            data = bytes(self._files.cat_file(self._at(name), start=start, end=stop))
+            if stop is not None and len(data) != stop - (start or 0):
+                raise ConnectionError("ended early")
+            return data
+
+        return self._attempt(name, action)
+
+    def find(self, name: str) -> Found | None:
+        """An object's size and tag, asked anew, or `None` where there is none."""
+
+        def action() -> Found | None:
+            self._files.invalidate_cache()
+            try:
+                return _found(self._files.info(self._at(name)))
+            except FileNotFoundError:
+                return None
+
+        return self._attempt(name, action)
+
+    def found(self, prefix: str = "") -> dict[str, Found]:
+        """The objects whose names begin so, which must be all of a folder (`.job/`), by their names."""
+
+        def action() -> dict[str, Found]:
+            self._files.invalidate_cache()
+            try:
+                listed = self._files.find(self._at(prefix).rstrip("/"), detail=True)
+            except FileNotFoundError:
+                return {}
+            start = len(self._files._strip_protocol(self._path)) + 1
+            return {self._files._strip_protocol(path)[start:]: _found(info) for path, info in listed.items()}
+
+        return self._attempt(prefix, action)
+
+    def write(self, name: str, content: bytes, *, create: bool = False) -> bool:
+        """Put an object whole, and see that the storage holds it.
+
+        With `create`, only where there is none, and `False` where there is one of another content; where the storage
+        knows conditional writes, of several writers at once one succeeds.
+        """
+
+        def action() -> bool:
+            is_new = self._put(self._at(name), content, create=create)
+            if self._holds(name, content):
+                return True
+            if not is_new:
+                return False
+            raise ConnectionError("arrived damaged")
+
+        return self._attempt(name, action)
+
+    def upload(self, path: Path, name: str = "", *, create: bool = False) -> bool:
+        """Put a file of this machine; see `write`."""
+        return self.write(name or path.name, path.read_bytes(), create=create)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove objects; those that are not there are no error."""
+        for name in names:
+
+            def action(path: str = self._at(name)) -> None:
+                try:
+                    self._files.rm_file(path)
+                except FileNotFoundError:
+                    return
+
+            self._attempt(name, action)
+
+    def abort_uploads(self) -> int:
+        """Abort uploads in parts that were begun here and never ended, which storage keeps, and bills, unseen."""
+        if not hasattr(self._files, "list_multipart_uploads"):
+            return 0
+        bucket, _, key = self._files._strip_protocol(self._path).partition("/")
+
+        def action() -> int:
+            answer = self._files.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/")
+            begun = answer.get("Uploads", [])
+            for upload in begun:
+                self._files.call_s3(
+                    "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+            return len(begun)
+
+        return self._attempt("", action)
+
+    def _at(self, name: str) -> str:
+        return f"{self._path.rstrip('/')}/{name}"
+
+    def _attempt(self, name: str, action: Callable[[], Result]) -> Result:
+        shown = f"{self.name}/{name}" if name else self.name
+        return remote.attempt(shown, f"{self.url}/{name}" if name else self.url, action)
+
+    def _put(self, path: str, content: bytes, *, create: bool) -> bool:
+        """Whether it was written; `False` where `create` found another."""
+        try:
+            if isinstance(self._files, AsyncFileSystem):
+                options: dict[str, Any] = {"chunksize": PART} if "s3" in self._files.protocol else {}
+                self._files.pipe_file(path, content, **options, **({"mode": "create"} if create else {}))
+            else:
+                self._files.makedirs(self._files._parent(path), exist_ok=True)
+                with self._files.open(path, "xb" if create else "wb") as file:
+                    file.write(content)
+            return True
+        except FileNotFoundError:
+            raise InputError(f"{self.name}: no such bucket or container; make it first, or check the address") from None
+        except Exception as error:
+            if create and (isinstance(error, FileExistsError) or any(_is_taken(link) for link in _chain(error))):
+                return False
+            raise
+
+    def _holds(self, name: str, content: bytes) -> bool:
+        """Whether an object is this content: by its size, then by its MD5 where that is its tag, else by reading it."""
+        found = self.find(name)
+        if found is None or found.num_bytes != len(content):
+            return False
+        return found.tag in _md5_tags(content) or self.get(name) == content
+
+
+def _found(info: dict[str, Any]) -> Found:
+    tag = next((str(info[key]) for key in _TAGS if info.get(key)), "")
+    return Found(int(info["size"] or 0), tag.strip('"'))
+
+
+def _md5_tags(content: bytes) -> Iterator[str]:
+    """What S3 calls an object of this content that came at once, and one that came in parts."""
+    yield hashlib.md5(content, usedforsecurity=False).hexdigest()
+    view = memoryview(content)
+    parts = [hashlib.md5(view[at : at + PART], usedforsecurity=False).digest() for at in range(0, len(view), PART)]
+    yield f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
+
+
+def _is_taken(error: BaseException) -> bool:
+    response = getattr(error, "response", None)
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else getattr(error, "code", None)
+    return code in ("PreconditionFailed", "ConditionNotMet", 412, "412")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
