@@ -103,7 +103,7 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """An integer of any kind, NumPy's too, as a plain one; anything else, or beyond the bounds, is an `InputError`."""
     try:
-        if isinstance(value, bool):
+        if type(value).__name__ in ("bool", "bool_"):  # NumPy 1's is an index
             raise TypeError
         number = operator.index(value)
     except TypeError as error:

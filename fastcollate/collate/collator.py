@@ -317,7 +317,7 @@ def _as_integers(values: npt.ArrayLike, name: str) -> Int64Array:
 
 def fits_int64(array: npt.NDArray[Any]) -> bool:
     """Whether items, one or more, are integers of at most 63 bits."""
-    return array.dtype.kind in "iu" and not (array.dtype == np.uint64 and array.max() >> 63)
+    return array.dtype.kind in "iu" and not (array.dtype == np.uint64 and int(array.max()) >> 63)
 
 
 def _allocate(num_cells: int) -> Int64Array:

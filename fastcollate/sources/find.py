@@ -162,7 +162,8 @@ def _in_memory(given: Any, kind: str, split: str | None, name: str = "") -> Sour
 def _table(frame: Any) -> pa.Table:
     if isinstance(frame, pa.RecordBatch):
         return pa.Table.from_batches([frame])
-    return pa.table(frame.collect() if hasattr(frame, "collect") else frame)
+    frame = frame.collect() if hasattr(frame, "collect") else frame
+    return frame.to_arrow() if hasattr(frame, "to_arrow") else pa.table(frame)
 
 
 def _from_pandas(frame: Any, name: str) -> tuple[str, Any]:

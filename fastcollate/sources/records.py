@@ -299,7 +299,7 @@ def read_records(block: Block, data: bytes) -> Iterator[Records]:
     if block.kind == "arrow":
         with pa.ipc.open_stream(data) as reader:
             table = reader.read_all()
-        rows = max(table.num_rows * _CHUNK_BYTES // max(table.nbytes, 1), 1)
+        rows = max(table.num_rows * _CHUNK_BYTES // max(len(data), 1), 1)
         for start in range(0, table.num_rows, rows):
             yield TableRecords(table.slice(start, rows))
         return
