@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,9 @@ from fastcollate.cli.app import Fields, Json, app, fail, options_from, print_jso
 from fastcollate.errors import InputError
 from fastcollate.ingest import PrepareOptions
 from fastcollate.train import AnswerOptions, TrainOptions
+
+if TYPE_CHECKING:
+    from fastcollate.plan import MixedStore
 
 # Where they are not given: with these two cores learn two kinds of the sample's questions in two minutes or so.
 SAMPLE_RUN = {"max_steps": 1500, "mask_prompt": True, "eval_every": 250}
@@ -36,6 +40,13 @@ def train(
         ),
     ] = None,
     store: Annotated[Path | None, typer.Option(help="A prepared token store, in place of --data.")] = None,
+    mix: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSON file of several prepared stores, in place of --data: stores (paths from there, by name), and "
+            "weights, temperature, num_rows, seed, step_rows as MixedStore takes them."
+        ),
+    ] = None,
     template: Annotated[str, typer.Option(help="How a record of --data becomes text: alpaca or phi3.")] = "alpaca",
     field: Fields = None,
     *,
@@ -50,19 +61,22 @@ def train(
 
     data = [*(files or []), *(data or [])]
     preparing["template"] = template
-    if store is not None:
+    if store is not None and mix is not None:
+        raise InputError(f"--store {store} and --mix {mix}: give either")
+    if store is not None or mix is not None:
         _refuse_with_store(data, {"field": field, **preparing}, context)
-    if not (data or store):
+    if not (data or store or mix):
         options = _for_the_sample(options, context)
     find_checkpoint(options)  # before anything is written
     ranks = join_ranks(options.device)
     try:
-        if store is None:
+        if store is None and mix is None:
             store = options.out / "store"
             if ranks.is_first:
                 _prepare_for_training(data, store, options.out, field, preparing)
             ranks.barrier()
-        report = run(store, options, ranks=ranks, progress=not json_output)
+        source: Any = store if mix is None else _mix_of(mix, (options.batch_size or 8) * options.accumulate)
+        report = run(source, options, ranks=ranks, progress=not json_output)
     finally:
         ranks.close()
     if ranks.is_first:
@@ -75,6 +89,35 @@ def train(
                 say_next("evaluate", "--checkpoint", options.out)
     if report.ended == "interrupted":
         fail(f"interrupted after step {report.steps}; continue with the same command and --resume", status=130)
+
+
+_OF_A_MIX = ("stores", "weights", "temperature", "num_rows", "seed", "step_rows")
+
+
+def _mix_of(path: Path, step_rows: int) -> MixedStore:
+    """The mix that a JSON file describes; a table of weights is by steps of the run, of so many rows."""
+    from fastcollate.plan import MixedStore
+    from fastcollate.store import TokenStore, files
+
+    with files.naming(path):
+        text = path.read_text(encoding="utf-8")
+    try:
+        asked = json.loads(text)
+        stores = {name: TokenStore(path.parent / place) for name, place in asked.pop("stores").items()}
+        weights = asked.get("weights") or {}
+        if any(isinstance(line, dict) for line in weights.values()):
+            asked["weights"] = {int(step): line for step, line in weights.items()}
+            asked.setdefault("step_rows", step_rows)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f'{path}: no mix ({error}); write such as {{"stores": {{"chat": "stores/chat", "code": "stores/code"}}, '
+            '"weights": {"chat": 3, "code": 1}}, or weights by step, {"0": {...}, "1000": {...}}'
+        ) from error
+    if unknown := sorted(set(asked) - set(_OF_A_MIX)):
+        raise InputError(f"{path}: has {unknown}; a mix has {', '.join(_OF_A_MIX)}")
+    return MixedStore(stores, **asked)
 
 
 def _is_given(name: str, context: typer.Context) -> bool:

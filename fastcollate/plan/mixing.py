@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
-from fastcollate.plan.moving.schedule import Schedule, steps_of, whole_steps
+from fastcollate.plan.moving.schedule import Schedule, exact_shares, steps_of, whole_shares, whole_steps
 from fastcollate.plan.options import Int64Array, PlanOptions, as_lengths, row_numbers
 from fastcollate.plan.packing import PackWindow, Window
 from fastcollate.plan.plan import EpochPlan, key_of, plan_with
@@ -106,19 +106,23 @@ class MixedStore:
         self._seed = integer("seed", seed)
         self.names = tuple(stores)
         self.path = " + ".join(str(store.path) for store in stores.values())
+        self._asked: dict[str, Any] = {
+            "weights": weights, "temperature": temperature, "num_rows": num_rows, "seed": seed, "step_rows": step_rows,
+        }  # fmt: skip
         first = self._sources[0].store
         self.end, self.pad_token_id, self.end_token_id = first.end, first.pad_token_id, first.end_token_id
         self.vocab_size, self.tokenizer_name = first.vocab_size, first.tokenizer_name
+        self.max_length = max(store.max_length for store in stores.values())
         self._join()
         self.starts: Int64Array = np.cumsum([0, *(len(store) for store in stores.values())], dtype=np.int64)
         sizes = [len(source.rows) for source in self._sources]
         asked, num_rows = num_rows, sum(sizes) if num_rows is None else integer("num_rows", num_rows, -LARGEST, LARGEST)
         if num_rows < 1:
             raise InputError(f"nothing to draw: {sum(sizes)} rows in all stores, num_rows={num_rows}")
-        exact = {step: _exact_shares(self.names, sizes, line, temperature) for step, line in lines.items()}
+        exact = {step: exact_shares(self.names, sizes, line, temperature) for step, line in lines.items()}
         self.schedule: Schedule | None = None
         if step_rows is None and table is None:
-            self.shares = _whole_shares(exact[0], num_rows)
+            self.shares = whole_shares(exact[0], num_rows)
         else:
             num_rows, step_rows = whole_steps(num_rows, step_rows, is_asked=asked is not None)
             self.schedule = Schedule(exact, step_rows, num_rows)
@@ -152,6 +156,20 @@ class MixedStore:
                     f"{store.path} has {ends[0]}, {first.path} has {ends[1]}: a batch has one of each; prepare one of "
                     "them again with the other's (--end)"
                 )
+
+    @property
+    def stores(self) -> tuple[TokenStore, ...]:
+        """The sources' stores, in order."""
+        return tuple(source.store for source in self._sources)
+
+    @property
+    def rows(self) -> dict[str, Int64Array]:
+        """The row numbers of each store that epochs draw from, by name."""
+        return {source.name: _numbers(source.rows) for source in self._sources}
+
+    def with_rows(self, rows: Mapping[str, npt.ArrayLike]) -> MixedStore:
+        """The same mix of other rows of its stores."""
+        return MixedStore({source.name: source.store for source in self._sources}, rows=rows, **self._asked)
 
     def __len__(self) -> int:
         """Rows in all stores, whether an epoch draws them or not."""
@@ -231,37 +249,6 @@ def _chosen(name: str, store: TokenStore, rows: Mapping[str, npt.ArrayLike] | No
 
 def _numbers(rows: Rows) -> Int64Array:
     return np.arange(rows.start, rows.stop) if isinstance(rows, range) else rows
-
-
-def _exact_shares(
-    names: Sequence[str], sizes: Sequence[int], weights: Mapping[str, float] | None, temperature: float | None
-) -> npt.NDArray[np.float64]:
-    """Each source's share, float64, which sum to 1."""
-    if weights is not None and temperature is not None:
-        raise InputError("give either weights or temperature, not both")
-    if weights is not None:
-        missing = [name for name in names if name not in weights]
-        if missing or any(not 0 <= weights[name] < np.inf for name in names) or not any(weights.values()):
-            raise InputError(f"weights={dict(weights)}: give each of {list(names)} a number of 0 or more")
-        wanted = np.array([weights[name] for name in names], np.float64)
-    else:
-        if temperature is not None and not temperature > 0:
-            raise InputError(f"temperature={temperature}: give a positive number; 1 draws in proportion to size")
-        wanted = np.array(sizes, np.float64) ** (1 / (temperature or 1.0))
-    empty = [name for name, size, want in zip(names, sizes, wanted, strict=True) if want > 0 and size == 0]
-    if empty:
-        raise InputError(f"nothing to draw: sources without rows {empty}")
-    shares: npt.NDArray[np.float64] = wanted / wanted.sum()
-    return shares
-
-
-def _whole_shares(shares: npt.NDArray[np.float64], num_rows: int) -> Int64Array:
-    """Rows from each source: whole numbers that sum to `num_rows`, by largest remainder."""
-    exact = shares * num_rows
-    whole: Int64Array = np.floor(exact).astype(np.int64)
-    largest = np.argsort(whole - exact, kind="stable")[: num_rows - int(whole.sum())]
-    whole[largest] += 1
-    return whole
 
 
 class Order:

@@ -6,14 +6,18 @@ Under `torchrun -m fastcollate train` each rank runs this.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastcollate.errors import InputError
 from fastcollate.jit import clock, compiling
+from fastcollate.plan import MixedStore
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
 from fastcollate.train import files
@@ -30,6 +34,7 @@ from fastcollate.train.step import (
     Stepper,
     learning_rate_at,
     make_loader,
+    split_mix,
     split_rows,
     validation_batches,
 )
@@ -44,16 +49,29 @@ class _Run:
     """One process's part of a run."""
 
     def __init__(
-        self, store: TokenStore, options: TrainOptions, ranks: Ranks, saved: Checkpoint | None, progress: Progress
+        self,
+        source: TokenStore | MixedStore,
+        options: TrainOptions,
+        ranks: Ranks,
+        saved: Checkpoint | None,
+        progress: Progress,
     ) -> None:
-        self.store, self.options, self.ranks, self.progress = store, options, ranks, progress
+        self.source, self.options, self.ranks, self.progress = source, options, ranks, progress
+        self.mix = source if isinstance(source, MixedStore) else None
+        self.store = store = source.stores[0] if isinstance(source, MixedStore) else source  # of a mix the first one
         self.splits = split_rows(len(store), options)
+        rows: range | None = self.splits["train"]
+        self.validation: range | npt.NDArray[np.int64] = self.splits["validation"]
+        if self.mix is not None:
+            source, self.validation = split_mix(self.mix, options)
+            rows = None
         torch.manual_seed(options.seed)
         model = _make_model(store, options, saved)
-        self.stepper = Stepper(model.to(ranks.device), options, ranks)
+        self.names = self.mix.names if self.mix is not None else ()
+        self.stepper = Stepper(model.to(ranks.device), options, ranks, len(self.names))
         torch.manual_seed(options.seed + ranks.rank)  # the same weights, each rank its own dropout
         loader = make_loader(
-            store, options, ranks, self.splits["train"], model.config.context_length, width=model.config.width,
+            source, options, ranks, rows, model.config.context_length, width=model.config.width,
             balance=saved is None or bool(saved.loader.get("balance", False)),  # a run goes on as it began
         )  # fmt: skip
         self.feed = Feed(loader, options.accumulate, ranks)
@@ -67,7 +85,7 @@ class _Run:
             self.log = files.RunLog(options.out, first_step=self.counters.step, tensorboard=options.tensorboard)
         self.report = TrainReport(out=str(options.out))
         # A step whose loss may still be under way on a GPU; it is read when the next step has been started.
-        self.pending: tuple[Readback | None, dict[str, Any]] | None = None
+        self.pending: tuple[Readback | None, Readback | None, dict[str, Any]] | None = None
         self.recent: list[float] = []
         self.useful_here = 0
         self.wait_s = 0.0
@@ -154,7 +172,8 @@ class _Run:
             "step": counters.step, "loss": None, "learning_rate": rate, "useful_tokens": data.total.num_useful,
             "wait_s": round(wait_s, 6), "step_s": round(step_s, 6),
         }  # fmt: skip
-        self.pending = None if loss is None else Readback(loss), values
+        sums = None if loss is None else self.stepper.sums_by_source()
+        self.pending = None if loss is None else Readback(loss), None if sums is None else Readback(sums), values
         if counters.skipped_steps == counters.step == _FIRST_SKIPPED:
             self.say(f"note: {self._why_nothing_is_trained()}")
 
@@ -162,15 +181,18 @@ class _Run:
         """Read, check and log the loss of the step before."""
         if self.pending is None:
             return
-        (readback, values), self.pending = self.pending, None
+        (readback, by_source, values), self.pending = self.pending, None
         if readback is not None:
-            (loss,) = self.ranks.sum([readback.read()])
+            own = [] if by_source is None else by_source.read_all()
+            loss, *sums = self.ranks.sum([readback.read(), *own])
             if not abs(loss) < float("inf"):
                 raise InputError(
                     f"the loss became {loss} at step {values['step']}; lower --learning-rate, or raise --warmup; the "
                     "last checkpoint is from before"
                 )
             values["loss"] = loss
+            if sums:
+                values["sources"] = _by_source(self.names, sums)
             self.recent = [*self.recent[-9:], loss]
             if self.report.first_loss is None:
                 self.report.first_loss = loss
@@ -191,7 +213,7 @@ class _Run:
         counters, options = self.counters, self.options
         counters.last_evaluation = counters.step
         losses, trained, context = 0.0, 0, self.stepper.model.config.context_length
-        for batch in validation_batches(self.store, options, self.ranks, self.splits["validation"], context):
+        for batch in validation_batches(self.source, options, self.ranks, self.validation, context):
             losses += self.stepper.sum_of_losses(batch)
             trained += batch.num_trained
         losses, total = self.ranks.sum([losses, trained])
@@ -290,8 +312,14 @@ class _Run:
         return report
 
 
+def _by_source(names: Sequence[str], sums: Sequence[float]) -> dict[str, dict[str, float | int | None]]:
+    """What a step trained of each source of a mix: the mean loss, `None` where there was none, and its tokens."""
+    parts = zip(names, sums[: len(names)], map(int, sums[len(names) :]), strict=True)
+    return {name: {"loss": loss / count if count else None, "trained_tokens": count} for name, loss, count in parts}
+
+
 def train(
-    store: TokenStore | str | Path,
+    store: TokenStore | MixedStore | str | Path,
     options: TrainOptions,
     *,
     ranks: Ranks | None = None,
@@ -301,7 +329,8 @@ def train(
     """Train GPT-2 on the rows of a store.
 
     Args:
-        store: an open store or its path.
+        store: an open store, its path, or a `MixedStore`, each of whose sources is split alike; `metrics.jsonl` then
+            has loss and trained tokens of each, and the first one's rows are sampled and evaluated.
         options: see `TrainOptions`.
         ranks: who trains together; by default what `torchrun` started, or this process alone.
         progress: show progress (`show` is the old name).
@@ -320,7 +349,7 @@ def train(
         (2, 'finished')
     """
     progress = renamed_switch(progress, old="show", given=show)
-    store = store if isinstance(store, TokenStore) else TokenStore(store)
+    store = store if isinstance(store, (TokenStore, MixedStore)) else TokenStore(store)
     joined = ranks or join_ranks(options.device)
     try:
         return _train(store, options, joined, progress=progress and joined.is_first)
@@ -329,7 +358,7 @@ def train(
             joined.close()
 
 
-def _train(store: TokenStore, options: TrainOptions, ranks: Ranks, *, progress: bool) -> TrainReport:
+def _train(store: TokenStore | MixedStore, options: TrainOptions, ranks: Ranks, *, progress: bool) -> TrainReport:
     if ranks.device.type == "cpu":
         recycle_freed_memory()
     saved = files.find_checkpoint(options)

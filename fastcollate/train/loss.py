@@ -57,19 +57,27 @@ def cell_losses(hidden: Tensor, head_weight: Tensor, labels: Tensor, *, chunk: i
 
 
 def scaled_loss(
-    hidden: Tensor, head_weight: Tensor, labels: Tensor, scale: float, *, chunk: int | None = None
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    scale: float,
+    *,
+    chunk: int | None = None,
+    groups: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """The sum of the cells' cross-entropies times `scale`, with gradients for `hidden` and `head_weight`.
 
     With `scale` one over the trained tokens of the whole optimizer step, losses of micro-batches and ranks add up to
     the mean over that step. `hidden` is what the head reads, `(cells, width)` (no cells give 0), `head_weight`
-    `(vocabulary, width)`, `labels` int64 `(cells,)`; at most `chunk` cells are computed at a time.
+    `(vocabulary, width)`, `labels` int64 `(cells,)`; at most `chunk` cells are computed at a time. With `groups`, int64
+    `(cells,)`, each group's losses and cells are added to `sums`, `(2, num_groups)`.
 
     Example:
         >>> scaled_loss(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 5]), scale=1 / 2)
         tensor(2.0794)
     """
-    loss: Tensor = _ChunkedLoss.apply(hidden, head_weight, labels, scale, chunk)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedLoss.apply(hidden, head_weight, labels, scale, chunk, groups, sums)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -78,7 +86,14 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, scale: float, chunk: int | None
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        labels: Tensor,
+        scale: float,
+        chunk: int | None,
+        groups: Tensor | None,
+        sums: Tensor | None,
     ) -> Tensor:
         cells, weight = _in_product_type(hidden, head_weight)
         grad_hidden = torch.empty_like(cells)
@@ -87,7 +102,11 @@ class _ChunkedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _parts(len(labels), chunk or _default_chunk(weight)):
                 logits = cells[part] @ weight.T
-                total -= _to_gradient(logits, labels[part], len(head_weight))
+                losses = -_to_gradient(logits, labels[part], len(head_weight))
+                total += losses.sum()
+                if groups is not None and sums is not None:
+                    of_cells = torch.stack([losses, torch.ones_like(losses)]).to(sums.dtype)
+                    sums.index_add_(1, groups[part], of_cells)
                 torch.mm(logits, weight, out=grad_hidden[part])
                 _add_product(grad_weight, logits.T, cells[part])
         ctx.save_for_backward(grad_hidden, grad_weight[: len(head_weight)])
@@ -95,10 +114,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return (total * scale).to(grad_weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = grad_loss * ctx.scale
-        return (grad_hidden * factor).to(ctx.hidden_type), grad_weight.mul_(factor), None, None, None
+        return (grad_hidden * factor).to(ctx.hidden_type), grad_weight.mul_(factor), None, None, None, None, None
 
 
 def _in_product_type(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +152,7 @@ def _wide_type(tensor: Tensor) -> torch.dtype:
 
 
 def _to_gradient(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """Turn logits into the gradient of the summed cross-entropy, in place; the sum of the labels' log-probabilities.
+    """Turn logits into the gradient of the summed cross-entropy, in place; the labels' log-probabilities.
 
     Columns from `vocab_size` on count as minus infinity.
     """
@@ -147,7 +166,7 @@ def _to_gradient(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     torch.exp(log_probs, out=logits)
     # In 16 bits a label's probability near 1 would leave no gradient.
     logits.scatter_(1, labels[:, None], of_labels.expm1().to(logits.dtype))
-    return of_labels.sum()
+    return of_labels.squeeze(1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -161,13 +180,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class Readback:
-    """A number on its way from the device; reading it waits for that copy alone, not for what was queued behind it."""
+    """Numbers on their way from the device; reading them waits for that copy alone, not for what was queued behind."""
 
     def __init__(self, value: Tensor) -> None:
         self._copied = None
         if value.is_cuda:
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
-            self._value.copy_(value.detach().reshape(()), non_blocking=True)
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value.detach(), non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
         else:
@@ -175,6 +194,10 @@ class Readback:
 
     def read(self) -> float:
         """The number."""
+        return float(self.read_all()[0])
+
+    def read_all(self) -> list[float]:
+        """All numbers, as they lie."""
         if self._copied is not None:
             self._copied.synchronize()
-        return float(self._value)
+        return [float(value) for value in self._value.flatten().tolist()]

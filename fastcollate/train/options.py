@@ -14,6 +14,7 @@ from fastcollate.options import flag_of, local_path, option
 
 if TYPE_CHECKING:
     from fastcollate.collate import Collator
+    from fastcollate.plan import MixedStore
     from fastcollate.store import TokenStore
 
 _AT_LEAST = {
@@ -50,7 +51,7 @@ class MaskOptions:
         choices=("reference", "positional"),
     )
 
-    def of(self, store: TokenStore, saved: Mapping[str, Any] | None = None) -> Self:
+    def of(self, store: TokenStore | MixedStore, saved: Mapping[str, Any] | None = None) -> Self:
         """The same with a mode, where none was asked for: that of a run which goes on, else the store's."""
         from fastcollate.load import mode_of
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,11 +18,14 @@ from fastcollate.collate import AnyBatch
 from fastcollate.errors import InputError
 from fastcollate.jit import clock
 from fastcollate.load import BatchLoader
+from fastcollate.plan import MixedStore
 from fastcollate.store import TokenStore
 from fastcollate.train.loss import IGNORE_INDEX, cell_losses, scaled_loss, trained_cells
 from fastcollate.train.model import GPT2
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import Ranks
+
+Int64Array = npt.NDArray[np.int64]
 
 
 class MicroBatch(NamedTuple):
@@ -32,6 +37,7 @@ class MicroBatch(NamedTuple):
     cu_seqlens: Tensor | None  # int32 bounds over the flattened batch
     num_useful: int  # input cells that hold a row's token
     num_trained: int  # targets that are not ignored
+    sources: Tensor | None = None  # int64, of a mix: where each row, or segment, is from
 
 
 def empty_batch(device: torch.device) -> MicroBatch:
@@ -86,6 +92,15 @@ def fill_packs(batch: MicroBatch, num_packs: int, num_bounds: int) -> MicroBatch
     return batch._replace(position_ids=positions, cu_seqlens=bounds)
 
 
+def sources_of_cells(batch: MicroBatch, cells: Tensor) -> Tensor | None:
+    """Where cells, places in the flattened batch, are from."""
+    if batch.sources is None:
+        return None
+    if batch.cu_seqlens is None:
+        return batch.sources[cells // batch.targets.shape[1]]
+    return batch.sources[torch.searchsorted(batch.cu_seqlens, cells.to(batch.cu_seqlens.dtype), right=True) - 1]
+
+
 class _Loss(nn.Module):
     """What ranks share: from a batch to its part of the step's loss."""
 
@@ -93,25 +108,28 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
         mode = "reduce-overhead" if options.cuda_graphs else None
+        self.sums: Tensor | None = None  # by source: losses, and cells
         self._hidden: Any = torch.compile(model.hidden, mode=mode) if options.compile else model.hidden
 
     def forward(self, batch: MicroBatch, scale: float) -> Tensor:
         hidden = self._hidden(batch.inputs, batch.position_ids, batch.cu_seqlens)
-        read, labels = hidden.flatten(0, 1), batch.targets.flatten()
-        if batch.num_trained < len(labels):
+        read, labels, groups = hidden.flatten(0, 1), batch.targets.flatten(), None
+        if batch.num_trained < len(labels) or batch.sources is not None:
             cells, labels = trained_cells(labels, num_trained=batch.num_trained)
-            read = read.index_select(0, cells)
-        return scaled_loss(read, self.model.head_weight, labels, scale)
+            read, groups = read.index_select(0, cells), sources_of_cells(batch, cells)
+        return scaled_loss(read, self.model.head_weight, labels, scale, groups=groups, sums=self.sums)
 
 
 class Stepper:
     """Model and optimizer, a step at a time."""
 
-    def __init__(self, model: GPT2, options: TrainOptions, ranks: Ranks) -> None:
+    def __init__(self, model: GPT2, options: TrainOptions, ranks: Ranks, num_sources: int = 0) -> None:
         self.model = model
+        self.num_sources = num_sources
         self.options = options.with_precision(ranks.device.type)
         self.ranks = ranks
-        self._loss = ranks.share(_Loss(model, options))
+        self._own_loss = _Loss(model, options)
+        self._loss = ranks.share(self._own_loss)
         self.optimizer = make_optimizer(model, options.weight_decay)
         self._most_packs = self._most_bounds = 0  # of the packed batches so far
 
@@ -127,6 +145,8 @@ class Stepper:
         self.model.train()
         scale = self.ranks.world_size / num_trained  # gradients are averaged over ranks, and we want their sum
         total = torch.zeros((), device=batches[0].inputs.device)
+        if self.num_sources:
+            self._own_loss.sums = torch.zeros((2, self.num_sources), dtype=torch.float64, device=total.device)
         for index, batch in enumerate(batches):
             with self._no_sync(index < len(batches) - 1):
                 with self.autocast():
@@ -140,6 +160,10 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total / self.ranks.world_size
+
+    def sums_by_source(self) -> Tensor | None:
+        """Of the last step's own batches, float64 `(2, num_sources)`: the sum of losses, and the trained tokens."""
+        return self._own_loss.sums
 
     @torch.no_grad()
     def sum_of_losses(self, batch: MicroBatch) -> float:
@@ -282,7 +306,8 @@ def as_micro_batch(batch: AnyBatch) -> MicroBatch:
     assert counts is not None  # it is a loader's
     inputs, targets, *packed = batch
     position_ids, cu_seqlens = packed or (None, None)
-    return MicroBatch(inputs, targets, position_ids, cu_seqlens, counts.real_cells, counts.trained_tokens)
+    sources = None if batch.sources is None else batch.sources.to(inputs.device, non_blocking=True)
+    return MicroBatch(inputs, targets, position_ids, cu_seqlens, counts.real_cells, counts.trained_tokens, sources)
 
 
 def split_rows(num_rows: int, options: TrainOptions) -> dict[str, range]:
@@ -292,11 +317,26 @@ def split_rows(num_rows: int, options: TrainOptions) -> dict[str, range]:
     return {"train": range(train), "test": range(train, test), "validation": range(test, num_rows)}
 
 
+def split_mix(mix: MixedStore, options: TrainOptions) -> tuple[MixedStore, Int64Array]:
+    """The mix of each source's training rows, and the rows of all validation splits; each source is split alike."""
+    if sum(map(len, mix.rows.values())) < len(mix):
+        raise InputError(
+            "the mix draws from a part of its stores' rows, which training splits by itself: leave rows out"
+        )
+    parts = [split_rows(len(rows), options) for rows in mix.rows.values()]
+    training = {name: rows[part["train"]] for (name, rows), part in zip(mix.rows.items(), parts, strict=True)}
+    held = [
+        start + rows[part["validation"]]
+        for start, rows, part in zip(mix.starts.tolist(), mix.rows.values(), parts, strict=False)
+    ]
+    return mix.with_rows(training), np.concatenate(held)
+
+
 def make_loader(
-    store: TokenStore,
+    store: TokenStore | MixedStore,
     options: TrainOptions,
     ranks: Ranks,
-    rows: range,
+    rows: range | Int64Array | None,
     context: int,
     *,
     policy: str | None = None,
@@ -345,10 +385,10 @@ def _share(flag: str, total: int | None, world_size: int) -> int | None:
 
 
 def validation_batches(
-    store: TokenStore, options: TrainOptions, ranks: Ranks, rows: range, context: int
+    store: TokenStore | MixedStore, options: TrainOptions, ranks: Ranks, rows: range | Int64Array, context: int
 ) -> Iterator[MicroBatch]:
     """This rank's batches of the validation rows, always the same ones."""
-    if rows:
+    if len(rows):
         policy = "packed" if options.policy == "packed" else "sequential"
         loader = make_loader(store, options, ranks, rows, context, policy=policy, balance=False)
         yield from map(as_micro_batch, islice(loader, options.eval_batches or None))

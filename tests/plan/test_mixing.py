@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcollate.errors import InputError
-from fastcollate.plan.mixing import MixedStore, _exact_shares, _whole_shares
+from fastcollate.plan.mixing import MixedStore
+from fastcollate.plan.moving.schedule import exact_shares, whole_shares
 from fastcollate.store.store import TokenStore
 from tests.helpers import random_rows, store_of_rows
 
@@ -79,7 +80,7 @@ def test_a_part_of_each_store(stores: dict[str, TokenStore]) -> None:
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=6), st.integers(1, 10_000), st.floats(0.2, 10))
 def test_shares_are_whole_and_sum_up(sizes: list[int], num_rows: int, temperature: float) -> None:
     names = [str(index) for index in range(len(sizes))]
-    shares = _whole_shares(_exact_shares(names, sizes, None, temperature), num_rows)
+    shares = whole_shares(exact_shares(names, sizes, None, temperature), num_rows)
     wanted = np.array(sizes, float) ** (1 / temperature)
     assert shares.sum() == num_rows
     assert np.abs(shares - wanted / wanted.sum() * num_rows).max() < 1

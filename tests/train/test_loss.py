@@ -89,7 +89,7 @@ def test_logits_become_their_gradient(device: str, dtype: torch.dtype, vocab_siz
     wanted[torch.arange(30), labels] -= 1
     expected = cross_entropy(logits.double()[:, :vocab_size], labels, reduction="sum")
     found = logits.to(device)
-    total = -loss._to_gradient(found, labels.to(device), vocab_size)
+    total = -loss._to_gradient(found, labels.to(device), vocab_size).sum()
     torch.testing.assert_close(total.cpu().double(), expected, rtol=1e-5, atol=0)
     # To the last digit of 16 bits, also where a label's probability is near 1.
     of_vocabulary = found.cpu().double()[:, :vocab_size]

@@ -91,3 +91,34 @@ def whole_steps(num_rows: int, step_rows: Any, *, is_asked: bool) -> tuple[int, 
             f"{-(-num_rows // step_rows) * step_rows}"
         )
     return -(-num_rows // step_rows) * step_rows, step_rows
+
+
+def exact_shares(
+    names: Sequence[str], sizes: Sequence[int], weights: Mapping[str, float] | None, temperature: float | None
+) -> npt.NDArray[np.float64]:
+    """Each source's share, float64, which sum to 1."""
+    if weights is not None and temperature is not None:
+        raise InputError("give either weights or temperature, not both")
+    if weights is not None:
+        missing = [name for name in names if name not in weights]
+        if missing or any(not 0 <= weights[name] < np.inf for name in names) or not any(weights.values()):
+            raise InputError(f"weights={dict(weights)}: give each of {list(names)} a number of 0 or more")
+        wanted = np.array([weights[name] for name in names], np.float64)
+    else:
+        if temperature is not None and not temperature > 0:
+            raise InputError(f"temperature={temperature}: give a positive number; 1 draws in proportion to size")
+        wanted = np.array(sizes, np.float64) ** (1 / (temperature or 1.0))
+    empty = [name for name, size, want in zip(names, sizes, wanted, strict=True) if want > 0 and size == 0]
+    if empty:
+        raise InputError(f"nothing to draw: sources without rows {empty}")
+    shares: npt.NDArray[np.float64] = wanted / wanted.sum()
+    return shares
+
+
+def whole_shares(shares: npt.NDArray[np.float64], num_rows: int) -> Int64Array:
+    """Rows from each source: whole numbers that sum to `num_rows`, by largest remainder."""
+    exact = shares * num_rows
+    whole: Int64Array = np.floor(exact).astype(np.int64)
+    largest = np.argsort(whole - exact, kind="stable")[: num_rows - int(whole.sum())]
+    whole[largest] += 1
+    return whole

@@ -42,7 +42,7 @@ def _gradient_of_row(
 
 
 def to_gradient(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """Turn logits into the gradient of the summed cross-entropy, in place; the sum of the labels' log-probabilities.
+    """Turn logits into the gradient of the summed cross-entropy, in place; the labels' log-probabilities.
 
     `logits` are contiguous, `(cells, columns)`; columns from `vocab_size` on count as minus infinity.
     """
@@ -51,4 +51,4 @@ def to_gradient(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     _gradient_of_row[(len(labels),)](
         logits, labels, log_probs, vocab_size, logits.shape[1], block=_BLOCK, num_warps=_WARPS
     )
-    return log_probs.sum()
+    return log_probs
