@@ -16,6 +16,7 @@ from fastcollate.collate import fill as kernels
 from fastcollate.collate import fill_packed as pack_kernels
 from fastcollate.collate import settings as options
 from fastcollate.collate.batch import Batch, ContextParallelBatch, PackedBatch, note_counts, note_sources
+from fastcollate.collate.pairs import batch as pairs
 from fastcollate.errors import LARGEST_CAPACITY, InputError, integer, shown
 from fastcollate.store import layout
 
@@ -255,6 +256,8 @@ class Collator:
         return ContextParallelBatch(
             *cells, torch.from_numpy(np.ndarray((num_bounds,), _INT32, out, 8 * middle)), padded
         )
+
+    padded_pairs, packed_pairs = staticmethod(pairs.padded_pairs), staticmethod(pairs.packed_pairs)
 
     def explain_pack(
         self, rows: Int64Array, starts: Int64Array, packs: Int64Array, capacity: int, place: int

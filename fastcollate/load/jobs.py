@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,28 @@ class Job:
     def batches(self, out: Int64Array, report: Int64Array) -> Iterator[AnyBatch]:
         """The filled batches, as views of the buffer, each made when it is asked for."""
         return self._batches(out, report.tolist())
+
+
+class Places(NamedTuple):
+    """The rows of a window's pairs: batch `b` is `rows[bounds[b]:bounds[b + 1]]`, or packed the packs of these numbers.
+
+    Then `packs` bounds each pack's rows, and `cells`, int64 `(num_rows,)`, are what each row takes of a pack.
+    """
+
+    rows: Int64Array
+    bounds: Int64Array
+    packs: Int64Array | None = None
+    cells: Int64Array | None = None
+
+    def name(self, index: int, batch: Any, host: Any) -> Any:
+        """A batch of the window with its rows; `host` is the same batch where the host reads it at once."""
+        start, stop = self.bounds[index : index + 2].tolist()
+        if self.packs is None or self.cells is None:
+            return Collator.padded_pairs(batch, self.rows[start:stop])
+        packs = self.packs[start : stop + 1]
+        part = slice(packs[0], packs[-1])
+        bounds = host[-1].numpy()
+        return Collator.packed_pairs(batch, bounds, self.rows[part], packs - packs[0], self.cells[part])
 
 
 def padded_job(collator: Collator, rows: Int64Array, bounds: Int64Array) -> Job:

@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import get_worker_info
 from typing_extensions import Unpack
 
-from fastcollate.collate import AnyBatch, Counts, settings
+from fastcollate.collate import AnyBatch, settings
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError, integer
 from fastcollate.jit import clock
-from fastcollate.load.jobs import Job, packed_job, padded_job
+from fastcollate.load.jobs import Job, Places, packed_job, padded_job
 from fastcollate.load.options import (
     LoaderKeywords,
     collate_keywords,
@@ -34,6 +34,8 @@ from fastcollate.load.sources import BatchSources
 from fastcollate.load.transfer import Transfer, make_transfer
 from fastcollate.plan import MixedStore, Order, PlanOptions, position
 from fastcollate.store import layout, pages
+
+_KINDS = ("rows", "pairs")  # of stores
 
 
 class Store(Protocol):
@@ -110,7 +112,7 @@ class Stats:
 
     def count(self, num_batches: int, totals: Sequence[int]) -> None:
         """Add some batches, by the sums of their lines of the kernel's report."""
-        rows, cells, real, trained, corners, untrained, cut_rows, cut_tokens = totals[: len(Counts._fields)]
+        rows, cells, real, trained, corners, untrained, cut_rows, cut_tokens = totals[: kernels.CUT_TOKENS + 1]
         self.batches += num_batches
         self.rows += rows
         self.real_cells += real
@@ -198,7 +200,7 @@ class BatchLoader(position.Epochs):
             raise InputError(
                 f"max_segments={options['max_segments']}: for policy='packed', whose batches have segments"
             )
-        self._collator = collator_of(self._store, collate_keywords(options))
+        self._collator = collator_of(self._store, collate_keywords(options), _KINDS)
         order = Order(self._store, rows)
         if drop_untrained:
             order = self._trained(order, plan_options, collate_keywords(options))
@@ -219,8 +221,12 @@ class BatchLoader(position.Epochs):
         if options.capacity is not None:  # rows are cut to their pack, or split and not cut
             limits = [limit for limit in (options.capacity, options.max_length) if limit is not None]
             collate_options["max_length"] = None if options.long_rows == "split" else min(limits)
-        collator = collator_of(self._store, collate_options)
-        return Order(self._store, trained_rows(collator, np.asarray(order.rows, np.int64)))
+        collator = collator_of(self._store, collate_options, _KINDS)
+        rows = np.asarray(order.rows, np.int64)
+        if order.has_pairs:
+            firsts = np.intersect1d(trained_rows(collator, rows), trained_rows(collator, rows + 1) - 1)
+            return Order(self._store, (firsts[:, None] + np.arange(2)).reshape(-1))
+        return Order(self._store, trained_rows(collator, rows))
 
     def __iter__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> Iterator[AnyBatch]:
         """Batches of the current epoch; from a loaded position on, once. The end advances the epoch by one."""
@@ -229,10 +235,11 @@ class BatchLoader(position.Epochs):
         iteration = self._begin()
         self._times()
         costs: dict[int, Any] = {}  # by window
+        places: dict[int, Places] = {}  # the same, of pairs
         mix = self._store if isinstance(self._store, MixedStore) else None
         sources = None if mix is None else BatchSources(mix, self._collator)
         groups = fill_groups(
-            lambda window: self._job(iteration, window, costs, sources),
+            lambda window: self._job(iteration, window, costs, sources, places),
             iteration.planned.plan.num_windows,
             iteration.first[1:],
             self._own_transfer(),
@@ -247,6 +254,7 @@ class BatchLoader(position.Epochs):
                 if group.totals[kernels.UNTRAINED]:
                     self._warn_of_untrained(group.totals)
                 costs.pop(group.window - 1, None)
+                places.pop(group.window - 1, None)
                 handed = _Handed(group, costs.get(group.window))
                 self._handed.append(handed)
                 try:
@@ -255,16 +263,19 @@ class BatchLoader(position.Epochs):
                         if sources is not None and mix is not None:
                             trained = sources.note(batch, group.window, group.first + number - 1)
                             self._stats.count_sources(mix.names, trained)
+                        host = batch
                         if group.arrival is not None:
                             batch = batch.with_tensors(group.arrival.receive(batch))
                             self._stats.h2d_bytes += sum(tensor.nbytes for tensor in batch)
+                        if group.window in places:
+                            batch = places[group.window].name(group.first + number - 1, batch, host)
                         handed.batches = number
                         yield batch
                 finally:
                     if not is_finalizing():  # an interpreter that ends has taken the modules away
                         self._handed.remove(handed)
                         self._count(handed)
-                del group, batch, handed  # before the next is waited for, so that the buffer is used again
+                del group, batch, host, handed  # before the next is waited for, so that the buffer is used again
                 start = clock()
         iteration.end()
 
@@ -302,19 +313,26 @@ class BatchLoader(position.Epochs):
             handed.counted = handed.batches
 
     def _job(
-        self, iteration: position.Iteration, index: int, costs: dict[int, Any], sources: BatchSources | None
-    ) -> Job:
-        """One window's batches, to be filled, and what its steps cost."""
+        self, iteration: position.Iteration, index: int, costs: dict[int, Any], sources: BatchSources | None,
+        places: dict[int, Places],
+    ) -> Job:  # fmt: skip
+        """One window's batches, to be filled, what its steps cost, and where the rows of its pairs lie."""
         planned, capacity = iteration.planned, self._plan_options.capacity
         if capacity is not None:
             packs, bounds = planned.packs(index)
             costs[index] = planned.plan.last_step_costs()
+            if self._order.has_pairs:
+                limit = min(self._plan_options.max_length or capacity, capacity)
+                cells = np.minimum(self._order.lengths[packs.rows], limit).astype(np.int64)
+                places[index] = Places(packs.rows, bounds, packs.bounds, cells)
             self._ask_for(packs.rows)
             if sources is not None:
                 sources.expect_packs(index, packs, bounds)
             return packed_job(self._collator, packs, bounds, capacity)
         window = planned.window(index)
         costs[index] = planned.plan.last_step_costs()
+        if self._order.has_pairs:
+            places[index] = Places(*window)
         self._ask_for(window.rows)
         if sources is not None:
             sources.expect(index, window.rows, window.bounds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypedDict
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from fastcollate.collate import Collator
 from fastcollate.collate import fill as kernels
+from fastcollate.errors import InputError
 from fastcollate.plan import OrderKeywords
 from fastcollate.store import TokenStore, require_served
 
@@ -62,16 +63,24 @@ def open_store(store: Any) -> Any:
 
 def mode_of(store: Any, mode: str | None) -> str:
     """How targets are told where a store's user does not say it."""
-    return mode or ("positional" if getattr(store, "end", "append") == "in_row" else "reference")
+    is_plain = getattr(store, "end", "append") == "append" and getattr(store, "kind", "rows") != "pairs"
+    return mode or ("reference" if is_plain else "positional")
 
 
-def collator_of(store: Any, options: dict[str, Any]) -> Collator:
-    """A collator of a store's rows, by `CollateKeywords`; refuses stores that this release makes no batches of.
+def collator_of(store: Any, options: dict[str, Any], kinds: Collection[str] = ("rows",)) -> Collator:
+    """A collator of a store's rows, by `CollateKeywords`; refuses stores of other kinds. Of pairs prompts are masked.
 
     `end` may be given too, to see rows that hold their end as if one was appended: their inputs are then all their ids.
     """
-    require_served(store)
+    require_served(store, kinds)
     pad = getattr(store, "pad_token_id", 50256)
+    if getattr(store, "kind", "rows") == "pairs":
+        options = {"mask_prompt": True, **options}
+        if options.get("mode") == "reference" or options.get("cp_size") is not None:
+            raise InputError(
+                f"mode={options.get('mode')!r}, cp_size={options.get('cp_size')} with pairs: their targets are told by "
+                "position, and their rows are not split over ranks; leave these out"
+            )
     options = {"end": getattr(store, "end", "append"), **options, "mode": mode_of(store, options.get("mode"))}
     if getattr(store, "end_token_id", pad) != pad:  # where it is the same id, another padding is another end too
         options["end_token_id"] = store.end_token_id

@@ -15,6 +15,7 @@ from fastcollate.plan import kernels as plan_kernels
 from fastcollate.plan.moving.schedule import Schedule, exact_shares, steps_of, whole_shares, whole_steps
 from fastcollate.plan.options import Int64Array, PlanOptions, as_lengths, row_numbers
 from fastcollate.plan.packing import PackWindow, Window
+from fastcollate.plan.pairs import units
 from fastcollate.plan.plan import EpochPlan, key_of, plan_with
 from fastcollate.store import Example, TokenStore, require_served, shards
 
@@ -77,6 +78,7 @@ class MixedStore:
     """
 
     path: str
+    kind: str
     end: str
     pad_token_id: int
     end_token_id: int
@@ -111,7 +113,7 @@ class MixedStore:
         }  # fmt: skip
         first = self._sources[0].store
         self.end, self.pad_token_id, self.end_token_id = first.end, first.pad_token_id, first.end_token_id
-        self.vocab_size, self.tokenizer_name = first.vocab_size, first.tokenizer_name
+        self.vocab_size, self.tokenizer_name, self.kind = first.vocab_size, first.tokenizer_name, first.kind
         self.max_length = max(store.max_length for store in stores.values())
         self._join()
         self.starts: Int64Array = np.cumsum([0, *(len(store) for store in stores.values())], dtype=np.int64)
@@ -144,7 +146,7 @@ class MixedStore:
     def _check_tokenizers(self) -> None:
         first = self._sources[0].store
         for _, store, _ in self._sources:
-            require_served(store)
+            require_served(store, (first.kind,) if first.kind in ("rows", units.KIND) else ("rows",))
             if store.manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
                 raise InputError(
                     f"{store.path} is tokenized by {store.tokenizer_name}, {first.path} by {first.tokenizer_name}: "
@@ -242,9 +244,9 @@ class MixedStore:
 
 
 def _chosen(name: str, store: TokenStore, rows: Mapping[str, npt.ArrayLike] | None) -> Rows:
-    if rows is None or name not in rows:
-        return range(len(store))
-    return row_numbers(rows[name], len(store), f"rows[{name!r}] of {store.path}")
+    where = f"rows[{name!r}] of {store.path}"
+    asked = range(len(store)) if rows is None or name not in rows else row_numbers(rows[name], len(store), where)
+    return units.first_rows(asked, where) if store.kind == units.KIND else asked
 
 
 def _numbers(rows: Rows) -> Int64Array:
@@ -254,7 +256,7 @@ def _numbers(rows: Rows) -> Int64Array:
 class Order:
     """The rows that each epoch takes: all of a store (or of lengths alone), some by number, or what a mix draws.
 
-    `lengths` are those of the whole store.
+    Of pairs `rows` are the first rows alone, and stand for both. `lengths` are those of the whole store.
     """
 
     def __init__(self, source: Any, rows: npt.ArrayLike | range | None = None) -> None:
@@ -262,10 +264,13 @@ class Order:
         self.lengths = as_lengths(getattr(source, "cells", getattr(source, "lengths", source)))
         self.mix = source if isinstance(source, MixedStore) and rows is None else None
         self.rows: Rows = range(len(self.lengths)) if rows is None else row_numbers(rows, len(self.lengths))
+        self.has_pairs = getattr(source, "kind", "rows") == units.KIND
+        if self.has_pairs:
+            self.rows = units.first_rows(self.rows)
         self.num_rows = int(self.mix.shares.sum()) if self.mix else len(self.rows)
         if not self.num_rows:
             raise InputError("no rows to load: the store, or the choice of rows, is empty")
-        self._last: tuple[int, Rows, npt.NDArray[Any]] | None = None  # an epoch's rows and their lengths
+        self._last: tuple[Any, Rows, npt.NDArray[Any]] | None = None  # an epoch's rows and their lengths
         self._identity: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -276,27 +281,36 @@ class Order:
         """The sources of a mix."""
         return self.mix.names if self.mix else ()
 
-    def _lengths_of(self, rows: Rows) -> npt.NDArray[Any]:
+    def _lengths_of(self, rows: Rows, options: PlanOptions) -> npt.NDArray[Any]:
+        if self.has_pairs:
+            return units.cells_of(self.lengths, _numbers(rows), options)
         return self.lengths[rows.start : rows.stop] if isinstance(rows, range) else self.lengths[rows]
 
     def plan(self, options: PlanOptions, epoch: int) -> OrderedPlan:
         """An epoch's plan, by checked options."""
-        drawn = epoch if self.mix else 0
+        asked = options
+        drawn: Any = epoch if self.mix else 0
+        if self.has_pairs:
+            sizes = options.capacity, options.max_length, options.pad_to_multiple_of, options.row_multiple
+            drawn, options = (drawn, sizes), replace(options, max_length=None)
         last = self._last
         if last is None or last[0] != drawn:
             rows = self.mix.rows_of_epoch(epoch) if self.mix else self.rows
-            self._last = last = drawn, rows, self._lengths_of(rows)
+            self._last = last = drawn, rows, self._lengths_of(rows, asked)
         in_order = self.mix is not None and self.mix.schedule is not None
-        return OrderedPlan(plan_with(last[2], options, epoch, in_order=in_order), last[1], self.mix)
+        return OrderedPlan(plan_with(last[2], options, epoch, in_order=in_order), last[1], self.mix, self.has_pairs)
 
     def check(self, options: PlanOptions) -> None:
         """Refuse options under which a row stands in no batch, or there is no batch at all."""
         if self.mix is not None and self.mix.schedule is not None:
             self.mix.schedule.check(options)
         widest, longest = options.widest, getattr(self._source, "max_length", None)
-        if widest is not None and all(bound is None or bound > widest for bound in (options.max_length, longest)):
+        if self.has_pairs:
+            firsts = _numbers(self.mix.rows_drawn() if self.mix else self.rows)
+            units.refuse_what_parts(firsts, self._lengths_of(firsts, options), options)
+        elif widest is not None and all(bound is None or bound > widest for bound in (options.max_length, longest)):
             rows = self.mix.rows_drawn() if self.mix else self.rows
-            lengths = self._lengths_of(rows)
+            lengths = self._lengths_of(rows, options)
             place = int(np.argmax(lengths))
             if int(lengths[place]) > widest:
                 raise options.too_long(int(rows[place]), int(lengths[place]))
@@ -324,8 +338,9 @@ class Order:
 class OrderedPlan:
     """An epoch's plan over the rows that an order takes: windows of row numbers of the store; `plan` counts from 0."""
 
-    def __init__(self, plan: EpochPlan, rows: Rows, mix: MixedStore | None) -> None:
+    def __init__(self, plan: EpochPlan, rows: Rows, mix: MixedStore | None, has_pairs: bool = False) -> None:
         self.plan = plan
+        self._has_pairs = has_pairs
         self._rows = rows
         self._mix = mix
         self._sources: dict[int, Int64Array] = {}
@@ -334,6 +349,7 @@ class OrderedPlan:
         """The batches of a window."""
         window = self.plan.window(index)
         window = window._replace(rows=self._numbers(window.rows))
+        window = units.both_rows(window) if self._has_pairs else window
         self._count(index, window.rows, window.bounds)
         return window
 
@@ -341,6 +357,7 @@ class OrderedPlan:
         """The packed batches of a window."""
         window = self.plan.packs(index)
         packs = window.packs._replace(rows=self._numbers(window.packs.rows))
+        packs = units.both_rows_of_packs(packs) if self._has_pairs else packs
         self._count(index, packs.rows, packs.bounds[window.bounds])
         return window._replace(packs=packs)
 

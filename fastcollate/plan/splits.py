@@ -58,6 +58,8 @@ def split_rows(
     num_rows = len(store)
     hashes = np.fromiter((_hash(data, seed) for data in _key_bytes(store, key)), np.uint64, num_rows)
     chosen = np.searchsorted(edges, hashes, side="right")
+    if getattr(store, "kind", "rows") == "pairs":
+        chosen[1::2] = chosen[::2]  # both rows of a pair, by the chosen one
     return {name: np.flatnonzero(chosen == index).astype(np.int64) for index, name in enumerate(proportions)}
 
 

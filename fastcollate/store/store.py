@@ -10,7 +10,7 @@ import functools
 import operator
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,12 @@ from fastcollate.store.files import naming
 from fastcollate.store.manifest import LENGTHS, MANIFEST, read_manifest
 from fastcollate.store.shards import ShardColumns, ShardInfo, open_shards, shard_schema, token_dtype
 
+_REMEDIES = {
+    "rows": "prepare pairs with --template preference",
+    "pairs": "BatchLoader and train --objective dpo take pairs",
+    "answers": "an answer with a verdict is none to learn; store.as_rows() takes each by itself all the same",
+    "documents": "upgrade with: pip install --upgrade fastcollate",
+}
 _SAMPLED_ROWS = 16  # of a shard, the first and the last among them: each may be a page to read
 
 
@@ -189,16 +195,15 @@ def _rows_at(path: Path) -> TokenStore:
     return TokenStore(path).as_rows()
 
 
-def require_served(store: Any) -> None:
-    """Refuse a store that batches cannot be made of; its rows can be read all the same.
+def require_served(store: Any, kinds: Collection[str] = ("rows",)) -> None:
+    """Refuse a store of another kind than batches are made of here; its rows can be read all the same.
 
     Its rows are no rows of their own. What has its rows in memory and says nothing of them is no such store.
     """
     kind = getattr(store, "kind", "rows")
-    if kind != "rows":
+    if kind not in kinds:
         raise InputError(
-            f"{store.path}: a store of {kind}; this release makes batches of rows: upgrade with: "
-            "pip install --upgrade fastcollate"
+            f"{store.path}: a store of {kind}; this makes batches of {' or '.join(kinds)}; {_REMEDIES[kind]}"
         )
 
 

@@ -1,0 +1,1 @@
+"""Pairs of rows as what a plan orders."""
