@@ -194,7 +194,7 @@ class _Lost:
 
     def sorted(self) -> list[LostRecord]:
         """All of them, in order, each once: of a pair both rows may be no good."""
-        return sorted({record.row: record for record in reversed(self._found)}.values())
+        return sorted({record[:2]: record for record in reversed(self._found)}.values())
 
 
 def _check_of(spec: JobSpec) -> Check:

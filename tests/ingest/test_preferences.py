@@ -70,7 +70,7 @@ def answers(records: list[Record]) -> list[Record]:
 
 def by_trl(name: str, records: list[Record], tokenizer: Any) -> list[Record]:
     """What a trainer of TRL makes of records before its collator sees them."""
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", minversion="1")
     datasets = pytest.importorskip("datasets")
     trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False, desirable_weight=1, undesirable_weight=1)
     asked = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")

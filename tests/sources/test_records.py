@@ -144,10 +144,11 @@ def test_lone_surrogates_are_mended_at_every_depth() -> None:
 def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = pa.BufferOutputStream()
     table = pa.table({"a": ["x", None, "z"], "n": [1, 2, None]})
-    monkeypatch.setattr(module, "_CHUNK_BYTES", table.nbytes * 2 // 3 + 1)
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    parts = list(read_records(Block(0, 0, "x", "arrow", 0, 3, 0, 1, 0), sink.getvalue().to_pybytes()))
+    data = sink.getvalue().to_pybytes()
+    monkeypatch.setattr(module, "_CHUNK_BYTES", len(data) * 2 // 3 + 1)
+    parts = list(read_records(Block(0, 0, "x", "arrow", 0, 3, 0, 1, 0), data))
     assert [part.columns([("b", "a"), ("b",)]).fields for part in parts] == [
         [["x", None], [None, None]],
         [["z"], [None]],
