@@ -80,7 +80,7 @@ def write_report(
     page = Template(files("fastcollate").joinpath("report_page.html").read_text(encoding="utf-8"))
     text = page.substitute(
         **_figures(found, padding_by_policy(planned, found.options.max_length, seed=seed)),
-        name=escape(store.path.resolve().name),
+        name=escape(Path(str(store.path)).resolve().name),
         summary=_table(summary_of(found)),
         plotly=offline.get_plotlyjs(),
         data=json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),  # ends no element

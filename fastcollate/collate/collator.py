@@ -99,6 +99,12 @@ class Collator:
         )
         self._cp_size, self._max_segments = self.settings[[options.CP_SIZE, options.MAX_SEGMENTS]].tolist()
 
+    @staticmethod
+    def of(shards: Sequence[layout.Columns], **settings: Any) -> Collator:
+        """A collator of these shards, which has those that may be absent there while it reads them."""
+        absent = any(isinstance(shard, layout.AbsentShard) for shard in shards)
+        return (HoldingCollator if absent else Collator)(shards, **settings)
+
     def __call__(self, rows: npt.ArrayLike, take: Take | None = None) -> Batch:
         """Collate one batch.
 
@@ -278,6 +284,37 @@ class Collator:
                     "pack them by the lengths of this store"
                 )
         return self.table.explain(int(rows[place]))
+
+
+class HoldingCollator(Collator):
+    """A collator that holds the shards of the rows that it is to read; see `layout.Table.hold`."""
+
+    def __call__(self, rows: npt.ArrayLike, take: Take | None = None) -> Batch:
+        """See `Collator`."""
+        numbers = _as_integers(rows, "row numbers")
+        held = self.table.hold(numbers.ravel())
+        batch = super().__call__(numbers, take)
+        del held
+        return batch
+
+    def fill_group(self, rows: Int64Array, bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
+        """See `Collator`."""
+        held = self.table.hold(rows[bounds[0] : bounds[-1]] if len(bounds) else rows[:0])
+        filled = super().fill_group(rows, bounds, out, report)
+        del held
+        return filled
+
+    def fill_packed_group(
+        self, rows: Int64Array, starts: Int64Array, packs: Int64Array, batches: Int64Array, *more: Any
+    ) -> int:
+        """See `Collator`."""
+        own = (
+            slice(*packs[batches[[0, -1]]]) if len(batches) and len(packs) > max(batches[0], batches[-1]) else slice(0)
+        )
+        held = self.table.hold(rows[own])
+        filled = super().fill_packed_group(rows, starts, packs, batches, *more)
+        del held
+        return filled
 
 
 def make_batch(

@@ -25,7 +25,8 @@ class Job:
     damaged row that is not known: the batches there take none, and are refused when they are filled.
     """
 
-    def __init__(self, fill: Fill, batches: Batches, bounds: Int64Array) -> None:
+    def __init__(self, fill: Fill, batches: Batches, bounds: Int64Array, held: object = None) -> None:
+        self._held = held  # what is read stays there as long as the job
         self._fill, self._batches, self._bounds = fill, batches, np.ascontiguousarray(bounds, np.int64)
         report = np.zeros((len(bounds) - 1, kernels.REPORT_COLUMNS), np.int64)
         with contextlib.suppress(InputError):  # a damaged row is told when its turn comes
@@ -66,14 +67,22 @@ class Places(NamedTuple):
         return Collator.packed_pairs(batch, bounds, self.rows[part], packs - packs[0], self.cells[part])
 
 
-def padded_job(collator: Collator, rows: Int64Array, bounds: Int64Array) -> Job:
+def padded_job(collator: Collator, rows: Int64Array, bounds: Int64Array, held: object = None) -> Job:
     """Padded batches: batch `b` is `rows[bounds[b]:bounds[b + 1]]`, row numbers of the store."""
     rows = np.ascontiguousarray(rows, np.int64)
-    return Job(lambda bounds, out, report: collator.fill_group(rows, bounds, out, report), collator.batches, bounds)
+
+    def fill(bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
+        return collator.fill_group(rows, bounds, out, report)
+
+    return Job(fill, collator.batches, bounds, held)
 
 
 def packed_job(
-    collator: Collator, packs: tuple[Int64Array, Int64Array, Int64Array], bounds: Int64Array, capacity: int
+    collator: Collator,
+    packs: tuple[Int64Array, Int64Array, Int64Array],
+    bounds: Int64Array,
+    capacity: int,
+    held: object = None,
 ) -> Job:
     """Packed batches: batch `b` is the packs `bounds[b]` to `bounds[b + 1]`, of so many cells each."""
     rows, starts, ends = (np.ascontiguousarray(part, np.int64) for part in packs)
@@ -81,4 +90,4 @@ def packed_job(
     def fill(bounds: Int64Array, out: Int64Array, report: Int64Array) -> int:
         return collator.fill_packed_group(rows, starts, ends, bounds, capacity, out, report)
 
-    return Job(fill, collator.packed_batches, bounds)
+    return Job(fill, collator.packed_batches, bounds, held)

@@ -246,7 +246,8 @@ class BatchLoader(position.Epochs):
             prefetch=self._prefetch,
             num_threads=self._num_threads,
         )
-        with contextlib.closing(groups):
+        with contextlib.closing(groups), contextlib.ExitStack() as at_end:
+            at_end.callback(iteration.has_ended.set)  # nobody waits for a window any more
             for group in groups:
                 self._stats.wait_s += max(0.0, clock() - start)
                 if group.totals[kernels.CORNERS]:
@@ -325,24 +326,26 @@ class BatchLoader(position.Epochs):
                 limit = min(self._plan_options.max_length or capacity, capacity)
                 cells = np.minimum(self._order.lengths[packs.rows], limit).astype(np.int64)
                 places[index] = Places(packs.rows, bounds, packs.bounds, cells)
-            self._ask_for(packs.rows)
+            held = self._held(packs.rows, iteration)
             if sources is not None:
                 sources.expect_packs(index, packs, bounds)
-            return packed_job(self._collator, packs, bounds, capacity)
+            return packed_job(self._collator, packs, bounds, capacity, held)
         window = planned.window(index)
         costs[index] = planned.plan.last_step_costs()
         if self._order.has_pairs:
             places[index] = Places(*window)
-        self._ask_for(window.rows)
+        held = self._held(window.rows, iteration)
         if sources is not None:
             sources.expect(index, window.rows, window.bounds)
-        return padded_job(self._collator, window.rows, window.bounds)
+        return padded_job(self._collator, window.rows, window.bounds, held)
 
-    def _ask_for(self, rows: npt.NDArray[np.int64]) -> None:
-        """Ask the system for a window's rows."""
+    def _held(self, rows: npt.NDArray[np.int64], iteration: position.Iteration) -> object:
+        """Have a window's rows there as long as what this returns, and ask the system for them."""
+        held = self._collator.table.hold(rows, iteration.has_ended)
         if self._plan_options.policy != "sequential":  # there the system reads ahead by itself
             collator = self._collator
             pages.ask_for_rows(collator.table.array, rows, with_spans=bool(collator.settings[settings.MASK]))
+        return held
 
     def _own_transfer(self) -> Transfer:
         """This process's buffers: a fork's copies of them may be in the midst of a change."""

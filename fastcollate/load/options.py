@@ -86,7 +86,7 @@ def collator_of(store: Any, options: dict[str, Any], kinds: Collection[str] = ("
         options["end_token_id"] = store.end_token_id
     if options.get("pad_token_id") is None:
         options["pad_token_id"] = pad
-    return Collator(store.shards, name=str(getattr(store, "path", "the store")), **options)
+    return Collator.of(store.shards, name=str(getattr(store, "path", "the store")), **options)
 
 
 def row_reports(collator: Collator, rows: Int64Array | range) -> Iterator[tuple[Int64Array, Int64Array]]:

@@ -124,6 +124,7 @@ def _tasks(jobs: Iterator[Job], position: tuple[int, int], transfer: Transfer, g
             yield Task(job, window, first, stop, transfer.take(room))
             first, most = stop, MAX_GROUP
         window, first = window + 1, 0
+        del job  # before the next is waited for, so that what it holds can make room
 
 
 def _finish(transfer: Transfer, task: Task) -> Group:
@@ -228,6 +229,7 @@ def _planned_ahead(window_job: Callable[[int], Job], windows: range, threads: Th
         job = window_job(window) if following is None else following.result()
         following = threads.submit(window_job, window + 1) if window + 1 < windows.stop else None
         yield job
+        del job  # see `_tasks`
 
 
 class _Threads(ThreadPoolExecutor):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -244,6 +245,7 @@ class Iteration:
         self._stamp, self._num_changes = stamp, epochs._num_changes
         self.planned = planned
         self.first = first
+        self.has_ended = threading.Event()  # nobody waits for its windows any more
         self._epoch, self._window = self.first.epoch, -1
 
     def hand_over(self, window: int, batch: int) -> None:

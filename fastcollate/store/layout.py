@@ -7,8 +7,9 @@ the arrays alive. Shards may come from files, so every row's offsets are checked
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,34 @@ def bounds_of(table: Any, shard: int, row: int, offsets: int = OFFSETS, total: i
     return begin, end - begin
 
 
+class Holder(Protocol):
+    """Whoever has shards come when their rows are needed, such as `remote.shards.RemoteShards`."""
+
+    def watch(self, table: Table, first: int) -> None:
+        """Put each shard into a table's lines, from `first` on, while it is there."""
+
+    def hold(self, numbers: Int64Array, stop: threading.Event | None = None) -> object:
+        """Have shards there until what this returns is let go."""
+
+
+class AbsentShard:
+    """A shard that is there only while it is held: its table's line has no row else, and kernels refuse what it has.
+
+    Attributes:
+        holder: whom to ask for it.
+        number: its number there.
+        num_rows: its rows.
+        dtypes: of its columns `input_ids` and `spans`.
+    """
+
+    def __init__(self, holder: Holder, number: int, num_rows: int, token_dtype: np.dtype[Any]) -> None:
+        self.holder, self.number, self.num_rows = holder, number, num_rows
+        self.dtypes = {"input_ids": token_dtype, "spans": np.dtype(np.uint32)}
+
+    columns: Any
+    """All its columns, fetched where they are not there; they stay valid for whoever keeps them."""
+
+
 class Table:
     """The addresses of shards' columns, as the kernels read them; keeps the columns alive.
 
@@ -75,19 +104,60 @@ class Table:
         self._shards = tuple(shards)
         self.array = np.zeros((max(len(self._shards), 1), TABLE_COLUMNS), np.int64)
         self.num_rows = 0
+        self._holders: list[tuple[Holder, int]] = []  # and the line that their first shard has, or would have
+        shard: Any
         for index, shard in enumerate(self._shards):
-            self._check(index, shard)
-            ids, offsets, spans = shard.input_ids, shard.offsets, shard.spans
-            self.array[index] = (  # in the order of the columns' names
-                self.num_rows, len(offsets) - 1, ids.ctypes.data, len(ids), ids.itemsize, offsets.ctypes.data,
-                spans.ctypes.data, len(spans), spans.itemsize, shard.span_offsets.ctypes.data,
-            )  # fmt: skip
-            self.num_rows += len(shard.offsets) - 1
+            self.array[index, FIRST_ROW] = self.num_rows
+            if isinstance(shard, AbsentShard):
+                self.num_rows += shard.num_rows
+                if (place := (shard.holder, index - shard.number)) not in self._holders[-1:]:
+                    self._holders.append(place)
+            else:
+                self._check(index, shard)
+                self.put(index, shard)
+                self.num_rows += len(shard.offsets) - 1
         self.token: Any = self._zero("input_ids")
         self.span: Any = self._zero("spans")
+        for holder, first in self._holders:
+            holder.watch(self, first)
+
+    def put(self, index: int, shard: Columns | None) -> None:
+        """Write where a shard lies, or that it is not there."""
+        if shard is None:
+            self.array[index, NUM_ROWS:] = 0
+            return
+        ids, offsets, spans = shard.input_ids, shard.offsets, shard.spans
+        line = (  # in the order of the columns' names, from `TOKENS` on
+            ids.ctypes.data, len(ids), ids.itemsize, offsets.ctypes.data,
+            spans.ctypes.data, len(spans), spans.itemsize, shard.span_offsets.ctypes.data,
+        )  # fmt: skip
+        self.array[index, TOKENS:] = line
+        self.array[index, NUM_ROWS] = len(offsets) - 1  # last: from now on kernels read it
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all shards are always there, so that nobody needs to hold any."""
+        return not self._holders
+
+    def hold(self, rows: npt.NDArray[Any], stop: threading.Event | None = None) -> list[object]:
+        """Have the shards of some rows there until what this returns is let go; waits for them, or until `stop`."""
+        if not self._holders:
+            return []
+        known = rows[(rows >= 0) & (rows < self.num_rows)]
+        lines = np.unique(np.searchsorted(self.array[:, FIRST_ROW], known, side="right") - 1)
+        held = []
+        for holder, first in self._holders:
+            own = [n for n in lines.tolist() if getattr(self._shards[n], "holder", None) is holder]
+            numbers = [self._shards[n].number for n in own if n - self._shards[n].number == first]
+            if numbers:
+                held.append(holder.hold(np.array(numbers, np.int64), stop))
+        return held
 
     def _zero(self, column: str) -> Any:
-        dtypes = {getattr(shard, column).dtype for shard in self._shards}
+        dtypes = {
+            shard.dtypes[column] if isinstance(shard, AbsentShard) else getattr(shard, column).dtype
+            for shard in self._shards
+        }
         if len(dtypes) > 1:
             raise InputError(
                 f"{self.name} has shards with {column} of {' and '.join(sorted(map(str, dtypes)))}: a collator reads "
@@ -121,6 +191,11 @@ class Table:
         index = int(np.searchsorted(self.array[:, FIRST_ROW], row, side="right")) - 1
         local = row - int(self.array[index, FIRST_ROW])
         shard = self._shards[index]
+        if not self.array[index, NUM_ROWS]:
+            return InputError(
+                f"row {row} of {self.name} has not been fetched: read rows of a store behind a URL by a BatchLoader, a "
+                "StoreDataset, or store[row]"
+            )
         return InputError(
             f"{self.name}, shard {index}, row {local} (row {row} of the store) is damaged: tokens "
             f"{shard.offsets[local]}..{shard.offsets[local + 1]} of {len(shard.input_ids)}, spans "

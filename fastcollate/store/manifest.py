@@ -18,6 +18,7 @@ import numpy as np
 
 from fastcollate.errors import InputError
 from fastcollate.store.files import FileInfo, HashedFile, describe, naming, write_file
+from fastcollate.store.remote.objects import Objects, folder_of
 from fastcollate.store.shards import EXTRA_DTYPES, ShardInfo, shard_lengths
 
 FORMAT = "fastcollate-store"
@@ -132,11 +133,14 @@ def _write_lengths(directory: Path, shards: Sequence[ShardInfo]) -> FileInfo:
     return write_file(directory / LENGTHS, fill)
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(path: Path | Objects) -> dict[str, Any] | None:
     """The manifest of a finished store in the shape of format 2, or `None` where there is no store."""
     raw = None
-    with naming(path / MANIFEST), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        raw = (path / MANIFEST).read_bytes()
+    if isinstance(path, Objects):
+        raw = path.get(MANIFEST)
+    else:
+        with naming(path / MANIFEST), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            raw = (path / MANIFEST).read_bytes()
     if raw is None:
         return None
     try:
@@ -145,7 +149,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{path / MANIFEST}: damaged (nested too deeply); {_REMEDY}") from None
 
 
-def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
+def _parsed(raw: bytes, path: Path | Objects) -> dict[str, Any]:
     try:
         manifest = json.loads(raw)
         if manifest["format"] != FORMAT:
@@ -165,7 +169,7 @@ def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
     return dict(manifest) if version == FORMAT_VERSION else _from_format_1(manifest)
 
 
-def _check(manifest: Mapping[str, Any], version: int, path: Path) -> None:
+def _check(manifest: Mapping[str, Any], version: int, path: Path | str) -> None:
     """Refuse a manifest without all that a store is opened by, of the right type, and of this directory."""
     _check_keys(manifest, _KEYS[version], "manifest", path)
     _check_keys(manifest["tokenizer"], _TOKENIZER if version == 1 else _TOKENIZER_2, "tokenizer", path)
@@ -182,7 +186,7 @@ def _check(manifest: Mapping[str, Any], version: int, path: Path) -> None:
         _check_new_parts(manifest, path)
 
 
-def _check_new_parts(manifest: Mapping[str, Any], path: Path) -> None:
+def _check_new_parts(manifest: Mapping[str, Any], path: Path | str) -> None:
     """What format 1 does not have."""
     sources = manifest["sources"]
     _check_keys(sources, {**_SOURCES, "format": int} if "format" in sources else _SOURCES, "sources", path)
@@ -199,7 +203,7 @@ def _check_new_parts(manifest: Mapping[str, Any], path: Path) -> None:
         raise InputError(f"{path}: damaged (its fingerprint is not that of what it was made from); {_REMEDY}")
 
 
-def _check_keys(part: Any, wanted: Mapping[str, type], what: str, path: Path) -> None:
+def _check_keys(part: Any, wanted: Mapping[str, type], what: str, path: Path | str) -> None:
     """Each key of its type, and no other key: it could change what the others mean."""
     if not isinstance(part, dict):
         raise InputError(f"{path}: damaged ({what} is {part!r:.80}); {_REMEDY}")
@@ -246,9 +250,9 @@ def pretty(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
-def verify_checksums(path: str | Path) -> list[str]:
+def verify_checksums(path: str | Path | Objects) -> list[str]:
     """Read every file of a store and compare it with the manifest; a line for each that is damaged or missing."""
-    root = Path(path)
+    root = folder_of(path) if isinstance(path, str) else path
     manifest = read_manifest(root)
     if manifest is None:
         raise InputError(f"{root}: no finished token store here (no {MANIFEST})")
@@ -256,7 +260,7 @@ def verify_checksums(path: str | Path) -> list[str]:
     for entry in [*manifest["files"], *manifest["shards"]]:
         file = root / entry["name"]
         try:
-            found = describe(file)
+            found = describe(file) if isinstance(file, Path) else root.describe(entry["name"])  # type: ignore[union-attr]
         except OSError as error:
             problems.append(f"{file}: {error.strerror or error}")
             continue

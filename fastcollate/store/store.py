@@ -12,15 +12,17 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError
-from fastcollate.options import local_path
+from fastcollate.errors import InputError, SourceReadError
 from fastcollate.store.files import naming
+from fastcollate.store.layout import AbsentShard
 from fastcollate.store.manifest import LENGTHS, MANIFEST, read_manifest
+from fastcollate.store.remote.objects import Objects, folder_of
+from fastcollate.store.remote.shards import RemoteShard, RemoteShards
 from fastcollate.store.shards import ShardColumns, ShardInfo, open_shards, shard_schema, token_dtype
 
 _REMEDIES = {
@@ -50,12 +52,18 @@ class Example(NamedTuple):
 class TokenStore:
     """A finished store, memory-mapped: opening it reads no token, and processes that open it share its pages.
 
+    Of a store in object storage opening reads the manifest and the lengths. Each shard is fetched when rows of it are
+    needed, once for all processes of the machine, its checksum is compared, and it is memory-mapped from there.
+
     Args:
-        path: the store's directory.
+        path: the store's directory, or its URL, such as `s3://bucket/store`.
+        cache: the folder for what is fetched; by default `FASTCOLLATE_CACHE`, else `~/.cache/fastcollate/stores`.
+        cache_limit: bytes of this store's shards there at most, such as `"20GB"`; what was used longest ago goes first.
+            By default `FASTCOLLATE_CACHE_LIMIT`, else there is none.
 
     Raises:
         InputError: there is no finished store, it is of another format version, or a file's size or layout does not
-            agree with the manifest. Flipped bytes are found by `verify_checksums`.
+            agree with the manifest. Flipped bytes are found by `verify_checksums`, and in what is fetched at once.
 
     Example:
         >>> from fastcollate import TokenStore
@@ -67,12 +75,27 @@ class TokenStore:
         (array([21106,   318,   281, 12064], dtype=uint16), array([44, 12], dtype=uint32))
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = local_path(path)
-        self._from_anywhere = self.path.absolute()  # also after `chdir`
-        manifest = read_manifest(self.path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        cache_limit: int | str | None = None,
+    ) -> None:
+        self.path = folder = folder_of(path)
+        is_remote = isinstance(folder, Objects)
+        if not is_remote and (cache, cache_limit) != (None, None):
+            raise InputError(f"{folder}: cache and cache_limit are for a store behind a URL; leave them out")
+        self._again = folder.url if isinstance(folder, Objects) else folder.absolute(), cache, cache_limit
+        try:
+            manifest = read_manifest(folder)
+        except InputError as error:
+            if not is_remote or isinstance(error, SourceReadError):
+                raise
+            manifest = read_manifest(folder)  # it may have been damaged on the way
         if manifest is None:
-            what = f"{self.path} STORE" if self.path.is_file() else f"SOURCE {self.path}"
+            is_file = isinstance(folder, Path) and folder.is_file()
+            what = f"{self.path} STORE" if is_file else f"SOURCE {self.path}"
             raise InputError(
                 f"{self.path}: no finished token store here (no {MANIFEST}); make one with: fastcollate prepare {what}"
             )
@@ -86,15 +109,24 @@ class TokenStore:
         self.fingerprint, self.kind, self.end = manifest["fingerprint"], manifest["kind"], manifest["end"]
         self.num_tokens, self.max_length = manifest["num_tokens"], manifest["max_length"]
         tokenizer = manifest["tokenizer"]
-        self.vocab_size, own = tokenizer["vocab_size"], tokenizer["files"]
+        self.vocab_size = tokenizer["vocab_size"]
         self.pad_token_id, self.end_token_id = tokenizer["pad_token_id"], tokenizer["end_token_id"]
-        self.tokenizer_name = str(self._from_anywhere / own[0]) if own else tokenizer["name"]
         schema = shard_schema(token_dtype(self.vocab_size), manifest["columns"])
-        self.shards = open_shards(self.path, [ShardInfo(**entry) for entry in manifest["shards"]], schema)
-        self.lengths = _open_lengths(self.path, manifest)
-        self.shard_starts = np.zeros(len(self.shards) + 1, np.int64)
-        np.cumsum([len(shard.source_row) for shard in self.shards], out=self.shard_starts[1:])
-        self._check_lengths()
+        infos = [ShardInfo(**entry) for entry in manifest["shards"]]
+        self._remote: RemoteShards | None = None
+        if isinstance(folder, Objects):
+            self._remote = RemoteShards(folder.url, manifest, infos, schema, cache, cache_limit)
+            self.lengths = self._remote.lengths = _open_lengths(self._remote.cache.folder, manifest)
+            rows = [info.num_rows for info in infos]
+            own = (RemoteShard(self._remote, n, rows[n], token_dtype(self.vocab_size)) for n in range(len(rows)))
+            self.shards = cast(tuple[ShardColumns, ...], tuple(own))
+        else:
+            self.shards = open_shards(folder, infos, schema)
+            self.lengths = _open_lengths(folder, manifest)
+            rows = [len(shard.source_row) for shard in self.shards]
+        self.shard_starts = np.cumsum([0, *rows], dtype=np.int64)
+        if not is_remote:
+            self._check_lengths()
 
     shards: tuple[ShardColumns, ...]
     """Each shard's columns, zero-copy; of very many small ones (see `shards.open_shards`), neighbours as one."""
@@ -110,8 +142,6 @@ class TokenStore:
     """The longest row's length in tokens."""
     vocab_size: int
     """The number of token ids; every id of the store is below it."""
-    tokenizer_name: str
-    """The encoding's name, such as `gpt2`, or the path of the store's own `tokenizer.json`."""
     kind: str
     """What rows are: `rows`; `pairs`, two neighbouring rows of one `source_row` each, the chosen one first; `answers`,
     a row with a verdict each; or `documents`."""
@@ -121,6 +151,16 @@ class TokenStore:
     """The id that the collate pads with."""
     end_token_id: int
     """The end-of-text id, which the collate appends to each row of an `append` store."""
+
+    @functools.cached_property
+    def tokenizer_name(self) -> str:
+        """The encoding's name, such as `gpt2`, or the path of the store's own `tokenizer.json`."""
+        tokenizer, root = self.manifest["tokenizer"], self._again[0]
+        if not tokenizer["files"]:
+            return str(tokenizer["name"])
+        if self._remote is not None:
+            root = self._remote.fetch_files()
+        return str(Path(root) / tokenizer["files"][0])
 
     @functools.cached_property
     def cells(self) -> npt.NDArray[Any]:
@@ -136,9 +176,13 @@ class TokenStore:
             agrees = np.array_equal(lengths[rows], shard.offsets[rows + 1] - shard.offsets[rows])
             if not agrees or int(lengths.sum(dtype=np.int64)) != int(shard.offsets[-1]):
                 raise InputError(
-                    f"{self.path / LENGTHS}: damaged, or not of this store (rows {first} to {stop - 1} have other "
+                    f"{self.path}/{LENGTHS}: damaged, or not of this store (rows {first} to {stop - 1} have other "
                     "lengths in their shard); prepare the store again"
                 )
+
+    def seen_from(self, folder: Path) -> str:
+        """How to name the store in a file of this folder: its relative path, or its URL without user and password."""
+        return os.path.relpath(self.path, folder) if isinstance(self.path, Path) else str(self.path)
 
     def as_rows(self) -> TokenStore:
         """The same store with each row by itself, whatever links it to another, such as to look at or to verify them.
@@ -173,6 +217,7 @@ class TokenStore:
         row %= len(self)
         number = int(np.searchsorted(self.shard_starts, row, side="right")) - 1
         shard, row = self.shards[number], row - int(self.shard_starts[number])
+        shard = shard.columns if isinstance(shard, AbsentShard) else shard
         return Example(
             _cell(shard.input_ids, shard.offsets, row, self.path),
             _cell(shard.spans, shard.span_offsets, row, self.path),
@@ -186,13 +231,11 @@ class TokenStore:
         return f"TokenStore({str(self.path)!r}): {len(self):,} rows, {self.num_tokens:,} tokens"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker process opens its own map instead of receiving a copy.
-        as_rows = self.kind != self.manifest["kind"]
-        return (_rows_at if as_rows else TokenStore), (self._from_anywhere,)
+        return _opened, self._again  # a worker process opens its own map instead of receiving a copy
 
 
-def _rows_at(path: Path) -> TokenStore:
-    return TokenStore(path).as_rows()
+def _opened(path: str | Path, cache: str | None, cache_limit: int | str | None) -> TokenStore:
+    return TokenStore(path, cache=cache, cache_limit=cache_limit)
 
 
 def require_served(store: Any, kinds: Collection[str] = ("rows",)) -> None:
@@ -207,7 +250,7 @@ def require_served(store: Any, kinds: Collection[str] = ("rows",)) -> None:
         )
 
 
-def _cell(values: npt.NDArray[Any], offsets: npt.NDArray[np.int64], row: int, path: Path) -> npt.NDArray[Any]:
+def _cell(values: npt.NDArray[Any], offsets: npt.NDArray[np.int64], row: int, path: object) -> npt.NDArray[Any]:
     start, stop = int(offsets[row]), int(offsets[row + 1])
     if not 0 <= start <= stop <= len(values):
         raise InputError(f"{path}: damaged offsets at row {row} of a shard; run: fastcollate verify --checksums {path}")

@@ -187,7 +187,7 @@ def _template_of(data: Mapping[str, Any], beside: Path, tokenizer: Tokenizer) ->
                 "template: write the whole prompt, with --raw"
             )
         return load_template("tokenizer", tokenizer=tokenizer)
-    return load_template(name, tokenizer=tokenizer, saved=TokenStore(beside / data["store"]).manifest["template"])
+    return load_template(name, tokenizer=tokenizer, saved=TokenStore(_store_at(beside, data)).manifest["template"])
 
 
 def _encoded(question: Rendered, template: Template, tokenizer: Tokenizer) -> tuple[list[int], set[int]]:
@@ -243,7 +243,7 @@ def answer_split(
     options = options or AnswerOptions()
     model, saved = load_model(checkpoint, choose_device(options.device))
     beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    opened = TokenStore(store or beside / saved.data["store"])
+    opened = TokenStore(store or _store_at(beside, saved.data))
     rows = _rows_of(split, saved.data, opened)[:limit]
     path = local_path(out or beside / f"answers-{split}.json")
     tokenizer = load_tokenizer(opened.tokenizer_name)
@@ -252,6 +252,12 @@ def answer_split(
         answers = [_answer_row(model, opened, tokenizer, row, options) for row in tracked]
     files.write_file(path, [json.dumps(answers, indent=2, ensure_ascii=False)])
     return {"rows": len(rows), "exact": sum(a["output"] == a["model_response"] for a in answers), "out": str(path)}
+
+
+def _store_at(beside: Path, data: Mapping[str, Any]) -> str | Path:
+    """The store that a run was trained on: a URL, or a path from the run's directory."""
+    name: str = data["store"]
+    return name if "://" in name else beside / name
 
 
 def _rows_of(split: str, data: Mapping[str, Any], store: TokenStore) -> range:

@@ -5,7 +5,6 @@ Under `torchrun -m fastcollate train` each rank runs this.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -280,7 +279,7 @@ class _Run:
                 progress=asdict(self.counters),
                 options=self.options.plain(),
                 data={
-                    "store": os.path.relpath(self.store.path, out),
+                    "store": self.store.seen_from(out),
                     "fingerprint": self.store.fingerprint,
                     "tokenizer": self.store.tokenizer_name,
                     "template": str(self.store.manifest["template"].get("name", "")),

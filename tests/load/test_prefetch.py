@@ -146,14 +146,14 @@ def test_a_damaged_row_is_met_in_its_turn(ahead: int, group_cells: int, monkeypa
 def test_an_error_of_the_planning_thread_reaches_the_consumer_with_its_traceback(
     ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask_for = BatchLoader._ask_for
+    hold = BatchLoader._held
 
-    def fails_later(self: BatchLoader, rows: Any) -> None:
+    def fails_later(self: BatchLoader, rows: Any, iteration: Any) -> object:
         if threading.current_thread() is not threading.main_thread() or not ahead:
             raise OSError("the disk is gone")
-        ask_for(self, rows)
+        return hold(self, rows, iteration)
 
-    monkeypatch.setattr(BatchLoader, "_ask_for", fails_later)
+    monkeypatch.setattr(BatchLoader, "_held", fails_later)
     loader = BatchLoader(make_store(ROWS), prefetch=ahead, **OPTIONS)
     with pytest.raises(OSError, match="disk is gone") as caught:
         list(loader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fastcollate.store import TokenStore
@@ -25,7 +26,7 @@ class ChatRows:
         if importlib.util.find_spec("transformers") and not is_dated and not template.of_records:
             from transformers import PreTrainedTokenizerFast
 
-            self.theirs = PreTrainedTokenizerFast.from_pretrained(store.path)
+            self.theirs = PreTrainedTokenizerFast.from_pretrained(Path(store.tokenizer_name).parent)
 
     def differences(self, row: int, record: Any) -> Iterator[str]:
         """What differs between a row and its record's chat."""

@@ -5,6 +5,7 @@ Nothing here tells a URL as it was given, which may hold a secret: only its name
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -18,6 +19,7 @@ from fsspec.asyn import AsyncFileSystem
 from fastcollate.errors import InputError
 from fastcollate.options import local_path
 from fastcollate.sources import remote
+from fastcollate.store.files import FileInfo
 
 PART = 16 << 20  # bytes of one request of a larger upload
 _IS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters or more: C:// is a drive
@@ -106,6 +108,15 @@ class Objects:
             return data
 
         return self._attempt(name, action)
+
+    def describe(self, name: str) -> FileInfo:
+        """An object's size and SHA-256, by reading it."""
+        found, digest = self.find(name), hashlib.sha256()
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "is missing", name)
+        for start in range(0, found.num_bytes, PART):
+            digest.update(self.read(name, start, min(start + PART, found.num_bytes)))
+        return FileInfo(name, found.num_bytes, digest.hexdigest())
 
     def find(self, name: str) -> Found | None:
         """An object's size and tag, asked anew, or `None` where there is none."""
