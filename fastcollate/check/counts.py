@@ -202,7 +202,7 @@ def _add_up(store: TokenStore, options: MaskOptions, *, progress: bool) -> dict[
     examples: list[int] = []
     shares = np.zeros(NUM_SHARES, np.int64)
     with progress_bar(unit="rows", progress=progress) as bar:
-        task = bar.add_task("inspect", total=len(store))
+        task = bar.add_task(f"prompts {'masked' if options.mask_prompt else 'trained'}", total=len(store))
         for rows, report in row_reports(options.collator(store), range(len(store))):
             totals += report.sum(0)
             trained = report[:, kernels.TRAINED]

@@ -100,7 +100,7 @@ def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
         said = "" if tokenizer is None else repr(tokenizer.decode(view.tokens[turn.start : turn.stop][:_SAID_TOKENS]))
         cut = " ..." if turn.stop - turn.start > _SAID_TOKENS else ""
         style = STYLES[TRAINED] if trained else STYLES[PROMPT]
-        out.append(f"{turn.role:>10} {turn.stop - turn.start:>7} {trained:>7}  {_printable(said)}{cut}\n", style)
+        out.append(f"{turn.role:>10} {turn.stop - turn.start:>7} {trained:>7}  {printable(said)}{cut}\n", style)
     out.append("\n")
     special = {} if tokenizer is None else special_tokens(tokenizer)
     bar = glyph("│", "|")
@@ -109,7 +109,7 @@ def render_row(view: RowView, tokenizer: Tokenizer | None) -> Text:
         if kind != PADDING and tokenizer is not None:
             body = tokenizer.decode(view.tokens[start:end])
         for index, line in enumerate(body.split("\n")):
-            out.append(f"{kind if index == 0 else '':>8} {MARKS[kind]} {bar} {_printable(line)}\n", STYLES[kind])
+            out.append(f"{kind if index == 0 else '':>8} {MARKS[kind]} {bar} {printable(line)}\n", STYLES[kind])
     out.append(f"\n{'column':>6} {'input':>6} {'':18}    {'target':>6} {'':18} kind\n", "bold")
     columns = list(zip(view.inputs.tolist(), view.targets.tolist(), strict=True))
     for kind, first, end in view.runs():
@@ -145,11 +145,11 @@ def _piece(token: int, tokenizer: Tokenizer | None, special: Mapping[int, str]) 
     if token < 0 or tokenizer is None:
         return " " * 18, ""
     if token in special:
-        return f"{_printable(special[token]):<18}", "reverse"
-    return f"{_printable(repr(tokenizer.decode([token]))):<18}", ""
+        return f"{printable(special[token]):<18}", "reverse"
+    return f"{printable(repr(tokenizer.decode([token]))):<18}", ""
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without control characters, which would move the cursor or recolour the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 

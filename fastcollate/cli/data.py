@@ -137,7 +137,9 @@ StoreFolder = Annotated[Path, typer.Argument(help="Directory of the token store.
 def inspect(
     store: StoreFolder,
     masks: MaskOptions,
-    row: Annotated[int | None, typer.Option(help="Show this row: text, ids, targets.")] = None,
+    row: Annotated[
+        int | None, typer.Option(help="Show this row: text, ids, targets; with --report, in the page.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page for the browser to this file.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in a batch of the page's picture of an epoch.")] = 8,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to tell the balance of.")] = 8,
@@ -148,7 +150,7 @@ def inspect(
     from fastcollate.store import TokenStore
 
     opened, page = TokenStore(store), local_path(report) if report is not None else None
-    if row is not None:
+    if row is not None and page is None:
         view = view_row(opened, row, masks)
         if json_output:
             turns = [turn._asdict() for turn in view.turns]
@@ -162,7 +164,7 @@ def inspect(
     with telling_of_kernels(quiet=json_output):
         found = inspect_store(opened, masks, ranks=ranks, progress=not json_output)
         if page is not None:
-            write_report(opened, page, found, batch_size=batch_size)
+            write_report(opened, page, found, batch_size=batch_size, row=row)
     if json_output:
         print_json(asdict(found))
         return

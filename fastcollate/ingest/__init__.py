@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from fastcollate.ingest.job import prepare as prepare
     from fastcollate.ingest.options import PrepareOptions as PrepareOptions
     from fastcollate.ingest.options import summary_in_words as summary_in_words
+    from fastcollate.ingest.spec import source_names as source_names
 
 _MODULE_OF = {
     "PrepareOptions": "options", "columns_of_ids": "ids.columns", "prepare": "job", "rows_of_ids": "ids.rows",
-    "summary_in_words": "options", "with_end_appended": "ids.rows",
+    "source_names": "spec", "summary_in_words": "options", "with_end_appended": "ids.rows",
 }  # fmt: skip
 __getattr__, __dir__ = face(__name__, _MODULE_OF)

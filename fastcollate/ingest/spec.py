@@ -342,6 +342,17 @@ def write_side_file(root: Path, seen: Sequence[Seen]) -> None:
     files.write_file(root / SIDE_FILE, content.encode("utf-8", "surrogatepass"), sync=False)
 
 
+def source_names(root: Path, stored: Mapping[str, Any]) -> list[str] | None:
+    """The names of a store's sources; `None` where the side file is missing, damaged, or of another store.
+
+    Example:
+        >>> source_names(store.path, store.manifest["sources"])
+        ['records.jsonl']
+    """
+    seen = _read_side_file(root, stored)
+    return None if seen is None else [entry.name for entry in seen]
+
+
 def _read_side_file(root: Path, stored: Mapping[str, Any]) -> list[Seen] | None:
     """What was seen of the sources, or `None` where that is missing, damaged, or not of this store's content."""
     try:

@@ -205,7 +205,7 @@ def test_the_printed_row_reads_without_colour(store: TokenStore) -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert terminal._printable("a\x1b[31m\ttä\r") == "a\\x1b[31m\\ttä\\r"
+    assert terminal.printable("a\x1b[31m\ttä\r") == "a\\x1b[31m\\ttä\\r"
 
 
 def test_text_is_shown_with_the_vocabulary_of_the_store(tmp_path: Path) -> None:
