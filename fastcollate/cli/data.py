@@ -52,7 +52,10 @@ def prepare(
             show_default=False,
         ),
     ],
-    store: Annotated[Path, typer.Argument(help="Directory of the token store to write (the last argument).")],
+    store: Annotated[
+        str,
+        typer.Argument(help="Directory of the token store to write, or its URL in object storage (the last one)."),
+    ],
     options: PrepareOptions,
     field: Fields = None,
     template_arg: Annotated[
@@ -67,7 +70,7 @@ def prepare(
     from fastcollate.sources import remote
 
     if not sources:
-        given = remote.name_of(str(store))
+        given = remote.name_of(store)
         raise InputError(
             f"prepare got only {given!r}: name the sources first, the store's directory last, such as: "
             f"fastcollate prepare {given} store"

@@ -24,9 +24,9 @@ from typing_extensions import Unpack
 
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.encode import Encoded
-from fastcollate.ingest.journal import Journal, begin_anew, holder, place_of, report_lines, tidy
-from fastcollate.ingest.lock import JobLock, is_ours
+from fastcollate.ingest.journal import place_of, report_lines
 from fastcollate.ingest.options import PrepareKeywords, PrepareOptions, PrepareReport
+from fastcollate.ingest.places import Place, place_at
 from fastcollate.ingest.spec import (
     Counts,
     JobSpec,
@@ -38,10 +38,9 @@ from fastcollate.ingest.spec import (
     write_side_file,
 )
 from fastcollate.ingest.workers import Results, Runner, runner
-from fastcollate.options import local_path
 from fastcollate.progress import progress_bar
 from fastcollate.sources import Source, Unit, find_sources, read_units, spooled
-from fastcollate.store import ShardInfo, files, shards
+from fastcollate.store import files, remote, shards
 from fastcollate.store import manifest as manifests
 from fastcollate.text import Template
 
@@ -64,7 +63,8 @@ def prepare(
 
     Args:
         sources: a path, URL or pattern, a `datasets.Dataset`, a table or frame, a sequence of these, or records.
-        store: the store's directory; a finished store of the same content is reused, an unfinished one continued.
+        store: the store's directory, or its URL in object storage, such as `s3://bucket/store`; a finished store of
+            the same content is reused, an unfinished one continued.
         fields: where template fields come from, such as `{"instruction": "question"}`.
         template_args: further arguments of a chat template, such as `{"enable_thinking": False}`.
         options: see `fastcollate.ingest.PrepareOptions`.
@@ -82,36 +82,37 @@ def prepare(
         True
     """
     started = time.perf_counter()
-    asked, root = PrepareOptions(**options), local_path(store)
+    asked, root = PrepareOptions(**options), remote.folder_of(store)
     given = find_sources(sources, keep_empty=asked.on_error == "skip", split=asked.split)
-    with spooled(given, is_shared=asked.engine == "ray", progress=progress) as found:
+    is_shared = asked.engine == "ray" and isinstance(root, Path)
+    with place_at(root) as place, spooled(given, is_shared=is_shared, progress=progress) as found:
         spec = JobSpec(asked, dict(fields or {}), dict(template_args or {})).chosen(found).sealed()
-        job = _Job(found, root, spec, progress)
+        job = _Job(found, place, spec, progress)
         manifest = None if asked.overwrite else _find_at_rest(job)
         reused = manifest is not None
         if manifest is None:
             manifest, reused = _under_lock(job, runner(asked.engine, asked.workers), asked)
         else:
-            tidy(job.root)
+            place.tidy()
     return job.report(manifest, reused, time.perf_counter() - started)
 
 
 def _under_lock(job: _Job, run: Runner, asked: PrepareOptions) -> tuple[dict[str, Any], bool]:
     """The manifest of the store, and whether another job has made it while this one waited."""
-    before = _version(job.root)
-    with JobLock(job.root, wait=asked.wait, holder=lambda: holder(job.root)) as lock:
+    before = job.place.version()
+    with job.place.lock(wait=asked.wait) as lock:
         try:
             manifest = None
             if not asked.overwrite:
                 manifest = job.find_finished()
-            elif lock.waited and _version(job.root) != before:
+            elif lock.waited and job.place.version() != before:
                 with contextlib.suppress(InputError):  # another store lies here
                     manifest = job.find_finished()
             if manifest is not None:
                 return manifest, True
             job.refuse_own_files()
             if asked.overwrite:
-                begin_anew(job.root, job.identity)
+                job.place.begin_anew(job.identity)
             return job.run(run), False
         except SourceReadError:
             raise
@@ -126,29 +127,21 @@ def _under_lock(job: _Job, run: Runner, asked: PrepareOptions) -> tuple[dict[str
 
 def _find_at_rest(job: _Job) -> dict[str, Any] | None:
     """As `find_finished`; `None` too where another job has begun to make the store anew meanwhile."""
-    before = _version(job.root)
+    before = job.place.version()
     try:
         return job.find_finished()
     except InputError:
-        if _version(job.root) == before:
+        if job.place.version() == before:
             raise
         return None
-
-
-def _version(root: Path) -> tuple[int, ...]:
-    """What tells one manifest file from another."""
-    with contextlib.suppress(OSError):
-        stat = (root / manifests.MANIFEST).stat()
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
-    return ()
 
 
 class _Job:
     """One job's state in the leading process."""
 
-    def __init__(self, sources: list[Source], root: Path, spec: JobSpec, progress: bool) -> None:
+    def __init__(self, sources: list[Source], place: Place, spec: JobSpec, progress: bool) -> None:
         self.sources = sources
-        self.root = root
+        self.place, self.root = place, place.root
         self.spec = spec
         self.has_finished = True
         self._progress = progress
@@ -160,7 +153,7 @@ class _Job:
         self._next = 0
         self._open: list[UnitResult] = []
         self._open_number = 0
-        self._shards: list[ShardInfo] = []
+        self._shards: list[shards.ShardInfo] = []
         self._digests = [hashlib.sha256() for _ in sources]
         self._num_records = [0] * len(sources)
         self._counts = Counts()
@@ -185,19 +178,20 @@ class _Job:
     def refuse_own_files(self) -> None:
         """Refuse what is read from the store's folder: it would be removed as an earlier job's."""
         for path in [*(source.local or source.name for source in self.sources), self._tokenizer.name]:
-            places = Path(os.path.abspath(path)), Path(os.path.realpath(path))
-            if any(is_ours(place.name) and place.parent.resolve() == self.root.resolve() for place in places):
+            if self.place.holds(path):
                 raise InputError(
                     f"{path}: lies in the folder of the store, which is written anew; copy it elsewhere first"
                 )
 
     def run(self, run: Runner) -> dict[str, Any]:
         """Encode all units that the journal does not hold, then commit; returns the manifest."""
-        with Journal(self.root, self.identity, anew=self.spec.options.overwrite) as journal:
+        asked = self.spec.options
+        with self.place.journal(self.identity, anew=asked.overwrite) as journal:
             self._journal = journal
             try:
                 units = self._unfinished(read_units(self.sources))
-                results = run(units, self.spec, str(self.root), journal.token)
+                tasks = self.place.tasks(units, apart=asked.engine == "ray")
+                results = run(tasks, self.place, self.spec, journal.token)
                 # Closed here and now, also after an error: left to the garbage collector, which may run in any thread,
                 # the workers' pool could wait for itself.
                 with contextlib.closing(results):
@@ -212,8 +206,8 @@ class _Job:
         head = list(islice(results, 1))  # workers are forked by now: the bar has a thread, which no fork may copy
         with progress_bar("rate", unit="MB", progress=self._progress) as bar:
             task = bar.add_task("prepare", total=(total + 999_999) // 1_000_000 or None, rate="")
-            for unit, encoded in chain(head, results):
-                self._journal.add_unit(encoded.result)
+            done = (self.place.taken(self._journal, *result) for result in chain(head, results))
+            for unit, encoded in chain.from_iterable(done):
                 self._put(unit, encoded)
                 num_bytes += unit.num_bytes
                 seconds = time.perf_counter() - started
@@ -302,7 +296,7 @@ class _Job:
         if shard is None:
             parts = [result.part for result in self._open if result.part is not None]
             name = shards.shard_name(self._open_number)
-            info = shards.merge_shards(self.root, parts, self.root, name) if parts else None
+            info = shards.merge_shards(self.place.stage, parts, self.place.stage, name) if parts else None
             shard = self._journal.add_shard(self._open_number, self._open, info)
         if shard.info is not None:
             self._shards.append(shard.info)
@@ -311,6 +305,7 @@ class _Job:
     def _commit(self) -> dict[str, Any]:
         """Write what makes the shards a store; returns the manifest."""
         self._close_shard()
+        stage = self.place.stage
         if not self._shards:
             raise InputError(f"{self.sources[0].name}: no usable record ({self._common_fault() or 'none at all'})")
         if 2 * self._num_skipped > sum(self._num_records):
@@ -320,18 +315,22 @@ class _Job:
         seen = [seen_of(source, digest.hexdigest(), num_records) for source, digest, num_records in contents]
         self._journal.remove_all_but(self._shards)
         if self._num_skipped:
-            files.write_file(self.root / SKIPPED, report_lines(self._journal.skipped(self._next), self.sources))
-        kept = [files.write_file(self.root / name, content) for name, content in self._tokenizer.files.items()]
-        write_side_file(self.root, seen)
+            files.write_file(stage / SKIPPED, report_lines(self._journal.skipped(self._next), self.sources))
+        kept = [files.write_file(stage / name, content) for name, content in self._tokenizer.files.items()]
+        write_side_file(stage, seen)
         content = manifests.sources_of([entry.sha256 for entry in seen], sum(self._num_records))
         summary = {**asdict(self._counts), "num_skipped": self._num_skipped}
-        summary |= length_summary(self.root, self._shards, self.identity["end"])
+        lengths = map(self.place.lengths, self._shards)
+        summary |= length_summary(lengths, self._counts.num_rows, self.identity["end"])
         if not summary["dropped_fields"]:
             del summary["dropped_fields"]
         identity = manifests.StoreIdentity(content, **self.identity)
-        manifests.write_manifest(self.root, identity, self._shards, files=kept, summary=summary)
+        manifests.write_manifest(
+            stage, identity, self._shards, files=kept, summary=summary, lengths_of=self.place.lengths
+        )
+        self.place.publish(self._journal, self._shards)
         self._journal.finish()
-        manifest = manifests.read_manifest(self.root)
+        manifest = manifests.read_manifest(stage)
         assert manifest is not None
         return manifest
 
@@ -358,7 +357,8 @@ class _Job:
 
     def report(self, manifest: Mapping[str, Any], reused: bool, seconds: float) -> PrepareReport:
         """What the finished job did."""
-        summary, skipped = dict(manifest["summary"]), self.root / SKIPPED
+        summary = dict(manifest["summary"])
+        is_listed = summary["num_skipped"] and remote.get(self.root, SKIPPED) is not None
         return PrepareReport(
             str(self.root),
             reused,
@@ -366,6 +366,6 @@ class _Job:
             round(self._tokenize_seconds, 3),
             self._tokenizer.backend,
             summary,
-            str(skipped) if summary["num_skipped"] and skipped.exists() else None,
+            str(self.root / SKIPPED) if is_listed else None,
             self.spec.told(),
         )

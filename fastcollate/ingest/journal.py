@@ -25,7 +25,7 @@ from fastcollate.errors import InputError
 from fastcollate.ingest.lock import JobLock, discard, is_ours
 from fastcollate.ingest.spec import LostRecord, UnitResult, differences
 from fastcollate.sources import Source
-from fastcollate.store import ShardInfo, files
+from fastcollate.store import files, shards
 from fastcollate.store import manifest as manifests
 
 _JOURNAL = ".journal"
@@ -40,7 +40,17 @@ class MergedShard:
     first: int
     last: int
     sha256: str
-    info: ShardInfo | None
+    info: shards.ShardInfo | None
+
+
+def merged_shard(number: int, units: Sequence[UnitResult], info: shards.ShardInfo | None) -> MergedShard:
+    """What is noted of a shard of these units."""
+    return MergedShard(number, units[0].index, units[-1].index, _digest(units), info)
+
+
+def skipped_of(units: Mapping[int, UnitResult], num_units: int) -> Iterator[LostRecord]:
+    """The bad records of the first units, in order."""
+    return (bad for index in range(num_units) for bad in units[index].bad)
 
 
 class Journal(contextlib.AbstractContextManager["Journal"]):
@@ -99,9 +109,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self.units[result.index] = result
         self._write("unit", replace(result, tokenize_seconds=0.0))
 
-    def add_shard(self, number: int, units: Sequence[UnitResult], info: ShardInfo | None) -> MergedShard:
+    def add_shard(self, number: int, units: Sequence[UnitResult], info: shards.ShardInfo | None) -> MergedShard:
         """Note a finished shard; the parts it was made of are no longer needed."""
-        shard = MergedShard(number, units[0].index, units[-1].index, _digest(units), info)
+        shard = merged_shard(number, units, info)
         self.shards[number] = shard
         self._write("shard", shard)
         for unit in units:
@@ -111,8 +121,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def skipped(self, num_units: int) -> Iterator[LostRecord]:
         """The bad records of so many units, in order."""
-        for index in range(num_units):
-            yield from self.units[index].bad
+        return skipped_of(self.units, num_units)
 
     def finish(self) -> None:
         """Forget the job: its store is finished."""
@@ -152,23 +161,23 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self.units = {i: unit for i, unit in units.items() if i in merged or self._is_whole(unit.part)}
         return header
 
-    def _has_size(self, info: ShardInfo) -> bool:
+    def _has_size(self, info: shards.ShardInfo) -> bool:
         with contextlib.suppress(OSError):
             return (self._root / info.name).stat().st_size == info.num_bytes
         return False
 
-    def _is_whole(self, part: ShardInfo | None) -> bool:
+    def _is_whole(self, part: shards.ShardInfo | None) -> bool:
         """Whether a part is what was written; it was not synced."""
         with contextlib.suppress(OSError):
             return part is None or files.describe(self._root / part.name).sha256 == part.sha256
         return False
 
-    def remove_all_but(self, shards: Iterable[ShardInfo]) -> None:
+    def remove_all_but(self, shards: Iterable[shards.ShardInfo]) -> None:
         """Remove what is not of these shards: they are the store."""
         _remove_all_but(self._root, shards)
 
 
-def _remove_all_but(root: Path, kept: Iterable[ShardInfo]) -> None:
+def _remove_all_but(root: Path, kept: Iterable[shards.ShardInfo]) -> None:
     names = {_JOURNAL, *(info.name for info in kept)}
     for path in root.iterdir():
         if is_ours(path.name) and path.name not in names:

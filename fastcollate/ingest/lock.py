@@ -9,13 +9,14 @@ import re
 import stat
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import filelock
 
 from fastcollate.errors import InputError
 from fastcollate.store import manifest as manifests
+from fastcollate.store import remote
 
 LOCK = ".lock"
 _LINE_SECONDS = 10.0
@@ -90,13 +91,7 @@ class JobLock:
 
     def _refuse_foreign(self) -> None:
         """Before anything is made in it: a folder that is no store's may hold files with names like a store's."""
-        names = os.listdir(self._root)
-        foreign = sorted(name for name in names if not name.startswith(".") and name.lower() not in _FROM_THE_SYSTEM)
-        if foreign and not any(map(_ONLY_IN_STORES.fullmatch, names)) and not _has_manifest(self._root):
-            raise InputError(
-                f"{self._root}: holds files that are not of a store, such as {foreign[0]}; "
-                "choose a new or empty directory"
-            )
+        refuse_foreign(self._root, os.listdir(self._root))
 
     def _acquire(self) -> None:
         while True:
@@ -169,10 +164,15 @@ def is_ours(name: str) -> bool:
     return _OURS.fullmatch(name) is not None
 
 
-def _has_manifest(root: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return manifests.FORMAT.encode() in (root / manifests.MANIFEST).read_bytes()
-    return False
+def refuse_foreign(root: Path | remote.Objects, names: Sequence[str]) -> None:
+    """Refuse a folder of files with these names where they are not a store's."""
+    foreign = sorted(name for name in names if not name.startswith(".") and name.lower() not in _FROM_THE_SYSTEM)
+    if not foreign or any(map(_ONLY_IN_STORES.fullmatch, names)):
+        return
+    if manifests.FORMAT.encode() not in (remote.get(root, manifests.MANIFEST) or b""):
+        raise InputError(
+            f"{root}: holds files that are not of a store, such as {foreign[0]}; choose a new or empty directory"
+        )
 
 
 def discard(path: Path) -> None:

@@ -26,7 +26,7 @@ from fastcollate.ingest.options import PrepareOptions
 from fastcollate.plan import plan_epoch
 from fastcollate.progress import progress_bar
 from fastcollate.sources import Block, Source, Unit, read_blocks, records
-from fastcollate.store import ShardInfo, files, shards
+from fastcollate.store import files, remote, shards
 from fastcollate.store import manifest as manifests
 from fastcollate.text import Template, Tokenizer, choose_template, load_template, load_tokenizer
 
@@ -193,7 +193,7 @@ class UnitResult:
 
     index: int
     sha256: str
-    part: ShardInfo | None
+    part: shards.ShardInfo | None
     counts: Counts
     bad: list[LostRecord]
     tokenize_seconds: float
@@ -237,7 +237,7 @@ class Seen:
 
 
 def find_finished(
-    root: Path, sources: Sequence[Source], identity: Mapping[str, Any], *, progress: bool
+    root: Path | remote.Objects, sources: Sequence[Source], identity: Mapping[str, Any], *, progress: bool
 ) -> dict[str, Any] | None:
     """The manifest of the finished store in a folder, or `None` where there is none.
 
@@ -253,15 +253,23 @@ def find_finished(
     different = different or _source_differences(root, manifest["sources"], sources, progress=progress)
     if different:
         raise InputError(f"{root}: holds a store that differs in {'; '.join(different)}; {_REMEDY}")
+    found = _sizes(root)
     for entry in [*manifest["files"], *manifest["shards"]]:
-        path = root / entry["name"]
-        if not path.is_file() or path.stat().st_size != entry["num_bytes"]:
-            raise InputError(f"{path}: missing or damaged; make the store anew with --overwrite (overwrite=True)")
+        if found.get(entry["name"]) != entry["num_bytes"]:
+            name = root / entry["name"]
+            raise InputError(f"{name}: missing or damaged; make the store anew with --overwrite (overwrite=True)")
     return manifest
 
 
+def _sizes(root: Path | remote.Objects) -> dict[str, int]:
+    """The files of a folder, in bytes."""
+    if isinstance(root, remote.Objects):
+        return {name: found.num_bytes for name, found in root.found().items()}
+    return {path.name: path.stat().st_size for path in root.iterdir() if path.is_file()}
+
+
 def _source_differences(
-    root: Path, stored: Mapping[str, Any], sources: Sequence[Source], *, progress: bool
+    root: Path | remote.Objects, stored: Mapping[str, Any], sources: Sequence[Source], *, progress: bool
 ) -> list[str]:
     """What differs in the sources' content, in words."""
     seen = _read_side_file(root, stored)
@@ -270,7 +278,7 @@ def _source_differences(
     known = {old.stamp: old for old in seen or () if old.stamp}
     found = _read_again(sources, known, progress=progress)
     if manifests.sources_of([new.sha256 for new in found], 0)["sha256"] == stored["sha256"]:
-        with contextlib.suppress(OSError):  # only the shortcut is lost: the folder may be read-only
+        with contextlib.suppress(OSError, SourceReadError):  # only the shortcut is lost: it may be read-only
             write_side_file(root, found)
         return []
     if stored["num_sources"] != len(sources):
@@ -336,13 +344,17 @@ def _read(source: Source, on_block: Callable[[Block], object] = lambda block: No
     return digest.hexdigest(), num_records
 
 
-def write_side_file(root: Path, seen: Sequence[Seen]) -> None:
+def write_side_file(root: Path | remote.Objects, seen: Sequence[Seen]) -> None:
     """Write what was seen of the sources beside the store."""
     content = json.dumps({"format": _SIDE_VERSION, "sources": msgspec.to_builtins(seen)}, ensure_ascii=False)
-    files.write_file(root / SIDE_FILE, content.encode("utf-8", "surrogatepass"), sync=False)
+    raw = content.encode("utf-8", "surrogatepass")
+    if isinstance(root, remote.Objects):
+        root.write(SIDE_FILE, raw)
+    else:
+        files.write_file(root / SIDE_FILE, raw, sync=False)
 
 
-def source_names(root: Path, stored: Mapping[str, Any]) -> list[str] | None:
+def source_names(root: Path | remote.Objects, stored: Mapping[str, Any]) -> list[str] | None:
     """The names of a store's sources; `None` where the side file is missing, damaged, or of another store.
 
     Example:
@@ -353,10 +365,10 @@ def source_names(root: Path, stored: Mapping[str, Any]) -> list[str] | None:
     return None if seen is None else [entry.name for entry in seen]
 
 
-def _read_side_file(root: Path, stored: Mapping[str, Any]) -> list[Seen] | None:
+def _read_side_file(root: Path | remote.Objects, stored: Mapping[str, Any]) -> list[Seen] | None:
     """What was seen of the sources, or `None` where that is missing, damaged, or not of this store's content."""
     try:
-        content = json.loads((root / SIDE_FILE).read_bytes())
+        content = json.loads(remote.get(root, SIDE_FILE) or b"")
         seen = msgspec.convert(content["sources"], list[Seen])
         content_of = manifests.sources_of([entry.sha256 for entry in seen], 0)["sha256"]
         return seen if (content["format"], content_of) == (_SIDE_VERSION, stored["sha256"]) else None
@@ -364,19 +376,19 @@ def _read_side_file(root: Path, stored: Mapping[str, Any]) -> list[Seen] | None:
         return None
 
 
-def length_summary(root: Path, infos: Sequence[ShardInfo], end: str = "append") -> dict[str, Any]:
+def length_summary(lengths: Iterable[npt.NDArray[Any]], num_rows: int, end: str = "append") -> dict[str, Any]:
     """Percentiles of row lengths, and the padded share of a loader's batches of 8 and 64 rows, shuffled and bucketed.
 
     Of more than about a million rows, evenly spaced ones are taken. An end-of-text that is appended is not counted. A
     percentile is the smallest length that at least so many rows do not exceed.
     """
-    step = -(-sum(info.num_rows for info in infos) // _SAMPLE_ROWS)
-    lengths = np.concatenate([shards.shard_lengths(root, info)[::step] for info in infos]).astype(np.int64)
+    step = -(-num_rows // _SAMPLE_ROWS)
+    taken = np.concatenate([of_shard[::step] for of_shard in lengths]).astype(np.int64)
     quantiles = (0, 5, 50, 95, 99, 100)
-    found = np.percentile(lengths, quantiles, method="inverted_cdf").tolist()
+    found = np.percentile(taken, quantiles, method="inverted_cdf").tolist()
     summary: dict[str, Any] = {f"length_p{q}": int(length) for q, length in zip(quantiles, found, strict=True)}
-    summary["length_mean"] = round(float(lengths.mean()), 2)
-    cells = lengths - (lengths > 0) * (end == "in_row")
+    summary["length_mean"] = round(float(taken.mean()), 2)
+    cells = taken - (taken > 0) * (end == "in_row")
     for batch_size in (8, 64):
         summary[f"padding_{batch_size}_random"] = _padding(cells, batch_size, "shuffled")
         summary[f"padding_{batch_size}_bucketed"] = _padding(cells, batch_size, "bucketed")

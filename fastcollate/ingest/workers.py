@@ -17,29 +17,27 @@ from itertools import chain, islice
 from typing import Any
 
 from fastcollate.errors import SourceReadError, import_extra
-from fastcollate.ingest.encode import Encoded, encode_unit
+from fastcollate.ingest.places import Place
 from fastcollate.ingest.spec import JobSpec
-from fastcollate.sources import Unit
 
-Results = Generator[tuple[Unit, Encoded], None, None]
-Runner = Callable[[Iterator[Unit], JobSpec, str, str], Results]
-_FEW = 4  # units that one process has done sooner than workers are there: the first are small
+Results = Generator[tuple[Any, Any], None, None]
+Runner = Callable[[Iterator[Any], Place, JobSpec, Any], Results]
 
 
 def runner(engine: str, workers: int | None) -> Runner:
-    """What does units with this engine."""
+    """What does tasks with this engine: each with what became of it, in order."""
     return _ray_runner(workers) if engine == "ray" else _local_runner(workers)
 
 
 def _local_runner(workers: int | None) -> Runner:
-    """Worker processes; a few units alone, or with one worker, are done in this process."""
+    """Worker processes; a few tasks alone, or with one worker, are done in this process."""
 
-    def run(units: Iterator[Unit], spec: JobSpec, root: str, token: str) -> Results:
-        head = list(islice(units, _FEW))
-        units = chain(head, units)
+    def run(tasks: Iterator[Any], place: Place, spec: JobSpec, token: Any) -> Results:
+        head = list(islice(tasks, place.few))
+        tasks = chain(head, tasks)
         count = workers or _usable_cores()
-        if count == 1 or len(head) < _FEW:
-            yield from ((unit, encode_unit(unit, spec, root, token)) for unit in units)
+        if count == 1 or len(head) < place.few:
+            yield from ((task, place.work(task, spec, place.target, token)) for task in tasks)
             return
         tokenizer, template = spec.tools()
         tokenizer.warm(chats=template.end == "in_row")  # forked workers share what is loaded
@@ -47,11 +45,11 @@ def _local_runner(workers: int | None) -> Runner:
         context = multiprocessing.get_context("fork" if is_safe else "spawn")
         with ProcessPoolExecutor(count, context, _begin_worker) as pool:
             try:
-                submitted = ((unit, _submit(pool, unit, spec, root, token)) for unit in units)
-                yield from _in_order(submitted, 2 * count, Future.result)
+                submitted = ((task, _submit(pool, place.work, task, spec, place.target, token)) for task in tasks)
+                yield from _in_order(submitted, place.turns * count + 1, Future.result)
             except BrokenProcessPool as error:
                 raise SourceReadError(
-                    f"{root}: a worker process was killed, perhaps for want of memory; what is finished is kept: "
+                    f"{place.root}: a worker process was killed, perhaps for want of memory; what is finished is kept: "
                     "run the same command again, with fewer workers if need be"
                 ) from error
             finally:
@@ -60,8 +58,8 @@ def _local_runner(workers: int | None) -> Runner:
     return run
 
 
-def _submit(pool: ProcessPoolExecutor, *task: Any) -> Future[Encoded]:
-    """Hand a unit over. A worker that is started for it takes no part in Ctrl-C, which is for the leader; spawned, it
+def _submit(pool: ProcessPoolExecutor, *task: Any) -> Future[Any]:
+    """Hand a task over. A worker that is started for it takes no part in Ctrl-C, which is for the leader; spawned, it
     does not run the user's script, of which it needs nothing, and which may call `prepare` again.
     """
     has_masks = hasattr(signal, "pthread_sigmask")
@@ -70,7 +68,7 @@ def _submit(pool: ProcessPoolExecutor, *task: Any) -> Future[Encoded]:
     kept: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
     main["__spec__"] = None
     try:
-        return pool.submit(encode_unit, *task)
+        return pool.submit(*task)
     finally:
         main.update(kept)
         if has_masks:
@@ -82,16 +80,16 @@ def _usable_cores() -> int:
 
 
 def _in_order(
-    submitted: Iterator[tuple[Unit, Any]], at_once: int, result_of: Callable[[Any], Encoded]
-) -> Iterator[tuple[Unit, Encoded]]:
-    """Results in the order of the units, of which so many at most are at work or waiting for it."""
-    running: deque[tuple[Unit, Any]] = deque()
+    submitted: Iterator[tuple[Any, Any]], at_once: int, result_of: Callable[[Any], Any]
+) -> Iterator[tuple[Any, Any]]:
+    """Results in the order of the tasks, of which so many at most are at work or waiting for it."""
+    running: deque[tuple[Any, Any]] = deque()
     for pair in submitted:
         running.append(pair)
         if len(running) >= at_once:
-            unit, reference = running.popleft()
-            yield unit, result_of(reference)
-    yield from ((unit, result_of(reference)) for unit, reference in running)
+            task, reference = running.popleft()
+            yield task, result_of(reference)
+    yield from ((task, result_of(reference)) for task, reference in running)
 
 
 def _begin_worker() -> None:
@@ -112,22 +110,21 @@ def _ray_runner(workers: int | None) -> Runner:
     """The same function as tasks of a Ray cluster; Ray runs a lost task again. Only the driver holds the lock."""
     ray = import_extra("ray", "ray")
 
-    def run(units: Iterator[Unit], spec: JobSpec, root: str, token: str) -> Results:
+    def run(tasks: Iterator[Any], place: Place, spec: JobSpec, token: Any) -> Results:
         if not ray.is_initialized():
             ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
-        task = ray.remote(num_cpus=1, max_retries=5)(encode_unit)
+        work = ray.remote(num_cpus=1, max_retries=5)(place.work)
         count = workers or int(ray.cluster_resources().get("CPU", 1))
-        submitted = ((unit, task.remote(unit, spec, os.path.abspath(root), token)) for unit in units)
+        submitted = ((task, work.remote(task, spec, place.target, token)) for task in tasks)
         yield from _in_order(submitted, count + 1, partial(_ray_result, ray))
 
     return run
 
 
-def _ray_result(ray: Any, reference: Any) -> Encoded:
+def _ray_result(ray: Any, reference: Any) -> Any:
     try:
-        result: Encoded = ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from None
     except ray.exceptions.RayError as error:
         raise SourceReadError(f"Ray gave a block up ({error}); what is finished is kept: run it again") from error
-    return result

@@ -21,7 +21,7 @@ from fastcollate.ingest import columns_of_ids, rows_of_ids, with_end_appended
 from fastcollate.integrations.pytorch import StoreDataset
 from fastcollate.options import local_path
 from fastcollate.sources import records
-from fastcollate.store import ShardInfo, TokenStore, files, require_served, shards
+from fastcollate.store import TokenStore, files, require_served, shards
 from fastcollate.store import manifest as manifests
 from fastcollate.text import load_tokenizer
 
@@ -172,7 +172,7 @@ def store_from_dataset(dataset: Any, path: str | os.PathLike[str], tokenizer: An
     columns = columns_of_ids(dataset.column_names, {})
     identity, own_files = _saved(tokenizer)
     vocab_size = identity["vocab_size"]
-    infos: list[ShardInfo] = []
+    infos: list[shards.ShardInfo] = []
     first, content = 0, hashlib.sha256()
     for part in dataset.select_columns([*columns.values()]).with_format("arrow").iter(batch_size=SHARD_ROWS):
         shard = _shard(part, columns, first, vocab_size, last if end == "append" else None)

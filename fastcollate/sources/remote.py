@@ -45,6 +45,7 @@ _KINDS = (  # names of exceptions of many packages, none of which need be instal
         "the server's certificate is not trusted; check the address and this machine's certificates", False,
     ),
     ({"FileExpired"}, _CHANGED, False),
+    ({"FlexibleChecksumError"}, "arrived damaged; try again later", True),
     ({"PermissionError"}, _DENIED, False),
     ({"TimeoutError", "HTTPTimeoutError", "TimeoutException"}, "no answer in time; try again later", True),
     (

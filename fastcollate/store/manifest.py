@@ -9,12 +9,14 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastcollate.errors import InputError
 from fastcollate.store.files import FileInfo, HashedFile, describe, naming, write_file
@@ -94,16 +96,18 @@ def write_manifest(
     files: Sequence[FileInfo] = (),
     summary: Mapping[str, Any] | None = None,
     fingerprint: str | None = None,
+    lengths_of: Callable[[ShardInfo], npt.NDArray[np.integer[Any]]] | None = None,
 ) -> None:
     """Commit a store: write `lengths.npy` from finished shards, then the manifest. Shards without rows are left out.
 
     Nothing in `summary` may depend on time, machine or the number of workers. `files` come under checksums too;
-    `fingerprint` is another than the identity's, for a converted store.
+    `fingerprint` is another than the identity's, for a converted store; `lengths_of` tells a shard's, where those do
+    not lie in the directory.
     """
     shards = [shard for shard in shards if shard.num_rows]
     if not shards:
         raise InputError(f"{directory}: no row to store; the sources hold no usable record")
-    lengths = _write_lengths(directory, shards)
+    lengths = _write_lengths(directory, shards, lengths_of or partial(shard_lengths, directory))
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -120,7 +124,9 @@ def write_manifest(
     write_file(directory / MANIFEST, pretty(manifest))
 
 
-def _write_lengths(directory: Path, shards: Sequence[ShardInfo]) -> FileInfo:
+def _write_lengths(
+    directory: Path, shards: Sequence[ShardInfo], lengths_of: Callable[[ShardInfo], npt.NDArray[np.integer[Any]]]
+) -> FileInfo:
     num_rows = sum(shard.num_rows for shard in shards)
     dtype = np.dtype("<u2" if max(shard.max_length for shard in shards) < 1 << 16 else "<u4")
     header = {"descr": dtype.str, "fortran_order": False, "shape": (num_rows,)}
@@ -128,7 +134,7 @@ def _write_lengths(directory: Path, shards: Sequence[ShardInfo]) -> FileInfo:
     def fill(file: HashedFile) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         for shard in shards:
-            file.write(shard_lengths(directory, shard).astype(dtype).tobytes())
+            file.write(lengths_of(shard).astype(dtype).tobytes())
 
     return write_file(directory / LENGTHS, fill)
 

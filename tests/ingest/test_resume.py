@@ -17,9 +17,9 @@ import pytest
 from test_prepare import many, store_hash, write_lines
 
 from fastcollate.errors import InputError
-from fastcollate.ingest import job as job_module
-from fastcollate.ingest import workers as workers_module
 from fastcollate.ingest.job import prepare
+from fastcollate.ingest.journal import Journal
+from fastcollate.ingest.places.folder import FolderPlace
 from fastcollate.sources import blocks, find_sources
 from fastcollate.store import shards as shards_module
 from fastcollate.store.store import TokenStore
@@ -40,20 +40,20 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The units that are encoded, in order."""
     found: list[int] = []
-    encode = workers_module.encode_unit
+    encode = FolderPlace.work
 
     def noted(unit: blocks.Unit, *rest: Any) -> Any:
         found.append(unit.index)
         return encode(unit, *rest)
 
-    monkeypatch.setattr(workers_module, "encode_unit", noted)
+    monkeypatch.setattr(FolderPlace, "work", staticmethod(noted))
     return found
 
 
 @contextlib.contextmanager
 def stopped_after(count: int, error: BaseException) -> Iterator[None]:
     """An error before the leader notes one more unit than this."""
-    add, left = job_module.Journal.add_unit, [count]
+    add, left = Journal.add_unit, [count]
 
     def fails(self: Any, result: Any) -> None:
         if not left[0]:
@@ -62,7 +62,7 @@ def stopped_after(count: int, error: BaseException) -> Iterator[None]:
         add(self, result)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job_module.Journal, "add_unit", fails)
+        patch.setattr(Journal, "add_unit", fails)
         with pytest.raises(type(error)):
             yield
 
@@ -240,7 +240,7 @@ def test_a_kill_between_a_shard_and_its_line_costs_nothing(
         raise StopHere
 
     with monkeypatch.context() as patch:
-        patch.setattr(job_module.Journal, "add_shard", stop)
+        patch.setattr(Journal, "add_shard", stop)
         with pytest.raises(StopHere):
             prepare(source, tmp_path / "s", workers=1)
     assert (tmp_path / "s" / "shard-00000.arrow").exists()
@@ -255,14 +255,14 @@ def test_a_kill_between_a_shard_and_its_line_costs_nothing(
 def test_a_kill_at_the_last_steps(
     tmp_path: Path, source: Path, expected: str, done: list[int], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    real = getattr(job_module.Journal, step)
+    real = getattr(Journal, step)
 
     def stop(self: Any, *rest: Any) -> None:
         real(self, *rest) if step == "remove_all_but" else None
         raise StopHere
 
     with monkeypatch.context() as patch:
-        patch.setattr(job_module.Journal, step, stop)
+        patch.setattr(Journal, step, stop)
         with pytest.raises(StopHere):
             prepare(source, tmp_path / "s", workers=1)
     leave_behind(tmp_path / "s")

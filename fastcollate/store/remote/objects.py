@@ -5,11 +5,13 @@ Nothing here tells a URL as it was given, which may hold a secret: only its name
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,6 +49,15 @@ def folder_of(path: str | os.PathLike[str]) -> Path | Objects:
     return Objects(str(path)) if is_url(path) else local_path(path)
 
 
+def get(folder: Path | Objects, name: str) -> bytes | None:
+    """A small file of a store's folder, or `None` where it cannot be read; storage that fails is an error."""
+    if isinstance(folder, Objects):
+        return folder.get(name)
+    with contextlib.suppress(OSError):
+        return (folder / name).read_bytes()
+    return None
+
+
 class Found(NamedTuple):
     """What a listing says of an object: its size in bytes, and what tells one content from another, if anything."""
 
@@ -74,6 +85,10 @@ class Objects:
         self.url = url.rstrip("/")
         self.name = remote.name_of(self.url)
         scheme, _, place = url.partition("://")
+        if re.search(r"\?[^/]*=", url):
+            raise InputError(
+                f"{self.name}: a store's URL has no query; give credentials as the storage's own library has them"
+            )
         if "::" in url or scheme.lower() in _NO_STORE:
             raise InputError(f"{self.name}: no store can lie there; name a place of object storage, such as s3://...")
         if not place.strip("/"):
@@ -130,19 +145,20 @@ class Objects:
 
         return self._attempt(name, action)
 
-    def found(self, prefix: str = "") -> dict[str, Found]:
-        """The objects whose names begin so, which must be all of a folder (`.job/`), by their names."""
+    def found(self, folder: str = "") -> dict[str, Found]:
+        """The objects in the folder itself, or in one below it (`.job/`), by their names; not those further below."""
 
         def action() -> dict[str, Found]:
             self._files.invalidate_cache()
             try:
-                listed = self._files.find(self._at(prefix).rstrip("/"), detail=True)
+                listed = self._files.ls(self._at(folder).rstrip("/"), detail=True)
             except FileNotFoundError:
                 return {}
             start = len(self._files._strip_protocol(self._path)) + 1
-            return {self._files._strip_protocol(path)[start:]: _found(info) for path, info in listed.items()}
+            names = ((self._files._strip_protocol(info["name"])[start:], info) for info in listed)
+            return {name: _found(info) for name, info in names if info["type"] == "file" and name.startswith(folder)}
 
-        return self._attempt(prefix, action)
+        return self._attempt(folder, action)
 
     def write(self, name: str, content: bytes, *, create: bool = False) -> bool:
         """Put an object whole, and see that the storage holds it.
@@ -215,7 +231,10 @@ class Objects:
         except FileNotFoundError:
             raise InputError(f"{self.name}: no such bucket or container; make it first, or check the address") from None
         except Exception as error:
-            if create and (isinstance(error, FileExistsError) or any(_is_taken(link) for link in _chain(error))):
+            codes = [_code(link) for link in _chain(error)] if create else []
+            if create and "NotImplemented" in codes:  # a service that knows no conditional write
+                return self._files.exists(path) is False and self._put(path, content, create=False)
+            if create and (isinstance(error, FileExistsError) or {"PreconditionFailed", "412"} & {*codes}):
                 return False
             raise
 
@@ -228,8 +247,9 @@ class Objects:
 
 
 def _found(info: dict[str, Any]) -> Found:
-    tag = next((str(info[key]) for key in _TAGS if info.get(key)), "")
-    return Found(int(info["size"] or 0), tag.strip('"'))
+    tag = next((info[key] for key in _TAGS if info.get(key)), "")
+    tag = tag.timestamp() if isinstance(tag, datetime) else tag
+    return Found(int(info["size"] or 0), str(tag).strip('"'))
 
 
 def _md5_tags(content: bytes) -> Iterator[str]:
@@ -240,10 +260,10 @@ def _md5_tags(content: bytes) -> Iterator[str]:
     yield f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
-def _is_taken(error: BaseException) -> bool:
+def _code(error: BaseException) -> str:
+    """What a service calls an error, or its HTTP status."""
     response = getattr(error, "response", None)
-    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else getattr(error, "code", None)
-    return code in ("PreconditionFailed", "ConditionNotMet", 412, "412")
+    return str(response.get("Error", {}).get("Code") if isinstance(response, dict) else getattr(error, "code", ""))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
