@@ -65,7 +65,8 @@ prepare records.jsonl new --field title=headline
 prepare records.jsonl new --on-error ignore
 prepare records.jsonl new --workers 0
 prepare records.jsonl new --split train
-prepare records.jsonl s3://bucket/store
+prepare records.jsonl https://example.org/store
+prepare records.jsonl s3:/bucket/store
 inspect
 inspect records.jsonl
 inspect stor
