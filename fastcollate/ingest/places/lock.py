@@ -20,7 +20,7 @@ from typing import Any
 
 from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest.lock import is_ours, refuse_foreign
-from fastcollate.store.remote import Objects
+from fastcollate.store import remote
 
 LOCKS = ".lock/"
 JOB = ".job/"  # what is noted of an unfinished job
@@ -38,7 +38,7 @@ class StorageLock:
         waited: whether another job held it.
     """
 
-    def __init__(self, folder: Objects, *, wait: bool) -> None:
+    def __init__(self, folder: remote.Objects, *, wait: bool) -> None:
         self._folder, self._wait = folder, wait
         self.token, self.number = secrets.token_hex(8), 0
         self.waited = self._was_empty = self._is_lost = False
@@ -122,7 +122,7 @@ class StorageLock:
                 self._folder.write(f"{LOCKS}{self.number:06}", self._sign(beat))
 
 
-def holds_lock(folder: Objects, number: int, token: str) -> bool:
+def holds_lock(folder: remote.Objects, number: int, token: str) -> bool:
     """Whether a lock is still its owner's: there, and no higher one."""
     found = _parsed(folder.get(f"{LOCKS}{number:06}") or b"")
     return bool(found.get("token") == token) and folder.find(f"{LOCKS}{number + 1:06}") is None

@@ -17,8 +17,7 @@ from fastcollate.ingest.journal import MergedShard, merged_shard
 from fastcollate.ingest.places.lock import JOB, holds_lock
 from fastcollate.ingest.spec import JobSpec, UnitResult
 from fastcollate.sources import Unit
-from fastcollate.store import shards
-from fastcollate.store.remote import Objects
+from fastcollate.store import remote, shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def store_shard(units: Sequence[Unit], spec: JobSpec, url: str, owner: Owner) ->
     Raises:
         SourceReadError: the source cannot be read any more, the storage failed, or the job has lost the store.
     """
-    folder, number = Objects(url), units[0].shard
+    folder, number = remote.Objects(url), units[0].shard
     with tempfile.TemporaryDirectory(prefix="fastcollate-") as name:
         room = Path(name)
         encoded = [encode_unit(unit, spec, name, owner.token) for unit in units]
@@ -98,7 +97,7 @@ def store_shard(units: Sequence[Unit], spec: JobSpec, url: str, owner: Owner) ->
     return Stored(replace(note, units=timed), [one.digests for one in encoded])
 
 
-def _uploaded(folder: Objects, path: Path, owner: Owner) -> str:
+def _uploaded(folder: remote.Objects, path: Path, owner: Owner) -> str:
     """Upload a shard, and give its tag. Another content of that name is replaced only by who holds the store."""
     if not folder.upload(path, create=True):
         if not holds_lock(folder, owner.number, owner.token):

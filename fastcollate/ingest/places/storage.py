@@ -29,8 +29,7 @@ from fastcollate.ingest.places.shard import Note, Owner, note_name, pairs, store
 from fastcollate.ingest.spec import LostRecord, UnitResult, differences
 from fastcollate.sources import Unit
 from fastcollate.store import manifest as manifests
-from fastcollate.store import shards
-from fastcollate.store.remote import Found, Objects
+from fastcollate.store import remote, shards
 
 _HEADER = f"{JOB}job.json"
 _AT_ONCE = 16  # small objects
@@ -51,7 +50,7 @@ class StoragePlace:
     few = 2
     turns = 1
 
-    def __init__(self, root: Objects) -> None:
+    def __init__(self, root: remote.Objects) -> None:
         self.root, self.target = root, root.url
         self._room = tempfile.TemporaryDirectory(prefix="fastcollate-")
         self.stage = Path(self._room.name)
@@ -131,7 +130,7 @@ class StorageJournal(contextlib.AbstractContextManager["StorageJournal"]):
     """The notes of the job whose lock is held; see `journal.Journal`, which has the same names."""
 
     def __init__(
-        self, root: Objects, lock: StorageLock, stage: Path, identity: Mapping[str, Any], *, anew: bool
+        self, root: remote.Objects, lock: StorageLock, stage: Path, identity: Mapping[str, Any], *, anew: bool
     ) -> None:
         self._root, self._lock, self._stage = root, lock, stage
         self.token = Owner(hashlib.sha256(manifests.canonical(identity)).hexdigest()[:16], lock.number, lock.token)
@@ -158,12 +157,14 @@ class StorageJournal(contextlib.AbstractContextManager["StorageJournal"]):
     def __exit__(self, *_: object) -> None:
         """Nothing is open."""
 
-    def _load(self, there: Mapping[str, Found]) -> None:
+    def _load(self, there: Mapping[str, remote.Found]) -> None:
         mine = [name for name in self._root.found(JOB) if name.endswith(f"-{self.token.job}")]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for note in map(Note.of, pool.map(self._root.get, mine)):
                 info = None if note is None else note.shard.info
-                if note is not None and (info is None or there.get(info.name) == Found(info.num_bytes, note.tag)):
+                if note is not None and (
+                    info is None or there.get(info.name) == remote.Found(info.num_bytes, note.tag)
+                ):
                     self.take(note)
 
     def take(self, note: Note) -> None:
@@ -202,7 +203,7 @@ class StorageJournal(contextlib.AbstractContextManager["StorageJournal"]):
         """See that the storage holds each shard as it was noted."""
         there = self._root.found()
         for info in infos:
-            if there.get(info.name) != Found(info.num_bytes, self._tags[info.name]):
+            if there.get(info.name) != remote.Found(info.num_bytes, self._tags[info.name]):
                 self._root.remove([self._notes[info.name]])
                 raise SourceReadError(f"{self._root / info.name}: was changed meanwhile; run the same command again")
 
@@ -212,7 +213,7 @@ class StorageJournal(contextlib.AbstractContextManager["StorageJournal"]):
         self._root.abort_uploads()
 
 
-def _header(root: Objects) -> dict[str, Any] | None:
+def _header(root: remote.Objects) -> dict[str, Any] | None:
     """What an unfinished job is, or `None` where there is none; a damaged header is of another job."""
     raw = root.get(_HEADER)
     if raw is None:
@@ -224,7 +225,7 @@ def _header(root: Objects) -> dict[str, Any] | None:
     return header if isinstance(header, dict) else {}
 
 
-def _remove_job(root: Objects) -> None:
+def _remove_job(root: remote.Objects) -> None:
     """Remove a job's notes, what it is last."""
     names = sorted(root.found(JOB), key=lambda name: name == _HEADER)
     root.remove(names)
