@@ -27,12 +27,12 @@ from fastcollate.ingest.encode import Encoded
 from fastcollate.ingest.journal import place_of, report_lines
 from fastcollate.ingest.options import PrepareKeywords, PrepareOptions, PrepareReport
 from fastcollate.ingest.places import Place, place_at
+from fastcollate.ingest.places.summary import length_summary
 from fastcollate.ingest.spec import (
     Counts,
     JobSpec,
     UnitResult,
     find_finished,
-    length_summary,
     seen_of,
     unit_digest,
     write_side_file,
