@@ -48,6 +48,8 @@ class Collator:
             multiple of `2 * cp_size` cells.
         max_segments: the segments of each packed batch, the rest of them empty, so that `cu_seqlens` has one size; a
             batch of more is refused.
+        mask_boundaries: whether each row of a pack sees itself alone; if not, positions and the segment go on over all
+            rows of a pack, as most pretraining has it.
         inputs_dtype: `torch.int64` or `torch.int32`; targets are always int64.
         name: what to call the store in messages.
 
@@ -70,6 +72,7 @@ class Collator:
         pad_to_multiple_of: int | None = None,
         cp_size: int | None = None,
         max_segments: int | None = None,
+        mask_boundaries: bool = True,
         inputs_dtype: torch.dtype = torch.int64,
         name: str = "the store",
     ) -> None:
@@ -96,6 +99,7 @@ class Collator:
             pad_to_multiple_of=pad_to_multiple_of,
             cp_size=cp_size,
             max_segments=max_segments,
+            mask_boundaries=mask_boundaries,
         )
         self._cp_size, self._max_segments = self.settings[[options.CP_SIZE, options.MAX_SEGMENTS]].tolist()
 
@@ -172,7 +176,8 @@ class Collator:
             rows: row numbers, pack after pack.
             bounds: `(num_packs + 1,)`: pack `p` is `rows[bounds[p]:bounds[p + 1]]`.
             capacity: cells a pack.
-            starts: the first token of each row here, for rows that are split; by default rows are cut.
+            starts: the part of each row here, for rows that are split: its first token, and perhaps how many, as
+                `store.layout` says; by default rows are cut.
             take: see `__call__`.
 
         Raises:
@@ -274,10 +279,11 @@ class Collator:
         cells = 0
         for i in range(int(packs[pack]), place + 1):
             length = kernels.widest(self.table.array, self.settings, rows[i : i + 1])
-            first = int(starts[i]) if len(starts) else 0
+            first = int(starts[i]) & (layout.FIRST_TOKEN if starts[i] >= 0 else -1) if len(starts) else 0
+            most = (int(starts[i]) >> layout.COUNT_AT & layout.MOST_TOKENS if len(starts) else 0) or limit
             if length >= 0 and not 0 <= first <= length:
                 return InputError(f"row {rows[i]} fills {length} cells: a part of it cannot start at token {first}")
-            cells += -(-min(length - first, limit) // multiple) * multiple
+            cells += -(-min(length - first, limit, most) // multiple) * multiple
             if length >= 0 and cells > capacity:
                 return InputError(
                     f"the rows of pack {pack} take {cells} cells up to row {rows[i]}, more than capacity={capacity}; "

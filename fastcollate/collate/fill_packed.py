@@ -36,8 +36,9 @@ from fastcollate.collate.fill import (
     rounded_up,
 )
 from fastcollate.collate.masks import mask_row
-from fastcollate.collate.settings import CP_SIZE, IN_ROW, LEFT, LIMIT, MAX_SEGMENTS
+from fastcollate.collate.settings import ACROSS, CP_SIZE, IN_ROW, LEFT, LIMIT, MAX_SEGMENTS
 from fastcollate.jit import address_of, borrow, kernel, part, view
+from fastcollate.store import layout
 
 
 @part
@@ -90,11 +91,15 @@ def _fill_pack(
         if i % AHEAD == 0:
             prefetch_places(table, places, i + AHEAD, i + 2 * AHEAD)
         length = places[i, LENGTH]
-        first = starts[i] if len(starts) > 0 else max(length - limit, 0) * settings[LEFT]
+        first = max(length - limit, 0) * settings[LEFT] if len(starts) == 0 else starts[i] & layout.FIRST_TOKEN
         width = min(length - first, limit)
-        if first < 0 or width < 0 or column + rounded_up(width, multiple) > capacity:
+        lost = len(starts) == 0
+        if not lost and starts[i] > layout.FIRST_TOKEN:
+            width = min(width, starts[i] >> layout.COUNT_AT & layout.MOST_TOKENS)
+            lost = starts[i] & layout.LOST != 0
+        if (len(starts) > 0 and starts[i] < 0) or width < 0 or column + rounded_up(width, multiple) > capacity:
             return -1 - i
-        if len(starts) == 0 and length > width:  # a part of a row that was split is no cut
+        if lost and length - first * (len(starts) > 0) > width:  # a part of a row that was split is no cut
             report[CUT_ROWS] += 1
             report[CUT_TOKENS] += length - width
         if width == 0:
@@ -111,12 +116,15 @@ def _fill_pack(
             corners += more
         padded = column + rounded_up(width, multiple)
         fill_unused(inputs, targets, stop, padded, settings)
-        _add_segment(column, padded, width, start, positions, segments, reals, report)
+        if settings[ACROSS] == 0:
+            _add_segment(column, padded, width, start, positions, segments, reals, report)
         column = padded
         report[REAL] += width
         report[TRAINED] += trained
         report[CORNERS] += corners
         report[UNTRAINED] += trained == 0
+    if settings[ACROSS] != 0 and column > 0:
+        _add_segment(0, column, column, start, positions, segments, reals, report)
     fill_unused(inputs, targets, column, capacity, settings)
     while column < capacity:  # the unused cells are segments of their own
         stop = min(column + rounded_up(limit, multiple), capacity)
@@ -176,7 +184,7 @@ def fill_packed_group(
     What is not said here is as in `fill.fill_padded_group`.
 
     Args:
-        starts: int64, each row's first token here; empty where each row is cut as `LEFT` says.
+        starts: int64, each row's part here, as `layout` says; empty where each row is cut as `LEFT` says.
         packs: int64 `(num_packs + 1,)`: pack `p` is `rows[packs[p]:packs[p + 1]]`.
         batches: int64 `(num_batches + 1,)`: batch `b` is the packs `batches[b]` to `batches[b + 1]`.
         out: int64, any size; a batch is inputs, targets, positions, and segment bounds as int32, at the places that

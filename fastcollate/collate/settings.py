@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from fastcollate.errors import LARGEST_CAPACITY, InputError, choice, integer, shown
 
-_SETTINGS = range(11)
-PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, END_ID, IN_ROW, MULTIPLE, CP_SIZE, MAX_SEGMENTS = _SETTINGS
+_SETTINGS = range(12)
+PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, END_ID, IN_ROW, MULTIPLE, CP_SIZE, MAX_SEGMENTS, ACROSS = _SETTINGS
 NUM_SETTINGS = len(_SETTINGS)
 NO_LIMIT = 2**62
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
@@ -43,6 +43,7 @@ def make_settings(
     pad_to_multiple_of: int | None = None,
     cp_size: int | None = None,
     max_segments: int | None = None,
+    mask_boundaries: bool = True,
 ) -> npt.NDArray[np.int64]:
     """The settings that the kernels read; refuses a word that is not known, and numbers beyond 64 bits."""
     for name, word, known in (("mode", mode, MODES), ("truncation", truncation, TRUNCATIONS), ("end", end, ENDS)):
@@ -73,6 +74,11 @@ def make_settings(
         if size is not None:
             settings[column] = integer(name, size, 1, LARGEST_CAPACITY)
     settings[MASK] = mask_prompt
+    settings[ACROSS] = not mask_boundaries
+    if not mask_boundaries and cp_size is not None:
+        raise InputError(
+            f"mask_boundaries=False with cp_size={cp_size}: there each row is split by itself; leave one out"
+        )
     settings[REFERENCE] = mode == "reference"
     settings[LEFT] = truncation == "left"
     settings[IN_ROW] = end == "in_row"

@@ -237,6 +237,7 @@ class BatchLoader(position.Epochs):
         costs: dict[int, Any] = {}  # by window
         places: dict[int, Places] = {}  # the same, of pairs
         mix = self._store if isinstance(self._store, MixedStore) else None
+        mix = None if self._collator.settings[settings.ACROSS] else mix
         sources = None if mix is None else BatchSources(mix, self._collator)
         groups = fill_groups(
             lambda window: self._job(iteration, window, costs, sources, places),

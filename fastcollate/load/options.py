@@ -36,6 +36,7 @@ class CollateKeywords(TypedDict, total=False):
     pad_to_multiple_of: int | None
     cp_size: int | None
     max_segments: int | None
+    mask_boundaries: bool
     inputs_dtype: torch.dtype
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from fastcollate.collate import AnyBatch, Collator, settings
 from fastcollate.plan import MixedStore
+from fastcollate.store import layout
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -33,7 +34,7 @@ class BatchSources:
     def expect_packs(self, window: int, packs: tuple[Int64Array, Int64Array, Int64Array], bounds: Int64Array) -> None:
         """Take the packed batches of a window: batch `b` is the packs `bounds[b]` to `bounds[b + 1]`."""
         rows, starts, ends = packs
-        is_there = self._mix.cells[rows] > (starts if len(starts) else 0)  # others have no segment
+        is_there = self._mix.cells[rows] > (starts & layout.FIRST_TOKEN if len(starts) else 0)  # others: no segment
         ends = np.append(0, np.cumsum(is_there))[ends]
         self._windows[window] = self._mix.source_of(rows[is_there]), bounds, ends
 

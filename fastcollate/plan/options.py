@@ -17,6 +17,7 @@ Int64Array = npt.NDArray[np.int64]
 POLICIES = ("sequential", "shuffled", "bucketed", "packed")
 TAILS = ("repeat", "uneven")
 LONG_ROWS = ("truncate", "split", "drop")
+PACKINGS = ("best_fit", "concatenate", "crop")
 MOST_RANKS = 1 << 20
 
 
@@ -41,6 +42,7 @@ class OrderKeywords(TypedDict, total=False):
     balance: bool | None
     accumulation: int
     cost: Cost
+    packing: str
 
 
 class PlanKeywords(OrderKeywords, total=False):
@@ -94,6 +96,10 @@ class PlanOptions:
         cost: what a row of `n` tokens costs: `cost * n + n * n` for an integer, 6 times the model's width (by default
             6 * 4,096, as in models of 7B; GPT-2's is 4,608), or a function from an int64 array of lengths to costs.
             Packs cost what their rows do, padded batches their rows times the longest's cost.
+        packing: how the policy packed fills packs: `"best_fit"` with whole rows; or, as documents are, without padding:
+            `"concatenate"` lays a window's rows end to end and cuts where a pack is full, so that no token is lost or
+            repeated (the last packs of a window share what is left); `"crop"` begins each pack with the start of a row,
+            takes the longest row that fits, and where none does, the head of the shortest, whose rest is left out.
     """
 
     batch_size: int | None = None
@@ -116,6 +122,7 @@ class PlanOptions:
     balance: bool | None = None
     accumulation: int = 1
     cost: Cost = 6 * 4096
+    packing: str = "best_fit"
 
     @property
     def batches_a_step(self) -> int:
@@ -170,7 +177,7 @@ class PlanOptions:
 
         Packs come by number: their `max_tokens` becomes a `batch_size`.
         """
-        for name, choices in (("policy", POLICIES), ("tail", TAILS), ("long_rows", LONG_ROWS)):
+        for name, choices in (("policy", POLICIES), ("tail", TAILS), ("long_rows", LONG_ROWS), ("packing", PACKINGS)):
             choice(name, getattr(self, name), choices)
         for name in ("drop_last", "longest_first"):
             value = getattr(self, name)
@@ -206,10 +213,10 @@ class PlanOptions:
         )  # fmt: skip
         if self.policy == "packed":
             return options._with_packs()
-        if self.capacity is not None or self.long_rows != "truncate" or self.cp_size is not None:
+        if (self.capacity, self.long_rows, self.cp_size, self.packing) != (None, "truncate", None, "best_fit"):
             raise InputError(
-                f"capacity={self.capacity}, long_rows={self.long_rows!r}, cp_size={self.cp_size}: these are for "
-                "policy='packed'"
+                f"capacity={self.capacity}, long_rows={self.long_rows!r}, cp_size={self.cp_size}, "
+                f"packing={self.packing!r}: these are for policy='packed'"
             )
         return options
 
@@ -246,6 +253,13 @@ class PlanOptions:
             raise InputError(
                 f"capacity={capacity} is no multiple of {multiple}, which pad_to_multiple_of={self.pad_to_multiple_of} "
                 f"and cp_size={self.cp_size} ask for: give capacity={-(-capacity // multiple) * multiple}"
+            )
+        asked = self.long_rows != "truncate" or self.cp_size is not None
+        if self.packing != "best_fit" and (asked or (self.max_length or capacity) < capacity):
+            raise InputError(
+                f"packing={self.packing!r} with long_rows={self.long_rows!r}, cp_size={self.cp_size}, "
+                f"max_length={self.max_length}: rows are cut where a pack of {capacity} cells ends, and nowhere else; "
+                "leave these out"
             )
         if self.max_tokens is None:
             return replace(self, capacity=capacity)

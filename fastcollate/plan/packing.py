@@ -31,7 +31,8 @@ class Packs(NamedTuple):
 
     Attributes:
         rows: int64, row numbers; a row that is split stands there once a part.
-        starts: int64, the first token of each part; empty where no row is split.
+        starts: int64, the first token of each part, and where it ends before its row how many it has, as `store.layout`
+            says; empty where no row is split.
         bounds: int64 `(num_packs + 1,)`: pack `p` is `rows[bounds[p]:bounds[p + 1]]`.
     """
 

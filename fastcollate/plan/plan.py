@@ -29,8 +29,9 @@ from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
 from fastcollate.plan.cost import deal as costs
 from fastcollate.plan.cost.epoch import step_costs_of
+from fastcollate.plan.documents.pack import packs_of_window
 from fastcollate.plan.options import Int64Array, PlanKeywords, PlanOptions, as_lengths
-from fastcollate.plan.packing import Packs, PackWindow, Window, pack_rows
+from fastcollate.plan.packing import Packs, PackWindow, Window
 from fastcollate.store import pages
 
 Float64Array = npt.NDArray[np.float64]
@@ -214,8 +215,8 @@ class EpochPlan:
         with np.errstate(over="ignore"):
             rows = self._rows(index)
             lengths, _ = self._lengths(rows, None)
-            packs = pack_rows(rows, lengths, options.capacity, limit, options.long_rows, options.row_multiple)
             is_last = index == self.num_windows - 1
+            packs = packs_of_window(rows, lengths, options, limit, is_last=is_last)
             missing = -packs.num_packs % options.group
             if missing and not is_last:
                 packs = packs.filled_up(packs.num_packs + missing, repeat=options.tail == "repeat")

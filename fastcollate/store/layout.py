@@ -27,6 +27,10 @@ Int64Array = npt.NDArray[np.int64]
 _TABLE = range(10)
 FIRST_ROW, NUM_ROWS, TOKENS, NUM_TOKENS, TOKEN_SIZE, OFFSETS, SPANS, NUM_SPANS, SPAN_SIZE, SPAN_OFFSETS = _TABLE
 TABLE_COLUMNS = len(_TABLE)
+# A part of a row in one int64: its first token, how many tokens at most (0: all that follow), and whether the rest of
+# the row is left out.
+COUNT_AT = 36
+FIRST_TOKEN, MOST_TOKENS, LOST = (1 << COUNT_AT) - 1, (1 << 25) - 1, 1 << 61
 READ_BEYOND = 8  # tokens that a fill may read behind a row, where its shard has them
 
 

@@ -19,6 +19,7 @@ from fastcollate.errors import InputError
 from fastcollate.plan import kernels as plan_kernels
 from fastcollate.plan.cost import kernels as cost_kernels
 from fastcollate.plan.kernels import LONGEST
+from fastcollate.store import layout
 
 if TYPE_CHECKING:
     from fastcollate.plan.packing import Packs
@@ -81,7 +82,11 @@ def of_packs(lengths: npt.NDArray[Any], packs: Packs, limit: int, cost: Cost) ->
     if not callable(cost):
         cost_kernels.pack_costs(lengths, packs.rows, packs.starts, packs.bounds, limit, cost, out)
         return out
-    own = np.minimum(lengths[packs.rows], LONGEST) - (packs.starts if len(packs.starts) else 0)
+    own = np.minimum(lengths[packs.rows], LONGEST)
+    if len(packs.starts):
+        most = packs.starts >> layout.COUNT_AT & layout.MOST_TOKENS
+        own = own - (packs.starts & layout.FIRST_TOKEN)
+        own = np.where(most > 0, np.minimum(own, most), own)
     cost_kernels.group_sums(row_costs(np.minimum(own, limit), cost), packs.bounds, out)
     return out
 
