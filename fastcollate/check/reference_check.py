@@ -329,6 +329,8 @@ def _compare_row(
         parts = tokenizer.without_end(parts)
     ids, spans = example.input_ids.tolist(), example.spans.tolist()
     wanted, is_trained, prompt = _expected_row(parts, tokenizer, by_reference=by_reference)
+    if store.manifest["kind"] == "documents":
+        wanted, is_trained = [tokenizer.begin_token_id, *wanted], [True, *is_trained]
     cut = _cut_of(prompt, len(wanted), store.manifest["options"])
     wanted, is_trained = wanted[cut:], is_trained[cut:]
     if ids != wanted:

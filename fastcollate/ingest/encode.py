@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError
-from fastcollate.ingest.ids.rows import read_rows, with_end_appended
+from fastcollate.ingest.ids.rows import read_rows, with_begin, with_end_appended
 from fastcollate.ingest.pairs.rows import Check, Extra, read_judged
 from fastcollate.ingest.spans import BadRecord, Parts, Rows, count, encode_parts, limit_prompts
 from fastcollate.ingest.spec import TOKENIZED, Counts, JobSpec, LostRecord, UnitResult, unit_digest
@@ -65,6 +65,7 @@ def _encode(unit: Unit, spec: JobSpec, directory: str, token: str) -> Encoded:
     else:
         make = _encoded_rows if template.end == "append" else _encoded_chats
         rows, digests, seconds = make(unit, spec, lost, counts)
+    rows = with_begin(rows, tokenizer.begin_token_id) if template.kind == "documents" else rows
     too_long: list[BadRecord] = []
     before = rows.source_row
     rows = limit_prompts(rows, spec.options, counts, too_long, end=template.end)

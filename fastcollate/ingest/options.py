@@ -80,8 +80,8 @@ class PrepareOptions:
     template: str = option(
         "auto",
         "How a record becomes text: auto (by the first record's fields), tokenizer (the chat template that comes with "
-        "it), alpaca, phi3, completion, text, chat (ChatML), or a .jinja file; tokenized: it holds ids already; "
-        "preference, or preference:alpaca and the like: pairs of chosen and rejected answers.",
+        "it), alpaca, phi3, completion, text, document, chat (ChatML), or a .jinja file; tokenized: it holds ids "
+        "already; preference, or preference:alpaca and the like: pairs of chosen and rejected answers.",
     )
     tokenizer: str = option(
         "auto",

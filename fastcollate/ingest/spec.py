@@ -30,7 +30,11 @@ from fastcollate.text import Template, Tokenizer, choose_template, load_template
 SIDE_FILE = "sources.json"
 TOKENIZED = "tokenized"  # the template of records that hold ids
 PREFERENCE = "preference"  # the one of records whose answers are better or worse
-_FIELDS = {"text": ("text",), **dict.fromkeys(("alpaca", "phi3", "completion"), ("instruction", "input", "output"))}
+_FIELDS = {
+    "text": ("text",),
+    "document": ("text",),
+    **dict.fromkeys(("alpaca", "phi3", "completion"), ("instruction", "input", "output")),
+}
 _SIDE_VERSION = 1
 _REMEDY = "choose another directory, or make this one anew with --overwrite (overwrite=True)"
 _RECORDED = ("boundary", "max_length", "long_prompt", "special_text")  # of the options: those that change rows
@@ -121,7 +125,7 @@ class JobSpec:
     def told(self) -> str:
         """The template, why it was chosen, and the token that it does not begin rows with."""
         tokenizer, template = self.tools()
-        if template.end == "in_row" or template.name == TOKENIZED or not tokenizer.begin_text:
+        if template.end == "in_row" or template.name in (TOKENIZED, "document") or not tokenizer.begin_text:
             return self.why
         return f"{self.why}; no {tokenizer.begin_text} begins a row, though this tokenizer's texts begin with it"
 
@@ -133,7 +137,7 @@ class JobSpec:
         if (end := self.tools()[1].end) == "append":
             tokenizer["pad_token_id"] = tokenizer["end_token_id"]  # such rows are filled up with their end
         return {
-            "kind": "rows" if preference is None else preference.kind,
+            "kind": self.tools()[1].kind if preference is None else preference.kind,
             "end": end,
             "tokenizer": tokenizer,
             "template": template,

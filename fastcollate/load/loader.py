@@ -35,7 +35,7 @@ from fastcollate.load.transfer import Transfer, make_transfer
 from fastcollate.plan import MixedStore, Order, PlanOptions, position
 from fastcollate.store import layout, pages
 
-_KINDS = ("rows", "pairs")  # of stores
+_KINDS = ("rows", "pairs", "documents")  # of stores
 
 
 class Store(Protocol):

@@ -64,11 +64,11 @@ def open_store(store: Any) -> Any:
 
 def mode_of(store: Any, mode: str | None) -> str:
     """How targets are told where a store's user does not say it."""
-    is_plain = getattr(store, "end", "append") == "append" and getattr(store, "kind", "rows") != "pairs"
+    is_plain = getattr(store, "end", "append") == "append" and getattr(store, "kind", "rows") == "rows"
     return mode or ("reference" if is_plain else "positional")
 
 
-def collator_of(store: Any, options: dict[str, Any], kinds: Collection[str] = ("rows",)) -> Collator:
+def collator_of(store: Any, options: dict[str, Any], kinds: Collection[str] = ("rows", "documents")) -> Collator:
     """A collator of a store's rows, by `CollateKeywords`; refuses stores of other kinds. Of pairs prompts are masked.
 
     `end` may be given too, to see rows that hold their end as if one was appended: their inputs are then all their ids.
@@ -77,10 +77,11 @@ def collator_of(store: Any, options: dict[str, Any], kinds: Collection[str] = ("
     pad = getattr(store, "pad_token_id", 50256)
     if getattr(store, "kind", "rows") == "pairs":
         options = {"mask_prompt": True, **options}
-        if options.get("mode") == "reference" or options.get("cp_size") is not None:
+        if options.get("mode") == "reference" or options.get("cp_size") or not options.get("mask_boundaries", True):
             raise InputError(
-                f"mode={options.get('mode')!r}, cp_size={options.get('cp_size')} with pairs: their targets are told by "
-                "position, and their rows are not split over ranks; leave these out"
+                f"mode={options.get('mode')!r}, cp_size={options.get('cp_size')}, mask_boundaries="
+                f"{options.get('mask_boundaries', True)} with pairs: their targets are told by position, and their "
+                "rows are not split over ranks, nor see each other; leave these out"
             )
     options = {"end": getattr(store, "end", "append"), **options, "mode": mode_of(store, options.get("mode"))}
     if getattr(store, "end_token_id", pad) != pad:  # where it is the same id, another padding is another end too

@@ -146,7 +146,7 @@ class MixedStore:
     def _check_tokenizers(self) -> None:
         first = self._sources[0].store
         for _, store, _ in self._sources:
-            require_served(store, (first.kind,) if first.kind in ("rows", units.KIND) else ("rows",))
+            require_served(store, (units.KIND,) if first.kind == units.KIND else ("rows", "documents"))
             if store.manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
                 raise InputError(
                     f"{store.path} is tokenized by {store.tokenizer_name}, {first.path} by {first.tokenizer_name}: "

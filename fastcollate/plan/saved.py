@@ -42,7 +42,7 @@ class SavedState:
                 "release that saved it, or start afresh"
             )
         if self._version < STATE_VERSION:
-            self._state = {**state, **_SINCE_4}
+            self._state = {**self._state, **_SINCE_4}
 
     def _error(self, what: str) -> InputError:
         return InputError(f"the saved {self._kind} state {what}")

@@ -29,7 +29,7 @@ _REMEDIES = {
     "rows": "prepare pairs with --template preference",
     "pairs": "BatchLoader and train --objective dpo take pairs",
     "answers": "an answer with a verdict is none to learn; store.as_rows() takes each by itself all the same",
-    "documents": "upgrade with: pip install --upgrade fastcollate",
+    "documents": "documents are batches of rows by themselves",
 }
 _SAMPLED_ROWS = 16  # of a shard, the first and the last among them: each may be a page to read
 
@@ -238,7 +238,7 @@ def _opened(path: str | Path, cache: str | None, cache_limit: int | str | None) 
     return TokenStore(path, cache=cache, cache_limit=cache_limit)
 
 
-def require_served(store: Any, kinds: Collection[str] = ("rows",)) -> None:
+def require_served(store: Any, kinds: Collection[str] = ("rows", "documents")) -> None:
     """Refuse a store of another kind than batches are made of here; its rows can be read all the same.
 
     Its rows are no rows of their own. What has its rows in memory and says nothing of them is no such store.

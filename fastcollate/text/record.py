@@ -42,6 +42,7 @@ class Template:
         end: `append`, where an end-of-text follows each row; `in_row`, where the template writes rows' ends: a record
             gives one text by `render`, and not `parts`.
         of_records: whether a template that writes rows' ends knows of no turns.
+        kind: of the rows that records give: `rows`, or `documents`, which begin with the tokenizer's first token.
         preference: how a record is read as answers of which some are better; `None` where it is one to follow.
         unproved: what a `BadRecordError` says where it is not certain what of a record is trained.
     """
@@ -50,6 +51,7 @@ class Template:
     single_turn = True
     end = "append"
     of_records = False
+    kind = "rows"
     names: Sequence[Sequence[str]] | None = None
     preference: Preference | None = None
 

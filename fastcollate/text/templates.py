@@ -113,6 +113,16 @@ class WholeText(Template):
         return Texts(pieces), [number for number, text in enumerate(fields[0]) if not text]
 
 
+class Document(WholeText):
+    """A text of many that are trained end to end: a token that begins texts comes before it, an end-of-text behind."""
+
+    kind = "documents"
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        super().__init__(fields)
+        self.name = "document"
+
+
 class Jinja(Template):
     """A user's own template; what lies between `{% generation %}` and `{% endgeneration %}` is a response.
 
@@ -176,9 +186,9 @@ def load_template(
     """A template by name, or a Jinja template from a file (`*.jinja`, `*.j2`).
 
     Args:
-        name: `alpaca`, `phi3`, `completion`, `text`, `chat`, `tokenizer` (the chat template that comes with it), or a
-            file: a chat template where it reads `messages` and writes tokens of the tokenizer, else one of records;
-            `preference:` before one of these is for pairs of answers, and for answers with verdicts.
+        name: `alpaca`, `phi3`, `completion`, `text`, `document`, `chat`, `tokenizer` (the chat template that comes
+            with it), or a file: a chat template where it reads `messages` and writes tokens of the tokenizer, else one
+            of records; `preference:` before one of these is for pairs of answers, and for answers with verdicts.
         fields: where a template's field comes from, such as `{"instruction": "question"}`; fields that are not
             named are recognised by common names.
         tokenizer: for chat templates.
@@ -217,8 +227,8 @@ def load_template(
                 "give one as a .jinja file, or use template 'chat'"
             )
         return _chat_template(name, own, fields, tokenizer, settings)
-    if name not in ("chat", "text", *_TEXTS):
-        known = ", ".join((*_TEXTS, "text", "chat", "tokenizer", "tokenized", pairs.NAME))
+    if name not in ("chat", "text", "document", *_TEXTS):
+        known = ", ".join((*_TEXTS, "text", "document", "chat", "tokenizer", "tokenized", pairs.NAME))
         raise InputError(f"template {name!r}: choose one of {known}, or give the path of a .jinja file")
     if settings.end == "in_row":
         raise InputError(
@@ -226,16 +236,20 @@ def load_template(
         )
     if name == "completion":
         fields = {{"prompt": "instruction", "completion": "output"}.get(key, key): f for key, f in fields.items()}
-    _refuse_settings(name, settings, {"chat": ("train_on",), "text": ()}.get(name, ("mask_heading",)))
-    _check_fields(name, fields, {"chat": _CHAT_FIELDS, "text": ("text",)}.get(name, ("instruction", "input", "output")))
-    if name == "text":
-        return WholeText(fields)
+    _refuse_settings(name, settings, {"chat": ("train_on",), "text": (), "document": ()}.get(name, ("mask_heading",)))
+    _check_fields(
+        name,
+        fields,
+        {"chat": _CHAT_FIELDS, "text": ("text",), "document": ("text",)}.get(name, ("instruction", "input", "output")),
+    )
+    if name in ("text", "document"):
+        return WholeText(fields) if name == "text" else Document(fields)
     return Chat(fields, settings.train_on) if name == "chat" else SingleTurn(name, fields, settings.mask_heading)
 
 
 def _preference(base: str, fields: Mapping[str, str], tokenizer: Any, asked: dict[str, Any]) -> Template:
     """A template of records that are read as pairs, or as answers with verdicts; a heading belongs to what is asked."""
-    if base in ("text", "tokenized"):
+    if base in ("text", "document", "tokenized"):
         raise InputError(f"template '{pairs.NAME}:{base}': {base} knows no prompt, which two answers share")
     others = {name: field for name, field in fields.items() if name not in pairs.FIELDS}
     made = load_template(base, others, tokenizer, **{**asked, "mask_heading": base in ("alpaca", "phi3")})

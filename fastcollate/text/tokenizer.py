@@ -90,6 +90,13 @@ class Tokenizer:
         return "" if first == plain else str(self.json.loaded.id_to_token(first[0]))
 
     @property
+    def begin_token_id(self) -> int:
+        """The id that documents begin with: of `begin_text`, or the end-of-text where no token begins texts."""
+        if self.json is None or not self.begin_text:
+            return self.end_token_id
+        return int(self.json.loaded.encode("a", add_special_tokens=True).ids[0])
+
+    @property
     def backend(self) -> str:
         """What encodes: `tiktoken`, `gigatoken` or `tokenizers`."""
         used = {self._backend.name} | ({self.json.full.name} if self.json is not None else set())

@@ -221,3 +221,11 @@ def with_end_appended(rows: Rows, end: int) -> Rows:
     spans[rows.span_offsets[1:] - 1] += np.where(ends_trained, -1 * is_closed, ~is_closed)
     offsets = starts_of(np.diff(rows.offsets) - is_closed)
     return rows._replace(ids=np.delete(rows.ids, last[is_closed]), offsets=offsets, spans=spans.astype(np.uint32))
+
+
+def with_begin(rows: Rows, begin: int) -> Rows:
+    """Rows of one text each with an id before it, which is no target of its own row."""
+    starts, spans = rows.offsets[:-1], rows.spans.copy()
+    spans[rows.span_offsets[1:] - 1] += 1
+    offsets = rows.offsets + np.arange(len(rows.offsets))
+    return rows._replace(ids=np.insert(rows.ids, starts, begin), offsets=offsets, spans=spans)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastcollate.jit import kernel
 from fastcollate.plan.kernels import LONGEST
-from fastcollate.store.layout import COUNT_AT, FIRST_TOKEN, MOST_TOKENS
+from fastcollate.store import layout
 
 
 @kernel
@@ -19,8 +19,8 @@ def pack_costs(lengths: Any, rows: Any, starts: Any, bounds: Any, limit: int, li
         for i in range(bounds[pack], bounds[pack + 1]):
             length = min(np.int64(lengths[np.uint64(rows[i])]), LONGEST)
             if len(starts):
-                most = starts[i] >> COUNT_AT & MOST_TOKENS
-                length -= starts[i] & FIRST_TOKEN
+                most = starts[i] >> layout.COUNT_AT & layout.MOST_TOKENS
+                length -= starts[i] & layout.FIRST_TOKEN
                 if most > 0:
                     length = min(length, most)
             exact = np.float64(min(length, limit))

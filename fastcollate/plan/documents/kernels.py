@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastcollate.jit import kernel, part
-from fastcollate.store.layout import COUNT_AT, LOST
+from fastcollate.store import layout
 
 
 @kernel
@@ -28,7 +28,7 @@ def cut_stream(lengths: Any, sizes: Any, items: Any, slices: Any, bounds: Any) -
                 bounds[pack] = count
                 left = sizes[pack]
             own = min(left, length - first)
-            items[count], slices[count] = i, first | own << COUNT_AT
+            items[count], slices[count] = i, first | own << layout.COUNT_AT
             first, left, count = first + own, left - own, count + 1
     bounds[pack + 1 :] = count
     return count
@@ -87,7 +87,7 @@ def crop_best_fit(order: Any, ends: Any, capacity: int, items: Any, slices: Any,
             else:
                 while taken[shortest] == ends[shortest]:
                     shortest += 1
-                length, piece, room = shortest, room << COUNT_AT | LOST, 0
+                length, piece, room = shortest, room << layout.COUNT_AT | layout.LOST, 0
             for _ in range(own):
                 items[count], slices[count] = order[taken[length]], piece
                 taken[length] += 1

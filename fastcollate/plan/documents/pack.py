@@ -29,13 +29,14 @@ def packs_of_window(
 
 def _concatenated(rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, unit: int) -> Packs:
     """Rows end to end, in this order, in packs whose number is a multiple of `unit`."""
-    sizes = _sizes(int(lengths.sum(dtype=np.int64)), capacity, unit)
-    most = len(rows) + len(sizes)
+    num_tokens = int(lengths.sum(dtype=np.int64))
+    most = len(rows) + -(-num_tokens // (capacity * unit)) * unit
     if most > MOST_PARTS:
         raise InputError(
             f"{len(rows)} documents in packs of {capacity} tokens are {most:,} parts, more than {MOST_PARTS:,} in one "
             "window: raise the capacity, or give a smaller window"
         )
+    sizes = _sizes(num_tokens, capacity, unit)
     items, slices, bounds = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(len(sizes) + 1, np.int64)
     count = kernels.cut_stream(lengths, sizes, items, slices, bounds)
     return Packs(rows[items[:count]], slices[:count], bounds)

@@ -39,8 +39,11 @@ LONGEST = (1 << 30) - 1  # of a row: a plan counts a pair's cells in 31 bits
 
 def refuse_what_parts(firsts: Int64Array, cells: Int64Array, options: PlanOptions) -> None:
     """Refuse options under which a pair stands in no batch, or would be cut to fit."""
-    if options.long_rows == "split":
-        raise InputError("long_rows='split' with pairs: a part of a row is no answer; use 'truncate' or 'drop'")
+    if options.long_rows == "split" or options.packing != "best_fit":
+        raise InputError(
+            f"long_rows={options.long_rows!r}, packing={options.packing!r} with pairs: a part of a row is no answer; "
+            "use 'truncate' or 'drop', and 'best_fit'"
+        )
     room, name = (options.capacity, "capacity") if options.capacity is not None else (options.widest, "max_tokens")
     place = int(np.argmax(cells)) if len(cells) else 0
     if room is None or options.long_rows == "drop" or not len(cells) or int(cells[place]) <= room:
