@@ -107,6 +107,22 @@ def convert(
         say_next("verify", new)
 
 
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished store.")],
+    url: Annotated[str, typer.Argument(help="Where to copy it, such as s3://bucket/store.")],
+    json_output: Json = False,
+) -> None:
+    """Copy a store to object storage, every file checked; stopped, the same command goes on."""
+    from fastcollate.store import remote
+
+    report = remote.push(directory, url, progress=not json_output)
+    if json_output:
+        print_json(asdict(report))
+    else:
+        print(report)
+
+
 def parse_fields(pairs: list[str] | None) -> dict[str, str] | None:
     """`NAME=SOURCE` pairs, of `--field`, as a mapping."""
     fields = {}

@@ -169,7 +169,7 @@ class Objects:
 
         def action() -> bool:
             is_new = self._put(self._at(name), content, create=create)
-            if self._holds(name, content):
+            if self.holds(name, content):
                 return True
             if not is_new:
                 return False
@@ -238,7 +238,7 @@ class Objects:
                 return False
             raise
 
-    def _holds(self, name: str, content: bytes) -> bool:
+    def holds(self, name: str, content: bytes) -> bool:
         """Whether an object is this content: by its size, then by its MD5 where that is its tag, else by reading it."""
         found = self.find(name)
         if found is None or found.num_bytes != len(content):
