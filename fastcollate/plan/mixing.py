@@ -17,6 +17,7 @@ from fastcollate.plan.options import Int64Array, PlanOptions, as_lengths, row_nu
 from fastcollate.plan.packing import PackWindow, Window
 from fastcollate.plan.pairs import units
 from fastcollate.plan.plan import EpochPlan, key_of, plan_with
+from fastcollate.plan.sharded.order import Shards, by_shard, shards_of
 from fastcollate.store import Example, TokenStore, require_served, shards
 
 Rows = range | npt.NDArray[np.int64]
@@ -270,7 +271,7 @@ class Order:
         self.num_rows = int(self.mix.shares.sum()) if self.mix else len(self.rows)
         if not self.num_rows:
             raise InputError("no rows to load: the store, or the choice of rows, is empty")
-        self._last: tuple[Any, Rows, npt.NDArray[Any]] | None = None  # an epoch's rows and their lengths
+        self._last: tuple[Any, Rows, npt.NDArray[Any], Shards | None] | None = None  # an epoch's rows, their lengths
         self._identity: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -296,12 +297,15 @@ class Order:
         last = self._last
         if last is None or last[0] != drawn:
             rows = self.mix.rows_of_epoch(epoch) if self.mix else self.rows
-            self._last = last = drawn, rows, self._lengths_of(rows, asked)
+            rows, shards = by_shard(self._source, rows, options)
+            self._last = last = drawn, rows, self._lengths_of(rows, asked), shards
         in_order = self.mix is not None and self.mix.schedule is not None
-        return OrderedPlan(plan_with(last[2], options, epoch, in_order=in_order), last[1], self.mix, self.has_pairs)
+        plan = plan_with(last[2], options, epoch, in_order=in_order, shards=last[3])
+        return OrderedPlan(plan, last[1], self.mix, self.has_pairs)
 
     def check(self, options: PlanOptions) -> None:
         """Refuse options under which a row stands in no batch, or there is no batch at all."""
+        by_shard(self._source, range(0), options)
         if self.mix is not None and self.mix.schedule is not None:
             self.mix.schedule.check(options)
         widest, longest = options.widest, getattr(self._source, "max_length", None)
@@ -323,7 +327,7 @@ class Order:
                     "together: leave these options out, or give smaller batches"
                 )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, options: PlanOptions | None = None) -> dict[str, Any]:
         """What a state must agree on, in plain numbers and strings."""
         if not self._identity:
             self._identity = {
@@ -332,7 +336,8 @@ class Order:
                 "rows": identity_of(self.rows),
                 "mix": self.mix.identity() if self.mix else None,
             }
-        return dict(self._identity)
+        shards = {"shards": _digest(shards_of(self._source).starts)} if options and options.order == "shards" else {}
+        return {**self._identity, **shards}
 
 
 class OrderedPlan:

@@ -14,6 +14,7 @@ from fastcollate.plan.cost.deal import Cost, cost_name
 
 Int64Array = npt.NDArray[np.int64]
 
+ORDERS = ("rows", "shards")
 POLICIES = ("sequential", "shuffled", "bucketed", "packed")
 TAILS = ("repeat", "uneven")
 LONG_ROWS = ("truncate", "split", "drop")
@@ -43,6 +44,7 @@ class OrderKeywords(TypedDict, total=False):
     accumulation: int
     cost: Cost
     packing: str
+    order: str
 
 
 class PlanKeywords(OrderKeywords, total=False):
@@ -100,6 +102,8 @@ class PlanOptions:
             `"concatenate"` lays a window's rows end to end and cuts where a pack is full, so that no token is lost or
             repeated (the last packs of a window share what is left); `"crop"` begins each pack with the start of a row,
             takes the longest row that fits, and where none does, the head of the shortest, whose rest is left out.
+        order: `"rows"`, or `"shards"` for stores in object storage: each shard is read once an epoch. Shards come in a
+            random order, and the rows of eight at a time (of as many as have 262,144 rows, if that is more) are mixed.
     """
 
     batch_size: int | None = None
@@ -123,6 +127,7 @@ class PlanOptions:
     accumulation: int = 1
     cost: Cost = 6 * 4096
     packing: str = "best_fit"
+    order: str = "rows"
 
     @property
     def batches_a_step(self) -> int:
@@ -177,7 +182,8 @@ class PlanOptions:
 
         Packs come by number: their `max_tokens` becomes a `batch_size`.
         """
-        for name, choices in (("policy", POLICIES), ("tail", TAILS), ("long_rows", LONG_ROWS), ("packing", PACKINGS)):
+        words = {"policy": POLICIES, "tail": TAILS, "long_rows": LONG_ROWS, "packing": PACKINGS, "order": ORDERS}
+        for name, choices in words.items():
             choice(name, getattr(self, name), choices)
         for name in ("drop_last", "longest_first"):
             value = getattr(self, name)
@@ -213,7 +219,8 @@ class PlanOptions:
         )  # fmt: skip
         if self.policy == "packed":
             return options._with_packs()
-        if (self.capacity, self.long_rows, self.cp_size, self.packing) != (None, "truncate", None, "best_fit"):
+        given = self.capacity is not None or self.cp_size is not None
+        if given or (self.long_rows, self.packing) != ("truncate", "best_fit"):
             raise InputError(
                 f"capacity={self.capacity}, long_rows={self.long_rows!r}, cp_size={self.cp_size}, "
                 f"packing={self.packing!r}: these are for policy='packed'"

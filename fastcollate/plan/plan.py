@@ -32,6 +32,8 @@ from fastcollate.plan.cost.epoch import step_costs_of
 from fastcollate.plan.documents.pack import packs_of_window
 from fastcollate.plan.options import Int64Array, PlanKeywords, PlanOptions, as_lengths
 from fastcollate.plan.packing import Packs, PackWindow, Window
+from fastcollate.plan.sharded.order import ShardOrder, Shards, order_of
+from fastcollate.plan.sharded.order import key_of as key_of
 from fastcollate.store import pages
 
 Float64Array = npt.NDArray[np.float64]
@@ -40,7 +42,7 @@ BLOCK = 64
 BLOCK_FROM = 1 << 22
 WINDOW_BATCHES = 1024
 MIN_WINDOW, MAX_WINDOW = 1 << 14, 1 << 18
-_ROWS_KEY, _MIX_KEY, _ORDER_KEY, _ROTATION_KEY, _RANKS_KEY = range(5)
+_ROWS_KEY, _MIX_KEY, _ORDER_KEY, _ROTATION_KEY, _RANKS_KEY, _SHARDS_KEY = range(6)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class EpochPlan:
         window_rows: rows a window.
         block: rows that the permutation moves together.
         in_order: windows, and steps of the policy shuffled, have their rows as they come, such as a mix's by step.
+        shards: the order of rows, where that is by shard.
     """
 
     lengths: npt.NDArray[Any] = field(repr=False)
@@ -64,6 +67,7 @@ class EpochPlan:
     window_rows: int
     block: int
     in_order: bool = False
+    shards: ShardOrder | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name in PlanOptions.__slots__:
@@ -295,8 +299,10 @@ class EpochPlan:
         whole = packed or (self._deals_batches and count >= options.group)
         kept = count - count % options.group if options.drop_last and not whole else count
         dtype = np.uint32 if self.num_rows < 1 << 31 and not packed else np.int64  # half the memory to go through
-        if is_shuffled and self.num_windows > 1 and not self.in_order:
-            rows: npt.NDArray[Any] = np.empty(kept, dtype)  # what is left out lies elsewhere in each epoch
+        if self.shards is not None:
+            rows: npt.NDArray[Any] = self.shards.rows(first, kept)
+        elif is_shuffled and self.num_windows > 1 and not self.in_order:
+            rows = np.empty(kept, dtype)  # what is left out lies elsewhere in each epoch
             rotation = int(self._key(_ROTATION_KEY)) % self.num_rows
             plan_kernels.permuted_rows(first, self.num_rows, self.block, self._key(_ROWS_KEY), rotation, rows)
         else:
@@ -344,14 +350,6 @@ class EpochPlan:
         return bounds[: count + 1]
 
 
-def key_of(seed: int, *purpose: int) -> np.uint64:
-    """The key of a stream of random numbers, by a seed and what they are for."""
-    key: np.uint64 = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
-    for part in purpose:
-        key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
-    return key
-
-
 def plan_epoch(lengths: npt.ArrayLike, *, epoch: int = 0, **options: Unpack[PlanKeywords]) -> EpochPlan:
     """Plan one epoch: which rows make which batch, as a pure function of these arguments.
 
@@ -384,7 +382,9 @@ def plan_epoch(lengths: npt.ArrayLike, *, epoch: int = 0, **options: Unpack[Plan
     return plan_with(as_lengths(lengths), PlanOptions(**options).checked(), epoch)
 
 
-def plan_with(lengths: npt.NDArray[Any], options: PlanOptions, epoch: int, *, in_order: bool = False) -> EpochPlan:
+def plan_with(
+    lengths: npt.NDArray[Any], options: PlanOptions, epoch: int, *, in_order: bool = False, shards: Shards | None = None
+) -> EpochPlan:
     """`plan_epoch` by options that are checked already."""
     window, block, group = options.window, options.block, options.group
     if window is None:
@@ -394,5 +394,6 @@ def plan_with(lengths: npt.NDArray[Any], options: PlanOptions, epoch: int, *, in
         block = BLOCK if len(lengths) >= BLOCK_FROM else 1
     if block > 1:
         pages.expect_single_pages(lengths)
-    window = math.ceil(window / group) * group
-    return EpochPlan(lengths, options, integer("epoch", epoch, 0, LARGEST), window, block, in_order)
+    window, epoch = math.ceil(window / group) * group, integer("epoch", epoch, 0, LARGEST)
+    order = order_of(shards, options, key_of(options.seed, epoch, _SHARDS_KEY))
+    return EpochPlan(lengths, options, epoch, window, block, in_order or order is not None, order)

@@ -209,7 +209,7 @@ class Epochs:
             "next_window": window,
             "next_batch": batch,
             "source_rows": self._counted_sources().tolist(),
-            **self._order.identity(),
+            **self._order.identity(self._plan_options),
             **options,
         }
 

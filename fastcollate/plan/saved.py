@@ -34,7 +34,7 @@ class SavedState:
         self._kind = kind
         if not isinstance(state, Mapping):
             raise self._error(f"is a {type(state).__name__}: give what state_dict gave")
-        self._state = {"packing": "best_fit", **state}  # of states of before
+        self._state = {"packing": "best_fit", "order": "rows", **state}  # of states of before
         self._version = self._field("version")
         if type(self._version) is not int or self._version not in (2, 3, STATE_VERSION):
             raise self._error(
@@ -60,7 +60,7 @@ class SavedState:
 
     def read(self, order: Order, options: PlanOptions) -> tuple[Position, Int64Array]:
         """The position, and the rows of each source before it; every field is checked."""
-        identity = order.identity() if self._version > 2 else self._identity_2(order)
+        identity = order.identity(options) if self._version > 2 else self._identity_2(order)
         for name, own in identity.items():
             if not _is_same(self._field(name), own):
                 raise self._differs(name, self._field(name), own)

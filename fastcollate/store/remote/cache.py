@@ -155,7 +155,7 @@ class Cache:
         if needed > self.limit:
             raise InputError(
                 f"{self.objects}: the rows that are needed at once lie in {len(numbers):,} shards of {needed:,} bytes, "
-                f"more than cache_limit={self.limit:,}: raise it, or give a smaller window"
+                f"more than cache_limit={self.limit:,}: raise it, or read few shards at a time, with order='shards'"
             )
         deadline = time.monotonic() + MOST_WAIT_S
         while True:

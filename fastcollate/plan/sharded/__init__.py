@@ -1,0 +1,1 @@
+"""An order whose blocks are shards."""

@@ -1,0 +1,147 @@
+"""An order that reads each shard once an epoch: shards are shuffled, and the rows of several are mixed at a time.
+
+The shards of an epoch come in an order of its own. As many as make `MIXED_SHARDS`, and `MIXED_ROWS` rows, are a group;
+a keyed bijection (see `kernels.permute`) spreads a group's rows over its places, and windows are cut from the groups,
+one after another. The shards of each source of a mix come evenly over the epoch, so that each group has its share.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcollate.errors import InputError
+from fastcollate.plan import kernels as plan_kernels
+from fastcollate.plan.options import Int64Array, PlanOptions
+
+Rows = range | npt.NDArray[np.int64]
+
+MIXED_SHARDS = 8
+MIXED_ROWS = 1 << 18
+
+
+class Shards(NamedTuple):
+    """Where shards begin among an epoch's rows, which are in the store's order.
+
+    Attributes:
+        starts: int64 `(num_shards + 1,)`, the first place of each shard, then the number of rows.
+        sources: int64 `(num_shards,)`, the source of a mix that each is of; 0 of one store.
+    """
+
+    starts: Int64Array
+    sources: Int64Array
+
+    def of_rows(self, rows: Rows) -> Shards:
+        """The same of some rows, in order."""
+        if isinstance(rows, range):
+            return self._replace(starts=np.clip(self.starts, rows.start, rows.stop) - rows.start)
+        return self._replace(starts=np.searchsorted(rows, self.starts).astype(np.int64))
+
+
+def shards_of(source: Any) -> Shards:
+    """The shards of a store or a mix, as its manifest counts them."""
+    stores = [part.store for part in getattr(source, "_sources", ())] or [source]
+    if not all(hasattr(store, "manifest") for store in stores):
+        raise InputError("order='shards' is for rows of a store: lengths alone do not say which shards they lie in")
+    sizes = [[entry["num_rows"] for entry in store.manifest["shards"]] for store in stores]
+    sources = np.repeat(np.arange(len(sizes)), list(map(len, sizes)))
+    return Shards(np.cumsum([0, *(size for part in sizes for size in part)], dtype=np.int64), sources)
+
+
+def key_of(seed: int, *purpose: int) -> np.uint64:
+    """The key of a stream of random numbers, by a seed and what they are for."""
+    key: np.uint64 = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+    for part in purpose:
+        key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
+    return key
+
+
+def by_shard(source: Any, rows: Rows, options: PlanOptions) -> tuple[Rows, Shards | None]:
+    """An epoch's rows in the store's order, and its shards among them, where the options ask for an order by these."""
+    if options.order == "rows":
+        return rows, None
+    if getattr(source, "schedule", None) is not None:
+        raise InputError("order='shards' with a MixedStore by step_rows, which says each step's rows: leave one out")
+    rows = rows if isinstance(rows, range) else np.sort(rows)
+    return rows, shards_of(source).of_rows(rows)
+
+
+class ShardOrder:
+    """The rows of an epoch by their place in it.
+
+    Args:
+        shards: the shards, in the store's order.
+        key: decides the order.
+
+    Example:
+        >>> shards = Shards(np.array([0, 3, 5]), np.array([0, 0]))
+        >>> ShardOrder(shards, np.uint64(5)).rows(0, 5)
+        array([1, 4, 2, 3, 0])
+    """
+
+    def __init__(self, shards: Shards, key: np.uint64) -> None:
+        sizes = np.diff(shards.starts)
+        with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
+            order = _spread(sizes, shards.sources, key)
+        order = order[sizes[order] > 0]
+        self._key = key
+        self._ends = np.cumsum(sizes[order])  # of each shard, in the epoch
+        self._shifts = shards.starts[order] - (self._ends - sizes[order])  # from the place to the row
+        self._groups = _groups(self._ends)
+
+    def rows(self, first: int, count: int) -> Int64Array:
+        """The rows at the places `first` to `first + count`, int64."""
+        rows = np.empty(count, np.int64)
+        group = int(np.searchsorted(self._groups, first, side="right")) - 1
+        done = 0
+        with np.errstate(over="ignore"):
+            while done < count:
+                start, stop = self._groups[group : group + 2].tolist()
+                own = rows[done : done + stop - (first + done)]
+                key = plan_kernels.mix(self._key, np.uint64(group))
+                plan_kernels.permute(first + done - start, stop - start, np.uint64(key), own)
+                own += start
+                own += self._shifts[np.searchsorted(self._ends, own, side="right")]
+                done, group = done + len(own), group + 1
+        return rows
+
+
+def order_of(shards: Shards | None, options: PlanOptions, key: np.uint64) -> ShardOrder | None:
+    """The order that the options ask for, `None` where it is of rows."""
+    if options.order == "rows" or options.policy == "sequential":
+        return None
+    if shards is None:
+        raise InputError("order='shards' is for BatchLoader and BucketBatchSampler: plan_epoch knows lengths alone")
+    return ShardOrder(shards, key)
+
+
+def _spread(sizes: Int64Array, sources: Int64Array, key: np.uint64) -> Int64Array:
+    """Shards in a random order, those of each source evenly over the epoch."""
+    order = np.arange(len(sizes))
+    plan_kernels.shuffle(order, key)
+    places = np.empty(len(sizes))
+    for source in np.unique(sources).tolist():
+        own = order[sources[order] == source]
+        ends = np.cumsum(sizes[own])
+        places[own] = (ends - sizes[own] / 2) / max(int(ends[-1]), 1)
+    found: Int64Array = order[np.argsort(places[order], kind="stable")]
+    return found
+
+
+def _groups(ends: Int64Array) -> Int64Array:
+    """The first place of each group, then the number of rows; what is left at the end joins the last."""
+    bounds = [0]
+    shards = 0
+    for end in ends.tolist():
+        shards += 1
+        if shards >= MIXED_SHARDS and end - bounds[-1] >= MIXED_ROWS:
+            bounds.append(end)
+            shards = 0
+    total = int(ends[-1]) if len(ends) else 0
+    if bounds[-1] < total and len(bounds) > 1:
+        bounds[-1] = total
+    elif bounds[-1] < total:
+        bounds.append(total)
+    return np.array(bounds, np.int64)
