@@ -85,8 +85,10 @@ def train(
         else:
             values = {name.replace("_", " "): value for name, value in asdict(report).items() if value is not None}
             print_summary("training", values)
-            if report.ended != "interrupted":
+            if report.ended != "interrupted" and options.objective == "sft":
                 say_next("evaluate", "--checkpoint", options.out)
+            elif report.ended != "interrupted":
+                say_next("generate", "--checkpoint", options.out, "--prompt", "a question of yours")
     if report.ended == "interrupted":
         fail(f"interrupted after step {report.steps}; continue with the same command and --resume", status=130)
 

@@ -231,7 +231,12 @@ class TokenStore:
         return f"TokenStore({str(self.path)!r}): {len(self):,} rows, {self.num_tokens:,} tokens"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, self._again  # a worker process opens its own map instead of receiving a copy
+        open_again = _opened if self.kind == self.manifest["kind"] else _opened_as_rows
+        return open_again, self._again  # a worker process opens its own map instead of receiving a copy
+
+
+def _opened_as_rows(*again: Any) -> TokenStore:
+    return _opened(*again).as_rows()
 
 
 def _opened(path: str | Path, cache: str | None, cache_limit: int | str | None) -> TokenStore:

@@ -10,7 +10,7 @@ import json
 import mmap
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastcollate.errors import InputError
 from fastcollate.options import local_path
-from fastcollate.store import files
-from fastcollate.train.model import GPT2, GPT2Config, read_torch_file
+from fastcollate.store import TokenStore, files
+from fastcollate.train.model import GPT2, GPT2Config, config_of, load_published, read_torch_file
 from fastcollate.train.options import TrainOptions
 
 FORMAT_VERSION = 2  # 1 had no seal
@@ -167,6 +167,24 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT2, Ch
     model = GPT2(checkpoint.config)
     model.load_state_dict(checkpoint.model)
     return model.to(device).eval(), checkpoint
+
+
+def make_model(store: TokenStore, options: TrainOptions, saved: Checkpoint | None) -> GPT2:
+    """The model that a run begins with, or goes on with: of dpo first the reference itself."""
+    config = config_of(options.model, dropout=options.dropout, tie_weights=options.tie_weights)
+    if store.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{store.path}: token ids up to {store.vocab_size - 1}, the model knows {config.vocab_size}; "
+            "prepare the data with the gpt2 tokenizer"
+        )
+    if saved is None and options.reference_checkpoint is not None and options.weights is None:
+        saved = load_checkpoint(options.reference_checkpoint)
+        saved.config = replace(saved.config, dropout=options.dropout)
+    if saved is not None:
+        model = GPT2(saved.config)
+        model.load_state_dict(saved.model)
+        return model
+    return load_published(options.weights, config) if options.weights is not None else GPT2(config)
 
 
 def find_checkpoint(options: TrainOptions) -> Checkpoint | None:

@@ -24,8 +24,8 @@ from fastcollate.train.answers import continue_prompt
 from fastcollate.train.cuda.attention import fastest_attention
 from fastcollate.train.files import Checkpoint, Counters, TrainReport
 from fastcollate.train.loss import Readback
-from fastcollate.train.model import GPT2, config_of, load_published
 from fastcollate.train.options import TrainOptions
+from fastcollate.train.preference.reference import check_objective, reference_for
 from fastcollate.train.ranks import Interrupts, Ranks, join_ranks, num_compilations, recycle_freed_memory
 from fastcollate.train.step import (
     Feed,
@@ -41,6 +41,7 @@ from fastcollate.train.step import (
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+_OF_PAIRS = ("reward_margin", "reward_accuracy")  # means over a step's pairs
 _FIRST_SKIPPED = 5  # so many steps without a trained token, from the first on, are said at once
 
 
@@ -65,15 +66,17 @@ class _Run:
             source, self.validation = split_mix(self.mix, options)
             rows = None
         torch.manual_seed(options.seed)
-        model = _make_model(store, options, saved)
+        model = files.make_model(store, options, saved)
         self.names = self.mix.names if self.mix is not None else ()
-        self.stepper = Stepper(model.to(ranks.device), options, ranks, len(self.names))
+        num_sums = 1 if options.objective == "dpo" else len(self.names)
+        self.stepper = Stepper(model.to(ranks.device), options, ranks, num_sums)
         torch.manual_seed(options.seed + ranks.rank)  # the same weights, each rank its own dropout
         loader = make_loader(
             source, options, ranks, rows, model.config.context_length, width=model.config.width,
             balance=saved is None or bool(saved.loader.get("balance", False)),  # a run goes on as it began
         )  # fmt: skip
-        self.feed = Feed(loader, options.accumulate, ranks)
+        self.reference = reference_for(store, options, ranks, model.config.context_length, self.say)
+        self.feed = Feed(loader, options.accumulate, ranks, self.reference)
         self.counters = Counters(total_steps=self._plan_steps())
         if saved is not None:
             self._continue_from(saved)
@@ -171,6 +174,8 @@ class _Run:
             "step": counters.step, "loss": None, "learning_rate": rate, "useful_tokens": data.total.num_useful,
             "wait_s": round(wait_s, 6), "step_s": round(step_s, 6),
         }  # fmt: skip
+        if self.reference is not None:
+            values["pairs"] = data.total.num_trained
         sums = None if loss is None else self.stepper.sums_by_source()
         self.pending = None if loss is None else Readback(loss), None if sums is None else Readback(sums), values
         if counters.skipped_steps == counters.step == _FIRST_SKIPPED:
@@ -190,8 +195,10 @@ class _Run:
                     "last checkpoint is from before"
                 )
             values["loss"] = loss
-            if sums:
+            if sums and self.names:
                 values["sources"] = _by_source(self.names, sums)
+            elif sums:
+                values |= {name: part / values["pairs"] for name, part in zip(_OF_PAIRS, sums, strict=True)}
             self.recent = [*self.recent[-9:], loss]
             if self.report.first_loss is None:
                 self.report.first_loss = loss
@@ -212,7 +219,7 @@ class _Run:
         counters, options = self.counters, self.options
         counters.last_evaluation = counters.step
         losses, trained, context = 0.0, 0, self.stepper.model.config.context_length
-        for batch in validation_batches(self.source, options, self.ranks, self.validation, context):
+        for batch in validation_batches(self.source, options, self.ranks, self.validation, context, self.reference):
             losses += self.stepper.sum_of_losses(batch)
             trained += batch.num_trained
         losses, total = self.ranks.sum([losses, trained])
@@ -227,7 +234,8 @@ class _Run:
         else:
             counters.evaluations_since_best += 1
         if self.log is not None:
-            values = {"step": counters.step, "validation_loss": loss, "trained_tokens": int(total)}
+            counted = "trained_tokens" if self.reference is None else "pairs"
+            values = {"step": counters.step, "validation_loss": loss, counted: int(total)}
             self.log.write(files.EVALUATIONS, values)
 
     def _end_epoch(self) -> None:
@@ -360,6 +368,7 @@ def train(
 def _train(store: TokenStore | MixedStore, options: TrainOptions, ranks: Ranks, *, progress: bool) -> TrainReport:
     if ranks.device.type == "cpu":
         recycle_freed_memory()
+    check_objective(store, options)
     saved = files.find_checkpoint(options)
     options = options.with_precision(ranks.device.type, saved.options if saved is not None else None)
     options = options.of(store, saved.options if saved is not None else None)
@@ -372,17 +381,3 @@ def _train(store: TokenStore | MixedStore, options: TrainOptions, ranks: Ranks, 
         with compiling(lambda: run.say("compiling kernels (once)")):
             run.loop(interrupts)
         return run.finish()
-
-
-def _make_model(store: TokenStore, options: TrainOptions, saved: Checkpoint | None) -> GPT2:
-    config = config_of(options.model, dropout=options.dropout, tie_weights=options.tie_weights)
-    if store.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{store.path}: token ids up to {store.vocab_size - 1}, the model knows {config.vocab_size}; "
-            "prepare the data with the gpt2 tokenizer"
-        )
-    if saved is not None:
-        model = GPT2(saved.config)
-        model.load_state_dict(saved.model)
-        return model
-    return load_published(options.weights, config) if options.weights is not None else GPT2(config)

@@ -24,7 +24,11 @@ _AT_LEAST = {
         "width_multiple",
     ),
 }  # fmt: skip
-_CHOICES = {"schedule": ("cosine", "constant"), "precision": ("auto", "float32", "bfloat16")}
+_CHOICES = {
+    "objective": ("sft", "dpo"),
+    "schedule": ("cosine", "constant"),
+    "precision": ("auto", "float32", "bfloat16"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,17 @@ class TrainOptions(MaskOptions):
 
     out: Path = option(Path("runs/train"), "Directory for everything the run writes.")  # noqa: RUF009 (immutable)
     resume: bool = option(False, "Continue from the checkpoint in OUT, if there is one.")
+    objective: str = option(
+        "sft",
+        "sft: learn the rows; dpo: of a store of pairs, to prefer the chosen answers (prompts are masked).",
+        fixed=True,
+        choices=("sft", "dpo"),
+    )
+    reference_checkpoint: Path | None = option(  # noqa: RUF009
+        None, "With --objective dpo, the run (or its checkpoint) that is the reference, and where training starts.",
+        fixed=True,
+    )  # fmt: skip
+    beta: float = option(0.1, "With --objective dpo, what a margin of log-probabilities is multiplied by.", fixed=True)
     model: str = option("tiny", "The GPT-2 to train.", fixed=True, choices=("tiny", "124M", "355M", "774M", "1558M"))
     weights: Path | None = option(  # noqa: RUF009
         None, "Start from published weights: a local model.safetensors or pytorch_model.bin.", fixed=True
@@ -133,7 +148,11 @@ class TrainOptions(MaskOptions):
     )
     accumulate: int = option(1, "Batches an optimizer step.", fixed=True)
     learning_rate: float | None = option(
-        None, "Peak learning rate; 3e-3 for tiny, 5e-5 for the others.", "--learning-rate", "--lr", fixed=True
+        None,
+        "Peak learning rate; 3e-3 for tiny, 5e-5 for the others, 1e-5 for dpo.",
+        "--learning-rate",
+        "--lr",
+        fixed=True,
     )
     warmup: int = option(10, "Steps of linear warm-up.", fixed=True)
     schedule: str = option(
@@ -178,6 +197,9 @@ class TrainOptions(MaskOptions):
             "cuda_graphs", self.compile or not self.cuda_graphs, "--compile with it, whose kernels it replays"
         )
         self._require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "more than 0")
+        has_reference = self.reference_checkpoint is not None
+        self._require("objective", (self.objective == "dpo") == has_reference, "--reference-checkpoint with dpo only")
+        self._require("beta", self.beta > 0, "more than 0")
         self._require("train_share", 0 < self.train_share <= 1, "more than 0, at most 1")
         left = round(1 - self.train_share, 9)  # 1 - 0.9 is a little less than 0.1
         share = min(0.10, left) if self.test_share is None else self.test_share
@@ -193,7 +215,8 @@ class TrainOptions(MaskOptions):
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate after the warm-up."""
-        return self.learning_rate or (3e-3 if self.model == "tiny" else 5e-5)
+        default = 3e-3 if self.model == "tiny" else 5e-5
+        return self.learning_rate or (1e-5 if self.objective == "dpo" else default)
 
     def with_precision(self, device_type: str, saved: Mapping[str, Any] | None = None) -> TrainOptions:
         """The options with a precision in place of `auto`: the one that the run was started with, else the device's."""
@@ -230,13 +253,19 @@ class TrainOptions(MaskOptions):
         own, options = self.plain(), fields(self)
         for item in options:
             is_given = item.name != "mode" or self.mode is not None
-            if item.metadata["fixed"] and is_given and own[item.name] != saved.get(item.name):
+            before = saved.get(item.name, _default(item))
+            if item.metadata["fixed"] and is_given and own[item.name] != before:
                 free = (o for o in options if not o.metadata["fixed"] and o.name not in ("out", "resume"))
                 raise InputError(
-                    f"{self.out}: the run was started {_given(flag_of(item), saved.get(item.name))}, not "
+                    f"{self.out}: the run was started {_given(flag_of(item), before)}, not "
                     f"{_given(flag_of(item), own[item.name])}; resume it so, or choose another --out; with --resume "
                     f"may change: {', '.join(map(flag_of, free))}"
                 )
+
+
+def _default(item: Any) -> Any:
+    """Of an option that a run's release did not have."""
+    return item.default if item.name in ("objective", "beta") else None
 
 
 def _given(flag: str, value: Any) -> str:

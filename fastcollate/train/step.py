@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastcollate.collate import AnyBatch
 from fastcollate.errors import InputError
@@ -20,9 +20,13 @@ from fastcollate.jit import clock
 from fastcollate.load import BatchLoader
 from fastcollate.plan import MixedStore
 from fastcollate.store import TokenStore
+from fastcollate.train.cuda.shapes import fill_packs as fill_packs
+from fastcollate.train.cuda.shapes import round_up_width as round_up_width
 from fastcollate.train.loss import IGNORE_INDEX, cell_losses, scaled_loss, trained_cells
 from fastcollate.train.model import GPT2
 from fastcollate.train.options import TrainOptions
+from fastcollate.train.preference.dpo import DPOLoss, Judged
+from fastcollate.train.preference.reference import Reference
 from fastcollate.train.ranks import Ranks
 
 Int64Array = npt.NDArray[np.int64]
@@ -38,6 +42,7 @@ class MicroBatch(NamedTuple):
     num_useful: int  # input cells that hold a row's token
     num_trained: int  # targets that are not ignored
     sources: Tensor | None = None  # int64, of a mix: where each row, or segment, is from
+    judged: Judged | None = None  # of pairs, which `num_trained` then counts
 
 
 def empty_batch(device: torch.device) -> MicroBatch:
@@ -55,41 +60,6 @@ def learning_rate_at(step: int, options: TrainOptions, total_steps: int) -> floa
         return peak
     done = min(1.0, (step - options.warmup) / max(1, total_steps - options.warmup))
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def round_up_width(batch: MicroBatch, multiple: int) -> MicroBatch:
-    """A padded batch with its width rounded up, so that a compiled model sees few widths."""
-    missing = -batch.inputs.shape[1] % multiple
-    if not missing or batch.cu_seqlens is not None:
-        return batch
-    return batch._replace(
-        inputs=functional.pad(batch.inputs, (0, missing)),  # right of every row: causal attention never looks there
-        targets=functional.pad(batch.targets, (0, missing), value=IGNORE_INDEX),
-    )
-
-
-def fill_packs(batch: MicroBatch, num_packs: int, num_bounds: int) -> MicroBatch:
-    """A packed batch with empty packs up to `num_packs` and empty segments up to `num_bounds`, at least what it has.
-
-    A compiled model then sees one shape.
-    """
-    missing, capacity = num_packs - len(batch.inputs), batch.inputs.shape[1]
-    bounds, positions = batch.cu_seqlens, batch.position_ids
-    assert bounds is not None
-    assert positions is not None
-    if missing > 0:
-        more = (
-            torch.arange(1, missing + 1, dtype=bounds.dtype, device=bounds.device) * capacity
-            + len(batch.inputs) * capacity
-        )
-        bounds = torch.cat([bounds, more])
-        positions = torch.cat([positions, torch.arange(capacity, device=positions.device).expand(missing, -1)])
-        batch = batch._replace(
-            inputs=functional.pad(batch.inputs, (0, 0, 0, missing)),
-            targets=functional.pad(batch.targets, (0, 0, 0, missing), value=IGNORE_INDEX),
-        )
-    bounds = torch.cat([bounds, bounds[-1:].expand(max(0, num_bounds - len(bounds)))])
-    return batch._replace(position_ids=positions, cu_seqlens=bounds)
 
 
 def sources_of_cells(batch: MicroBatch, cells: Tensor) -> Tensor | None:
@@ -128,7 +98,7 @@ class Stepper:
         self.num_sources = num_sources
         self.options = options.with_precision(ranks.device.type)
         self.ranks = ranks
-        self._own_loss = _Loss(model, options)
+        self._own_loss = DPOLoss(model, options) if options.objective == "dpo" else _Loss(model, options)
         self._loss = ranks.share(self._own_loss)
         self.optimizer = make_optimizer(model, options.weight_decay)
         self._most_packs = self._most_bounds = 0  # of the packed batches so far
@@ -169,6 +139,10 @@ class Stepper:
     def sum_of_losses(self, batch: MicroBatch) -> float:
         """The sum of the batch's losses, for evaluation."""
         self.model.eval()
+        if batch.judged is not None:
+            self._own_loss.sums = None
+            with self.autocast():
+                return float(self._own_loss(batch, 1.0))
         with self.autocast():
             hidden = self.model.hidden(batch.inputs, batch.position_ids, batch.cu_seqlens)
             cells, labels = trained_cells(batch.targets, num_trained=batch.num_trained)
@@ -180,7 +154,7 @@ class Stepper:
             return contextlib.nullcontext()
         return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
 
-    def _shaped(self, batch: MicroBatch) -> MicroBatch:
+    def _shaped(self, batch: MicroBatch) -> Any:
         if not self.options.compile:
             return batch
         if batch.cu_seqlens is None:
@@ -249,8 +223,8 @@ class StepData(NamedTuple):
 class Feed:
     """A loader's batches, `accumulate` of them a step, as many on all ranks."""
 
-    def __init__(self, loader: BatchLoader, accumulate: int, ranks: Ranks) -> None:
-        self._loader = loader
+    def __init__(self, loader: BatchLoader, accumulate: int, ranks: Ranks, reference: Reference | None = None) -> None:
+        self._loader, self._reference = loader, reference
         self._accumulate = accumulate
         self._ranks = ranks
         self._batches: Iterator[AnyBatch] | None = None
@@ -286,7 +260,8 @@ class Feed:
     def _take(self) -> list[MicroBatch]:
         if self._batches is None:
             self._batches = iter(self._loader)
-        return [as_micro_batch(batch) for batch in islice(self._batches, self._accumulate)]
+        asked = () if self._reference is None else (self._reference,)
+        return [as_micro_batch(batch, *asked) for batch in islice(self._batches, self._accumulate)]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader was after the last step's batches."""
@@ -300,10 +275,15 @@ class Feed:
         self._batches = None
 
 
-def as_micro_batch(batch: AnyBatch) -> MicroBatch:
+def as_micro_batch(batch: Any, reference: Reference | None = None) -> MicroBatch:
     """A loader's batch with its counts."""
     counts = batch.counts
     assert counts is not None  # it is a loader's
+    if reference is not None:
+        judged = reference.judged(batch)
+        place = batch.position_ids, batch.cu_seqlens
+        num_pairs = judged.reference.shape[1]
+        return MicroBatch(batch.inputs, batch.targets, *place, counts.real_cells, num_pairs, judged=judged)
     inputs, targets, *packed = batch
     position_ids, cu_seqlens = packed or (None, None)
     sources = None if batch.sources is None else batch.sources.to(inputs.device, non_blocking=True)
@@ -311,7 +291,10 @@ def as_micro_batch(batch: AnyBatch) -> MicroBatch:
 
 
 def split_rows(num_rows: int, options: TrainOptions) -> dict[str, range]:
-    """The rows of `train`, `test` and `validation`: contiguous, in file order, as the chapter splits."""
+    """The rows of `train`, `test` and `validation`: contiguous, in file order, as the chapter splits; pairs whole."""
+    if options.objective == "dpo":
+        pairs = split_rows(num_rows // 2, replace(options, objective="sft", reference_checkpoint=None))
+        return {name: range(2 * part.start, 2 * part.stop) for name, part in pairs.items()}
     train = max(1, int(num_rows * options.train_share))
     test = min(train + int(num_rows * (options.test_share or 0.0)), num_rows)
     return {"train": range(train), "test": range(train, test), "validation": range(test, num_rows)}
@@ -353,7 +336,9 @@ def make_loader(
         max_length = context
     if max_length is not None and max_length > context:
         raise InputError(f"--max-length {max_length}: the model's context is {context}; give at most that")
-    batch_size = options.batch_size
+    batch_size, capacity = options.batch_size, options.capacity
+    if options.objective == "dpo" and capacity is None and max_length is not None:
+        capacity = 2 * max_length  # any two rows fit
     if batch_size is None and options.max_tokens is None:
         batch_size = ranks.world_size if packed else 8
     return BatchLoader(
@@ -362,9 +347,9 @@ def make_loader(
         batch_size=_share("--batch-size", batch_size, ranks.world_size),
         max_tokens=_share("--max-tokens", options.max_tokens, ranks.world_size),
         max_length=max_length,
-        capacity=options.capacity if packed else None,
+        capacity=capacity if packed else None,
         long_rows=options.long_rows if packed else "truncate",
-        mask_prompt=options.mask_prompt,
+        mask_prompt=options.mask_prompt or options.objective == "dpo",
         mode=options.mode,
         seed=options.seed,
         rank=ranks.rank,
@@ -385,10 +370,11 @@ def _share(flag: str, total: int | None, world_size: int) -> int | None:
 
 
 def validation_batches(
-    store: TokenStore | MixedStore, options: TrainOptions, ranks: Ranks, rows: range | Int64Array, context: int
-) -> Iterator[MicroBatch]:
+    store: TokenStore | MixedStore, options: TrainOptions, ranks: Ranks, rows: range | Int64Array, context: int,
+    reference: Reference | None = None,
+) -> Iterator[MicroBatch]:  # fmt: skip
     """This rank's batches of the validation rows, always the same ones."""
     if len(rows):
         policy = "packed" if options.policy == "packed" else "sequential"
         loader = make_loader(store, options, ranks, rows, context, policy=policy, balance=False)
-        yield from map(as_micro_batch, islice(loader, options.eval_batches or None))
+        yield from (as_micro_batch(batch, reference) for batch in islice(loader, options.eval_batches or None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,4 +231,6 @@ def test_answers_are_not_served_as_rows_to_learn(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match="a store of answers"):
             use()
-    assert len([*BatchLoader(store.as_rows(), batch_size=2)]) == 3
+    rows = pickle.loads(pickle.dumps(store.as_rows()))
+    assert (rows.kind, pickle.loads(pickle.dumps(store)).kind) == ("rows", "answers")
+    assert len([*BatchLoader(rows, batch_size=2)]) == 3

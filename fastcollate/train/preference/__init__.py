@@ -1,0 +1,1 @@
+"""Learning from pairs: direct preference optimization."""
