@@ -18,10 +18,11 @@ verify store --source records.jsonl --checksums
 train --store store --max-steps 1 --policy packed --out runs/packed --sample-tokens 2
 generate --checkpoint runs/packed --prompt hello --input insect --max-new-tokens 2
 """
+BENCH = "bench store --step-ms 1 --rounds 1 --batch-size 2"  # once, for it takes its seconds
 SCRIPT = f"""
 import sys
 from fastcollate.cli import main
-for command in 2 * {COMMANDS.split(chr(10))[1:-1]!r}:
+for command in [*2 * {COMMANDS.split(chr(10))[1:-1]!r}, {BENCH!r}]:
     sys.argv = ["fastcollate", *command.split()]
     try:
         main()
@@ -54,5 +55,6 @@ def test_the_tour_runs_twice(output: str, tmp_path: Path) -> None:
     assert code == 0, told
     assert "Traceback" not in told
     assert ("\x1b[" in said + told) == ("FORCE_COLOR" in OUTPUTS[output])
-    assert told.count("next: fastcollate ") == 2 * len(COMMANDS.split("\n")[1:-1])
+    assert told.count("next: fastcollate ") == 2 * len(COMMANDS.split("\n")[1:-1]) + 1
     assert said.count("verified, all identical") == 2
+    assert said.count("data-bound: beside steps of 1 ms the loop waits for data") == 1

@@ -63,7 +63,7 @@ def write_report(
     integer("batch_size", batch_size, 1)
     integer("num_rows", num_rows, 1)
     if row is not None and not 0 <= row < len(store):
-        raise InputError(f"row {row}: the store {store.path} has rows 0 to {len(store) - 1}")
+        raise InputError(f"row {row}: the store {store.path} has rows 0 to {len(store) - 1}; give one of them")
     import_extra("matplotlib", "report")
     other = found.options.with_other_mask()
     tokenizer, problem = tokenizer_of(store)

@@ -64,7 +64,7 @@ def view_rows(store: TokenStore, rows: Iterable[int], options: MaskOptions | Non
     longest = int(np.argmax(store.lengths))  # and fills the most cells
     for row in rows:
         if not 0 <= row < len(store):
-            raise InputError(f"row {row}: the store {store.path} has rows 0 to {len(store) - 1}")
+            raise InputError(f"row {row}: the store {store.path} has rows 0 to {len(store) - 1}; give one of them")
         yield _view(store, row, collator([row, longest]))
 
 

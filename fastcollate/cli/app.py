@@ -72,7 +72,7 @@ def _fail_of_usage(error: Any) -> None:
     said = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
     if type(error).__name__ == "MissingParameter" and (text := getattr(missing, "help", "")):
         said = f"{said} ({text.rstrip('.')})"
-    fail(f"{said}; see: {command} --help", status=error.exit_code)
+    fail(f"{said}{' See' if said.endswith('?') else '; see'}: {command} --help", status=error.exit_code)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -326,8 +326,10 @@ def _local_file(path: str, name: str) -> Source:
                 f"python -c \"from datasets import load_dataset as load; load('{name}', split='train')"
                 ".to_json('NEW.jsonl')\", and give NEW.jsonl"
             ) from None
-        sample = f"; to try things: fastcollate sample {name}" if name.endswith(".jsonl") else ""
-        raise InputError(f"{name}: no such file; {nearest(path)}{sample}") from None
+        hint = nearest(path)
+        if name.endswith(".jsonl"):
+            hint += f"{' To' if hint.endswith('?') else '; to'} try things: fastcollate sample {name}"
+        raise InputError(f"{name}: no such file; {hint}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if stat_module.S_ISDIR(stat.st_mode):

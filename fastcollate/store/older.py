@@ -65,7 +65,7 @@ def convert(old: str | Path, new: str | Path, *, progress: bool = False) -> Conv
         >>> convert("store", "new")  # made by this release
         Traceback (most recent call last):
             ...
-        fastcollate.errors.InputError: store: of format 2 already; there is nothing to convert
+        fastcollate.errors.InputError: store: of format 2 already; there is nothing to convert: use it as it is
     """
     started = time.perf_counter()
     root, target = local_path(old), local_path(new)
@@ -73,7 +73,7 @@ def convert(old: str | Path, new: str | Path, *, progress: bool = False) -> Conv
     if manifest is None:
         raise InputError(f"{root}: no finished token store here; give the directory of the store to convert")
     if manifest["format_version"] == FORMAT_VERSION:
-        raise InputError(f"{root}: of format {FORMAT_VERSION} already; there is nothing to convert")
+        raise InputError(f"{root}: of format {FORMAT_VERSION} already; there is nothing to convert: use it as it is")
     _make_empty(target)
     try:
         infos = [ShardInfo(**entry) for entry in manifest["shards"]]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import operator
 import os
@@ -192,7 +191,8 @@ class TokenStore:
             >>> TokenStore("store").as_rows().kind
             'rows'
         """
-        found = copy.copy(self)
+        found = TokenStore.__new__(TokenStore)  # `copy.copy` would open it again
+        vars(found).update(vars(self))
         found.kind = "rows"
         return found
 

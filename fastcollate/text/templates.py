@@ -278,7 +278,9 @@ def _tokens_of(tokenizer: Any) -> Tokens:
 def _check_fields(name: str, fields: Mapping[str, str], known: Sequence[str]) -> None:
     for key in fields:
         if key not in known:
-            has = f"has the fields {', '.join(known)}" if known else "names the record's fields itself"
+            has = (
+                f"has the fields {', '.join(known)}; give one of them" if known else "names the record's fields itself"
+            )
             raise InputError(f"field {key!r}: template {name!r} {has}")
 
 
