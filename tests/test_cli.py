@@ -125,10 +125,10 @@ def test_both_helps_say_what_a_batch_size_counts() -> None:
 
 
 URLS = [
-    "prepare records.jsonl s3://key:secret@bucket/store", "sample s3://bucket/sample.jsonl", "inspect gs://bucket/store",
-    "inspect store --report s3://bucket/page.html", "verify s3://bucket/store", "bench file:///store",
+    "sample s3://bucket/sample.jsonl",
+    "inspect store --report s3://bucket/page.html",
     "convert s3://bucket/old new", "convert old memory://new", "train --out s3://bucket/run",
-    "train --store s3://bucket/store --out run", "generate --checkpoint https://host/run?secret --prompt Hi",
+    "generate --checkpoint https://host/run?secret --prompt Hi",
     "evaluate --checkpoint s3://bucket/run",
 ]  # fmt: skip
 

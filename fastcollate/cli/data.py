@@ -123,6 +123,23 @@ def push(
         print(report)
 
 
+@app.command()
+def pull(
+    url: Annotated[str, typer.Argument(help="Where the store lies, such as s3://bucket/store.")],
+    directory: Annotated[Path, typer.Argument(help="Directory to copy it to.")],
+    json_output: Json = False,
+) -> None:
+    """Copy a store from object storage, every file checked; stopped, the same command goes on."""
+    from fastcollate.store import remote
+
+    report = remote.pull(url, directory, progress=not json_output)
+    if json_output:
+        print_json(asdict(report))
+    else:
+        print(report)
+        say_next("verify", directory)
+
+
 def parse_fields(pairs: list[str] | None) -> dict[str, str] | None:
     """`NAME=SOURCE` pairs, of `--field`, as a mapping."""
     fields = {}
@@ -148,7 +165,7 @@ def _parse_arguments(pairs: list[str] | None) -> dict[str, object]:
     return found
 
 
-StoreFolder = Annotated[Path, typer.Argument(help="Directory of the token store.")]
+StoreFolder = Annotated[str, typer.Argument(help="Directory of the token store, or its URL (see docs/remote.md).")]
 
 
 @app.command()
@@ -178,7 +195,7 @@ def inspect(
         else:
             if problem := print_row(opened, view):
                 print(f"note: ids only, {problem}", file=sys.stderr)
-            say_next("inspect", store, "--row", (row + 1) % len(opened), *["--mask-prompt"] * masks.mask_prompt)
+            say_next("inspect", opened.path, "--row", (row + 1) % len(opened), *["--mask-prompt"] * masks.mask_prompt)
         return
     with telling_of_kernels(quiet=json_output):
         found = inspect_store(opened, masks, ranks=ranks, progress=not json_output)
@@ -190,7 +207,7 @@ def inspect(
     print_inspection(found)
     if page is not None:
         print(f"\nwrote {page}")
-    say_next("verify", store, "--checksums")
+    say_next("verify", opened.path, "--checksums")
 
 
 @app.command()
@@ -215,8 +232,9 @@ def verify(
     from fastcollate.progress import print_summary
     from fastcollate.store import TokenStore
 
-    folders = [str(store), *(more or [])]
-    if more and (not source or not Path(folders[-1], "manifest.json").is_file()):
+    folders = [store, *(more or [])]
+    is_store = "://" in folders[-1] or Path(folders[-1], "manifest.json").is_file()
+    if more and (not source or not is_store):
         folders = [*folders[1:], folders[0]]  # the store is named first
     *sources, folder = folders
     sources, opened = [*(source or []), *sources], TokenStore(folder)
@@ -229,7 +247,7 @@ def verify(
         for problem in found.problems:
             print(problem, file=sys.stderr)
         if found.ok:
-            say_next("train", "--store", folder)
+            say_next("train", "--store", opened.path)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -262,4 +280,4 @@ def bench(
         print_json(asdict(report))
     else:
         print_report(report)
-        say_next(*(("train", "--store", store) if report.step_ms else ("bench", store, "--model", "tiny")))
+        say_next(*(("train", "--store", opened.path) if report.step_ms else ("bench", opened.path, "--model", "tiny")))

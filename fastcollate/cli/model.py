@@ -39,7 +39,7 @@ def train(
             "1500 --mask-prompt --eval-every 250, where those are not given."
         ),
     ] = None,
-    store: Annotated[Path | None, typer.Option(help="A prepared token store, in place of --data.")] = None,
+    store: Annotated[str | None, typer.Option(help="A prepared token store, or its URL, in place of --data.")] = None,
     mix: Annotated[
         Path | None,
         typer.Option(
@@ -62,7 +62,7 @@ def train(
     data = [*(files or []), *(data or [])]
     preparing["template"] = template
     if store is not None and mix is not None:
-        raise InputError(f"--store {store} and --mix {mix}: give either")
+        raise InputError(f"--store and --mix {mix}: give either")
     if store is not None or mix is not None:
         _refuse_with_store(data, {"field": field, **preparing}, context)
     if not (data or store or mix):
@@ -71,10 +71,11 @@ def train(
     ranks = join_ranks(options.device)
     try:
         if store is None and mix is None:
-            store = options.out / "store"
+            made = options.out / "store"
             if ranks.is_first:
-                _prepare_for_training(data, store, options.out, field, preparing)
+                _prepare_for_training(data, made, options.out, field, preparing)
             ranks.barrier()
+            store = str(made)
         source: Any = store if mix is None else _mix_of(mix, (options.batch_size or 8) * options.accumulate)
         report = run(source, options, ranks=ranks, progress=not json_output)
     finally:
@@ -196,7 +197,7 @@ def generate(
 def evaluate(
     checkpoint: Run,
     options: AnswerOptions,
-    store: Annotated[Path | None, typer.Option(help="The token store; by default the run's own.")] = None,
+    store: Annotated[str | None, typer.Option(help="The token store, or its URL; by default the run's own.")] = None,
     split: Annotated[str, typer.Option(help="train, test or validation, as the run split its rows.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Answer only so many rows.")] = None,
     answers_file: Annotated[

@@ -210,7 +210,7 @@ def answer_split(
     checkpoint: Path,
     options: AnswerOptions | None = None,
     *,
-    store: Path | None = None,
+    store: str | Path | None = None,
     split: str = "test",
     limit: int | None = None,
     out: Path | None = None,

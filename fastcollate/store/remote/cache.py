@@ -90,7 +90,7 @@ class Cache:
             own = folder / ".users" / uuid.uuid4().hex
             self._alive = filelock.FileLock(f"{own}.lock", thread_local=False)
             self._alive.acquire()
-            own.write_bytes(bytes(len(infos)))
+            own.write_bytes(bytes(max(len(infos), 1)))
             with open(own, "r+b") as file:
                 self._held = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
         self._own = own.name
@@ -114,12 +114,16 @@ class Cache:
         """
         stop = stop or threading.Event()
         self._reserve(np.asarray(numbers, np.int64), stop)
-        missing = [number for number in numbers if not (self.folder / self.infos[number].name).exists()]
+        self.fetch_all([self.infos[number] for number in numbers], stop)
+
+    def fetch_all(self, infos: Sequence[FileInfo | ShardInfo], stop: threading.Event | None = None) -> None:
+        """Have files on disk; see `bring`."""
+        stop, given_up = stop or threading.Event(), threading.Event()
+        missing = [info for info in infos if not (self.folder / info.name).exists()]
         if len(missing) == 1:
-            self._fetch(self.infos[missing[0]], stop)
+            self._fetch(missing[0], stop)
             return
-        given_up = threading.Event()
-        fetches = [self._pool.submit(self._fetch, self.infos[number], stop, given_up) for number in missing]
+        fetches = [self._pool.submit(self._fetch, info, stop, given_up) for info in missing]
         try:
             wait(fetches, return_when=FIRST_EXCEPTION)
             for fetch in fetches:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, MissingExtraError
 from fastcollate.options import local_path
 from fastcollate.sources import remote
 from fastcollate.store.files import FileInfo
@@ -93,7 +93,10 @@ class Objects:
             raise InputError(f"{self.name}: no store can lie there; name a place of object storage, such as s3://...")
         if not place.strip("/"):
             raise InputError(f"{self.name}//: name a folder of the storage, such as {scheme}://bucket/store")
-        self._files, self._path = self._attempt("", lambda: fsspec.core.url_to_fs(self.url))
+        try:
+            self._files, self._path = self._attempt("", lambda: fsspec.core.url_to_fs(self.url))
+        except ImportError as error:
+            raise MissingExtraError(f"{self.name}: {error}") from None
 
     def __str__(self) -> str:
         return self.name
