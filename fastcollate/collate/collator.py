@@ -50,6 +50,7 @@ class Collator:
             batch of more is refused.
         mask_boundaries: whether each row of a pack sees itself alone; if not, positions and the segment go on over all
             rows of a pack, as most pretraining has it.
+        stride: of parts of rows that begin so many tokens apart, only what no earlier part holds is a target.
         inputs_dtype: `torch.int64` or `torch.int32`; targets are always int64.
         name: what to call the store in messages.
 
@@ -73,6 +74,7 @@ class Collator:
         cp_size: int | None = None,
         max_segments: int | None = None,
         mask_boundaries: bool = True,
+        stride: int | None = None,
         inputs_dtype: torch.dtype = torch.int64,
         name: str = "the store",
     ) -> None:
@@ -100,6 +102,7 @@ class Collator:
             cp_size=cp_size,
             max_segments=max_segments,
             mask_boundaries=mask_boundaries,
+            stride=stride,
         )
         self._cp_size, self._max_segments = self.settings[[options.CP_SIZE, options.MAX_SEGMENTS]].tolist()
 

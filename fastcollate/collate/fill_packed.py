@@ -35,8 +35,8 @@ from fastcollate.collate.fill import (
     prefetch_places,
     rounded_up,
 )
-from fastcollate.collate.masks import mask_row
-from fastcollate.collate.settings import ACROSS, CP_SIZE, IN_ROW, LEFT, LIMIT, MAX_SEGMENTS
+from fastcollate.collate.masks import ignore_columns, mask_row
+from fastcollate.collate.settings import ACROSS, CP_SIZE, IGNORE, IN_ROW, LEFT, LIMIT, MAX_SEGMENTS, STRIDE
 from fastcollate.jit import address_of, borrow, kernel, part, view
 from fastcollate.store import layout
 
@@ -114,6 +114,8 @@ def _fill_pack(
                 return -1 - i
             trained -= masked
             corners += more
+        if settings[STRIDE] > 0 and first > 0 and len(starts) > 0:  # the part before has trained these
+            trained -= ignore_columns(own, 0, limit - settings[STRIDE], settings[IGNORE], settings[IGNORE])
         padded = column + rounded_up(width, multiple)
         fill_unused(inputs, targets, stop, padded, settings)
         if settings[ACROSS] == 0:

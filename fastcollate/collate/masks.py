@@ -12,7 +12,7 @@ from fastcollate.store import layout
 
 
 @part
-def _ignore_columns(targets: Any, begin: int, end: int, value: int, ignore: int) -> int:
+def ignore_columns(targets: Any, begin: int, end: int, value: int, ignore: int) -> int:
     """Write `value` over targets `begin..end`, cut to what is there; returns how many of them were trained."""
     first, stop = max(begin, 0), min(end, len(targets))
     trained = 0
@@ -49,12 +49,12 @@ def mask_row(
         if reference and stop < 0 and count > 0:
             stop = max(padded + stop, 0)
             corner = np.int64(stop > 0)
-        return _ignore_columns(targets, -start, stop - start, value, ignore), corner
+        return ignore_columns(targets, -start, stop - start, value, ignore), corner
     masked, position = 0, np.int64(0)
     for k in range(0, count, 2):
         end = position + np.int64(spans[k])
         if k + 1 == count:
             end = max(end, length + 1)  # no response follows, so nothing trains the end-of-text
-        masked += _ignore_columns(targets, position - 1 - start, end - 1 - start, value, ignore)
+        masked += ignore_columns(targets, position - 1 - start, end - 1 - start, value, ignore)
         position = end + (np.int64(spans[k + 1]) if k + 1 < count else np.int64(0))
     return masked, 0

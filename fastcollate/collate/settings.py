@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from fastcollate.errors import LARGEST_CAPACITY, InputError, choice, integer, shown
 
-_SETTINGS = range(12)
-PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, END_ID, IN_ROW, MULTIPLE, CP_SIZE, MAX_SEGMENTS, ACROSS = _SETTINGS
+_SETTINGS = range(13)
+PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, END_ID, IN_ROW, MULTIPLE, CP_SIZE, MAX_SEGMENTS, ACROSS, STRIDE = _SETTINGS
 NUM_SETTINGS = len(_SETTINGS)
 NO_LIMIT = 2**62
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
@@ -44,6 +44,7 @@ def make_settings(
     cp_size: int | None = None,
     max_segments: int | None = None,
     mask_boundaries: bool = True,
+    stride: int | None = None,
 ) -> npt.NDArray[np.int64]:
     """The settings that the kernels read; refuses a word that is not known, and numbers beyond 64 bits."""
     for name, word, known in (("mode", mode, MODES), ("truncation", truncation, TRUNCATIONS), ("end", end, ENDS)):
@@ -65,11 +66,12 @@ def make_settings(
             settings[column] = clamped(number) if column == LIMIT else number
         except (OverflowError, TypeError, ValueError) as error:
             raise InputError(f"{name} is {shown(value)}: give an integer of at most 64 bits") from error
-    settings[MULTIPLE] = 1  # the other two are 0 where they are not asked for
+    settings[MULTIPLE] = 1  # the others are 0 where they are not asked for
     for name, column, size in (
         ("pad_to_multiple_of", MULTIPLE, pad_to_multiple_of),
         ("cp_size", CP_SIZE, cp_size),
         ("max_segments", MAX_SEGMENTS, max_segments),
+        ("stride", STRIDE, stride),
     ):
         if size is not None:
             settings[column] = integer(name, size, 1, LARGEST_CAPACITY)

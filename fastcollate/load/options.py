@@ -37,6 +37,7 @@ class CollateKeywords(TypedDict, total=False):
     cp_size: int | None
     max_segments: int | None
     mask_boundaries: bool
+    stride: int | None
     inputs_dtype: torch.dtype
 
 

@@ -45,6 +45,7 @@ class OrderKeywords(TypedDict, total=False):
     cost: Cost
     packing: str
     order: str
+    stride: int | None
 
 
 class PlanKeywords(OrderKeywords, total=False):
@@ -104,6 +105,8 @@ class PlanOptions:
             takes the longest row that fits, and where none does, the head of the shortest, whose rest is left out.
         order: `"rows"`, or `"shards"` for stores in object storage: each shard is read once an epoch. Shards come in a
             random order, and the rows of eight at a time (of as many as have 262,144 rows, if that is more) are mixed.
+        stride: with `long_rows="split"`, parts begin so many tokens apart and overlap; what an earlier part has trained
+            is context in the next, no target: a sliding window, for evaluation.
     """
 
     batch_size: int | None = None
@@ -128,6 +131,7 @@ class PlanOptions:
     cost: Cost = 6 * 4096
     packing: str = "best_fit"
     order: str = "rows"
+    stride: int | None = None
 
     @property
     def batches_a_step(self) -> int:
@@ -220,10 +224,10 @@ class PlanOptions:
         if self.policy == "packed":
             return options._with_packs()
         given = self.capacity is not None or self.cp_size is not None
-        if given or (self.long_rows, self.packing) != ("truncate", "best_fit"):
+        if given or (self.long_rows, self.packing, self.stride) != ("truncate", "best_fit", None):
             raise InputError(
                 f"capacity={self.capacity}, long_rows={self.long_rows!r}, cp_size={self.cp_size}, "
-                f"packing={self.packing!r}: these are for policy='packed'"
+                f"packing={self.packing!r}, stride={self.stride}: these are for policy='packed'"
             )
         return options
 
@@ -260,6 +264,14 @@ class PlanOptions:
             raise InputError(
                 f"capacity={capacity} is no multiple of {multiple}, which pad_to_multiple_of={self.pad_to_multiple_of} "
                 f"and cp_size={self.cp_size} ask for: give capacity={-(-capacity // multiple) * multiple}"
+            )
+        longest = min(self.max_length or capacity, capacity)
+        if self.stride is not None and (
+            self.long_rows != "split" or integer("stride", self.stride, 1, LARGEST) > longest
+        ):
+            raise InputError(
+                f"stride={self.stride} with long_rows={self.long_rows!r}: parts of {longest} tokens begin so far "
+                f"apart; give long_rows='split', and at most {longest}"
             )
         asked = self.long_rows != "truncate" or self.cp_size is not None
         if self.packing != "best_fit" and (asked or (self.max_length or capacity) < capacity):

@@ -116,8 +116,9 @@ class PackWindow(NamedTuple):
 
 
 def pack_rows(
-    rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit: int, long_rows: str, multiple: int = 1
-) -> Packs:
+    rows: Int64Array, lengths: npt.NDArray[Any], capacity: int, limit: int, long_rows: str, multiple: int = 1,
+    stride: int | None = None,
+) -> Packs:  # fmt: skip
     """Pack rows, in the order that breaks ties, into as few packs as best fit decreasing needs.
 
     A row takes `limit` cells at most, not above the capacity; `long_rows` says what becomes of longer ones. The cells
@@ -128,7 +129,7 @@ def pack_rows(
         kept = lengths <= limit
         rows, lengths = rows[kept], lengths[kept]
     elif long_rows == "split" and len(rows) and lengths.max() > limit:
-        rows, starts, lengths = _split(rows, lengths, limit)
+        rows, starts, lengths = _split(rows, lengths, limit, stride or limit)
     cells = np.minimum(lengths, limit)
     bin_of, num_bins = _pack(cells if multiple == 1 else -(-cells // multiple) * multiple, capacity)
     items = np.empty(len(rows), np.int64)
@@ -137,9 +138,11 @@ def pack_rows(
     return Packs(rows[items], starts[items] if len(starts) else starts, bounds)
 
 
-def _split(rows: Int64Array, lengths: npt.NDArray[Any], limit: int) -> tuple[Int64Array, Int64Array, npt.NDArray[Any]]:
-    """Rows as parts of `limit` tokens, and less at the end: the row, first token and length of each part."""
-    counts = np.maximum(-(-lengths.astype(np.int64) // limit), 1)  # an empty row is one part
+def _split(
+    rows: Int64Array, lengths: npt.NDArray[Any], limit: int, stride: int
+) -> tuple[Int64Array, Int64Array, npt.NDArray[Any]]:
+    """Rows as parts of `limit` tokens, less at the end, `stride` apart: the row, first token and length of each."""
+    counts = 1 + np.maximum(-(-(lengths.astype(np.int64) - limit) // stride), 0)  # an empty row is one part
     num_parts = int(counts.sum())
     if num_parts > MOST_PARTS:
         row, length = int(rows[np.argmax(lengths)]), int(lengths.max())
@@ -147,7 +150,7 @@ def _split(rows: Int64Array, lengths: npt.NDArray[Any], limit: int) -> tuple[Int
             f"{len(rows)} rows in parts of {limit} tokens are {num_parts:,} parts, more than {MOST_PARTS:,} in one "
             f"window (row {row} alone has {length} tokens): raise the capacity, or give a smaller window"
         )
-    starts = limit * (np.arange(num_parts) - np.repeat(np.cumsum(counts) - counts, counts))
+    starts = stride * (np.arange(num_parts) - np.repeat(np.cumsum(counts) - counts, counts))
     lengths = np.minimum(np.repeat(lengths, counts) - starts, limit).astype(lengths.dtype)
     return np.repeat(rows, counts), starts, lengths
 

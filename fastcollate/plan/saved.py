@@ -34,7 +34,7 @@ class SavedState:
         self._kind = kind
         if not isinstance(state, Mapping):
             raise self._error(f"is a {type(state).__name__}: give what state_dict gave")
-        self._state = {"packing": "best_fit", "order": "rows", **state}  # of states of before
+        self._state = {"packing": "best_fit", "stride": None, "order": "rows", **state}  # of states of before
         self._version = self._field("version")
         if type(self._version) is not int or self._version not in (2, 3, STATE_VERSION):
             raise self._error(

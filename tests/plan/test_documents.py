@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,40 @@ def test_no_more_is_cropped_than_with_a_buffer(kind: str) -> None:
     assert lengths.sum() - used.sum() <= buffered(lengths.tolist(), 512)
 
 
+@pytest.mark.filterwarnings("ignore:.* rows have no trained target")
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 20), st.data())
+def test_with_a_stride_each_target_is_trained_once_behind_its_context(
+    lengths: list[int], limit: int, data: st.DataObject
+) -> None:
+    """Each part is a row's tokens from a multiple of the stride on; but for the first, only its new tokens count."""
+    stride = data.draw(st.integers(1, limit))
+    if not sum(lengths):
+        return
+    docs = documents(lengths)
+    options: dict[str, Any] = {"policy": "packed", "capacity": 32, "max_length": limit, "long_rows": "split"}
+    wanted = Counter()
+    for document in docs:
+        starts = [0]
+        while document and starts[-1] + limit < len(document):
+            starts.append(starts[-1] + stride)
+        for start in starts if document else []:
+            part = document[start : start + limit]
+            targets = [*document, END][start + 1 : start + 1 + limit]
+            context = limit - stride if start else 0
+            wanted[tuple(part), tuple([-100] * min(context, len(part)) + targets[context:])] += 1
+    loader = BatchLoader(make_store(docs), batch_size=2, stride=stride, mode="positional", prefetch=0, **options)
+    found = Counter()
+    for batch in loader:
+        bounds, inputs, targets = batch.cu_seqlens.tolist(), batch.inputs.flatten(), batch.targets.flatten()
+        for first, stop in pairwise(bounds):
+            part = inputs[first:stop].tolist()
+            if part[0] != PAD:
+                found[tuple(part), tuple(targets[first:stop].tolist())] += 1
+    assert found == wanted
+    assert loader.stats.trained_tokens == sum(lengths)
+
+
 def test_mistakes_are_named() -> None:
     options: dict[str, Any]
     for options, message in (
@@ -189,6 +224,10 @@ def test_mistakes_are_named() -> None:
         ({"policy": "packed", "capacity": 8, "packing": "crop", "long_rows": "split"}, "leave these out"),
         ({"policy": "packed", "capacity": 8, "packing": "crop", "cp_size": 2}, "leave these out"),
         ({"policy": "packed", "capacity": 8, "packing": "concatenate", "max_length": 4}, "leave these out"),
+        ({"stride": 4}, "policy='packed'"),
+        ({"policy": "packed", "capacity": 8, "stride": 4}, "long_rows='split'"),
+        ({"policy": "packed", "capacity": 8, "stride": 9, "long_rows": "split"}, "at most 8"),
+        ({"policy": "packed", "capacity": 8, "stride": 0, "long_rows": "split"}, "stride"),
     ):
         with pytest.raises(InputError, match=message):
             plan_epoch([3, 4], batch_size=1, **options)

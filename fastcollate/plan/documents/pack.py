@@ -20,7 +20,9 @@ def packs_of_window(
     """A window's rows, of at most `limit` tokens each where they are packed whole, as packs."""
     assert options.capacity is not None
     if options.packing == "best_fit":
-        return pack_rows(rows, lengths, options.capacity, limit, options.long_rows, options.row_multiple)
+        return pack_rows(
+            rows, lengths, options.capacity, limit, options.long_rows, options.row_multiple, options.stride
+        )
     if options.packing == "crop":
         return _cropped(rows, lengths, options.capacity)
     unit = options.group if not is_last else options.world_size if options.tail == "repeat" else 1
