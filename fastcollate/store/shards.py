@@ -224,9 +224,11 @@ def shard_lengths(directory: Path, shard: ShardInfo) -> npt.NDArray[np.int64]:
     return lengths
 
 
-def merge_shards(directory: Path, parts: Sequence[ShardInfo], target: Path, name: str) -> ShardInfo:
+def merge_shards(
+    directory: Path, parts: Sequence[ShardInfo], target: Path, name: str, *, sync: bool = True
+) -> ShardInfo:
     """Put shards of one schema end to end in one; one is open at a time, and in memory is what the new one holds."""
-    return write_shard(target, name, join_columns(parts, (open_shard(directory, part) for part in parts)))
+    return write_shard(target, name, join_columns(parts, (open_shard(directory, part) for part in parts)), sync=sync)
 
 
 def join_columns(parts: Sequence[ShardInfo], opened: Iterable[ShardColumns]) -> ShardColumns:

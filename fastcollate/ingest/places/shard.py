@@ -86,7 +86,7 @@ def store_shard(units: Sequence[Unit], spec: JobSpec, url: str, owner: Owner) ->
         results = [one.result for one in encoded]
         info, tag, lengths = None, "", b""
         if parts := [result.part for result in results if result.part is not None]:
-            info = shards.merge_shards(room, parts, room, shards.shard_name(number))
+            info = shards.merge_shards(room, parts, room, shards.shard_name(number), sync=False)
             lengths = shards.shard_lengths(room, info).astype("<u4").tobytes()
             tag = _uploaded(folder, room / info.name, owner)
     results = [replace(result, part=None, tokenize_seconds=0.0) for result in results]

@@ -256,11 +256,12 @@ def _found(info: dict[str, Any]) -> Found:
 
 
 def _md5_tags(content: bytes) -> Iterator[str]:
-    """What S3 calls an object of this content that came at once, and one that came in parts."""
+    """What S3 calls an object of this content that came in parts, if it would, and one that came at once."""
+    if len(content) >= 2 * PART:
+        view = memoryview(content)
+        parts = [hashlib.md5(view[at : at + PART], usedforsecurity=False).digest() for at in range(0, len(view), PART)]
+        yield f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
     yield hashlib.md5(content, usedforsecurity=False).hexdigest()
-    view = memoryview(content)
-    parts = [hashlib.md5(view[at : at + PART], usedforsecurity=False).digest() for at in range(0, len(view), PART)]
-    yield f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
 def _code(error: BaseException) -> str:
