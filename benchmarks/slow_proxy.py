@@ -124,7 +124,8 @@ class SlowProxy:
         passed = None if fault in ("500", "503") else up_writer
         if passed:
             passed.write(head)
-        self.counts["sent"] += await self._body(fields, reader, passed)
+        size = await self._body(fields, reader, passed)  # before the sum is read: others add to it meanwhile
+        self.counts["sent"] += size
         if passed is None:
             reason = b"Internal Server Error" if fault == "500" else b"Slow Down"
             writer.write(b"HTTP/1.1 %s %s\r\nContent-Length: 0\r\n\r\n" % (str(fault).encode(), reason))
@@ -136,7 +137,10 @@ class SlowProxy:
         fields, status = _fields(answer), int(answer.split(b" ", 2)[1])
         writer.write(answer)
         if method != b"HEAD" and status not in (204, 304):
-            self.counts["received"] += await self._body(fields, up_reader, writer, fault)
+            size = await self._body(
+                fields, up_reader, writer, fault
+            )  # before the sum is read: others add to it meanwhile
+            self.counts["received"] += size
         await writer.drain()
         if fault == "cut":
             _reset(writer)
