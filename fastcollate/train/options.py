@@ -146,6 +146,17 @@ class TrainOptions(MaskOptions):
         fixed=True,
         choices=("truncate", "split", "drop"),
     )
+    packing: str = option(
+        "best_fit",
+        "With --policy packed, how packs are filled: best_fit, with whole rows; without padding, as documents are: "
+        "concatenate, or crop.",
+        fixed=True,
+        choices=("best_fit", "concatenate", "crop"),
+    )
+    mask_boundaries: bool = option(
+        True, "With --policy packed, a row of a pack sees itself alone, or (documents) the whole pack.",
+        "--mask-boundaries/--see-across", fixed=True,
+    )  # fmt: skip
     accumulate: int = option(1, "Batches an optimizer step.", fixed=True)
     learning_rate: float | None = option(
         None,
@@ -265,7 +276,7 @@ class TrainOptions(MaskOptions):
 
 def _default(item: Any) -> Any:
     """Of an option that a run's release did not have."""
-    return item.default if item.name in ("objective", "beta") else None
+    return item.default if item.name in ("objective", "beta", "packing", "mask_boundaries") else None
 
 
 def _given(flag: str, value: Any) -> str:

@@ -349,6 +349,8 @@ def make_loader(
         max_length=max_length,
         capacity=capacity if packed else None,
         long_rows=options.long_rows if packed else "truncate",
+        packing=options.packing if packed else "best_fit",
+        mask_boundaries=options.mask_boundaries or not packed,
         mask_prompt=options.mask_prompt or options.objective == "dpo",
         mode=options.mode,
         seed=options.seed,

@@ -164,3 +164,18 @@ def test_a_part_of_a_store_is_refused(stores: dict[str, TokenStore], tmp_path: P
     mix = MixedStore(stores, rows={"one": range(20)})
     with pytest.raises(InputError, match="leave rows out"):
         loop.train(mix, TrainOptions(out=tmp_path / "run", device="cpu", max_steps=1), progress=False)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "crop"])
+def test_packs_without_padding_fill_the_steps(
+    stores: dict[str, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    monkeypatch.setattr("fastcollate.train.model.CONFIGS", {**CONFIGS, "tiny": SMALL})
+    options = TrainOptions(
+        out=tmp_path / "run", device="cpu", sample_tokens=0, eval_every=0, tensorboard=False, policy="packed",
+        packing=packing, capacity=32, batch_size=4, max_steps=3, mask_boundaries=False,
+    )  # fmt: skip
+    loop.train(stores["one"], options, progress=False)
+    useful = sorted(line["useful_tokens"] for line in metrics(tmp_path / "run"))
+    assert useful[1:] == [4 * 32] * 2  # the epoch's last pack may be short
+    assert useful[0] > 3 * 32
