@@ -96,6 +96,17 @@ def test_a_large_object_goes_in_parts_and_what_was_begun_and_not_ended_is_aborte
     assert folder.abort_uploads() == 0
 
 
+@pytest.mark.usefixtures("s3")
+def test_where_uploads_may_not_be_listed_it_is_said_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError("Access Denied")
+
+    folder = Objects("s3://bucket/store")
+    monkeypatch.setattr(folder._files, "call_s3", denied)
+    with pytest.warns(UserWarning, match="s3://bucket/store: access denied; .*let a lifecycle rule of the bucket end"):
+        assert folder.abort_uploads() == 0
+
+
 def test_what_arrives_damaged_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastcollate.sources.remote._WAITS", (0.0, 0.0, 0.0, 0.0))
     folder, puts = Objects("memory://damaged/store"), []

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
-from fastcollate.errors import InputError, MissingExtraError
+from fastcollate.errors import InputError, MissingExtraError, SourceReadError
 from fastcollate.options import local_path
 from fastcollate.sources import remote
 from fastcollate.store.files import FileInfo
@@ -197,7 +198,10 @@ class Objects:
             self._attempt(name, action)
 
     def abort_uploads(self) -> int:
-        """Abort uploads in parts that were begun here and never ended, which storage keeps, and bills, unseen."""
+        """Abort uploads in parts that were begun here and never ended, which storage keeps, and bills, unseen.
+
+        Where that is not allowed, it is said how else they go.
+        """
         if not hasattr(self._files, "list_multipart_uploads"):
             return 0
         bucket, _, key = self._files._strip_protocol(self._path).partition("/")
@@ -211,14 +215,20 @@ class Objects:
                 )
             return len(begun)
 
-        return self._attempt("", action)
+        try:
+            return self._attempt("", action, tries=1)
+        except SourceReadError as error:
+            warnings.warn(
+                f"{error}: uploads that died here stay; let a lifecycle rule of the bucket end them", stacklevel=2
+            )
+            return 0
 
     def _at(self, name: str) -> str:
         return f"{self._path.rstrip('/')}/{name}"
 
-    def _attempt(self, name: str, action: Callable[[], Result]) -> Result:
+    def _attempt(self, name: str, action: Callable[[], Result], **options: int) -> Result:
         shown = f"{self.name}/{name}" if name else self.name
-        return remote.attempt(shown, f"{self.url}/{name}" if name else self.url, action)
+        return remote.attempt(shown, f"{self.url}/{name}" if name else self.url, action, **options)
 
     def _put(self, path: str, content: bytes, *, create: bool) -> bool:
         """Whether it was written; `False` where `create` found another."""
