@@ -269,7 +269,7 @@ def _rows_of(split: str, data: Mapping[str, Any], store: TokenStore) -> range:
     rows = range(*splits[split])
     if not rows:
         raise InputError(f"--split {split}: the run left no row for it; choose another split, or train with more rows")
-    return rows
+    return rows[:: 2 if store.kind == "pairs" else 1]  # a rejected answer is none to be compared with
 
 
 def _answer_row(

@@ -274,3 +274,6 @@ def test_the_command_line_learns_from_pairs(folder: Path, tmp_path: Path, monkey
     assert status == 0
     assert metrics(out)[0]["loss"] == pytest.approx(math.log(2), abs=5e-7)
     assert len([*out.glob("store.reference-*.npz")]) == 1
+    assert run_cli(monkeypatch, "evaluate", "--checkpoint", out, "--split", "test", "--max-new-tokens", 2) == 0
+    answers = json.loads((out / "answers-test.json").read_text())
+    assert [answer["output"].strip() for answer in answers] == [r["chosen"].strip() for r in records()[40:44]]
