@@ -36,6 +36,7 @@ TESTS = {
     "store/pages": ["store/test_pages.py"],
     "store/store": ["store", "ingest/test_prepare.py"],
     "plan/kernels": ["plan", "load/test_loader.py"],
+    "plan/moving/kernels": ["plan/test_moving.py", "plan/test_mixing.py"],
     "plan/cost/kernels": ["plan", "load/test_loader.py"],
     "plan/packing": ["plan", "load/test_packed_loader.py"],
     "plan/plan": ["plan", "load/test_loader.py", "integrations/test_pytorch.py"],

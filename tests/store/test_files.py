@@ -104,7 +104,7 @@ def test_without_sync_nothing_is_synced(path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_nothing_else_in_the_package_replaces_files() -> None:
-    """The one atomic writer is the only one."""
+    """The one atomic writer is the only one; downloads are moved when their SHA-256 is right."""
     package = Path(__file__).resolve().parents[2] / "fastcollate"
     users = {
         path.relative_to(package).as_posix()
@@ -113,4 +113,4 @@ def test_nothing_else_in_the_package_replaces_files() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
         and (node.value.id, node.attr) in (("os", "replace"), ("os", "rename"), ("tempfile", "NamedTemporaryFile"))
     }  # fmt: skip
-    assert users == {"store/files.py"}
+    assert users == {"store/files.py", "store/remote/cache.py", "store/remote/download.py"}
