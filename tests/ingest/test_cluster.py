@@ -19,7 +19,7 @@ from fastcollate.sources import blocks as sources_module
 from fastcollate.sources import find_sources, read_units
 from fastcollate.store.remote import Objects
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
