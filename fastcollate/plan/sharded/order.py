@@ -131,7 +131,7 @@ def _spread(sizes: Int64Array, sources: Int64Array, key: np.uint64) -> Int64Arra
 
 
 def _groups(ends: Int64Array) -> Int64Array:
-    """The first place of each group, then the number of rows; what is left at the end joins the last."""
+    """The first place of each group, then the number of rows; the last may have fewer shards."""
     bounds = [0]
     shards = 0
     for end in ends.tolist():
@@ -140,8 +140,6 @@ def _groups(ends: Int64Array) -> Int64Array:
             bounds.append(end)
             shards = 0
     total = int(ends[-1]) if len(ends) else 0
-    if bounds[-1] < total and len(bounds) > 1:
-        bounds[-1] = total
-    elif bounds[-1] < total:
+    if bounds[-1] < total:
         bounds.append(total)
     return np.array(bounds, np.int64)
