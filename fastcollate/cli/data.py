@@ -1,4 +1,4 @@
-"""The commands around a store: sample, prepare, convert, inspect, verify, bench."""
+"""The commands around a store: sample, prepare, convert, push, pull, inspect, verify, bench."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fastcollate.cli.app import Fields, Json, app, print_json, say_next, telling_of_kernels, with_options
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, import_extra
 from fastcollate.ingest import PrepareOptions, summary_in_words
 from fastcollate.options import local_path
 from fastcollate.train import MaskOptions, OrderOptions
@@ -186,6 +186,8 @@ def inspect(
     from fastcollate.store import TokenStore
 
     opened, page = TokenStore(store), local_path(report) if report is not None else None
+    if page is not None:
+        import_extra("matplotlib", "report")  # before anything takes long
     if row is not None and page is None:
         view = view_row(opened, row, masks)
         if json_output:

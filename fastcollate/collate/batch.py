@@ -133,7 +133,7 @@ class PackedBatch(NamedTuple):
     @property
     def sources(self) -> torch.Tensor | None:
         """Of a loader of a `MixedStore` the source of each segment: its place in `mix.names`, -1 where cells are
-        unused; int64, on the CPU."""
+        unused; int64, on the CPU. `None` where segments hold several documents (`mask_boundaries=False`)."""
         return sources_of(self)
 
     def with_tensors(self, tensors: Iterable[torch.Tensor]) -> PackedBatch:
@@ -207,7 +207,7 @@ class ContextParallelBatch(NamedTuple):
     @property
     def sources(self) -> torch.Tensor | None:
         """Of a loader of a `MixedStore` the source of each segment: its place in `mix.names`, -1 where cells are
-        unused; int64, on the CPU."""
+        unused; int64, on the CPU. `None` where segments hold several documents (`mask_boundaries=False`)."""
         return sources_of(self)
 
     def with_tensors(self, tensors: Iterable[torch.Tensor]) -> ContextParallelBatch:
