@@ -223,12 +223,10 @@ class PlanOptions:
         )  # fmt: skip
         if self.policy == "packed":
             return options._with_packs()
-        given = self.capacity is not None or self.cp_size is not None
-        if given or (self.long_rows, self.packing, self.stride) != ("truncate", "best_fit", None):
-            raise InputError(
-                f"capacity={self.capacity}, long_rows={self.long_rows!r}, cp_size={self.cp_size}, "
-                f"packing={self.packing!r}, stride={self.stride}: these are for policy='packed'"
-            )
+        usual = {"capacity": None, "long_rows": "truncate", "cp_size": None, "packing": "best_fit", "stride": None}
+        given = [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
+        if given:
+            raise InputError(f"{', '.join(given)}: for policy='packed' only")
         return options
 
     def _balance(self, batches: int) -> bool:

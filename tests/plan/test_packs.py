@@ -154,7 +154,7 @@ def test_a_window_that_is_not_there(index: int) -> None:
 
 
 def test_rows_are_split_in_order() -> None:
-    parts = _split(np.array([7, 8, 9]), np.array([9, 0, 4], np.int32), 4)
+    parts = _split(np.array([7, 8, 9]), np.array([9, 0, 4], np.int32), 4, 4)
     assert [part.dtype for part in parts] == [np.int64, np.int64, np.int32]
     assert list(zip(*(part.tolist() for part in parts), strict=True)) == [
         (7, 0, 4), (7, 4, 4), (7, 8, 1), (8, 0, 0), (9, 0, 4),

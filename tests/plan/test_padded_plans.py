@@ -94,7 +94,7 @@ def test_sizes_that_do_not_divide() -> None:
     with pytest.raises(InputError, match=r"capacity=30 is no multiple of 4, .*=None and cp_size=2"):
         plan_epoch([1], **packed, max_length=30, cp_size=2)
     assert plan_epoch([1], **packed, max_length=30, capacity=32, cp_size=2).capacity == 32
-    with pytest.raises(InputError, match=r"cp_size=2: these are for policy='packed'"):
+    with pytest.raises(InputError, match=r"^cp_size=2: for policy='packed' only"):
         plan_epoch([1], batch_size=1, cp_size=2)
     for name in ("pad_to_multiple_of", "cp_size"):
         for value in (0, -1, 1.5, True, 1 << 25):

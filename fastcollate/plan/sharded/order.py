@@ -53,8 +53,9 @@ def shards_of(source: Any) -> Shards:
 def key_of(seed: int, *purpose: int) -> np.uint64:
     """The key of a stream of random numbers, by a seed and what they are for."""
     key: np.uint64 = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
-    for part in purpose:
-        key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
+    with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
+        for part in purpose:
+            key = np.uint64(plan_kernels.mix(key, np.uint64(part)))
     return key
 
 
@@ -120,7 +121,8 @@ def order_of(shards: Shards | None, options: PlanOptions, key: np.uint64) -> Sha
 def _spread(sizes: Int64Array, sources: Int64Array, key: np.uint64) -> Int64Array:
     """Shards in a random order, those of each source evenly over the epoch."""
     order = np.arange(len(sizes))
-    plan_kernels.shuffle(order, key)
+    with np.errstate(over="ignore"):
+        plan_kernels.shuffle(order, key)
     places = np.empty(len(sizes))
     for source in np.unique(sources).tolist():
         own = order[sources[order] == source]
