@@ -63,7 +63,7 @@ def test_the_loss_of_each_source_is_that_of_its_rows(
     )
     mix = MixedStore(stores, weights=TABLE, step_rows=values["batch_size"] * values.get("accumulate", 1))
     started: list[GPT2] = []
-    make = loop._make_model
+    make = loop.files.make_model
 
     def noted(*args: Any) -> GPT2:
         model = make(*args)
@@ -71,7 +71,7 @@ def test_the_loss_of_each_source_is_that_of_its_rows(
         started[0].load_state_dict(model.state_dict())
         return model
 
-    monkeypatch.setattr(loop, "_make_model", noted)
+    monkeypatch.setattr(loop.files, "make_model", noted)
     loop.train(mix, options, progress=False)
     lines = metrics(tmp_path / "run")
     assert len(lines) == 4

@@ -42,6 +42,7 @@ def push(directory: str | os.PathLike[str], url: str, *, progress: bool = False)
         InputError: there is no store, a file of it is damaged, or something else lies at the URL.
 
     Example:
+        >>> from fastcollate.store.remote import push
         >>> push("store", "memory://bucket/store").num_there
         0
     """

@@ -30,6 +30,7 @@ def pull(url: str, directory: str | os.PathLike[str], *, progress: bool = False)
 
     Example:
         >>> import fsspec
+        >>> from fastcollate.store.remote import pull
         >>> fsspec.filesystem("memory").put("store", "/bucket/pulled", recursive=True)
         >>> pull("memory://bucket/pulled", "pulled").num_there
         0
