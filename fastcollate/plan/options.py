@@ -224,7 +224,12 @@ class PlanOptions:
         if self.policy == "packed":
             return options._with_packs()
         usual = {"capacity": None, "long_rows": "truncate", "cp_size": None, "packing": "best_fit", "stride": None}
-        given = [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
+        asked = {name: getattr(self, name) for name in usual}  # of any type, an array's too
+        given = [
+            f"{name}={value!r:.80}"
+            for name, value in asked.items()
+            if not (isinstance(value, type(usual[name])) and value == usual[name])
+        ]
         if given:
             raise InputError(f"{', '.join(given)}: for policy='packed' only")
         return options

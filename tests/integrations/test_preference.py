@@ -17,7 +17,7 @@ from fastcollate.errors import InputError
 from fastcollate.integrations.preference import PreferenceCollator, preference_dataset
 from tests.integrations import chats
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", minversion="1")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 dpo = pytest.importorskip("trl.trainer.dpo_trainer")
