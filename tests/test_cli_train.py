@@ -106,6 +106,7 @@ def test_the_first_run_has_options_of_its_own_where_none_are_given(
     assert str(own["max_steps"]) in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["--on-error raise", "--template alpaca", "--field a=b", "--workers 1"])
 def test_what_decides_how_records_are_tokenized_is_refused_with_a_store(
     given: str, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -134,6 +134,7 @@ def kinds(view: terminal.RowView) -> str:
     return "".join(terminal.MARKS[kind] for kind in view.kinds)
 
 
+@pytest.mark.slow
 def test_the_kinds_of_a_row(store: TokenStore) -> None:
     assert kinds(view_row(store, 0, MASKED)) == "??+++.."  # two each of prompt and response, the end, padding
     assert kinds(view_row(store, 2, MASKED)) == "?+++x.."  # the real end-of-text is ignored after a literal one...

@@ -99,6 +99,7 @@ class Slow(Dataset[int]):
         return row + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "batch_ms", "step_ms"), [(0, 10, 30), (1, 60, 30), (1, 20, 30), (2, 90, 30)])
 def test_the_verdict_is_what_a_loop_with_such_steps_waits(workers: int, batch_ms: float, step_ms: float) -> None:
     """Workers overlap with the steps: what they wait is not their batches' time."""
@@ -143,6 +144,7 @@ def test_positional_mode_has_no_contender(store: TokenStore) -> None:
         bench(store, MaskOptions(mode="positional"), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_workers")
 def test_the_command(store: TokenStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(monkeypatch, "bench", store.path, "--model", "tiny", "--rounds", 1, "--json") == 0

@@ -193,6 +193,7 @@ def test_the_headline_says_what_the_counts_say(store: TokenStore, page_file: Pat
     assert f"{store.manifest['sources']['num_records']:,} records), {made:%Y-%m-%d %H:%M} UTC" in text
 
 
+@pytest.mark.slow
 def test_the_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "a <b>.jsonl").write_text('{"instruction": "x", "output": "y"}\n')
     prepare(tmp_path / "a <b>.jsonl", tmp_path / "store", workers=1, progress=False)
@@ -228,6 +229,7 @@ def test_what_to_do(store: TokenStore, changes: dict[str, Any], said: str) -> No
     assert "--policy packed" in room.advice(found, padding, "my store")[-1]
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page(
     store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

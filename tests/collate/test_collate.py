@@ -78,6 +78,7 @@ def test_arrays_and_tensors_are_rows_too(batch: list[list[int]], limit: int | No
     )
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.integers(0, 50255), min_size=1, max_size=12), min_size=1, max_size=6), limits, st.data())
 def test_positional_equals_the_reference_outside_its_corners(
     batch: list[list[int]], limit: int | None, data: st.DataObject
@@ -105,6 +106,7 @@ def test_golden() -> None:
     assert targets.tolist() == [[1, 2, 3, 4, PAD], [6, PAD, -100, -100, -100], [8, 9, PAD, -100, -100]]
 
 
+@pytest.mark.slow
 def test_large_integers_are_read_exactly() -> None:
     batch = [[2**63 - 1, -(2**63), 10**18], [-1, 999999999999999999]]
     check(collate_fn(batch), custom_collate_fn(batch))
@@ -364,6 +366,7 @@ def test_a_limit_is_an_integer() -> None:
         Collator(make_shards([[1, 2, 3]]), max_length=2.5)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Truncating the start")  # PyTorch, of the reference's slice
 @pytest.mark.parametrize("prompt", [2**62, 2**63, 2**70, -(2**62), -(2**63), -(2**70)])
 def test_prompts_beyond_any_row(prompt: int) -> None:

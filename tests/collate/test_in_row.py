@@ -90,6 +90,7 @@ def check(batch: Any, rows: list[Cells], ignore: int) -> None:
     assert batch.targets.tolist() == targets
 
 
+@pytest.mark.slow
 @given(rows_of_flags, options_of)
 def test_a_batch_is_the_ids_but_the_last_and_but_the_first(
     rows: list[list[tuple[int, bool]]], options: dict[str, Any]

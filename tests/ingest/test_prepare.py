@@ -157,6 +157,7 @@ def test_exact_boundary_begins_at_the_first_token_with_a_response_character(tmp_
         assert len(before) <= mark < len(until), record
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 def test_every_input_gives_the_same_rows(tmp_path: Path) -> None:
     records = many(400, seed=3)
@@ -247,6 +248,7 @@ def test_a_fault_is_one_clear_line_and_leaves_no_store(tmp_path: Path, name: str
     assert (tmp_path / "runs").exists() == kept
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 def test_after_an_error_no_worker_is_left_to_the_garbage_collector(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
@@ -287,6 +289,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "mine.txt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 def test_skipped_records_are_listed_and_good_ones_stored(tmp_path: Path) -> None:
     good = many(300)
@@ -305,6 +308,7 @@ def test_skipped_records_are_listed_and_good_ones_stored(tmp_path: Path) -> None
     assert verify_checksums(tmp_path / "s") == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 def test_workers_and_backends_do_not_change_a_byte(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", many(1500))
@@ -315,6 +319,7 @@ def test_workers_and_backends_do_not_change_a_byte(tmp_path: Path) -> None:
     assert len(hashes) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 def test_the_ray_engine_gives_the_same_bytes_even_when_a_worker_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

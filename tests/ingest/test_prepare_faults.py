@@ -105,6 +105,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, records: list[dict[str, str]]
     assert [path.name for path in (tmp_path / "s").glob(".*")] == [".lock"]
 
 
+@pytest.mark.slow
 def test_a_read_error_in_the_middle_of_a_file(
     tmp_path: Path, records: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +150,7 @@ def test_a_compressed_file_that_was_cut_off(tmp_path: Path, records: list[dict[s
     assert not (tmp_path / "s" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_an_s3_server(tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources_module, "SIZES", SMALL)
     records = many(300, seed=2)

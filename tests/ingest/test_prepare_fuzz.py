@@ -15,6 +15,7 @@ from fastcollate.sources import blocks as sources_module
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_bytes", [3_000, 8 << 20])
 def test_bad_records_are_reported_and_good_ones_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
@@ -28,6 +29,7 @@ def test_bad_records_are_reported_and_good_ones_stored(
     assert result["reported"] > 100
 
 
+@pytest.mark.slow
 def test_lines_of_many_megabytes(tmp_path: Path) -> None:
     assert LARGE == 50 << 20
     result = check([*large_cases(size=9 << 20), *make_cases(5, SEED)], tmp_path, workers=1)

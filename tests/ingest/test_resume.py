@@ -99,6 +99,7 @@ def test_a_stop_costs_only_what_was_not_finished(
     assert store_hash(tmp_path / "s") == expected
 
 
+@pytest.mark.slow
 def test_a_bad_record_at_the_end_costs_nothing_and_skipping_goes_on(
     tmp_path: Path, source: Path, done: list[int]
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_bad_record_at_the_end_costs_nothing_and_skipping_goes_on(
     assert store_hash(tmp_path / "s") == store_hash(tmp_path / "t")
 
 
+@pytest.mark.slow
 def test_a_mended_record_costs_its_unit_and_what_follows(tmp_path: Path, source: Path, done: list[int]) -> None:
     records = many(900, seed=1)
     expected = None
@@ -219,6 +221,7 @@ def test_a_part_that_a_power_cut_spoilt_is_made_again_and_no_other(
     assert store_hash(tmp_path / "s") == expected
 
 
+@pytest.mark.slow
 def test_a_finished_shard_that_is_gone_or_short_is_made_again_and_no_other(
     tmp_path: Path, source: Path, expected: str, done: list[int]
 ) -> None:
@@ -297,6 +300,7 @@ def test_sources_that_shrank_leave_no_shard_behind(tmp_path: Path, source: Path)
     assert store_hash(tmp_path / "s") == store_hash(tmp_path / "t")
 
 
+@pytest.mark.slow
 def test_a_change_inside_a_finished_shard_is_noticed(
     tmp_path: Path, source: Path, done: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +380,7 @@ def open_paths() -> set[str]:
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="tells open files by /proc")
 def test_no_open_file_is_removed_or_replaced_as_windows_forbids_it(
     tmp_path: Path, source: Path, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -436,6 +441,7 @@ def test_a_unit_that_comes_to_another_shard_is_made_again(tmp_path: Path, stop: 
     assert store_hash(store) == store_hash(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_what_an_overwrite_has_finished_is_kept_too(
     tmp_path: Path, source: Path, expected: str, done: list[int]
 ) -> None:
@@ -456,6 +462,7 @@ def test_what_an_overwrite_has_finished_is_kept_too(
     assert done == [*range(10, total), *range(total)]
 
 
+@pytest.mark.slow
 def test_an_overwrite_begins_anew_where_another_job_was_stopped(
     tmp_path: Path, source: Path, expected: str, done: list[int]
 ) -> None:
@@ -470,6 +477,7 @@ def test_an_overwrite_begins_anew_where_another_job_was_stopped(
     assert store_hash(tmp_path / "s") == expected
 
 
+@pytest.mark.slow
 def test_what_lies_in_memory_goes_on_where_it_was(tmp_path: Path, done: list[int]) -> None:
     records = many(900, seed=1)
     columns = {name: [record[name] for record in records] for name in records[0]}

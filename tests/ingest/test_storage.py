@@ -45,7 +45,7 @@ def source(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "a.jsonl", many(1500, seed=3))
 
 
-@pytest.fixture(params=["memory", "file", "s3"])
+@pytest.fixture(params=["memory", "file", pytest.param("s3", marks=pytest.mark.slow)])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         request.getfixturevalue("s3")
@@ -252,6 +252,7 @@ def test_a_job_that_died_elsewhere_is_taken_over_after_a_while(
     assert objects(url) == local
 
 
+@pytest.mark.slow
 def test_a_job_that_died_on_this_machine_is_taken_over_at_once(source: Path, url: str, local: dict[str, bytes]) -> None:
     code = f"""if True:
         import os
@@ -286,6 +287,7 @@ def test_a_job_that_was_taken_over_stops_and_commits_nothing(source: Path, url: 
     assert ".lock/000002" in objects(url), "the new owner's lock stays"
 
 
+@pytest.mark.slow
 def test_a_lock_lives_by_its_beats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lock_module, "BEAT_S", 0.02)
     monkeypatch.setattr(lock_module, "DEAD_S", 0.5)

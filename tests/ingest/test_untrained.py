@@ -31,6 +31,7 @@ def jinja(tmp_path: Path, source: str) -> str:
     return str(tmp_path / "t.jinja")
 
 
+@pytest.mark.slow
 def test_a_template_without_marks(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"q": "x", "a": "y"}] * 5)
     with pytest.raises(InputError, match=r"5 of 5 rows train nothing: .*between \{% generation %\} and"):

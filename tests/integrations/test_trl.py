@@ -114,6 +114,7 @@ def test_open_dataset_is_what_sft_trainer_prepares(store: TokenStore, tmp_path: 
     assert losses(found) == losses(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "padding-free"])
 def test_our_collator_in_sft_trainer_gives_its_losses(store: TokenStore, tmp_path: Path, form: str) -> None:
     """Over what TRL prepares, and over rows of the store in TRL's order."""
@@ -127,6 +128,7 @@ def test_our_collator_in_sft_trainer_gives_its_losses(store: TokenStore, tmp_pat
     assert losses(trainer) == wanted
 
 
+@pytest.mark.slow
 def test_our_collator_takes_packs_of_sft_trainer(store: TokenStore, tmp_path: Path) -> None:
     options = {"assistant_only_loss": True, **FORMS["packed"]}
     theirs = datasets.Dataset.from_list([{"messages": chat} for chat in CHATS])

@@ -100,6 +100,7 @@ def test_statistics_count_what_was_handed_over() -> None:
     assert (stats.h2d_bytes, stats.corner_rows) == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize(
     "options", [{"policy": "bucketed"}, {"policy": "packed", "capacity": 64}, {"policy": "sequential"}], ids=str

@@ -80,6 +80,7 @@ def make_pairs(folder: Path, count: int, word: str) -> TokenStore:
     return TokenStore(folder)
 
 
+@pytest.mark.slow
 def test_pairs_are_mixed_whole(tmp_path: Path) -> None:
     stores = {name: make_pairs(tmp_path / name, count, name) for name, count in (("a", 40), ("b", 25))}
     mix = MixedStore(stores, weights={"a": 1, "b": 3}, num_rows=40)

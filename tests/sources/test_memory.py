@@ -100,6 +100,7 @@ def bytes_of(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "sources.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_table_in_memory_is_its_file(kind: str, files: Path, tmp_path: Path) -> None:
     assert prepare(TABLES[kind](), files / "parquet").reused

@@ -31,7 +31,7 @@ def objects(url: str) -> dict[str, bytes]:
     return {name: folder.get(name) or b"" for name in folder.found()}
 
 
-@pytest.mark.parametrize("kind", ["memory", "s3"])
+@pytest.mark.parametrize("kind", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
 def test_the_same_bytes_and_nothing_twice(store: Path, kind: str, request: pytest.FixtureRequest) -> None:
     if kind == "s3":
         request.getfixturevalue("s3")

@@ -17,7 +17,7 @@ from fastcollate.store.remote.objects import Objects, folder_of, is_url
 SECRET = "s3cr3t"
 
 
-@pytest.fixture(params=["memory", "file", "s3"])
+@pytest.fixture(params=["memory", "file", pytest.param("s3", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
     """An empty folder of objects of each kind."""
     if request.param == "s3":
@@ -146,6 +146,7 @@ def test_no_secret_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception, sa
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there(s3: Any) -> None:
     with pytest.raises(InputError, match=r"s3://none/store: no such bucket or container; make it first"):
         Objects("s3://none/store").write("a", b"1")

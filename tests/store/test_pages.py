@@ -106,6 +106,7 @@ def test_what_is_damaged_is_passed_over(asked: list[list[int]], offsets: list[in
     assert {page for ask in asked for page in ask} <= allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offsets", DAMAGED)
 def test_compiled_too(offsets: list[int]) -> None:
     (shard,) = make_shards([[1] * 4] * 3)

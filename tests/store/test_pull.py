@@ -36,7 +36,7 @@ def files(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["memory", "s3"])
+@pytest.mark.parametrize("kind", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
 def test_the_same_bytes_and_nothing_twice(
     store: Path, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:

@@ -204,6 +204,7 @@ def test_truncated_and_missing_files_are_refused_at_opening(store: TokenStore, n
     assert verify_checksums(store.path) == [f"{path}: No such file or directory"]
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_is_found(store: TokenStore) -> None:
     assert verify_checksums(store.path) == []
     for path in store.path.iterdir():

@@ -121,7 +121,10 @@ class Pair:
         return found["input_ids"], found["assistant_masks"]
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+REAL = ("llama3", "deepseek", "qwen")  # whose vocabularies take their time
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n in REAL else n for n in MAKERS])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

@@ -46,6 +46,7 @@ def test_golden_ids() -> None:
     assert tokenizer.special_texts == ("<|endoftext|>",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(texts=st.lists(TEXTS, max_size=6))
 def test_backends_give_the_ids_of_tiktoken(backend: str, texts: list[str]) -> None:

@@ -112,6 +112,7 @@ PADDED = {"batch_size": 7, "max_length": LIMIT}
 PACKED = {"policy": "packed", "batch_size": 2, "capacity": 2 * LIMIT + 5, "max_length": LIMIT}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [PADDED, PACKED])
 def test_the_loss_is_that_of_plain_python(folder: Path, policy: dict[str, Any]) -> None:
     store = TokenStore(folder / "pairs")
@@ -129,6 +130,7 @@ def test_the_loss_is_that_of_plain_python(folder: Path, policy: dict[str, Any]) 
     assert 0 < right < len(margins)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_packed_is_padded(folder: Path, dtype: torch.dtype, tolerance: float) -> None:
     store = TokenStore(folder / "pairs")
@@ -182,6 +184,7 @@ def asked(store: TokenStore, checkpoint: Path, said: list[str], **options: Any) 
     return reference_of(store, checkpoint, device=CPU, out=store.path.parent, say=said.append, **options)
 
 
+@pytest.mark.slow
 def test_the_reference_is_computed_once_and_never_stale(folder: Path, tmp_path: Path) -> None:
     prepare(str(folder / "pairs.json"), tmp_path / "pairs", template="preference")
     store, said = TokenStore(tmp_path / "pairs"), list[str]()
@@ -207,6 +210,7 @@ def test_the_reference_is_computed_once_and_never_stale(folder: Path, tmp_path: 
     assert len([*tmp_path.glob("pairs.reference-*.npz")]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "other", "text", "shape"])
 def test_a_damaged_reference_is_computed_anew(folder: Path, tmp_path: Path, damage: str) -> None:
     prepare(str(folder / "pairs.json"), tmp_path / "pairs", template="preference")

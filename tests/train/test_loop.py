@@ -421,6 +421,7 @@ def test_a_longer_run_says_which_learning_rates_follow(
     assert rates[3] > rates[2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_start_is_not_waiting_for_data(
     tmp_path: Path, random_store: TokenStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

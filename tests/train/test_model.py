@@ -141,6 +141,7 @@ def packed(rows: list[Tensor], packs: list[list[int]], capacity: int) -> tuple[T
     return inputs, targets, positions, torch.tensor(ends, dtype=torch.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_packed_losses_and_gradients_equal_padded(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)

@@ -165,6 +165,7 @@ def test_a_killed_rank_restarts_from_the_checkpoint(
     assert [step["step"] for step in metrics(tmp_path / "run")] == list(range(1, 14))
 
 
+@pytest.mark.slow
 def test_a_restarted_rank_waits_out_the_address_of_the_attempt_before(monkeypatch: pytest.MonkeyPatch) -> None:
     lent = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with socket.socket() as dead:
