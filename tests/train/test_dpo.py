@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,8 @@ from fastcollate.train import TrainOptions, train
 from fastcollate.train.files import load_checkpoint, load_model
 from fastcollate.train.model import GPT2, GPT2Config
 from fastcollate.train.preference.dpo import DPOLoss, answer_log_probs
-from fastcollate.train.preference.reference import Reference, reference_of
+from fastcollate.train.preference.reference import Reference, reference_for, reference_of
+from fastcollate.train.ranks import Ranks
 from fastcollate.train.step import as_micro_batch, split_rows
 from tests.helpers import losses, metrics, run_cli
 
@@ -231,6 +234,50 @@ def test_a_damaged_reference_is_computed_anew(folder: Path, tmp_path: Path, dama
     assert "damaged, or of something else" in said[1]
     assert torch.equal(asked(store, folder / "sft", said).values, first.values)
     assert len(said) == 3
+
+
+@pytest.mark.parametrize("limit", [1024, 22, 12])
+def test_pairs_that_the_limit_makes_alike_are_said(folder: Path, tmp_path: Path, limit: int) -> None:
+    """Answers that differ late, or a prompt that fills the limit: nothing is learnt from these."""
+    count = 9
+    data = [
+        {"prompt": f"How is {n}?", "chosen": " so" * 20 + f" {n}", "rejected": " so" * (20 if n % 2 else 9)}
+        for n in range(count)
+    ] + [{"prompt": "why " * 20, "chosen": " a", "rejected": " b"}]
+    prepare(data, tmp_path / "pairs", template="preference")
+    store = TokenStore(tmp_path / "pairs")
+    wanted = 0
+    for pair in range(count + 1):
+        rows = [(*store[2 * pair + i].input_ids.tolist(), store.end_token_id)[: limit + 1] for i in (0, 1)]
+        wanted += rows[0] == rows[1]
+    assert (wanted > 0) == (limit < 1024)
+    for _ in range(2):  # computed, and read from the file
+        assert asked(store, folder / "sft", [], max_length=limit).num_alike == wanted
+    said: list[str] = []
+    options = make_options(folder, tmp_path / "run", max_length=limit)
+    reference_for(store, options.with_precision("cpu"), Ranks(0, 1, CPU, None), 1024, said.append)
+    told = f"note: {wanted} of 10 pairs have the same answers within their first {limit:,} tokens"
+    assert [line.startswith(told) for line in said] == [True] * (wanted > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [[], ["--policy", "packed", "--global-batch-size", "2", "--max-length", "40"]])
+def test_two_ranks_learn_as_one_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: list[str]
+) -> None:
+    prepare(str(folder / "pairs.json"), tmp_path / "pairs", template="preference")
+    common = ["--store", str(tmp_path / "pairs"), "--objective", "dpo", "--reference-checkpoint", str(folder / "sft")]
+    common += ["--device", "cpu", "--no-tensorboard", "--sample-tokens", "0", "--max-steps", "4", "--eval-every", "2"]
+    common += ["--learning-rate", "1e-3", *policy]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = [*launcher, "fastcollate", "train", "--out", str(tmp_path / "two"), *common]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    assert run_cli(monkeypatch, "train", "--out", tmp_path / "one", *common) == 0
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    assert one[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert [line["pairs"] for line in two] == [line["pairs"] for line in one]
+    assert len([*tmp_path.glob("pairs.reference-*.npz")]) == 1
 
 
 def test_splits_part_no_pair() -> None:

@@ -35,6 +35,11 @@ class Reference:
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
+    @property
+    def num_alike(self) -> int:
+        """Pairs whose answers are the same, as far as they are trained: they teach nothing."""
+        return int((self.values[0] == self.values[1]).sum())
+
     def judged(self, batch: Any) -> Judged:
         """What the loss needs of a `PreferenceBatch` besides its cells."""
         return Judged(batch.rows, self.values[:, batch.pairs])
@@ -65,6 +70,11 @@ def reference_for(
                 precision=options.precision, device=ranks.device, out=options.out, say=say,
             )  # fmt: skip
         ranks.barrier()
+    if found is not None and ranks.is_first and found.num_alike:
+        say(
+            f"note: {found.num_alike:,} of {len(store) // 2:,} pairs have the same answers within their first "
+            f"{options.max_length or context:,} tokens, prompts included, and teach nothing; raise --max-length"
+        )
     return found
 
 
@@ -139,7 +149,10 @@ def _compute(
 ) -> Any:
     model.eval()
     found = torch.full((2, len(store) // 2), torch.nan, dtype=torch.float64)
-    loader = BatchLoader(store, max_tokens=max(_CELLS, 2 * store.max_length), max_length=max_length, device=device)
+    loader = BatchLoader(
+        store, max_tokens=max(_CELLS, 2 * store.max_length), max_length=max_length, device=device,
+        rank=0, world_size=1,  # all pairs, whoever trains together
+    )  # fmt: skip
     is_narrow = precision == "bfloat16"
     with progress_bar(unit="pairs", progress=progress) as bar:
         task = bar.add_task("reference", total=len(store) // 2)
@@ -147,6 +160,8 @@ def _compute(
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_narrow):
                 hidden = model.hidden(batch.inputs)
                 values = answer_log_probs(hidden, model.head_weight, batch.targets, batch.rows, None)  # type: ignore[union-attr]
+            chosen, rejected = batch.targets.chunk(2)
+            values[1] = torch.where((chosen == rejected).all(1), values[0], values[1])  # to the last bit
             found[:, batch.pairs.cpu()] = values.cpu()  # type: ignore[union-attr]
             bar.update(task, advance=values.shape[1])
     assert not bool(found.isnan().any())
