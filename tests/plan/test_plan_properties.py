@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fastcollate import BucketBatchSampler
 from fastcollate.errors import InputError
 from fastcollate.plan.plan import plan_epoch
+from fastcollate.store import layout
 
 lengths_strategy = st.lists(st.integers(0, 30), min_size=1, max_size=150).map(lambda n: np.array(n, np.uint16))
 policies = st.sampled_from(["sequential", "shuffled", "bucketed"])
@@ -103,39 +107,80 @@ def any_plan(draw: st.DrawFn) -> dict[str, Any]:
     options: dict[str, Any] = {
         "accumulation": accumulation, "tail": draw(st.sampled_from(["repeat", "uneven"])),
         "drop_last": draw(st.booleans()), "seed": draw(st.integers(0, 3)), "world_size": world_size,
-        "window": draw(st.sampled_from([None, 3, 7, 20])),
+        "window": draw(st.sampled_from([None, 3, 7, 20])), "order": draw(st.sampled_from(["rows", "shards"])),
     }  # fmt: skip
     if how == "packs":
+        filled: dict[str, Any] = draw(
+            st.sampled_from(
+                [
+                    {"packing": "concatenate"}, {"packing": "crop"}, {"cp_size": 2}, {}, {"long_rows": "drop"},
+                    {"long_rows": "split"}, {"long_rows": "split", "stride": 9}, {"max_length": 20},
+                ]
+            )
+        )  # fmt: skip
+        capacity = draw(st.sampled_from([32, 60, 88] if "cp_size" in filled else [9, 25, 33, 90]))
+        batch_size, balance = draw(st.integers(1, 3)), draw(st.sampled_from([None, False]))
         return {
-            **options,
-            "policy": "packed",
-            "capacity": draw(st.integers(30, 90)),
-            "batch_size": draw(st.integers(1, 3)),
-        }
+            **options, **filled, "policy": "packed", "capacity": capacity, "batch_size": batch_size, "balance": balance
+        }  # fmt: skip
     options |= {"policy": draw(policies), "balance": draw(st.sampled_from([None, False])) if how == "tokens" else None}
     if how == "tokens":
         return {**options, "max_tokens": draw(st.sampled_from([30, 35, 60, 200]))}
     return {**options, "batch_size": draw(st.integers(1, 4))}
 
 
+def store_of(lengths: list[int], kind: str, shard: int) -> Any:
+    """What a sampler asks of a store, in shards of so many rows (pairs)."""
+    lengths, shard = (lengths + lengths[::-1], 2 * shard) if kind == "pairs" else (lengths, shard)
+    sizes = [min(shard, len(lengths) - first) for first in range(0, len(lengths), shard)]
+    manifest = {"shards": [{"num_rows": size} for size in sizes]}
+    return SimpleNamespace(lengths=np.array(lengths), kind=kind, fingerprint="x", manifest=manifest)
+
+
 few_lengths = st.lists(st.sampled_from([0, 1, 10, 16, 29, 30]), min_size=1, max_size=9)
 
 
-@given(lengths=few_lengths | st.lists(st.integers(0, 30), min_size=1, max_size=40), options=any_plan())
-@example(lengths=[0, 16, 0], options={"policy": "shuffled", "max_tokens": 30, "world_size": 2, "drop_last": False,
-                                      "tail": "repeat"})  # fmt: skip
-def test_no_rank_has_more_steps_than_another(lengths: list[int], options: dict[str, Any]) -> None:
+@given(
+    lengths=few_lengths | st.lists(st.integers(0, 30), min_size=1, max_size=40),
+    options=any_plan(), kind=st.sampled_from(["rows", "pairs"]), shard=st.sampled_from([1, 4, 11]),
+)  # fmt: skip
+@example(lengths=[0, 16, 0], kind="rows", shard=1,
+         options={"policy": "shuffled", "max_tokens": 30, "world_size": 2, "drop_last": False, "tail": "repeat"}
+)  # fmt: skip
+def test_no_rank_has_more_steps_than_another(
+    lengths: list[int], options: dict[str, Any], kind: str, shard: int
+) -> None:
     """A rank that goes on alone waits for the others for ever."""
-    plans = [plan_epoch(lengths, rank=rank, **options) for rank in range(options["world_size"])]
-    batches = [[rows.tolist() for rows in plan] for plan in plans]
-    counts = Counter(row for own in batches for rows in own for row in rows)
-    assert [len(plan) for plan in plans] == [len(own) for own in batches]
+    store = store_of(lengths, kind, shard)
+    ranks = []
+    try:
+        ranks = [BucketBatchSampler(store, rank=rank, **options) for rank in range(options["world_size"])]
+    except InputError as error:  # what cannot be is told when the sampler is made
+        told = str(error)
+    if not ranks:
+        assert re.search("leave no batch|is no answer|has room for", told)
+        return
+    lens = [len(sampler) for sampler in ranks]
+    batches = [[*sampler] for sampler in ranks]
+    assert lens == [len(own) for own in batches]
     if options["drop_last"] or options["tail"] == "repeat":
-        assert len({len(own) for own in batches}) == 1
+        assert len(set(lens)) == 1
+    parts = Counter(part for own in batches for rows in own for part in parts_of(rows))
     if options["drop_last"] or options["tail"] == "uneven":
-        assert max(counts.values(), default=1) == 1
-    if not options["drop_last"]:
-        assert set(counts) == set(range(len(lengths)))
+        assert max(parts.values(), default=1) == 1
+    if not options["drop_last"] and options.get("packing") != "crop" and options.get("long_rows") != "drop":
+        missing = set(range(len(store.lengths))) - {row for row, _ in parts}
+        assert all(options.get("packing") == "concatenate" and not store.lengths[row] for row in missing)
+    if kind == "pairs":
+        assert Counter(row for row, _ in parts.elements() if row % 2) == Counter(
+            row + 1 for row, _ in parts.elements() if row % 2 == 0
+        )
+
+
+def parts_of(rows: list[int]) -> list[tuple[int, int]]:
+    """The rows of a batch, each with the token that its part begins with."""
+    starts = getattr(rows, "starts", None) or [0] * len(rows)
+    return [(row, start & layout.FIRST_TOKEN) for row, start in zip(rows, starts, strict=True)]
 
 
 def test_the_policies_order() -> None:
