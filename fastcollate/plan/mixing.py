@@ -292,8 +292,8 @@ class Order:
         asked = options
         drawn: Any = epoch if self.mix else 0
         if self.has_pairs:
-            sizes = options.capacity, options.max_length, options.pad_to_multiple_of, options.row_multiple
-            drawn, options = (drawn, sizes), replace(options, max_length=None)
+            own = options.capacity, options.max_length, options.pad_to_multiple_of, options.row_multiple
+            drawn, options = (drawn, own, options.long_rows), replace(options, max_length=None)
         last = self._last
         if last is None or last[0] != drawn:
             rows = self.mix.rows_of_epoch(epoch) if self.mix else self.rows

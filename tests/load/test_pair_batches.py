@@ -23,6 +23,7 @@ PACKED: list[dict[str, Any]] = [
     {"batch_size": 2, "capacity": 512},
     {"batch_size": 3, "capacity": 64, "max_length": 32},
     {"batch_size": 1, "capacity": "median", "long_rows": "drop"},
+    {"batch_size": 2, "capacity": 512, "max_length": "median", "long_rows": "drop"},
     {"max_tokens": 700, "capacity": 320, "max_length": 160, "max_segments": 400, "mask_prompt": False},
 ]
 
@@ -88,6 +89,8 @@ def test_padded_pairs_are_those_of_plain_python(store: TokenStore, options: dict
 def test_packed_pairs_are_those_of_plain_python(store: TokenStore, options: dict[str, Any]) -> None:
     if options["capacity"] == "median":  # of what a pair takes
         options = {**options, "capacity": int(np.median(store.cells.reshape(-1, 2).sum(1)))}
+    if options.get("max_length") == "median":  # of the longer rows
+        options = {**options, "max_length": int(np.median(store.cells.reshape(-1, 2).max(1)))}
     capacity, seen = options["capacity"], []
     limit = min(options.get("max_length", capacity), capacity)
     for batch in BatchLoader(store, policy="packed", **options, seed=3):
@@ -119,7 +122,11 @@ def test_packed_pairs_are_those_of_plain_python(store: TokenStore, options: dict
     wanted_pairs = [
         pair
         for pair in range(60)
-        if options.get("long_rows") != "drop" or int(store.cells[2 * pair : 2 * pair + 2].sum()) <= capacity
+        if options.get("long_rows") != "drop"
+        or (
+            int(store.cells[2 * pair : 2 * pair + 2].sum()) <= capacity
+            and int(store.cells[2 * pair : 2 * pair + 2].max()) <= limit
+        )
     ]
     assert sorted(seen) == wanted_pairs
     assert (len(seen) < 60) == (options.get("long_rows") == "drop")

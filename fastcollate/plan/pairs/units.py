@@ -26,12 +26,19 @@ def first_rows(rows: range | Int64Array, name: str = "rows") -> Int64Array:
 
 
 def cells_of(cells: npt.NDArray[Any], firsts: Int64Array, options: PlanOptions) -> Int64Array:
-    """The cells that each pair takes in a batch, int64: packed what both rows take, padded twice the longer one."""
+    """The cells that each pair takes in a batch, int64: packed what both rows take, padded twice the longer one.
+
+    With `long_rows="drop"` a pair of which a row is too long takes more than any pack has, and is left out.
+    """
     limit = options.max_length if options.capacity is None else min(options.max_length or LONGEST, options.capacity)
     multiple = options.row_multiple if options.capacity is not None else options.pad_to_multiple_of or 1
     both = np.stack([cells[firsts], cells[firsts + 1]]).astype(np.int64)
+    longest = both.max(0)
     both = -(-np.minimum(both, LONGEST if limit is None else limit) // multiple) * multiple
-    return both.sum(0) if options.capacity is not None else 2 * both.max(0)  # type: ignore[no-any-return]
+    if options.capacity is None:
+        return 2 * both.max(0)  # type: ignore[no-any-return]
+    is_left_out = (options.long_rows == "drop") & (longest > limit)
+    return np.where(is_left_out, options.capacity + 1, both.sum(0))
 
 
 LONGEST = (1 << 30) - 1  # of a row: a plan counts a pair's cells in 31 bits
