@@ -123,6 +123,35 @@ def test_answers_with_labels_are_those_of_trl(form: str, tmp_path: Path) -> None
     assert store.column("label").tolist() == [int(row["label"]) for row in theirs]
 
 
+ALIKE: dict[str, tuple[list[Record], dict[str, Any]]] = {
+    "stripped": (with_prompt(turns(9)), {}),
+    "a key that no template reads": (turns(9), {}),
+    "ends": (texts(9), {"special_text": "strip-end"}),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_answers_that_become_the_same_text_are_no_pair(kind: str, tmp_path: Path) -> None:
+    base, options = ALIKE[kind]
+    records = [dict(record) for record in base]
+    tokenizer = small_tokenizer(tmp_path / "tokenizer")
+    if kind == "stripped":  # as many models' templates do
+        tokenizer.chat_template = chats.TEMPLATE.replace("message.content", "message.content | trim")
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+    answer = records[4]["chosen"]
+    if kind == "ends":
+        records[4]["rejected"] = answer + chats.END
+    else:
+        more = {"content": f" {answer[-1]['content']} "} if kind == "stripped" else {"id": 7}
+        records[4]["rejected"] = [*answer[:-1], {**answer[-1], **more}]
+    options = {**options, "template": "preference", "tokenizer": str(tmp_path / "tokenizer")}
+    with pytest.raises(InputError, match="record 4: chosen and rejected give the same text: neither is preferred"):
+        prepare(records, tmp_path / "store", **options)
+    prepare(records, tmp_path / "store", **options, on_error="skip")
+    store = TokenStore(tmp_path / "store")
+    assert [example.source_row for example in store] == [number for number in range(9) if number != 4 for _ in range(2)]
+
+
 def write(path: Path, records: list[Record]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

@@ -83,6 +83,8 @@ def _texts_of(
                 record = chunk[number]
                 judged = template.preference.read(record)
                 pairs = [check(*template.asked_and_whole(answer)) for answer in judged.answers]
+                if len({whole.text for _, whole in pairs}) < len(pairs):
+                    raise BadRecordError("chosen and rejected give the same text: neither is preferred")
                 found[row + number] = _Texts([pairs[0][0], *(whole for _, whole in pairs)], judged.numbers)
                 counts.add_dropped(template.dropped(record, "\0".join(whole.text for _, whole in pairs)))
             except InputError:  # the template's fault, not the record's
