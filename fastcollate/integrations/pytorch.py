@@ -29,6 +29,7 @@ class PackedRows(list[int]):
         capacity: cells a pack.
         limit: cells that a row may take, without its padding.
         cp_size: see `PlanOptions`.
+        stride: the same.
 
     Example:
         >>> from fastcollate import BucketBatchSampler
@@ -39,13 +40,14 @@ class PackedRows(list[int]):
 
     def __init__(
         self, rows: Sequence[int], bounds: Sequence[int], starts: Sequence[int], capacity: int, limit: int,
-        cp_size: int | None = None,
+        cp_size: int | None = None, stride: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(rows)
-        self.bounds, self.starts, self.capacity, self.limit, self.cp_size = bounds, starts, capacity, limit, cp_size
+        self.bounds, self.starts, self.capacity, self.limit = bounds, starts, capacity, limit
+        self.cp_size, self.stride = cp_size, stride
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedRows, (list(self), self.bounds, self.starts, self.capacity, self.limit, self.cp_size)
+        return PackedRows, (list(self), self.bounds, self.starts, self.capacity, self.limit, self.cp_size, self.stride)
 
 
 class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
@@ -65,8 +67,8 @@ class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
         world_size: see `BatchLoader`.
         shuffle: not an option: `policy` says it.
         options: how rows make batches, see `PlanOptions`; `batch_size` or `max_tokens` is needed.
-            `pad_to_multiple_of`, and with the policy packed `max_length` and `cp_size`, are by default those of a
-            `StoreDataset`.
+            `pad_to_multiple_of`, and with the policy packed `max_length`, `cp_size` and `stride`, are by default those
+            of a `StoreDataset`.
 
     Raises:
         InputError: an option is wrong, or the options leave no batch.
@@ -107,7 +109,7 @@ class BucketBatchSampler(position.Epochs, Sampler[list[int]]):
                 f"DataLoader, and choose policy={'bucketed' if shuffle else 'sequential'!r}"
             )
         if isinstance(source, StoreDataset):
-            of_packs = ("max_length", "cp_size") if options.get("policy") == "packed" else ()
+            of_packs = ("max_length", "cp_size", "stride") if options.get("policy") == "packed" else ()
             own = {name: source.options.get(name) for name in ("pad_to_multiple_of", *of_packs)}
             options = {**own, **{name: value for name, value in options.items() if value is not None}}  # type: ignore[typeddict-item]
         source = open_store(source)
@@ -162,7 +164,7 @@ def _batches(iteration: position.Iteration, index: int, first: int) -> Iterator[
     for number in range(first, window.num_batches):
         packs = window.batch(number)
         bounds, starts = packs.bounds.tolist(), packs.starts.tolist()
-        yield PackedRows(packs.rows.tolist(), bounds, starts, options.capacity, limit, options.cp_size)
+        yield PackedRows(packs.rows.tolist(), bounds, starts, options.capacity, limit, options.cp_size, options.stride)
 
 
 class StoreRow:
@@ -313,11 +315,12 @@ class StoreDataset(Dataset[StoreRow]):
     def limit_of(self, packs: PackedRows) -> int:
         """Columns that a row of a packed batch may take: those that the sampler counted, or fewer by `max_length`."""
         own = self.options["max_length"]
-        if packs.cp_size != self.options.get("cp_size"):
-            raise InputError(
-                f"the sampler plans for cp_size={packs.cp_size}, and the data set has {self.options.get('cp_size')}: "
-                "give both the same"
-            )
+        for name in ("cp_size", "stride"):
+            if getattr(packs, name) != self.options.get(name):
+                raise InputError(
+                    f"the sampler plans for {name}={getattr(packs, name)}, and the data set has "
+                    f"{self.options.get(name)}: give both the same"
+                )
         if own is not None and own < packs.limit and packs.starts:
             raise InputError(
                 f"the sampler splits rows into parts of {packs.limit} tokens, and the data set cuts them to "

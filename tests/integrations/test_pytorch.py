@@ -14,13 +14,13 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import fastcollate
-from fastcollate import BucketBatchSampler, StoreDataset
+from fastcollate import BatchLoader, BucketBatchSampler, StoreDataset
 from fastcollate.collate.reference import custom_collate_with_masking_fn
 from fastcollate.errors import InputError
 from fastcollate.plan.mixing import MixedStore
 from fastcollate.plan.plan import plan_epoch
 from fastcollate.store.store import TokenStore
-from tests.helpers import random_rows, store_of_rows
+from tests.helpers import make_store, random_rows, store_of_rows
 
 ROWS, SPANS = random_rows(203)
 
@@ -276,3 +276,26 @@ def test_mistakes_are_named(dataset: StoreDataset) -> None:
         BucketBatchSampler(dataset, batch_size=8, seed=1).load_state_dict({**sampler.state_dict(), "seed": 0})
     with pytest.raises(InputError, match="no finished token store"):
         StoreDataset("/nowhere")
+
+
+@pytest.mark.parametrize("asked", [None, 5, 16])
+@pytest.mark.parametrize("own", [None, 5, 16])
+def test_a_stride_is_the_samplers_and_the_data_sets(asked: int | None, own: int | None) -> None:
+    """One that only one of them knew would train tokens twice, or never."""
+    store = make_store([list(range(n)) for n in (40, 9, 77, 16)])
+    options: dict[str, Any] = {"policy": "packed", "batch_size": 2, "capacity": 32, "max_length": 16}
+    options["long_rows"] = "split"
+    dataset = StoreDataset(store, stride=own, mode="positional")
+    source = dataset if asked is None else store  # a sampler takes the data set's where it is not told its own
+    sampler = BucketBatchSampler(source, stride=asked, **options)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)
+    if asked not in (None, own):
+        with pytest.raises(InputError, match=f"plans for stride={asked}, and the data set has {own}: give both the"):
+            next(iter(loader))
+        return
+    wanted = list(BatchLoader(store, stride=own, mode="positional", **options))
+    found = list(loader)
+    assert len(found) == len(wanted)
+    assert all(torch.equal(a, b) for pair in zip(found, wanted, strict=True) for a, b in zip(*pair, strict=True))
+    assert sum(int((batch.targets != -100).sum()) for batch in found) == 40 + 9 + 77 + 16
+    assert pickle.loads(pickle.dumps(next(iter(sampler)))).stride == own
