@@ -114,7 +114,8 @@ class MixedStore:
         }  # fmt: skip
         first = self._sources[0].store
         self.end, self.pad_token_id, self.end_token_id = first.end, first.pad_token_id, first.end_token_id
-        self.vocab_size, self.tokenizer_name, self.kind = first.vocab_size, first.tokenizer_name, first.kind
+        self.vocab_size, self.tokenizer_name = first.vocab_size, first.tokenizer_name
+        self.kind = next((store.kind for store in stores.values() if store.kind != "rows"), "rows")
         self.max_length = max(store.max_length for store in stores.values())
         self._join()
         self.starts: Int64Array = np.cumsum([0, *(len(store) for store in stores.values())], dtype=np.int64)

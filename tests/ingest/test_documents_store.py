@@ -53,15 +53,23 @@ def test_a_batch_is_trained_whole_whatever_the_mask(records: Path, tmp_path: Pat
         assert loader.stats.trained_tokens == loader.stats.real_cells == store.num_tokens
 
 
-def test_documents_mix_with_instructions(records: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("asked", "documents"), ("documents", "asked")])
+def test_documents_mix_with_instructions(records: Path, tmp_path: Path, names: tuple[str, str]) -> None:
+    """Whichever comes first, documents are trained whole where prompts are masked: targets are told by position."""
     prepare(records, tmp_path / "store", template="document", on_error="skip", workers=1, progress=False)
     asked = tmp_path / "asked.jsonl"
     asked.write_text("".join(json.dumps({"instruction": f"Add {i}.", "output": str(i)}) + "\n" for i in range(9)))
     prepare(asked, tmp_path / "asked", workers=1, progress=False)
-    mix = MixedStore({"asked": TokenStore(tmp_path / "asked"), "documents": TokenStore(tmp_path / "store")})
-    loader = BatchLoader(mix, policy="packed", capacity=64, long_rows="split", batch_size=2, mode="positional")
+    folders = {"asked": tmp_path / "asked", "documents": tmp_path / "store"}
+    mix = MixedStore({name: TokenStore(folders[name]) for name in names})
+    loader = BatchLoader(mix, policy="packed", capacity=64, long_rows="split", batch_size=2)
     for _ in loader:
         pass
+    padded = BatchLoader(mix, batch_size=2, mask_prompt=True)
+    documents, asked_rows = TokenStore(folders["documents"]), TokenStore(folders["asked"])
+    wanted = {"documents": documents.num_tokens, "asked": sum(int(row.spans[1]) + 1 for row in asked_rows)}
+    assert sum(int((batch.targets != -100).sum()) for batch in padded) == sum(wanted.values())
+    assert padded.stats.trained_by_source == wanted
     assert loader.source_rows["asked"] == 9
     assert loader.stats.trained_by_source["documents"] == TokenStore(tmp_path / "store").num_tokens
 
