@@ -118,6 +118,8 @@ def reader(what: str, url: str, cache: Path, limit: str = "") -> subprocess.Pope
 
 def result(process: subprocess.Popen[str]) -> dict[str, Any]:
     out, _ = process.communicate(timeout=1200)
+    if process.returncode:
+        raise SystemExit("a reader stopped, as it says above")
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found
 
@@ -159,9 +161,11 @@ def measure(proxy: SlowProxy, root: Path, part: str, num_shards: int, rows: int,
         threads, most = [], [0]
         threads.append(threading.Thread(target=lambda: most.append(most_in(root / f"{part}-limited", until))))
         threads[0].start()
-        one, received = fetched(proxy, reader("epoch", url, root / f"{part}-limited", str(limit)))
-        until.set()
-        threads[0].join()
+        try:
+            one, received = fetched(proxy, reader("epoch", url, root / f"{part}-limited", str(limit)))
+        finally:  # else the thread keeps a run that failed from its end
+            until.set()
+            threads[0].join()
         digest = local_digest(root / part)
         assert one["digest"] == digest, "a batch differs from the local store's"
         found |= {

@@ -223,10 +223,18 @@ class _Ahead:
 
 
 def _planned_ahead(window_job: Callable[[int], Job], windows: range, threads: ThreadPoolExecutor) -> Iterator[Job]:
-    """Each window's job; a window is planned while the one before it is filled."""
+    """Each window's job; a window is planned while the one before it is filled.
+
+    What could not be had ahead of time, such as room that the window before takes, is asked for again in its turn.
+    """
     following: Future[Job] | None = None
     for window in windows:
-        job = window_job(window) if following is None else following.result()
+        try:
+            job = window_job(window) if following is None else following.result()
+        except InputError:
+            if following is None:
+                raise
+            job = window_job(window)
         following = threads.submit(window_job, window + 1) if window + 1 < windows.stop else None
         yield job
         del job  # see `_tasks`

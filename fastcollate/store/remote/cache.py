@@ -150,17 +150,21 @@ class Cache:
         with self._lock, filelock.FileLock(self.folder / ".lock"):
             yield
 
+    def check_limit(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Refuse shards that are needed at once, there already or not, and can never fit."""
+        needed = int(self._sizes[numbers].sum())
+        if self.limit is not None and needed > self.limit:
+            raise InputError(
+                f"{self.objects}: the rows that are needed at once lie in {len(numbers):,} shards of {needed:,} bytes, "
+                f"more than cache_limit={self.limit:,}: raise it, or read few at a time, by order='shards' or a small window"
+            )
+
     def _reserve(self, numbers: npt.NDArray[np.int64], stop: threading.Event) -> None:
         """Hold shards that are to be fetched, as soon as there is room for them."""
         if self.limit is None:
             self._held[numbers] = 1
             return
         needed = int(self._sizes[numbers].sum())
-        if needed > self.limit:
-            raise InputError(
-                f"{self.objects}: the rows that are needed at once lie in {len(numbers):,} shards of {needed:,} bytes, "
-                f"more than cache_limit={self.limit:,}: raise it, or read few shards at a time, with order='shards'"
-            )
         deadline = time.monotonic() + MOST_WAIT_S
         while True:
             with self._alone():

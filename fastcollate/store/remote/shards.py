@@ -115,6 +115,7 @@ class RemoteShards:
         """
         if os.getpid() != self._process:
             self._begin()
+        self.cache.check_limit(numbers)
         with self._lock:
             self._pins[numbers] += 1
             absent = [number for number in numbers.tolist() if number not in self._open]
