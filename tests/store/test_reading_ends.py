@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,27 @@ def test_a_window_that_takes_long_is_waited_for(
     time.sleep(1.0)
     got += batches
     assert [one.inputs.tolist() for one in got] == [one.inputs.tolist() for one in BatchLoader(local, **options)]
+
+
+def test_a_file_that_arrives_whole_while_room_is_made(
+    local: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TokenStore(f"file://{local.path}", cache=tmp_path / "cache", cache_limit=room_for(local, 2))
+    part, scan, seen = store._remote.cache.folder / "shard-00005.arrow.part", os.scandir, []  # type: ignore[union-attr]
+    part.touch()
+
+    @contextlib.contextmanager
+    def renamed_meanwhile(folder: Path) -> Iterator[list[Any]]:
+        with scan(folder) as entries:
+            found = [entry for entry in entries if ".arrow" in entry.name or folder != part.parent]
+        if folder == part.parent:
+            seen.extend(found)
+            part.unlink(missing_ok=True)
+        yield found
+
+    monkeypatch.setattr(module.os, "scandir", renamed_meanwhile)
+    assert store[0].input_ids.tolist() == local[0].input_ids.tolist()
+    assert [entry.name for entry in seen] == [part.name]
 
 
 def test_room_that_another_iteration_keeps_is_one_error_in_time(

@@ -84,17 +84,18 @@ class Cache:
         self.objects, self.folder, self.infos, self.limit = objects, folder, infos, limit
         self._sizes = np.array([info.num_bytes for info in infos], np.int64)
         self._numbers = {info.name: number for number, info in enumerate(infos)}
+        self._lock = threading.Lock()
         with self._naming(folder):
             for part in (".users", ".locks"):
                 (folder / part).mkdir(parents=True, exist_ok=True)
             own = folder / ".users" / uuid.uuid4().hex
             self._alive = filelock.FileLock(f"{own}.lock", thread_local=False)
-            self._alive.acquire()
+            with self._alone():  # others take what is not yet locked for a dead process's
+                self._alive.acquire()
             own.write_bytes(bytes(max(len(infos), 1)))
             with open(own, "r+b") as file:
                 self._held = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
         self._own = own.name
-        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fastcollate-fetch")
 
     def let_go(self, numbers: npt.NDArray[np.int64]) -> None:
@@ -156,7 +157,8 @@ class Cache:
         if self.limit is not None and needed > self.limit:
             raise InputError(
                 f"{self.objects}: the rows that are needed at once lie in {len(numbers):,} shards of {needed:,} bytes, "
-                f"more than cache_limit={self.limit:,}: raise it, or read few at a time, by order='shards' or a small window"
+                f"more than cache_limit={self.limit:,}: raise it, or read few shards at a time, by order='shards' or "
+                "a smaller window"
             )
 
     def _reserve(self, numbers: npt.NDArray[np.int64], stop: threading.Event) -> None:
@@ -215,9 +217,13 @@ class Cache:
 
     def _used(self) -> dict[int, int]:
         """When each shard that is on disk, whole or not, was used last."""
+        used: dict[int, int] = {}
         with os.scandir(self.folder) as entries:
-            found = ((self._numbers.get(entry.name.removesuffix(".part")), entry) for entry in entries)
-            return {number: entry.stat().st_mtime_ns for number, entry in found if number is not None}
+            for entry in entries:
+                if (number := self._numbers.get(entry.name.removesuffix(".part"))) is not None:
+                    with contextlib.suppress(FileNotFoundError):  # it has just arrived whole: it is held
+                        used[number] = entry.stat().st_mtime_ns
+        return used
 
     def touch(self, numbers: Iterable[int]) -> None:
         """Note that shards are used now."""
