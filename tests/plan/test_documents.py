@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fastcollate import BatchLoader
 from fastcollate.errors import InputError
 from fastcollate.plan.plan import plan_epoch
+from fastcollate.store import layout
 from tests.helpers import make_store
 
 PAD = END = 50256
@@ -121,15 +122,20 @@ def test_every_pack_is_that_of_plain_python(
     assert placed == sum(lengths) or packing == "crop"
 
 
+@pytest.mark.parametrize("packing", ["concatenate", "crop"])
 @pytest.mark.parametrize("tail", ["repeat", "uneven"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_over_windows_and_ranks_each_token_is_there_once(world_size: int, tail: str) -> None:
-    """Of 500 documents, some far longer than a pack, in windows of 60; all ranks have as many batches."""
+def test_over_windows_and_ranks_each_token_is_there_once(world_size: int, tail: str, packing: str) -> None:
+    """Of 500 documents, some far longer than a pack, in windows of 60; all ranks have as many batches.
+
+    Of cropped ones the head of each is there once, or where the last packs hold fewer documents than there are ranks,
+    which `tail="repeat"` says, that of some documents once more.
+    """
     random = np.random.default_rng(world_size)
     lengths = np.where(random.random(500) < 0.1, random.integers(50, 400, 500), random.integers(0, 40, 500))
     options: dict[str, Any] = {
         "policy": "packed",
-        "packing": "concatenate",
+        "packing": packing,
         "capacity": 32,
         "batch_size": 2,
         "window": 60,
@@ -144,14 +150,22 @@ def test_over_windows_and_ranks_each_token_is_there_once(world_size: int, tail: 
             for first, stop in zip(packs.bounds[:-1].tolist(), packs.bounds[1:].tolist(), strict=True):
                 size = 0
                 for row, part in zip(packs.rows[first:stop].tolist(), packs.starts[first:stop].tolist(), strict=True):
-                    start, count = part % 2**36, part >> 36
+                    start = part & layout.FIRST_TOKEN
+                    count = part >> layout.COUNT_AT & layout.MOST_TOKENS or int(lengths[row])
                     seen.update((row, place) for place in range(start, start + count))
                     size += count
                 assert size <= 32
                 short += size < 32
-    assert seen == Counter((row, place) for row, n in enumerate(lengths.tolist()) for place in range(n))
+    if packing == "crop" and tail == "repeat":
+        repeated = {row for (row, _), times in seen.items() if times > 1}
+        assert sum(seen[row, 0] - 1 for row in repeated) < world_size
+        assert all(seen[row, place] == seen[row, 0] for row, place in seen)
+        seen = Counter(seen.keys())
+    kept = lengths if packing == "concatenate" else np.bincount([row for row, _ in seen], minlength=500)
+    assert seen == Counter((row, place) for row, n in enumerate(kept.tolist()) for place in range(n))
+    assert all((kept > 0) == (lengths > 0))
     assert max(counts) - min(counts) <= (tail == "uneven")
-    assert short <= plan.num_windows * 2 * world_size
+    assert packing == "crop" or short <= plan.num_windows * 2 * world_size
 
 
 def buffered(lengths: list[int], capacity: int, buffer: int = 1000) -> int:
