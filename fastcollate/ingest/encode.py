@@ -8,15 +8,23 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError
 from fastcollate.ingest.ids.rows import read_rows, with_begin, with_end_appended
 from fastcollate.ingest.pairs.rows import Check, Extra, read_judged
-from fastcollate.ingest.spans import BadRecord, Parts, Rows, count, encode_parts, limit_prompts
+from fastcollate.ingest.spans import (
+    BadRecord,
+    Parts,
+    Rows,
+    count,
+    encode_parts,
+    limit_prompts,
+    made_of_records,
+    read_blocks,
+)
 from fastcollate.ingest.spec import TOKENIZED, Counts, JobSpec, LostRecord, UnitResult, unit_digest
 from fastcollate.sources import Block, Unit, records
 from fastcollate.store import shards
@@ -99,15 +107,11 @@ def _encoded_rows(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tup
 
 def _encoded_chats(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tuple[Rows, list[bytes], float]:
     """As `_encoded_rows`, where the template writes whole texts."""
-    tokenizer, _ = spec.tools()
+    (tokenizer, template), policy = spec.tools(), spec.options.special_text
     chats: dict[int, Rendered] = {}
-    digests = []
-    for block in unit.blocks:
-        data = block.read()
-        digests.append(block.digest(data))
-        bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
-        chats |= _rendered(block, data, spec, bad, counts)
-        lost.add_all(block, data, bad)
+    digests: list[bytes] = []
+    for block in read_blocks(unit, digests, lost.add_all):
+        chats |= made_of_records(*block, lambda record: _rendered(record, template, policy, counts))
     started = time.thread_time()
     while True:
         try:
@@ -122,24 +126,12 @@ def _encoded_chats(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tu
     return rows, digests, time.thread_time() - started
 
 
-def _rendered(block: Block, data: bytes, spec: JobSpec, bad: list[BadRecord], counts: Counts) -> dict[int, Rendered]:
-    """A block's records as text, by their numbers; those that give none go to `bad`."""
-    _, template = spec.tools()
-    found, row = {}, block.first_row
-    for chunk in records.read_records(block, data):
-        for number in range(len(chunk)):
-            try:
-                record = chunk[number]
-                chat = template.render(record)
-                _refuse_protected(chat, spec.options.special_text)
-                found[row + number] = chat
-                counts.add_dropped(template.dropped(record, chat.text))
-            except InputError:  # the template's fault, not the record's
-                raise
-            except (BadRecordError, ValueError) as error:
-                bad.append(BadRecord(row + number, 0, str(error)))
-        row += len(chunk)
-    return found
+def _rendered(record: Any, template: Template, special_text: str, counts: Counts) -> Rendered:
+    """A record as text."""
+    chat = template.render(record)
+    _refuse_protected(chat, special_text)
+    counts.add_dropped(template.dropped(record, chat.text))
+    return chat
 
 
 def _without(parts: Parts, error: UnencodableError, lost: _Lost) -> Parts:
@@ -162,13 +154,11 @@ def _read(unit: Unit, spec: JobSpec, lost: _Lost, counts: Counts) -> tuple[Parts
     """The texts of a unit's records, of which is counted what they leave out; each block's digest."""
     tokenizer, template = spec.tools()
     special = _SpecialTexts.of(tokenizer, spec.options.special_text)
-    found, digests = [], []
-    for block in unit.blocks:
-        data = block.read()
-        digests.append(block.digest(data))
-        bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
-        found.append(_texts(block, data, template, special, bad, counts))
-        lost.add_all(block, data, bad)
+    digests: list[bytes] = []
+    found = [
+        _texts(block, data, template, special, bad, counts)
+        for block, data, bad in read_blocks(unit, digests, lost.add_all)
+    ]
     return _joined(found), digests
 
 

@@ -6,15 +6,19 @@ provably tokenize apart they are encoded once, end to end; elsewhere the whole t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from fastcollate.errors import InputError
 from fastcollate.ingest.options import PrepareOptions
 from fastcollate.ingest.spec import Counts
-from fastcollate.text import Template, Texts, Tokenizer, starts_of
+from fastcollate.sources import Block, Unit, records
+from fastcollate.text import BadRecordError, Template, Texts, Tokenizer, starts_of
+
+_Made = TypeVar("_Made")
 
 
 class BadRecord(NamedTuple):
@@ -23,6 +27,33 @@ class BadRecord(NamedTuple):
     row: int
     line: int
     reason: str
+
+
+def read_blocks(
+    unit: Unit, digests: list[bytes], note: Callable[[Block, bytes, list[BadRecord]], object]
+) -> Iterator[tuple[Block, bytes, list[BadRecord]]]:
+    """Each block of a unit and its bytes, with a list for the records that give no row, of which `note` is told."""
+    for block in unit.blocks:
+        data = block.read()
+        digests.append(block.digest(data))
+        bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
+        yield block, data, bad
+        note(block, data, bad)
+
+
+def made_of_records(block: Block, data: bytes, bad: list[BadRecord], make: Callable[[Any], _Made]) -> dict[int, _Made]:
+    """What is made of a block's records, by their numbers; those that nothing can be made of go to `bad`."""
+    found, row = {}, block.first_row
+    for chunk in records.read_records(block, data):
+        for number in range(len(chunk)):
+            try:
+                found[row + number] = make(chunk[number])
+            except InputError:  # the template's fault, not the record's
+                raise
+            except (BadRecordError, ValueError) as error:
+                bad.append(BadRecord(row + number, 0, str(error)))
+        row += len(chunk)
+    return found
 
 
 class Rows(NamedTuple):

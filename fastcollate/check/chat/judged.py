@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastcollate.check.chat.rows import how_ids_differ
 from fastcollate.store import TokenStore
 from fastcollate.text import BadRecordError, Rendered, Template, Tokenizer, load_tokenizer
 
@@ -54,11 +55,6 @@ def _compared(store: TokenStore, row: int, wanted: list[int], prompt: int) -> It
         return
     ids, spans = store[row].input_ids.tolist(), store[row].spans.tolist()
     if ids != wanted:
-        pairs = enumerate(zip(ids, wanted, strict=False))
-        place = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(wanted)))
-        yield (
-            f"row {row}: {len(ids)} ids, its record gives {len(wanted)}; from token {place} on they are "
-            f"{ids[place : place + 5]}, but {wanted[place : place + 5]} is right"
-        )
+        yield how_ids_differ(row, ids, wanted, "its record")
     elif spans != [prompt, len(wanted) - prompt]:
         yield f"row {row}: its spans are {spans}, but {[prompt, len(wanted) - prompt]} is right"

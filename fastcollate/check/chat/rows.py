@@ -57,12 +57,7 @@ class ChatRows:
         if self._is_cut:
             wanted, wanted_mask = wanted[-len(ids) :], wanted_mask[-len(ids) :]
         if ids != wanted:
-            pairs = enumerate(zip(ids, wanted, strict=False))
-            place = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(wanted)))
-            yield (
-                f"row {row}: {len(ids)} ids, {name} gives {len(wanted)}; from token {place} on they are "
-                f"{ids[place : place + 5]}, but {wanted[place : place + 5]} is right"
-            )
+            yield how_ids_differ(row, ids, wanted, name)
         elif mask != wanted_mask:
             place = next(i for i, (a, b) in enumerate(zip(mask, wanted_mask, strict=True)) if a != b)
             yield f"row {row}: token {place} is {'not ' * (not mask[place])}trained, by {name} it is the other way"
@@ -70,3 +65,13 @@ class ChatRows:
 
 def _mask_of(spans: list[int]) -> list[int]:
     return [number % 2 for number, span in enumerate(spans) for _ in range(span)]
+
+
+def how_ids_differ(row: int, ids: list[int], wanted: list[int], name: str) -> str:
+    """From where on a row's ids are others than `name` gives."""
+    pairs = enumerate(zip(ids, wanted, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(wanted)))
+    return (
+        f"row {row}: {len(ids)} ids, {name} gives {len(wanted)}; from token {place} on they are "
+        f"{ids[place : place + 5]}, but {wanted[place : place + 5]} is right"
+    )

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastcollate.errors import shown
 from fastcollate.ingest.ids.columns import COUNTS, KNOWN, MASKS
-from fastcollate.ingest.spans import BadRecord, Rows
+from fastcollate.ingest.spans import BadRecord, Rows, read_blocks
 from fastcollate.sources import Block, Unit, records
 from fastcollate.text import starts_of
 
@@ -53,17 +53,14 @@ def read_rows(
     note: Callable[[Block, bytes, Sequence[BadRecord]], object],
 ) -> tuple[Rows, list[bytes]]:
     """The rows of a unit of work and each block's digest; what is wrong with a block's records goes to `note`."""
-    found, digests = [_NO_ROWS], []
-    for block in unit.blocks:
-        data, row = block.read(), block.first_row
-        digests.append(block.digest(data))
-        bad = [BadRecord(row, block.first_line, block.fault)] if block.fault else []
+    found, digests = [_NO_ROWS], list[bytes]()
+    for block, data, bad in read_blocks(unit, digests, note):
+        row = block.first_row
         for chunk in records.read_records(block, data):
             rows, reasons = rows_of_ids(chunk, columns, vocab_size)
             found.append(rows._replace(source_row=rows.source_row + np.uint64(row)))
             bad += [BadRecord(row + number, 0, reason) for number, reason in reasons.items()]
             row += len(chunk)
-        note(block, data, bad)
     return joined_rows(found), digests
 
 

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcollate.errors import InputError
 from fastcollate.ingest.options import Counts
-from fastcollate.ingest.spans import BadRecord, Rows
-from fastcollate.sources import Block, Unit, records
+from fastcollate.ingest.spans import BadRecord, Rows, made_of_records, read_blocks
+from fastcollate.sources import Unit
 from fastcollate.text import BadRecordError, Rendered, Template, Texts, Tokenizer, UnencodableError, starts_of
 
 Extra = dict[str, npt.NDArray[Any]]  # a number a row, by column
@@ -44,13 +43,9 @@ def read_judged(unit: Unit, tools: tuple[Tokenizer, Template], check: Check, los
     """The rows of a unit of work; `check` refuses or mends texts, `lost` takes the records that give no row."""
     tokenizer, template = tools
     found: dict[int, _Texts] = {}
-    digests = []
-    for block in unit.blocks:
-        data = block.read()
-        digests.append(block.digest(data))
-        bad = [BadRecord(block.first_row, block.first_line, block.fault)] if block.fault else []
-        found |= _texts_of(block, data, template, check, bad, counts)
-        lost.add_all(block, data, bad)
+    digests: list[bytes] = []
+    for block in read_blocks(unit, digests, lost.add_all):
+        found |= made_of_records(*block, lambda record: _texts_of(record, template, check, counts))
     started = time.thread_time()
     while True:
         try:
@@ -71,28 +66,15 @@ def read_judged(unit: Unit, tools: tuple[Tokenizer, Template], check: Check, los
     return JudgedRows(rows, extra, digests, time.thread_time() - started)
 
 
-def _texts_of(
-    block: Block, data: bytes, template: Template, check: Check, bad: list[BadRecord], counts: Counts
-) -> dict[int, _Texts]:
-    """The texts of a block's records, by their numbers; those that give none go to `bad`."""
-    found, row = {}, block.first_row
+def _texts_of(record: Any, template: Template, check: Check, counts: Counts) -> _Texts:
+    """The texts of a record."""
     assert template.preference is not None
-    for chunk in records.read_records(block, data):
-        for number in range(len(chunk)):
-            try:
-                record = chunk[number]
-                judged = template.preference.read(record)
-                pairs = [check(*template.asked_and_whole(answer)) for answer in judged.answers]
-                if len({whole.text for _, whole in pairs}) < len(pairs):
-                    raise BadRecordError("chosen and rejected give the same text: neither is preferred")
-                found[row + number] = _Texts([pairs[0][0], *(whole for _, whole in pairs)], judged.numbers)
-                counts.add_dropped(template.dropped(record, "\0".join(whole.text for _, whole in pairs)))
-            except InputError:  # the template's fault, not the record's
-                raise
-            except (BadRecordError, ValueError) as error:
-                bad.append(BadRecord(row + number, 0, str(error)))
-        row += len(chunk)
-    return found
+    judged = template.preference.read(record)
+    pairs = [check(*template.asked_and_whole(answer)) for answer in judged.answers]
+    if len({whole.text for _, whole in pairs}) < len(pairs):
+        raise BadRecordError("chosen and rejected give the same text: neither is preferred")
+    counts.add_dropped(template.dropped(record, "\0".join(whole.text for _, whole in pairs)))
+    return _Texts([pairs[0][0], *(whole for _, whole in pairs)], judged.numbers)
 
 
 def _rows(found: Mapping[int, _Texts], tokenizer: Tokenizer, end: str, counts: Counts, *, seed: int) -> Rows:

@@ -93,9 +93,7 @@ def of_packs(lengths: npt.NDArray[Any], packs: Packs, limit: int, cost: Cost) ->
 
 def widths(lengths: npt.NDArray[Any], bounds: Int64Array) -> Int64Array:
     """Each batch's longest row."""
-    out = np.empty(len(bounds) - 1, np.int64)
-    cost_kernels.group_widths(lengths, bounds, out)
-    return out
+    return np.maximum.reduceat(lengths, bounds[:-1]).astype(np.int64)
 
 
 def padded_to(lengths: npt.NDArray[Any], multiple: int | None) -> npt.NDArray[Any]:

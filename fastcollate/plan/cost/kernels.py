@@ -39,16 +39,6 @@ def group_sums(values: Any, bounds: Any, sums: Any) -> None:
 
 
 @kernel
-def group_widths(lengths: Any, bounds: Any, widths: Any) -> None:
-    """Each group's longest."""
-    for group in range(len(widths)):
-        width = 0
-        for i in range(bounds[group], bounds[group + 1]):
-            width = max(width, np.int64(lengths[i]))
-        widths[group] = width
-
-
-@kernel
 def turn(items: Any, shifts: Any, out: Any) -> None:
     """Each step's rounds of items, `(num_steps, num_rounds, world_size)`, by so many places to the left."""
     size = items.shape[2]
