@@ -145,7 +145,7 @@ def parse_fields(pairs: list[str] | None) -> dict[str, str] | None:
     fields = {}
     for pair in pairs or []:
         name, found, source = pair.partition("=")
-        if not (name and found and source):
+        if not (name and found and (source or name == "prompt")):  # none: both answers of a pair repeat it
             raise InputError(f"--field {pair!r}: write it as NAME=SOURCE, such as instruction=question")
         fields[name] = source
     return fields or None

@@ -187,6 +187,10 @@ def test_mistakes_are_named(stores: dict[str, TokenStore]) -> None:
         ({"weights": {0: {"big": 1, "smal": 1}}, "step_rows": 12}, "smal"),
         ({"weights": {0: {"big": 0, "small": 0}}, "step_rows": 12}, "0 or more"),
         ({"weights": TABLE, "step_rows": 12, "temperature": 2}, "not both"),
+        ({"weights": {"big": "3", "small": 1}}, "0 or more"),
+        ({"weights": {"big": None, "small": 1}}, "0 or more"),
+        ({"weights": {"big": float("nan"), "small": 1}}, "0 or more"),
+        ({"temperature": "2"}, "temperature=2: give a positive number"),
     ):
         with pytest.raises(InputError, match=message):
             MixedStore(stores, **options)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fastcollate.cli.data import parse_fields
 from fastcollate.errors import InputError
 from fastcollate.text.chat.pairs import Preference
 from fastcollate.text.record import BadRecordError
@@ -99,6 +100,21 @@ def test_numbers_go_with_the_answers() -> None:
     assert made.read(answer) == ([{"prompt": "p", "completion": "c"}], {"label": [True], "score": [3]})
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Who?", "chosen": "Human: Who? Me: I", "rejected": "Human: Who? Me: you"},
+        {"prompt": "q", "chosen": [user("q"), says("a")], "rejected": [user("q"), says("b")]},
+        {"prompt": [user("q")], "chosen": [user("q"), says("a")], "rejected": [user("q"), says("b")]},
+    ],
+)
+def test_a_prompt_that_both_answers_repeat_may_be_left_out(record: Record) -> None:
+    wanted = Preference.of({"chosen": "ab", "rejected": "ac"}, {}).read({**record, "prompt": None})
+    asked = parse_fields(["prompt="])
+    assert asked == {"prompt": ""}
+    assert Preference.of(record, asked).read(record) == wanted
+
+
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 
@@ -128,6 +144,18 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
             "which would stand there twice",
         ),
         (PAIR, "text", "not an object but text"),
+        (
+            {"chosen": "ab", "rejected": "ac"},
+            {"prompt": "p", "chosen": "It is", "rejected": "It was"},
+            "do not both begin with field 'prompt', .* --field prompt=prompt",
+        ),
+        (
+            {"chosen": "ab", "rejected": "ac"},
+            {"question": "p", "chosen": [user("q"), says("a")], "rejected": [user("q"), says("b")]},
+            "do not both begin with field 'question', .* --field prompt=question",
+        ),
+        (PAIR, {**PAIR, "margin": 1}, "field 'margin', which the first record does not have"),
+        (PAIR, {**PAIR, "score_chosen": 1, "score_rejected": 0}, "field 'score_chosen', which the first record does"),
         ({**PAIR, "margin": 1}, PAIR, "field 'margin' is null, not a number"),
         ({**PAIR, "margin": 1}, {**PAIR, "margin": float("nan")}, "NaN or infinite, not a number"),
         ({"prompt": "p", "completion": "c", "label": True}, PAIR, "and the first record is none"),

@@ -12,6 +12,8 @@ from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan.moving import kernels
 from fastcollate.plan.options import Int64Array, PlanOptions
 
+_NUMBER = (int, float, np.number)
+
 
 class Schedule:
     """How many rows of each source each step has.
@@ -100,12 +102,12 @@ def exact_shares(
     if weights is not None and temperature is not None:
         raise InputError("give either weights or temperature, not both")
     if weights is not None:
-        missing = [name for name in names if name not in weights]
-        if missing or any(not 0 <= weights[name] < np.inf for name in names) or not any(weights.values()):
+        given = [weights.get(name) for name in names]
+        if not all(isinstance(one, _NUMBER) and 0 <= one < np.inf for one in given) or not any(given):
             raise InputError(f"weights={dict(weights)}: give each of {list(names)} a number of 0 or more")
-        wanted = np.array([weights[name] for name in names], np.float64)
+        wanted = np.array(given, np.float64)
     else:
-        if temperature is not None and not temperature > 0:
+        if temperature is not None and not (isinstance(temperature, _NUMBER) and temperature > 0):
             raise InputError(f"temperature={temperature}: give a positive number; 1 draws in proportion to size")
         wanted = np.array(sizes, np.float64) ** (1 / (temperature or 1.0))
     empty = [name for name, size, want in zip(names, sizes, wanted, strict=True) if want > 0 and size == 0]

@@ -104,6 +104,9 @@ class Preference:
 
     def _numbers_of_pair(self, record: Mapping[str, Any]) -> dict[str, list[float]]:
         found = {}
+        for name in _OF_PAIRS:
+            if name not in self.fields and record.get(name) is not None:
+                raise BadRecordError(f"field {name!r}, which the first record does not have: give all records one")
         if "score" in self.columns:
             found["score"] = [self._number(record, name) for name in ("score_chosen", "score_rejected")]
         if "margin" in self.columns:
@@ -145,6 +148,12 @@ class Preference:
             return [{**rest, "output": answer} for answer in answers]
         rest = {name: value for name, value in rest.items() if name not in _ASKED}
         prompt, answers = _asked_and_answered(prompt, chosen, rejected)
+        for name in ("prompt", *_ASKED) if not self.fields["prompt"] else ():
+            if record.get(name) is not None and not _repeats(prompt, record[name]):
+                raise BadRecordError(
+                    f"chosen and rejected do not both begin with field {name!r}, which the first record does not have; "
+                    f"if that asks, say so with --field prompt={name}"
+                )
         return [{**rest, "prompt": prompt, "completion": answer} for answer in answers]
 
 
@@ -170,6 +179,15 @@ def _asked_and_answered(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, l
     if prompt and prompt in (chosen[: len(prompt)], rejected[: len(prompt)]):
         raise BadRecordError("chosen or rejected begins with the turns of the prompt, which would stand there twice")
     return prompt, answers
+
+
+def _repeats(asked: Any, prompt: Any) -> bool:
+    """Whether what two answers begin with alike says a record's prompt once more."""
+    if isinstance(asked, str):
+        return isinstance(prompt, str) and prompt in asked
+    if isinstance(prompt, str):
+        return any(_said(turn)[1] == prompt for turn in asked)
+    return isinstance(prompt, list) and prompt == asked[: len(prompt)]
 
 
 def _first_difference(chosen: Any, rejected: Any) -> int:
