@@ -26,8 +26,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """
     if found := _SCHEME.match(os.fspath(path)):  # not shown whole: a URL may hold a secret
         raise InputError(
-            f"a URL ({found[1]}://...) cannot stand here: give a path of this machine, and copy what lies there to or "
-            "from the storage with its own tool; only sources may be URLs"
+            f"a URL ({found[1]}://...) cannot stand here: give a path of this machine; only sources and stores may be "
+            "URLs, as text with both slashes, and fastcollate pull copies a store"
         )
     return Path(os.path.expanduser(path))
 

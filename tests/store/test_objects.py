@@ -160,6 +160,10 @@ def test_a_bucket_that_is_not_there(s3: Any) -> None:
         ("s3://", "name a folder of the storage"),
         ("s3://bucket/store?X-Amz-Signature=x", r"^s3://bucket/store: a store's URL has no query"),
         ("nosuch://bucket/store", "not a path or URL"),
+        ("store", r"^store: not a URL of object storage; give one, such as s3://"),
+        ("s3:/bucket/store", r"^s3:/bucket/store: not a URL of object storage"),
+        (f"s3://user:{SECRET}@bucket/store", r"^s3://bucket/store: s3 takes no user and password in a URL"),
+        (f"gs://{SECRET}@bucket", r"^gs://bucket: gs takes no user and password in a URL"),
     ],
 )
 def test_urls_where_no_store_can_lie(url: str, said: str) -> None:

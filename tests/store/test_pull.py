@@ -98,6 +98,9 @@ def test_what_is_damaged_or_other_is_refused(store: Path, url: str, tmp_path: Pa
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(InputError, match=r"holds files that are not of .*, such as thesis\.tex"):
         pull(url, tmp_path / "mine")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: is a file; give a folder"):
+        pull(url, tmp_path / "file")
     with pytest.raises(InputError, match="no finished token store here"):
         pull(f"{url}/none", tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +370,39 @@ def test_a_cached_file_that_was_cut_is_fetched_again(local: TokenStore, url: str
     (path,) = (path for path in (tmp_path / "cache").rglob("shard-00000.arrow") if ".locks" not in path.parts)
     path.write_bytes(path.read_bytes()[:100])
     assert np.array_equal(TokenStore(url, cache=tmp_path / "cache")[0].input_ids, local[0].input_ids)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-100], lambda raw: b"", lambda raw: raw + b"x"])
+def test_cached_lengths_that_were_cut_are_fetched_again(
+    local: TokenStore, url: str, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    TokenStore(url, cache=tmp_path / "cache")
+    (path,) = (path for path in (tmp_path / "cache").rglob("lengths.npy") if ".locks" not in path.parts)
+    path.write_bytes(damage(path.read_bytes()))
+    assert np.array_equal(TokenStore(url, cache=tmp_path / "cache").lengths, local.lengths)
+
+
+def test_cached_lengths_with_a_flipped_bit_are_named(local: TokenStore, url: str, tmp_path: Path) -> None:
+    TokenStore(url, cache=tmp_path / "cache")
+    (path,) = (path for path in (tmp_path / "cache").rglob("lengths.npy") if ".locks" not in path.parts)
+    path.write_bytes(flipped(raw := path.read_bytes(), len(raw) - 1))
+    with pytest.raises(InputError, match=f"other lengths than {path} says; remove that file and open the store again"):
+        TokenStore(url, cache=tmp_path / "cache")[999]
+    path.unlink()
+    assert TokenStore(url, cache=tmp_path / "cache")[999].input_ids.tolist() == local[999].input_ids.tolist()
+
+
+@pytest.mark.parametrize("cache", ["s3://bucket/cache", "memory:/cache", Path("s3://bucket/cache"), ""])
+def test_what_is_no_cache_folder(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str | Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir())
+    with pytest.raises(InputError, match=r"a URL .* cannot stand here: give a path|cache='': name a folder"):
+        TokenStore(url, cache=cache)
+    if cache:
+        monkeypatch.setenv("FASTCOLLATE_CACHE", str(cache))
+        with pytest.raises(InputError, match=r"a URL .* cannot stand here: give a path"):
+            TokenStore(url)
+    assert sorted(os.listdir()) == before
 
 
 @pytest.fixture

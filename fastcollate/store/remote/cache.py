@@ -139,6 +139,8 @@ class Cache:
     def fetch(self, info: FileInfo) -> Path:
         """Have a further file of the store on disk; returns its path."""
         path = self.folder / info.name
+        if path.exists() and path.stat().st_size != info.num_bytes:  # it was whole when it came
+            path.unlink(missing_ok=True)
         if not path.exists():
             self._fetch(info, threading.Event())
         return path

@@ -82,6 +82,8 @@ def _refuse_others(objects: Objects, root: Path, manifest: dict[str, Any]) -> No
     """Refuse a folder in which another store, or other files lie."""
     if not root.exists():
         return
+    if not root.is_dir():
+        raise InputError(f"{root}: is a file; give a folder, which need not exist")
     own = read_manifest(root)
     if own is not None and own["checksum"] != manifest["checksum"]:
         raise InputError(f"{root}: holds another store; choose another folder, or remove that one first")

@@ -86,6 +86,13 @@ class Objects:
         self.url = url.rstrip("/")
         self.name = remote.name_of(self.url)
         scheme, _, place = url.partition("://")
+        if not is_url(url):
+            raise InputError(f"{self.name}: not a URL of object storage; give one, such as s3://bucket/store")
+        if scheme in ("s3", "s3a", "gs", "gcs") and "@" in place.split("/")[0]:
+            raise InputError(
+                f"{self.name}: {scheme} takes no user and password in a URL; give credentials as its own library has "
+                "them, such as in its environment variables"
+            )
         if re.search(r"\?[^/]*=", url):
             raise InputError(
                 f"{self.name}: a store's URL has no query; give credentials as the storage's own library has them"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fastcollate.errors import InputError
+from fastcollate.options import local_path
 from fastcollate.store import layout
 from fastcollate.store.files import FileInfo
 from fastcollate.store.manifest import LENGTHS, read_manifest
@@ -56,7 +57,9 @@ class RemoteShards:
         self._url, self._manifest, self._infos, self._schema = url, manifest, infos, schema
         if len(infos) > MAX_MAPS:
             raise InputError(f"{Objects(url)}: {len(infos):,} shards, too many to open; prepare the store again")
-        root = default_folder() if cache is None else Path(os.path.expanduser(cache))
+        if cache == "":
+            raise InputError("cache='': name a folder, or leave it out")
+        root = local_path(default_folder() if cache is None else cache)
         self._folder: Path = root.absolute() / manifest["checksum"][:32]  # of its content
         limit = os.environ.get("FASTCOLLATE_CACHE_LIMIT") or None if cache_limit is None else cache_limit
         self._limit = bytes_of(limit)
@@ -159,8 +162,8 @@ class RemoteShards:
         first, stop = int(self._starts[number]), int(self._starts[number + 1])
         if not np.array_equal(np.diff(columns.offsets), self.lengths[first:stop]):
             raise InputError(
-                f"{self.cache.objects / self._infos[number].name}: its rows have other lengths than lengths.npy says; "
-                "prepare the store again"
+                f"{self.cache.objects / self._infos[number].name}: its rows have other lengths than "
+                f"{self._folder / LENGTHS} says; remove that file and open the store again, else prepare it again"
             )
         return columns
 
