@@ -108,6 +108,11 @@ class _Run:
                 f"{self.options.out}: the run was started on other data (store {saved.data['store']}); "
                 "resume it with the same sources, or choose another --out"
             )
+        if self.reference is not None and saved.data.get("reference") != self.reference.model:
+            raise InputError(
+                f"{self.options.out}: the model in {self.options.reference_checkpoint} is another one than when the "
+                "run was started; bring that back, or choose another --out"
+            )
         self.stepper.optimizer.load_state_dict(dict(saved.optimizer))
         self.feed.load_state_dict(dict(saved.loader))
         total = self.counters.total_steps
@@ -292,6 +297,7 @@ class _Run:
                     "tokenizer": self.store.tokenizer_name,
                     "template": str(self.store.manifest["template"].get("name", "")),
                     "mask_heading": bool(self.store.manifest["template"].get("mask_heading")),
+                    "reference": None if self.reference is None else self.reference.model,
                     "splits": {split: [rows.start, rows.stop] for split, rows in self.splits.items()},
                 },
             ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -170,6 +171,21 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(folder: Path, tmp_path: 
     assert losses(parts) == losses(whole)
     with pytest.raises(InputError, match=r"with --beta 0\.1, not with --beta 0\.2"):
         train(folder / "pairs", make_options(folder, parts, resume=True, beta=0.2), progress=False)
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_another_reference(folder: Path, tmp_path: Path) -> None:
+    """A folder whose run went on holds another model."""
+    shutil.copytree(folder / "sft", tmp_path / "sft")
+    options = make_options(folder, tmp_path / "run", max_steps=1, eval_every=0)
+    options = replace(options, reference_checkpoint=tmp_path / "sft")
+    train(folder / "pairs", options, progress=False)
+    more = TrainOptions(
+        out=tmp_path / "sft", max_steps=3, eval_every=0, sample_tokens=0, tensorboard=False, resume=True
+    )
+    train(folder / "rows", more, progress=False)
+    with pytest.raises(InputError, match="is another one than when the run was started"):
+        train(folder / "pairs", replace(options, resume=True, max_steps=2), progress=False)
 
 
 def test_runs_of_before_are_resumed(folder: Path) -> None:

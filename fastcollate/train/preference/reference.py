@@ -30,10 +30,13 @@ _CELLS = 1 << 14  # of a batch
 
 
 class Reference:
-    """The log-probabilities of a store's pairs, float64 `(2, num_pairs)`: of the chosen and of the rejected answers."""
+    """The log-probabilities of a store's pairs, float64 `(2, num_pairs)`: of the chosen and of the rejected answers.
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    `model` is the digest of the model that gave them.
+    """
+
+    def __init__(self, values: Tensor, model: str = "") -> None:
+        self.values, self.model = values, model
 
     @property
     def num_alike(self) -> int:
@@ -103,7 +106,8 @@ def reference_of(
             f"{checkpoint}: the reference knows {model.config.vocab_size} tokens, the store's ids go up to "
             f"{store.vocab_size - 1}; prepare the pairs with its tokenizer"
         )
-    what = [_VERSION, store.fingerprint, _digest(model), max_length, precision]
+    digest = _digest(model)
+    what = [_VERSION, store.fingerprint, digest, max_length, precision]
     fingerprint = hashlib.sha256(manifests.canonical(what)).hexdigest()
     # Beside a store in object storage nothing is written: then it is the run's.
     beside = store.path if isinstance(store.path, Path) else out / "store"
@@ -120,7 +124,7 @@ def reference_of(
             say(f"reference: log-probabilities of {len(store) // 2:,} pairs, kept in {path}")
         except OSError as error:  # the folder may be read-only
             say(f"{path}: cannot be written ({error.strerror or error}); the next run computes this again")
-    return Reference(torch.from_numpy(found).to(device))
+    return Reference(torch.from_numpy(found).to(device), digest)
 
 
 def _digest(model: GPT2) -> str:
