@@ -25,6 +25,8 @@ _WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
 _MOST_OPENINGS = 100  # of one file: a connection that breaks more often is not worth having
 _TICK = 1.1  # seconds: the clock of `Last-Modified` shows whole ones
 _READ_TIMEOUT = 60.0  # seconds without a byte
+_MOST_SILENCE_S = 120.0  # in one call: a library that has tried again by itself for minutes is not asked again
+_SILENT = "no answer in time; try again later"
 _CHANGED = "was changed while it was read; start again when it is at rest"
 _TAGS = ("ETag", "etag", "generation", "blob_id")  # of one content
 _TIMES = ("LastModified", "Last-Modified", "last_modified", "mtime", "modified", "modify", "created")
@@ -47,7 +49,7 @@ _KINDS = (  # names of exceptions of many packages, none of which need be instal
     ({"FileExpired"}, _CHANGED, False),
     ({"FlexibleChecksumError"}, "arrived damaged; try again later", True),
     ({"PermissionError"}, _DENIED, False),
-    ({"TimeoutError", "HTTPTimeoutError", "TimeoutException"}, "no answer in time; try again later", True),
+    ({"TimeoutError", "HTTPTimeoutError", "TimeoutException"}, _SILENT, True),
     (
         {"ConnectionRefusedError", "ClientConnectorError", "EndpointConnectionError", "ConnectError", "gaierror"},
         "no connection to the server; check the address, and whether the server is up", True,
@@ -93,6 +95,7 @@ def attempt(
     Stopped for good, it is a `SourceReadError` with no other exception in its chain.
     """
     for number in range(1, tries + 1):
+        started = time.monotonic()
         try:
             return action()
         except (InputError, ImportError):
@@ -100,6 +103,7 @@ def attempt(
         except Exception as error:  # each package has its own
             reason, may_pass = _cause(error, may_show=name == url)
             may_pass = may_pass and (position > 0 or reason != _NO_HOST)
+            may_pass = may_pass and (reason != _SILENT or time.monotonic() - started < _MOST_SILENCE_S)
         if not may_pass or number == tries:
             break
         what, wait = reason.split(";")[0], _WAITS[number - 1]

@@ -419,3 +419,24 @@ def test_the_command_line_shows_no_secret(site: Site, tmp_path: Path) -> None:
         assert SECRET not in result.stdout + result.stderr
         assert "Traceback" not in result.stderr
         assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "most", "tries"), [(TimeoutError, 60.0, 5), (TimeoutError, 0.0, 1), (ConnectionError, 0.0, 5)]
+)
+@pytest.mark.filterwarnings("ignore:.*try . of 5:RuntimeWarning")
+def test_a_server_without_an_answer_is_not_asked_for_ever(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], most: float, tries: int
+) -> None:
+    """A library has waited for minutes, with tries of its own."""
+    monkeypatch.setattr(remote, "_WAITS", (0.0,) * 4)
+    monkeypatch.setattr(remote, "_MOST_SILENCE_S", most)
+    asked = []
+
+    def action() -> None:
+        asked.append(1)
+        raise error
+
+    with pytest.raises(SourceReadError, match=r"no answer in time|the connection broke"):
+        remote.attempt("a", "s3://a", action)
+    assert len(asked) == tries

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 
@@ -149,3 +150,38 @@ def test_room_that_another_iteration_keeps_is_one_error_in_time(
         list(BatchLoader(store, **options, rows=range(500, 1500)))
     assert time.monotonic() - started < 10
     assert len(list(first)) == ROWS // 10 - 1
+
+
+@pytest.mark.parametrize("name", [".lock", ".locks/shard-00000.arrow"])
+def test_another_process_that_is_stopped_is_one_error_in_time(
+    local: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(module, "MOST_SILENCE_S", 0.3)
+    store = TokenStore(f"file://{local.path}", cache=tmp_path / "cache", cache_limit="1MB")
+    (folder,) = (tmp_path / "cache").iterdir()
+    with (
+        filelock.FileLock(folder / name, thread_local=False),
+        pytest.raises(InputError, match=f"{name}: another process has kept this lock for 0 s"),
+    ):
+        store[0]
+    assert store[0].input_ids.tolist() == local[0].input_ids.tolist()
+
+
+def test_another_process_that_is_slow_is_waited_for(
+    local: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_SILENCE_S", 0.5)
+    store = TokenStore(f"file://{local.path}", cache=tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    lock = filelock.FileLock(folder / ".locks" / "shard-00000.arrow", thread_local=False)
+    lock.acquire()
+    reader = threading.Thread(target=lambda: found.append(store[0].input_ids.tolist()))
+    found: list[list[int]] = []
+    reader.start()
+    with open(folder / "shard-00000.arrow.part", "ab", buffering=0) as part:
+        for _ in range(15):
+            part.write(b"x")
+            time.sleep(0.1)
+    lock.release()
+    reader.join(MOST_S)
+    assert found == [local[0].input_ids.tolist()]

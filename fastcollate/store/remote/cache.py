@@ -32,6 +32,7 @@ from fastcollate.store.shards import ShardInfo
 CHUNK = 8 << 20  # bytes of one request
 FETCHES = 8  # at once
 MOST_WAIT_S = 60.0  # for others to let go of shards
+MOST_SILENCE_S = 600.0  # of another process that is fetching: longer than all tries of one request
 _TICK_S = 0.02
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -150,7 +151,7 @@ class Cache:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """The only thread of the only process that decides what is removed."""
-        with self._lock, filelock.FileLock(self.folder / ".lock"):
+        with self._lock, _locked(self.folder / ".lock", (), None):
             yield
 
     def check_limit(self, numbers: npt.NDArray[np.int64]) -> None:
@@ -237,9 +238,9 @@ class Cache:
 
     def _fetch(self, info: FileInfo | ShardInfo, *stops: threading.Event) -> None:
         """Fetch a file, unless another process is just doing so: then wait for that."""
-        path = self.folder / info.name
-        with self._naming(path), _locked(self.folder / ".locks" / info.name, stops):
-            tries = 2 + (self.folder / f"{info.name}.part").exists()
+        path, part = self.folder / info.name, self.folder / f"{info.name}.part"
+        with self._naming(path), _locked(self.folder / ".locks" / info.name, stops, part):
+            tries = 2 + part.exists()
             for _ in range(tries):
                 if path.exists():
                     return
@@ -293,9 +294,12 @@ class Cache:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, stops: Sequence[threading.Event]) -> Iterator[None]:
-    """The lock of one file, of this thread of this process alone; waiting for it ends where one says stop."""
-    lock = filelock.FileLock(path)
+def _locked(path: Path, stops: Sequence[threading.Event], part: Path | None) -> Iterator[None]:
+    """A lock, of this thread of this process alone.
+
+    Waiting for it ends where one says stop, and where `part`, which its owner writes, has not grown for too long.
+    """
+    lock, size, since = filelock.FileLock(path), -1, 0.0
     while True:
         try:
             lock.acquire(timeout=_TICK_S, poll_interval=_TICK_S / 2)
@@ -303,6 +307,14 @@ def _locked(path: Path, stops: Sequence[threading.Event]) -> Iterator[None]:
         except filelock.Timeout:
             if any(stop.is_set() for stop in stops):
                 raise Stopped from None
+            now = part.stat().st_size if part is not None and part.exists() else 0
+            if now != size:
+                size, since = now, time.monotonic()
+            elif time.monotonic() - since > MOST_SILENCE_S:
+                raise InputError(
+                    f"{path}: another process has kept this lock for {MOST_SILENCE_S:.0f} s and done nothing, as one "
+                    "that is stopped does; end it, or give another folder: cache=..."
+                ) from None
     try:
         yield
     finally:
