@@ -11,104 +11,53 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 
 from benchmarks.harness import save_part
+from benchmarks.remote_faults import inject_faults, through_faults
+from benchmarks.remote_stores import OPTIONS, local_digest, make_store, tiny, upload
 from benchmarks.seaweed import ENVIRONMENT, Seaweed
-from benchmarks.slow_proxy import FAULTS, SlowProxy
+from benchmarks.slow_proxy import SlowProxy
 from fastcollate import BatchLoader, TokenStore
-from fastcollate.errors import InputError
-from fastcollate.store import manifest as manifests
-from fastcollate.store import remote, shards
 
-LATENCY_S, RATE, BATCH, STEP_S, STEPS = 0.02, 200e6, 64, 0.005, 3000
-OPTIONS: dict[str, Any] = {"batch_size": BATCH, "order": "shards", "mask_prompt": True}
-TOKENIZER = {
-    "name": "gpt2", "fingerprint": "00", "vocab_size": 50257, "pad_token_id": 50256, "end_token_id": 50256, "files": [],
-}  # fmt: skip
-
-
-def make_store(folder: Path, num_shards: int, rows: int) -> int:
-    """Rows of 8 to 400 random ids; returns the bytes of the shards."""
-    folder.mkdir()
-    rng, infos = np.random.default_rng(0), []
-    for number in range(num_shards):
-        lengths = np.clip(rng.lognormal(4.4, 0.6, rows), 8, 400).astype(np.int64)
-        prompts = (lengths * rng.random(rows)).astype(np.int64)
-        columns = shards.ShardColumns(
-            rng.integers(0, 50256, int(lengths.sum()), np.uint16),
-            np.cumsum([0, *lengths]),
-            np.stack([prompts, lengths - prompts], 1).ravel().astype(np.uint32),
-            np.arange(rows + 1) * 2,
-            np.arange(rows, dtype=np.uint64) + np.uint64(number * rows),
-        )
-        infos.append(shards.write_shard(folder, shards.shard_name(number), columns, sync=False))
-    sources = manifests.sources_of([folder.name], num_shards * rows)
-    manifests.write_manifest(folder, manifests.StoreIdentity(sources, TOKENIZER, {"name": "alpaca"}, {}), infos)
-    return sum(info.num_bytes for info in infos)
+LATENCY_S, RATE, STEP_S, STEPS = 0.02, 200e6, 0.005, 3000
 
 
 def read(what: str, url: str, cache: str, limit: str) -> dict[str, Any]:
     """One reader, in a process of its own: `first` batch, `steady` steps, or a whole `epoch`."""
-    list(BatchLoader(_tiny(Path(cache).parent / "tiny"), **OPTIONS))  # compiles
+    list(BatchLoader(tiny(Path(cache).parent / "tiny"), **OPTIONS))  # compiles
     warnings.simplefilter("ignore")
     start = time.perf_counter()
     store = TokenStore(url, cache=cache, cache_limit=limit or None)
     opened = time.perf_counter() - start
     loader = BatchLoader(store, **OPTIONS)
     batches = iter(loader)
-    batch = next(batches)
+    batch: Any = next(batches)
     found: dict[str, Any] = {"opened_s": opened, "first_batch_s": time.perf_counter() - start}
     if what == "first":
         return found
-    digest, errors, waited = hashlib.sha256(), Counter[str](), loader.stats.wait_s
+    digest, waited = hashlib.sha256(), loader.stats.wait_s
     start, count = time.perf_counter(), 0
-    while True:
+    while batch is not None:
         digest.update(batch.inputs.numpy().tobytes() + batch.targets.numpy().tobytes())
         count += 1
         if what == "steady":
             time.sleep(STEP_S)
             if count == STEPS:
                 break
-        try:
-            if (nothing := next(batches, None)) is None:
-                break
-            batch = nothing
-        except InputError as error:  # a clear error; the run goes on where it was
-            errors[str(error).split(": ", 2)[-1][:60]] += 1
-            state = loader.state_dict()
-            loader = BatchLoader(store, **OPTIONS)
-            loader.load_state_dict(state)
-            batches = iter(loader)
-            batch = next(batches)
+        batch = next(batches, None)
     took = time.perf_counter() - start
     share = (loader.stats.wait_s - waited) / took
-    return {
-        **found,
-        "seconds": took,
-        "wait_share": share,
-        "batches": count,
-        "errors": errors,
-        "digest": digest.hexdigest(),
-    }
-
-
-def _tiny(folder: Path) -> Path:
-    if not folder.exists():
-        make_store(folder, 2, 200)
-    return folder
+    return {**found, "seconds": took, "wait_share": share, "batches": count, "digest": digest.hexdigest()}
 
 
 def reader(what: str, url: str, cache: Path, limit: str = "") -> subprocess.Popen[str]:
@@ -148,7 +97,8 @@ def most_in(folder: Path, until: threading.Event) -> int:
 def measure(proxy: SlowProxy, root: Path, part: str, num_shards: int, rows: int, *, epochs: bool) -> None:
     size = make_store(root / part, num_shards, rows)
     upload(root / part, proxy)
-    url, found = f"s3://bucket/{part}", {"shards": num_shards, "rows": num_shards * rows, "shard_bytes": size}
+    url = f"s3://bucket/{part}"
+    found: dict[str, Any] = {"shards": num_shards, "rows": num_shards * rows, "shard_bytes": size}
     firsts = [result(reader("first", url, root / f"{part}-first{turn}")) for turn in range(3)]
     found["first_batch_s"] = sorted(round(one["first_batch_s"], 2) for one in firsts)
     found["opened_s"] = sorted(round(one["opened_s"], 2) for one in firsts)
@@ -177,57 +127,6 @@ def measure(proxy: SlowProxy, root: Path, part: str, num_shards: int, rows: int,
     save_part("remote_read", part, {"what": what, **found})
 
 
-def local_digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for batch in BatchLoader(folder, **OPTIONS):
-        digest.update(batch.inputs.numpy().tobytes() + batch.targets.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def upload(folder: Path, proxy: SlowProxy) -> None:
-    slow = proxy.latency_s, proxy.bytes_per_s
-    proxy.latency_s, proxy.bytes_per_s = 0.0, None
-    remote.push(folder, f"s3://bucket/{folder.name}")
-    proxy.latency_s, proxy.bytes_per_s = slow
-
-
-def faults(proxy: SlowProxy, root: Path, wanted: int) -> None:
-    """Read a store of many small shards, again and again, until so many faults were injected."""
-    make_store(root / "faults", 1000, 200)
-    upload(root / "faults", proxy)
-    expected, dice, kinds = local_digest(root / "faults"), random.Random(5), Counter[str]()
-    lock = threading.Lock()
-
-    def choose(method: str, path: str) -> str | None:
-        with lock:
-            if dice.random() > 0.2 or sum(kinds.values()) >= wanted:
-                return None
-            kind = dice.choice(FAULTS)
-            kinds[kind] += 1
-            return kind
-
-    proxy.faults, epochs, errors, seconds, stopped = choose, 0, Counter[str](), [], 0
-    while sum(kinds.values()) < wanted:
-        start = time.monotonic()
-        process = reader("epoch", "s3://bucket/faults", root / f"cache{epochs}-{stopped}")
-        out, _ = process.communicate(timeout=900)
-        if process.returncode:  # opening failed: a clear error, see standard error
-            stopped += 1
-            continue
-        one = json.loads(out.splitlines()[-1])
-        assert one["digest"] == expected, "a wrong row"
-        errors.update(one["errors"])
-        epochs += 1
-        seconds.append(round(time.monotonic() - start, 1))
-        print(epochs, kinds, errors, seconds, flush=True)
-    proxy.faults = lambda method, path: None
-    what = "a fifth of the requests of readers goes wrong; every batch of every epoch is that of the local store"
-    save_part("remote_read", "faults", {
-        "what": what, "faults": dict(kinds), "epochs": epochs, "wrong_rows": 0, "errors_told": dict(errors),
-        "openings_refused": stopped, "seconds_an_epoch": seconds,
-    })  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=[])
@@ -237,7 +136,8 @@ def main() -> None:
     parser.add_argument("--reader", nargs=4)
     given = parser.parse_args()
     if given.reader:
-        print(json.dumps(read(*given.reader)))
+        what, url, cache, limit = given.reader
+        print(json.dumps(through_faults(url, cache) if what == "faults" else read(what, url, cache, limit)))
         return
     parts = given.parts or ["real", "small", "faults"]
     os.environ |= ENVIRONMENT
@@ -256,7 +156,7 @@ def main() -> None:
             rows = max(given.megabytes * 1_000_000 // given.shards // row_bytes, 1)
             measure(proxy, root, "small", given.shards, rows, epochs=False)
         if "faults" in parts:
-            faults(proxy, root, given.faults)
+            inject_faults(proxy, root, given.faults)
 
 
 if __name__ == "__main__":

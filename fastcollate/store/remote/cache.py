@@ -31,6 +31,7 @@ from fastcollate.store.shards import ShardInfo
 
 CHUNK = 8 << 20  # bytes of one request
 FETCHES = 8  # at once
+TRIES = 3  # of a whole file, where what arrives is not what the manifest says
 MOST_WAIT_S = 60.0  # for others to let go of shards
 MOST_SILENCE_S = 600.0  # of another process that is fetching: longer than all tries of one request
 _TICK_S = 0.02
@@ -240,8 +241,7 @@ class Cache:
         """Fetch a file, unless another process is just doing so: then wait for that."""
         path, part = self.folder / info.name, self.folder / f"{info.name}.part"
         with self._naming(path), _locked(self.folder / ".locks" / info.name, stops, part):
-            tries = 2 + part.exists()
-            for _ in range(tries):
+            for _ in range(TRIES + part.exists()):  # what was there may be another process's, or of a full disk
                 if path.exists():
                     return
                 try:
@@ -258,7 +258,8 @@ class Cache:
         if not self._is_current():
             raise InputError(f"{name}: the store was changed there while it was read; open it again")
         raise InputError(
-            f"{name}: its SHA-256 is not the one that the manifest says: it is damaged there; prepare the store again"
+            f"{name}: its SHA-256 is not the one that the manifest says, in any of {TRIES} tries: it is damaged there, or "
+            "on its way; try again, and if this stays, prepare the store again"
         )
 
     def _download(self, info: FileInfo | ShardInfo, stops: Sequence[threading.Event]) -> tuple[Path, str]:
