@@ -43,7 +43,7 @@ class Calls:
             try:
                 return action()
             except InputError as error:  # whatever else ends this process
-                what = re.sub(r"(shard-)?\d+", "N", str(error).split("bucket/faults/")[-1])
+                what = re.sub(r"shard-\d+", "shard-N", str(error).split("bucket/faults/")[-1])
                 self.errors[what] += 1
                 if self.errors.total() > MOST_ERRORS:
                     raise

@@ -45,6 +45,7 @@ class OrderKeywords(TypedDict, total=False):
     cost: Cost
     packing: str
     order: str
+    nodes: int
     stride: int | None
 
 
@@ -105,6 +106,9 @@ class PlanOptions:
             takes the longest row that fits, and where none does, the head of the shortest, whose rest is left out.
         order: `"rows"`, or `"shards"` for stores in object storage: each shard is read once an epoch. Shards come in a
             random order, and the rows of eight at a time (of as many as have 262,144 rows, if that is more) are mixed.
+        nodes: with `order="shards"`, so many parts of the store, a part for the ranks of each node: a node reads the
+            same shards in each epoch, and no others. Each step has as many rows of each part. Say it once, also where
+            a run goes on with other ranks: those of a part are `world_size / nodes` neighbours.
         stride: with `long_rows="split"`, parts begin so many tokens apart and overlap; what an earlier part has trained
             is context in the next, no target: a sliding window, for evaluation.
     """
@@ -131,6 +135,7 @@ class PlanOptions:
     cost: Cost = 6 * 4096
     packing: str = "best_fit"
     order: str = "rows"
+    nodes: int = 1
     stride: int | None = None
 
     @property
@@ -147,6 +152,16 @@ class PlanOptions:
         return self.shares
 
     @property
+    def part_group(self) -> int:
+        """The same of one node's part."""
+        return self.group // self.nodes
+
+    @property
+    def part_ranks(self) -> int:
+        """Ranks that share a node's part."""
+        return max(self.world_size // self.nodes, 1)
+
+    @property
     def widest(self) -> int | None:
         """The longest row that a batch of `max_tokens` holds, `None` where nothing bounds it."""
         if self.max_tokens is None:
@@ -161,10 +176,10 @@ class PlanOptions:
         return 1 if self.cp_size is None else 2 * self.cp_size
 
     def evened(self, count: int) -> int:
-        """So many batches of a row each, after the tail policy has made them right for all ranks."""
+        """So many batches of a row each in a node's part, after the tail policy has made them right for all ranks."""
         if self.drop_last:
-            return count - count % self.group
-        return count + -count % self.world_size if self.tail == "repeat" else count
+            return count - count % self.part_group
+        return count + -count % self.part_ranks if self.tail == "repeat" else count
 
     def too_long(self, row: int, length: int) -> InputError:
         """Why a row stands in no batch of `max_tokens`."""
@@ -218,11 +233,15 @@ class PlanOptions:
         options = replace(
             self, **sizes, max_length=max_length, shares=shares, rank=rank, world_size=world_size,
             seed=integer("seed", self.seed), drop_last=bool(self.drop_last), longest_first=bool(self.longest_first),
-            balance=balance, accumulation=accumulation,
+            balance=balance, accumulation=accumulation, nodes=integer("nodes", self.nodes, 1, MOST_RANKS),
             cost=self.cost if callable(self.cost) else integer("cost", self.cost, 0, 1 << 32),
         )  # fmt: skip
         if self.policy == "packed":
-            return options._with_packs()
+            options = options._with_packs()
+        if options.nodes > 1:
+            options._check_nodes()
+        if self.policy == "packed":
+            return options
         usual = {"capacity": None, "long_rows": "truncate", "cp_size": None, "packing": "best_fit", "stride": None}
         asked = {name: getattr(self, name) for name in usual}  # of any type, an array's too
         given = [
@@ -253,6 +272,24 @@ class PlanOptions:
                 f"accumulation, {batches} here; leave it out"
             )
         return bool(self.balance)
+
+    def _check_nodes(self) -> None:
+        if self.order != "shards" or self.policy == "sequential":
+            raise InputError(
+                f"nodes={self.nodes} with order={self.order!r}, policy={self.policy!r}: parts are of shards; give "
+                "order='shards' and another policy than sequential, or leave it out"
+            )
+        if self.tail != "repeat" or self.packing != "best_fit":
+            raise InputError(
+                f"nodes={self.nodes} with tail={self.tail!r}, packing={self.packing!r}: all parts have as "
+                "many batches, for which rows may repeat; leave nodes out, or give tail='repeat' and packing='best_fit'"
+            )
+        small, large = sorted((self.nodes, self.world_size))
+        if large % small or self.group % self.nodes:
+            raise InputError(
+                f"nodes={self.nodes} with world_size={self.world_size} and {self.group} rows (or packs, or batches) a "
+                "step of all ranks: each part takes as many of both; give a number of nodes that divides them"
+            )
 
     def _with_packs(self) -> PlanOptions:
         if self.longest_first:

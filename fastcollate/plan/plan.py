@@ -13,7 +13,6 @@ most rows are halved until a window's packs fill its last step, half a step's on
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -28,11 +27,11 @@ from typing_extensions import Unpack
 from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
 from fastcollate.plan.cost import deal as costs
+from fastcollate.plan.cost.dealt import Dealt, dealt_batches_of, dealt_packs_of, in_turn
 from fastcollate.plan.cost.epoch import step_costs_of
-from fastcollate.plan.documents.pack import packs_of_window
 from fastcollate.plan.options import Int64Array, PlanKeywords, PlanOptions, as_lengths
-from fastcollate.plan.packing import Packs, PackWindow, Window
-from fastcollate.plan.sharded.order import ShardOrder, Shards, order_of
+from fastcollate.plan.packing import PackWindow, Window
+from fastcollate.plan.sharded.order import NodesOrder, ShardOrder, Shards, order_of
 from fastcollate.plan.sharded.order import key_of as key_of
 from fastcollate.store import pages
 
@@ -67,7 +66,7 @@ class EpochPlan:
     window_rows: int
     block: int
     in_order: bool = False
-    shards: ShardOrder | None = None
+    shards: ShardOrder | NodesOrder | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name in PlanOptions.__slots__:
@@ -75,6 +74,7 @@ class EpochPlan:
         raise AttributeError(f"a plan has no {name!r}")
 
     step_costs = step_costs_of  # of one window, on all ranks
+    dealt_packs, dealt_batches = dealt_packs_of, dealt_batches_of  # of one window, on all ranks
 
     @property
     def num_rows(self) -> int:
@@ -82,9 +82,14 @@ class EpochPlan:
         return len(self.lengths)
 
     @property
+    def num_places(self) -> int:
+        """Rows in the epoch: with several nodes some are repeated, so that each has as many."""
+        return self.num_rows if self.shards is None else self.shards.num_places
+
+    @property
     def num_windows(self) -> int:
         """Windows in the epoch."""
-        return -(-self.num_rows // self.window_rows)
+        return -(-self.num_places // self.window_rows)
 
     def __len__(self) -> int:
         """The exact number of batches; with `max_tokens`, and packed, this plans the whole epoch once."""
@@ -106,8 +111,8 @@ class EpochPlan:
         """Batches in a window; with `max_tokens`, and packed, this plans it."""
         if not self.has_even_windows:
             return self.window(index).num_batches
-        self._check_window(index)
-        full, rest = divmod(min(self.window_rows, self.num_rows - index * self.window_rows), self.options.group)
+        self.check_window(index)
+        full, rest = divmod(min(self.window_rows, self.num_places - index * self.window_rows), self.options.group)
         if rest == 0 or self.options.drop_last:
             return full
         return full + 1 if self.options.tail == "repeat" or rest > self.options.rank else full
@@ -132,7 +137,7 @@ class EpochPlan:
         if self.options.policy == "packed":
             packs, batches = self.packs(index)
             return Window(packs.rows, packs.bounds[batches])
-        self._check_window(index)
+        self.check_window(index)
         window = self._window(index)
         largest, step = self._largest if self.options.longest_first else (0, 0)
         if index not in (0, largest) or (largest, step) == (0, 0):
@@ -164,10 +169,13 @@ class EpochPlan:
             rows, bounds, order = batches.rows, batches.bounds, order[: len(order) // group * group].reshape(-1, group)
         else:
             rows, bounds, order = self._steps(index)
-        lengths, _ = self._lengths(rows, self.options.max_length)
+        lengths, _ = self.lengths_of(rows, self.options.max_length)
         counts = np.diff(bounds)
         widths = costs.padded_to(costs.widths(lengths, bounds), self.options.pad_to_multiple_of)
-        cells: Int64Array = widths * counts * (self._deals_batches | (counts % group == 0))
+        is_even = self._deals_batches | (counts % group == 0)
+        if len(counts) and self._has_short_step(index):
+            is_even[-1] = False
+        cells: Int64Array = widths * counts * is_even
         return cells[order].max(1) if self._deals_batches else cells[order]
 
     def _window(self, index: int) -> Window:
@@ -189,19 +197,27 @@ class EpochPlan:
         """The rows of a window's steps, step after step, their bounds, and the order of the steps."""
         options = self.options
         with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
-            rows = self._rows(index)
+            parts = self.rows_of_parts(index)
             lengths = np.empty(0, np.int32)
             if options.policy == "bucketed":
-                rows, lengths = self._sorted(rows)
-            elif options.batch_size is None:
-                lengths, _ = self._lengths(rows, options.max_length)
+                ordered = [self.sorted_by_length(part) for part in parts]
+                parts = [self._filled_up(part, part[::-1]) for part, _ in ordered]
+                lengths = in_turn([each for _, each in ordered], options.part_ranks)
+            rows = in_turn(parts, options.part_ranks)
+            if options.policy != "bucketed" and options.batch_size is None:
+                lengths, _ = self.lengths_of(rows, options.max_length)
             bounds = self._cut(rows, lengths)
             order = np.arange(len(bounds) - 1)
             if options.policy == "bucketed":
                 # What cannot be dealt evenly comes last: a rank may get nothing of it.
-                whole = order[:-1] if len(rows) % options.group else order
+                whole = order[:-1] if len(rows) % options.group or self._has_short_step(index) else order
                 plan_kernels.shuffle(whole, self._key(_ORDER_KEY, index))
         return rows, bounds, order
+
+    def _has_short_step(self, index: int) -> bool:
+        """Whether a window's last step, of a fixed number of rows, has fewer, but for those that are repeated."""
+        count = min(self.window_rows, self.num_places - index * self.window_rows)
+        return self.options.batch_size is not None and not self.options.drop_last and bool(count % self.options.group)
 
     def packs(self, index: int) -> PackWindow:
         """Plan one window of packed batches; costs the same wherever it lies."""
@@ -210,91 +226,46 @@ class EpochPlan:
         own = packs.take(order[options.rank :: options.world_size])
         return PackWindow(own, np.append(np.arange(0, own.num_packs, options.batch_size), own.num_packs))
 
-    def dealt_packs(self, index: int) -> tuple[Packs, Int64Array, Float64Array]:
-        """A window's packs, their order (rank `r` takes `r`, `r + world_size`, ... of it), and their costs in it."""
-        options = self.options
-        assert options.capacity is not None
-        self._check_window(index)
-        limit = options.capacity if options.max_length is None else min(options.max_length, options.capacity)
-        with np.errstate(over="ignore"):
-            rows = self._rows(index)
-            lengths, _ = self._lengths(rows, None)
-            is_last = index == self.num_windows - 1
-            packs = packs_of_window(rows, lengths, options, limit, is_last=is_last)
-            missing = -packs.num_packs % options.group
-            if missing and not is_last:
-                packs = packs.filled_up(packs.num_packs + missing, repeat=options.tail == "repeat")
-            price = functools.partial(costs.of_packs, self.lengths, limit=limit, cost=options.cost)
-            each = price(packs)
-            order = self._order(each, index)
-            if is_last and missing:
-                whole = len(order) - len(order) % options.group
-                rest = self._last_packs(packs.take(order[whole:]))
-                order = np.append(order[:whole], packs.num_packs + np.arange(rest.num_packs))
-                packs, each = packs.followed_by(rest), np.append(each, price(rest))
-            return packs, *self._deal(each, order, index)
-
-    def _last_packs(self, rest: Packs) -> Packs:
-        """The epoch's last packs, which fill no step, of a number that the tail policy makes right."""
-        if self.options.drop_last:
-            return rest.take(np.arange(0))
-        missing = -rest.num_packs % self.options.world_size
-        return rest.filled_up(rest.num_packs + missing, repeat=True) if self.options.tail == "repeat" else rest
-
-    def dealt_batches(self, index: int) -> tuple[Packs, Int64Array, Float64Array]:
-        """The same of padded batches: of all ranks together, as many as make whole steps."""
-        options = self.options
-        assert options.max_tokens is not None
-        with np.errstate(over="ignore"):
-            rows = self._rows(index)
-            bucketed = options.policy == "bucketed"
-            rows, lengths = self._sorted(rows) if bucketed else (rows, self._lengths(rows, options.max_length)[0])
-            widths = costs.padded_to(lengths, options.pad_to_multiple_of)
-            if len(rows) and widths[place := len(rows) - 1 if bucketed else int(widths.argmax())] > options.max_tokens:
-                raise options.too_long(int(rows[place]), int(lengths[place]))
-            bounds = costs.cut_evenly(widths, options.max_tokens, options.group, is_sorted=bucketed)
-            if (len(bounds) - 1) % options.group:  # a row a batch, and still no whole steps
-                size = options.evened(len(rows))
-                rows, widths = np.resize(rows, size), np.resize(widths, size)
-                bounds = np.arange(size + 1)
-            longest = widths[bounds[1:] - 1] if bucketed else costs.widths(widths, bounds)
-            each = costs.row_costs(longest, options.cost) * np.diff(bounds)
-            return Packs(rows, bounds[:0], bounds), *self._deal(each, self._order(each, index), index)
-
-    def _order(self, each: Float64Array, index: int) -> Int64Array:
-        """The order of a window's packs or batches, by what each costs."""
+    def order_by_cost(self, each: Float64Array, index: int) -> Int64Array:
+        """The order of a window's packs or batches, or of those of one node, by what each costs."""
         key = self._key(_ORDER_KEY, index)
         if self.options.balance and self.options.group > 1:
-            return costs.steps_of_like_cost(each, self.options.group, key)
+            return costs.steps_of_like_cost(each, self.options.part_group, key)
         order = np.arange(len(each))
         plan_kernels.shuffle(order, key)
         return order
 
-    def _deal(self, each: Float64Array, order: Int64Array, index: int) -> tuple[Int64Array, Float64Array]:
+    def deal_by_cost(self, each: Float64Array, order: Int64Array, index: int) -> tuple[Int64Array, Float64Array]:
         """Deal steps in this order to the ranks, and tell what each part of that costs."""
         options, dealt = self.options, each[order]
         if options.balance:
-            turns = costs.deal(dealt, options.group, options.world_size, self._key(_RANKS_KEY, index))
+            key = self._key(_RANKS_KEY, index)
+            turns = costs.deal(dealt, options.part_group, options.part_ranks, key)
             order, dealt = order[turns], dealt[turns]
-        self.__dict__["_dealt"] = dealt
         return order, dealt
+
+    def note_costs(self, dealt: Dealt) -> Dealt:
+        """Keep what a window's steps cost, for `last_step_costs`."""
+        self.__dict__["_dealt"] = dealt.costs
+        return dealt
 
     def last_step_costs(self) -> costs.StepCosts | None:
         """What the steps of the window that was planned last cost; `None` where rows are dealt, no packs or batches."""
         dealt = self.__dict__.get("_dealt")
         return None if dealt is None else costs.step_costs(dealt, self.options.group, self.options.world_size)
 
-    def _check_window(self, index: int) -> None:
+    def check_window(self, index: int) -> None:
+        """Refuse the number of a window that there is not."""
         if not 0 <= index < self.num_windows:
             raise IndexError(f"window {index} of a plan with {self.num_windows}")
 
     def _key(self, purpose: int, index: int = 0) -> np.uint64:
         return key_of(self.options.seed, self.epoch, purpose, index)
 
-    def _rows(self, index: int) -> npt.NDArray[Any]:
-        """The window's rows in the policy's order, of a number that the tail policy makes right."""
+    def rows_of_parts(self, index: int) -> list[npt.NDArray[Any]]:
+        """The window's rows in the policy's order, of a number that the tail policy makes right; each node's."""
         options, first = self.options, index * self.window_rows
-        count = min(self.window_rows, self.num_rows - first)
+        count = min(self.window_rows, self.num_places - first)
         packed, is_shuffled = options.policy == "packed", options.policy != "sequential"
         whole = packed or (self._deals_batches and count >= options.group)
         kept = count - count % options.group if options.drop_last and not whole else count
@@ -307,15 +278,22 @@ class EpochPlan:
             plan_kernels.permuted_rows(first, self.num_rows, self.block, self._key(_ROWS_KEY), rotation, rows)
         else:
             rows = np.arange(first, first + count, dtype=dtype)
+        parts = rows.reshape(options.nodes, -1)
         if is_shuffled and (options.policy != "shuffled" if self.in_order else self.num_windows == 1 or self.block > 1):
-            plan_kernels.shuffle(rows, self._key(_MIX_KEY, index))
-        rows = rows[:kept]
-        missing = -kept % (options.group if options.batch_size is None else options.world_size)
-        if missing and options.tail == "repeat" and not (packed or self._deals_batches):
-            rows = np.concatenate([rows, np.resize(rows, missing)])
-        return rows
+            for part in parts:
+                plan_kernels.shuffle(part, self._key(_MIX_KEY, index))
+        parts = parts[:, : kept // options.nodes]
+        if packed or self._deals_batches or (options.policy == "bucketed" and options.batch_size is not None):
+            return list(parts)  # repeated later: the rows of a step are the same on any number of ranks
+        return [self._filled_up(part, part) for part in parts]
 
-    def _lengths(self, rows: npt.NDArray[Any], limit: int | None) -> tuple[npt.NDArray[np.int32], int]:
+    def _filled_up(self, part: npt.NDArray[Any], again: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A node's rows, and as many of those to repeat as its ranks, or `shares`, need to have as many each."""
+        options = self.options
+        missing = -len(part) % (options.part_group if options.batch_size is None else options.part_ranks)
+        return np.concatenate([part, np.resize(again, missing)]) if missing and options.tail == "repeat" else part
+
+    def lengths_of(self, rows: npt.NDArray[Any], limit: int | None) -> tuple[npt.NDArray[np.int32], int]:
         """The rows' lengths, and the longest of them."""
         lengths = np.empty(len(rows), np.int32)
         if self.block > 1:
@@ -328,8 +306,9 @@ class EpochPlan:
             raise InputError(f"row {row} has a length of {self.lengths[row]}; lengths are from 0 to 2**63 - 1")
         return lengths, longest
 
-    def _sorted(self, rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        lengths, longest = self._lengths(rows, self.options.max_length)
+    def sorted_by_length(self, rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """Rows shortest first, and with `max_tokens` their lengths."""
+        lengths, longest = self.lengths_of(rows, self.options.max_length)
         if longest > 16 * len(rows):  # a counting sort would count mostly zeros
             order = np.argsort(lengths, kind="stable")
             return rows[order], lengths[order]

@@ -13,7 +13,7 @@ from fastcollate.errors import LARGEST, InputError, integer, shown
 from fastcollate.plan.mixing import Order
 from fastcollate.plan.options import Int64Array, PlanOptions
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 # May differ, as long as a step holds the same rows.
 _SIZES = ("batch_size", "max_tokens", "world_size", "shares", "accumulation")
 _SINCE_4 = {"balance": False, "accumulation": 1, "cost": 0}  # and what that means for states of before
@@ -34,14 +34,20 @@ class SavedState:
         self._kind = kind
         if not isinstance(state, Mapping):
             raise self._error(f"is a {type(state).__name__}: give what state_dict gave")
-        self._state = {"packing": "best_fit", "stride": None, "order": "rows", **state}  # of states of before
+        self._state = {
+            "packing": "best_fit",
+            "stride": None,
+            "order": "rows",
+            "nodes": 1,
+            **state,
+        }  # of states of before
         self._version = self._field("version")
-        if type(self._version) is not int or self._version not in (2, 3, STATE_VERSION):
+        if type(self._version) is not int or self._version not in (2, 3, 4, STATE_VERSION):
             raise self._error(
                 f"has version={shown(self._version)}, and this release reads 2 to {STATE_VERSION}: load it with the "
                 "release that saved it, or start afresh"
             )
-        if self._version < STATE_VERSION:
+        if self._version < 4:
             self._state = {**self._state, **_SINCE_4}
 
     def _error(self, what: str) -> InputError:
@@ -108,7 +114,7 @@ class SavedState:
         names = set(own.plain()) - {"rank"}
         added = {"longest_first", "pad_to_multiple_of", "cp_size"}  # since such a state
         added |= {"block", "shares"} if self._version == 2 else set()
-        absent = added - set(self._state) if self._version < STATE_VERSION else set()
+        absent = added - set(self._state) if self._version < 4 else set()
         values = {name: self._field(name) for name in names - absent}
         if own.balance and self._state["balance"] is True and not _is_same(values["cost"], own.plain()["cost"]):
             raise self._differs("cost", values["cost"], own.plain()["cost"])
@@ -153,7 +159,20 @@ class SavedState:
                 "is of version 2, where drop_last left out the same rows in each epoch; now it leaves out others, so "
                 "that the order is another one: start afresh"
             )
+        if self._version < STATE_VERSION and 0 < batch < most and window == plan.num_windows - 1:
+            self._refuse_moved_rows(saved, (plan.num_places - 1) % plan.window_rows + 1)
         return Position(epoch, window, batch)
+
+    def _refuse_moved_rows(self, saved: PlanOptions, num_rows: int) -> None:
+        """Refuse a place in a last window of so many rows whose steps older releases cut elsewhere."""
+        was_cut = saved.batch_size is not None and saved.policy == "bucketed" and not saved.drop_last
+        if was_cut and saved.tail == "repeat" and num_rows % saved.world_size:
+            raise self._error(
+                f"is of version {self._version}, within an epoch's last window of {num_rows:,} rows, no multiple of "
+                f"world_size={saved.world_size}: rows were repeated there before they were sorted, and now are behind "
+                "them, so that its steps hold other rows; end the epoch with the release that saved it, or begin the "
+                "next one with set_epoch"
+            )
 
     def _source_rows(self, names: Sequence[str]) -> Int64Array:
         saved = self._state.get("source_rows", ()) if self._version == 2 else self._field("source_rows")

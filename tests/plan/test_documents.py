@@ -107,7 +107,7 @@ def test_every_pack_is_that_of_plain_python(
     docs = documents(lengths)
     options: dict[str, Any] = {"policy": "packed", "packing": packing, "capacity": capacity, "batch_size": batch_size}
     plan = plan_epoch(np.array(lengths), seed=5, **options)
-    order = plan._rows(0).tolist()
+    order = plan.rows_of_parts(0)[0].tolist()
     if packing == "concatenate":
         full, rest = divmod(sum(lengths), capacity)
         wanted = concatenated(docs, order, [capacity] * full + [rest] * (rest > 0))

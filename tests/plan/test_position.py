@@ -550,7 +550,7 @@ def test_states_of_the_release_go_on_where_their_meaning_is_the_same() -> None:
         (old_loader_state(), {"rows": np.arange(0, 203, 2)}, "neither mixes nor row numbers"),
         (old_loader_state(drop_last=True, window=None, next_window=0), {"drop_last": True, "window": None}, "left out"),
         (old_loader_state(version=1), {}, "version=1"),
-        (old_loader_state(version=5), {}, "version=5"),
+        (old_loader_state(version=6), {}, "version=6"),
         (old_loader_state(version="2"), {}, "version='2'"),
         (old_loader_state(next_batch=9), {}, "next_batch=9: give 0 to 8"),
         (old_loader_state(next_window=4), {}, "next_window=4: give 0 to 3"),
@@ -575,3 +575,48 @@ def test_drop_last_leaves_out_other_rows_in_each_epoch() -> None:
             seen.append(set(range(201)) - set(rows))
         assert len(set().union(*seen)) > 30
         assert not set.intersection(*seen)
+
+
+ENDS: list[dict[str, Any]] = [
+    {"batch_size": 8}, {"batch_size": 8, "longest_first": True}, {"batch_size": 8, "policy": "shuffled"},
+    {"max_tokens": 100, "balance": False, "shares": 8},
+]  # fmt: skip
+
+
+def of_ranks(
+    world_size: int, num_rows: int, options: dict[str, Any], state: Any = None
+) -> Iterator[Iterator[list[int]]]:
+    """Each rank's batches, from a state on."""
+    size = "batch_size" if "batch_size" in options else "max_tokens"
+    own = {**options, size: options[size] * 4 // world_size, "world_size": world_size}
+    for rank in range(world_size):
+        made = BucketBatchSampler(LENGTHS[:num_rows], rank=rank, **own)
+        if state is not None:
+            made.load_state_dict(state)
+        yield iter(made)
+
+
+@pytest.mark.parametrize("options", ENDS, ids=str)
+@pytest.mark.parametrize("num_rows", range(153, 161))
+def test_other_ranks_give_the_rest_of_any_number_of_rows(options: dict[str, Any], num_rows: int) -> None:
+    given: set[int] = set()
+    for batches in of_ranks(4, num_rows, options):
+        given |= {row for batch in itertools.islice(batches, 3) for row in batch}
+    stopped = BucketBatchSampler(LENGTHS[:num_rows], rank=0, world_size=4, **options)
+    stopped.set_position(0, 3)
+    for world_size in (1, 2, 4, 8):
+        ranks = of_ranks(world_size, num_rows, options, stopped.state_dict())
+        rest = [row for batches in ranks for batch in batches for row in batch]
+        assert given | set(rest) == set(range(num_rows))
+        assert len(rest) - (num_rows - len(given)) < 8
+
+
+def test_a_state_of_before_within_steps_that_hold_other_rows_now() -> None:
+    for num_rows, batch in ((153, 3), (156, 3), (153, 5)):
+        own = BucketBatchSampler(LENGTHS[:num_rows], rank=0, world_size=4, batch_size=8)
+        state = {**own.state_dict(), "version": 4, "next_batch": batch}
+        if (num_rows, batch) == (153, 3):
+            with pytest.raises(InputError, match=r"version 4, within .* of 153 rows, no multiple of world_size=4"):
+                own.load_state_dict(state)
+        else:
+            own.load_state_dict(state)

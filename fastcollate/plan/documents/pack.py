@@ -25,7 +25,7 @@ def packs_of_window(
         )
     if options.packing == "crop":
         return _cropped(rows, lengths, options.capacity)
-    unit = options.group if not is_last else options.world_size if options.tail == "repeat" else 1
+    unit = options.part_group if not is_last else options.part_ranks if options.tail == "repeat" else 1
     return _concatenated(rows, lengths, options.capacity, unit)
 
 

@@ -7,6 +7,7 @@ one after another. The shards of each source of a mix come evenly over the epoch
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,15 @@ Rows = range | npt.NDArray[np.int64]
 
 MIXED_SHARDS = 8
 MIXED_ROWS = 1 << 18
+_NO_EPOCH = (1 << 64) - 1  # what is the same in each
+
+
+class Stretches(NamedTuple):
+    """Neighbouring rows of one shard each, int64 `(num_stretches,)`: the first, how many, and the source of a mix."""
+
+    firsts: Int64Array
+    sizes: Int64Array
+    sources: Int64Array
 
 
 class Shards(NamedTuple):
@@ -32,6 +42,16 @@ class Shards(NamedTuple):
 
     starts: Int64Array
     sources: Int64Array
+
+    @property
+    def firsts(self) -> Int64Array:
+        """The first place of each shard."""
+        return self.starts[:-1]
+
+    @property
+    def sizes(self) -> Int64Array:
+        """The rows of each shard."""
+        return np.diff(self.starts)
 
     def of_rows(self, rows: Rows) -> Shards:
         """The same of some rows, in order."""
@@ -73,7 +93,7 @@ class ShardOrder:
     """The rows of an epoch by their place in it.
 
     Args:
-        shards: the shards, in the store's order.
+        shards: the shards, in the store's order, or parts of them.
         key: decides the order.
 
     Example:
@@ -82,15 +102,20 @@ class ShardOrder:
         array([1, 4, 2, 3, 0])
     """
 
-    def __init__(self, shards: Shards, key: np.uint64) -> None:
-        sizes = np.diff(shards.starts)
+    def __init__(self, shards: Shards | Stretches, key: np.uint64) -> None:
+        sizes = shards.sizes
         with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
             order = _spread(sizes, shards.sources, key)
         order = order[sizes[order] > 0]
         self._key = key
         self._ends = np.cumsum(sizes[order])  # of each shard, in the epoch
-        self._shifts = shards.starts[order] - (self._ends - sizes[order])  # from the place to the row
+        self._shifts = shards.firsts[order] - (self._ends - sizes[order])  # from the place to the row
         self._groups = _groups(self._ends)
+
+    @property
+    def num_places(self) -> int:
+        """Rows in the epoch."""
+        return int(self._groups[-1])
 
     def rows(self, first: int, count: int) -> Int64Array:
         """The rows at the places `first` to `first + count`, int64."""
@@ -109,12 +134,69 @@ class ShardOrder:
         return rows
 
 
-def order_of(shards: Shards | None, options: PlanOptions, key: np.uint64) -> ShardOrder | None:
+class NodesOrder:
+    """The same of several nodes: each has a part of the shards, of as many rows as any other, in an order of its own.
+
+    The rows at some places are those of the first part, then as many of the second, and so on.
+
+    Args:
+        shards: the shards, in the store's order.
+        num_parts: parts, which divides the places that are asked for.
+        parts_key: decides the parts.
+        key: decides the order within each.
+    """
+
+    def __init__(self, shards: Shards, num_parts: int, parts_key: np.uint64, key: np.uint64) -> None:
+        parts = enumerate(parts_of(shards, num_parts, parts_key))
+        self._orders = [ShardOrder(part, key_of(int(key), number)) for number, part in parts]
+
+    @property
+    def num_places(self) -> int:
+        """Rows in the epoch, those that are repeated for parts of one size among them."""
+        return len(self._orders) * self._orders[0].num_places
+
+    def rows(self, first: int, count: int) -> Int64Array:
+        """The rows at the places `first` to `first + count`, int64."""
+        num_parts = len(self._orders)
+        return np.concatenate([order.rows(first // num_parts, count // num_parts) for order in self._orders])
+
+
+def parts_of(shards: Shards, num_parts: int, key: np.uint64) -> list[Stretches]:
+    """Parts of as many rows each: whole shards, but for those at the ends; one that is a row short repeats one.
+
+    Example:
+        >>> shards = Shards(np.array([0, 4, 5, 9]), np.array([0, 0, 0]))
+        >>> [(part.firsts.tolist(), part.sizes.tolist()) for part in parts_of(shards, 2, np.uint64(5))]
+        [([5, 5], [4, 1]), ([4, 0], [1, 4])]
+    """
+    sizes = shards.sizes
+    order = _spread(sizes, shards.sources, key)
+    ends = np.cumsum(sizes[order])
+    begins, total = ends - sizes[order], int(sizes.sum())
+    if total < num_parts:
+        raise InputError(f"nodes={num_parts}: there are {total} rows; give fewer nodes")
+    bounds = np.arange(num_parts + 1) * total // num_parts
+    most, parts = int(np.diff(bounds).max()), []
+    for begin, end in itertools.pairwise(bounds.tolist()):
+        own = np.flatnonzero((ends > begin) & (begins < end))
+        from_, to = np.maximum(begins[own], begin), np.minimum(ends[own], end)
+        chosen = order[own]
+        part = Stretches(shards.firsts[chosen] + from_ - begins[own], to - from_, shards.sources[chosen])
+        if end - begin < most:
+            one = Stretches(part.firsts[:1], np.ones(1, np.int64), part.sources[:1])
+            part = Stretches(*(np.append(*columns) for columns in zip(part, one, strict=True)))
+        parts.append(part)
+    return parts
+
+
+def order_of(shards: Shards | None, options: PlanOptions, key: np.uint64) -> ShardOrder | NodesOrder | None:
     """The order that the options ask for, `None` where it is of rows."""
     if options.order == "rows" or options.policy == "sequential":
         return None
     if shards is None:
         raise InputError("order='shards' is for BatchLoader and BucketBatchSampler: plan_epoch knows lengths alone")
+    if options.nodes > 1:
+        return NodesOrder(shards, options.nodes, key_of(options.seed, _NO_EPOCH), key)
     return ShardOrder(shards, key)
 
 

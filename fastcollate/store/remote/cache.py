@@ -258,8 +258,8 @@ class Cache:
         if not self._is_current():
             raise InputError(f"{name}: the store was changed there while it was read; open it again")
         raise InputError(
-            f"{name}: its SHA-256 is not the one that the manifest says, in any of {TRIES} tries: it is damaged there, or "
-            "on its way; try again, and if this stays, prepare the store again"
+            f"{name}: its SHA-256 is not the one that the manifest says, in any of {TRIES} tries: it is damaged "
+            "there, or on its way; try again, and if this stays, prepare the store again"
         )
 
     def _download(self, info: FileInfo | ShardInfo, stops: Sequence[threading.Event]) -> tuple[Path, str]:
