@@ -126,4 +126,6 @@ def in_turn(parts: Sequence[npt.NDArray[Any]], ranks: int) -> npt.NDArray[Any]:
     """
     if len(parts) == 1:
         return parts[0]
-    return np.stack(parts).reshape(len(parts), -1, ranks).swapaxes(0, 1).reshape(-1)
+    turns = np.stack(parts).reshape(len(parts), -1, ranks)
+    found: npt.NDArray[Any] = turns.swapaxes(0, 1).reshape(-1)
+    return found
