@@ -91,8 +91,8 @@ def say_next(*command: object) -> None:
 
 
 def _interrupted() -> str:
-    """What Ctrl-C leaves behind: finished work of `prepare`, and of `train` before its first step."""
-    keeps = sys.argv[1:2] in (["prepare"], ["train"])
+    """What Ctrl-C leaves behind: what is finished of `prepare` and of copies, and of `train` before its first step."""
+    keeps = sys.argv[1:2] in (["prepare"], ["train"], ["push"], ["pull"])
     return "interrupted; what was finished is kept, and the same command goes on" if keeps else "interrupted"
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -99,12 +99,16 @@ def convert(
     """Write an old store in today's format, in few shards; the old one is left as it is."""
     from fastcollate.store import convert as run
 
-    report = run(old, new, progress=not json_output)
+    _tell_of_copy(run(old, new, progress=not json_output), new, json_output)
+
+
+def _tell_of_copy(report: Any, to: object, json_output: bool) -> None:
+    """The end of a command that has copied a store."""
     if json_output:
         print_json(asdict(report))
     else:
         print(report)
-        say_next("verify", new)
+        say_next("verify", to)
 
 
 @app.command()
@@ -117,10 +121,7 @@ def push(
     from fastcollate.store import remote
 
     report = remote.push(directory, url, progress=not json_output)
-    if json_output:
-        print_json(asdict(report))
-    else:
-        print(report)
+    _tell_of_copy(report, report.store, json_output)
 
 
 @app.command()
@@ -133,11 +134,7 @@ def pull(
     from fastcollate.store import remote
 
     report = remote.pull(url, directory, progress=not json_output)
-    if json_output:
-        print_json(asdict(report))
-    else:
-        print(report)
-        say_next("verify", directory)
+    _tell_of_copy(report, directory, json_output)
 
 
 def parse_fields(pairs: list[str] | None) -> dict[str, str] | None:

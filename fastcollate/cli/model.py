@@ -55,43 +55,53 @@ def train(
     **preparing: Any,
 ) -> None:
     """Train GPT-2 on instruction data; everything is written under OUT. Ctrl-C leaves a checkpoint to resume from."""
-    from fastcollate.progress import print_summary
     from fastcollate.train import find_checkpoint, join_ranks
     from fastcollate.train import train as run
 
     data = [*(files or []), *(data or [])]
-    preparing["template"] = template
+    preparing |= {"template": template, "field": field}
     if store is not None and mix is not None:
-        raise InputError(f"--store and --mix {mix}: give either")
+        raise InputError(f"--store {store} and --mix {mix}: give either; a store may stand in the mix")
     if store is not None or mix is not None:
-        _refuse_with_store(data, {"field": field, **preparing}, context)
-    if not (data or store or mix):
+        _refuse_beside("--store" if mix is None else "--mix", data, preparing, context)
+    elif not data:
         options = _for_the_sample(options, context)
     find_checkpoint(options)  # before anything is written
     ranks = join_ranks(options.device)
     try:
-        if store is None and mix is None:
-            made = options.out / "store"
+        if mix is not None:
+            source: Any = _mix_of(mix, (options.batch_size or 8) * options.accumulate)
+        elif store is not None:
+            source = store
+        else:
+            source = options.out / "store"
             if ranks.is_first:
-                _prepare_for_training(data, made, options.out, field, preparing)
+                _prepare_for_training(data, source, preparing)
             ranks.barrier()
-            store = str(made)
-        source: Any = store if mix is None else _mix_of(mix, (options.batch_size or 8) * options.accumulate)
         report = run(source, options, ranks=ranks, progress=not json_output)
     finally:
         ranks.close()
     if ranks.is_first:
-        if json_output:
-            print_json(asdict(report))
-        else:
-            values = {name.replace("_", " "): value for name, value in asdict(report).items() if value is not None}
-            print_summary("training", values)
-            if report.ended != "interrupted" and options.objective == "sft":
-                say_next("evaluate", "--checkpoint", options.out)
-            elif report.ended != "interrupted":
-                say_next("generate", "--checkpoint", options.out, "--prompt", "a question of yours")
+        _tell(report, options, json_output)
     if report.ended == "interrupted":
         fail(f"interrupted after step {report.steps}; continue with the same command and --resume", status=130)
+
+
+def _tell(report: Any, options: TrainOptions, json_output: bool) -> None:
+    """What a run has come to, and what one does with it."""
+    from fastcollate.progress import print_summary
+
+    values = asdict(report)
+    if json_output:
+        print_json(values)
+        return
+    print_summary("training", {name.replace("_", " "): value for name, value in values.items() if value is not None})
+    if report.ended == "interrupted":
+        return
+    if options.objective == "sft":
+        say_next("evaluate", "--checkpoint", options.out)
+    else:
+        say_next("generate", "--checkpoint", options.out, "--prompt", "a question of yours")
 
 
 _OF_A_MIX = ("stores", "weights", "temperature", "num_rows", "seed", "step_rows")
@@ -106,7 +116,8 @@ def _mix_of(path: Path, step_rows: int) -> MixedStore:
         text = path.read_text(encoding="utf-8")
     try:
         asked = json.loads(text)
-        stores = {name: TokenStore(path.parent / place) for name, place in asked.pop("stores").items()}
+        places = asked.pop("stores").items()
+        stores = {name: TokenStore(place if "://" in place else path.parent / place) for name, place in places}
         weights = asked.get("weights") or {}
         if any(isinstance(line, dict) for line in weights.values()):
             asked["weights"] = {int(step): line for step, line in weights.items()}
@@ -136,29 +147,29 @@ def _for_the_sample(options: TrainOptions, context: typer.Context) -> TrainOptio
     return replace(options, **wanted)  # type: ignore[arg-type]
 
 
-def _refuse_with_store(data: list[str], preparing: dict[str, Any], context: typer.Context) -> None:
-    """A store is tokenized already: what decides how would be passed over."""
+def _refuse_beside(given: str, data: list[str], preparing: dict[str, Any], context: typer.Context) -> None:
+    """A store, or a mix of some, is tokenized already: what decides how would be passed over."""
     if data:
-        raise InputError(f"{data[0]} and --store: give either files of records, or a store")
+        raise InputError(f"{data[0]} and {given}: give either files of records, or what is prepared already")
     for name, value in preparing.items():
         if _is_given(name, context):
             shown = value[0] if isinstance(value, list) else value
             raise InputError(
-                f"--{name.replace('_', '-')} {shown} and --store: that decides how records are tokenized, which a "
+                f"--{name.replace('_', '-')} {shown} and {given}: that decides how records are tokenized, which a "
                 "store's are; give it to fastcollate prepare"
             )
 
 
-def _prepare_for_training(
-    data: list[str], store: Path, out: Path, field: list[str] | None, preparing: dict[str, Any]
-) -> None:
+def _prepare_for_training(data: list[str], store: Path, preparing: dict[str, Any]) -> None:
+    """Make the run's store, of the sample where there is nothing else."""
     from fastcollate.ingest import prepare as run
 
     if not data:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "sample.jsonl"
+        store.parent.mkdir(parents=True, exist_ok=True)
+        path = store.with_name("sample.jsonl")
         data_commands.write_sample(path, data_commands.SAMPLE_RECORDS)
         data = [str(path)]
+    field = preparing.pop("field")
     run(data, store, fields=data_commands.parse_fields(field), **preparing)
 
 
