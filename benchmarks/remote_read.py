@@ -62,7 +62,9 @@ def read(what: str, url: str, cache: str, limit: str) -> dict[str, Any]:
 
 def reader(what: str, url: str, cache: Path, limit: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "benchmarks.remote_read", "--reader", what, url, str(cache), limit]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # with compiled files of the packages, as an installation has them
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def result(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -81,9 +83,9 @@ def fetched(proxy: SlowProxy, process: subprocess.Popen[str]) -> tuple[dict[str,
 
 def most_in(folder: Path, until: threading.Event) -> int:
     """The most bytes of shards, whole or not, that lay there meanwhile."""
-    most = 0
-    while not until.wait(0.02):
-        total = 0
+    most, pause = 0, 0.02
+    while not until.wait(pause):
+        start, total = time.perf_counter(), 0
         for path in folder.rglob("shard-*"):
             if ".locks" not in path.parts:
                 try:
@@ -91,40 +93,45 @@ def most_in(folder: Path, until: threading.Event) -> int:
                 except FileNotFoundError:
                     continue
         most = max(most, total)
+        pause = max(0.02, 10 * (time.perf_counter() - start))  # of many files: else this is what is measured
     return most
 
 
-def measure(proxy: SlowProxy, root: Path, part: str, num_shards: int, rows: int, *, epochs: bool) -> None:
+def measure(proxy: SlowProxy, root: Path, part: str, num_shards: int, rows: int) -> None:
     size = make_store(root / part, num_shards, rows)
     upload(root / part, proxy)
     url = f"s3://bucket/{part}"
     found: dict[str, Any] = {"shards": num_shards, "rows": num_shards * rows, "shard_bytes": size}
-    firsts = [result(reader("first", url, root / f"{part}-first{turn}")) for turn in range(3)]
+    firsts = [result(reader("first", url, root / f"{part}-first{turn}")) for turn in range(6)][1:]
     found["first_batch_s"] = sorted(round(one["first_batch_s"], 2) for one in firsts)
     found["opened_s"] = sorted(round(one["opened_s"], 2) for one in firsts)
     print(part, found, flush=True)
     steady = result(reader("steady", url, root / f"{part}-steady"))
     found["steps_of_5_ms"], found["wait_share"] = steady["batches"], round(steady["wait_share"], 4)
     print(part, found, flush=True)
-    if epochs:
-        limit, until = 17 * size // num_shards, threading.Event()
-        threads, most = [], [0]
-        threads.append(threading.Thread(target=lambda: most.append(most_in(root / f"{part}-limited", until))))
-        threads[0].start()
-        try:
-            one, received = fetched(proxy, reader("epoch", url, root / f"{part}-limited", str(limit)))
-        finally:  # else the thread keeps a run that failed from its end
-            until.set()
-            threads[0].join()
-        digest = local_digest(root / part)
-        assert one["digest"] == digest, "a batch differs from the local store's"
-        found |= {
-            "epoch_rows_per_s": round(num_shards * rows / one["seconds"]), "epoch_bytes_received": received,
-            "received_over_store": round(received / size, 4), "cache_limit": limit, "most_in_cache": max(most),
-            "identical_to_local": True,
-        }  # fmt: skip
+    found |= limited_epoch(proxy, root, part, size, num_shards, rows)
     what = "order='shards', batch 64; 20 ms a request, 200 MB/s; each figure a process of its own with an empty cache"
     save_part("remote_read", part, {"what": what, **found})
+
+
+def limited_epoch(proxy: SlowProxy, root: Path, part: str, size: int, num_shards: int, rows: int) -> dict[str, Any]:
+    """A whole epoch within a limit of two groups of shards and one more: eight at a time, small ones by their rows."""
+    limit = max(17 * size // num_shards, size // 4 if num_shards > 100 else 0)
+    until, most = threading.Event(), [0]
+    watching = threading.Thread(target=lambda: most.append(most_in(root / f"{part}-limited", until)))
+    watching.start()
+    try:
+        one, received = fetched(proxy, reader("epoch", f"s3://bucket/{part}", root / f"{part}-limited", str(limit)))
+    finally:  # else the thread keeps a run that failed from its end
+        until.set()
+        watching.join()
+    if one["digest"] != local_digest(root / part):
+        raise SystemExit("a batch differs from the local store's")
+    return {
+        "epoch_rows_per_s": round(num_shards * rows / one["seconds"]), "epoch_bytes_received": received,
+        "received_over_store": round(received / size, 4), "cache_limit": limit, "most_in_cache": max(most),
+        "identical_to_local": True,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -151,10 +158,10 @@ def main() -> None:
         fsspec.filesystem("s3").mkdir("bucket")
         root = Path(folder)
         if "real" in parts:
-            measure(proxy, root, "real", max(given.megabytes // 36, 1), 36_000_000 // row_bytes, epochs=True)
+            measure(proxy, root, "real", max(given.megabytes // 36, 1), 36_000_000 // row_bytes)
         if "small" in parts:
             rows = max(given.megabytes * 1_000_000 // given.shards // row_bytes, 1)
-            measure(proxy, root, "small", given.shards, rows, epochs=False)
+            measure(proxy, root, "small", given.shards, rows)
         if "faults" in parts:
             inject_faults(proxy, root, given.faults)
 

@@ -17,7 +17,7 @@ from fastcollate.check.imbalance import Imbalance, imbalance_of
 from fastcollate.collate import fill as kernels
 from fastcollate.errors import InputError
 from fastcollate.load import row_reports
-from fastcollate.plan import EpochPlan
+from fastcollate.plan import EpochPlan, Order, PlanOptions
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
 from fastcollate.text import Tokenizer, load_tokenizer
@@ -72,6 +72,11 @@ def order_of(store: TokenStore, options: MaskOptions, order: OrderOptions | None
     if chosen["policy"] == "packed" and chosen["capacity"] is None:
         chosen["capacity"] = pack_capacity(store.cells, options.max_length)
     return chosen
+
+
+def plan_of_store(store: TokenStore, order: dict[str, Any], epoch: int = 0) -> EpochPlan:
+    """An epoch of all rows, each by itself; its row numbers are the store's."""
+    return Order(store.as_rows()).plan(PlanOptions(**order).checked(), epoch).plan
 
 
 def pack_capacity(cells: npt.NDArray[Any], max_length: int | None) -> int:
@@ -173,9 +178,7 @@ def inspect_store(
         padding={name: share for name, share in summary.items() if name.startswith("padding_")},
         dropped_fields=summary.get("dropped_fields", {}),
         masks=masks,
-        imbalance=imbalance_of(
-            store.cells, ranks, **order_of(store, options, OrderOptions(policy="packed", batch_size=1))
-        ),
+        imbalance=imbalance_of(store, ranks, **order_of(store, options, OrderOptions(policy="packed", batch_size=1))),
         other_shares=other["shares"],
         **totals,
     )

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fastcollate.plan import plan_epoch
+from fastcollate.plan import Order, PlanOptions
+from fastcollate.store import TokenStore
 
 _MOST_WINDOWS = 4  # of an epoch, which are like the others
 
@@ -39,11 +39,12 @@ class Imbalance:
         return f"{self.epoch:.3f} times the mean (worst step {self.worst_step:.2f}; {self.in_turn:.3f} dealt in turn)"
 
 
-def imbalance_of(lengths: npt.NDArray[Any], ranks: int, **order: Any) -> Imbalance:
+def imbalance_of(store: TokenStore, ranks: int, **order: Any) -> Imbalance:
     """What an order's epoch is by the cost model on so many ranks, each with batches of that size."""
     found = {}
     for balance in (None, False):
-        plan = plan_epoch(lengths, world_size=ranks, balance=balance, **order)
+        options = PlanOptions(world_size=ranks, balance=balance, **order).checked()
+        plan = Order(store.as_rows()).plan(options, 0).plan
         windows = [plan.step_costs(index) for index in range(min(plan.num_windows, _MOST_WINDOWS))]
         found[balance] = tuple(np.concatenate([getattr(one, name) for one in windows]) for name in ("slowest", "mean"))
     slowest, mean = found[None]

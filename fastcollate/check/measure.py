@@ -16,12 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, trained_by_mask
+from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, plan_of_store, trained_by_mask
 from fastcollate.check.imbalance import Imbalance, imbalance_of
 from fastcollate.collate import reference
 from fastcollate.errors import InputError
 from fastcollate.load import BatchLoader
-from fastcollate.plan import plan_epoch
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.store import TokenStore
 from fastcollate.train import GPT2, MaskOptions, OrderOptions
@@ -144,14 +143,14 @@ def bench(
     contenders = [_judge(name, statistics.median(found), waits[name]) for name, found in speeds.items()]
     advice = _advice(contenders, step_ms, chosen["policy"])
     masks = trained_by_mask(store, options)
-    imbalance = imbalance_of(store.cells, ranks, max_length=options.max_length, **chosen)
+    imbalance = imbalance_of(store, ranks, max_length=options.max_length, **chosen)
     return BenchReport(chosen["policy"], chosen["batch_size"], step_ms, contenders, advice, masks, imbalance)
 
 
 def _contenders(
     store: TokenStore, options: MaskOptions, order: dict[str, Any]
 ) -> dict[str, Callable[[], Iterable[Any]]]:
-    plan = plan_epoch(store.cells, **order, max_length=options.max_length)
+    plan = plan_of_store(store, {**order, "max_length": options.max_length})
     rows = _Rows(store, options.mask_prompt)
     collate = _reference_of(store, options)
     batches: list[list[Any]]

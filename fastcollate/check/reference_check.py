@@ -15,12 +15,19 @@ import torch
 
 from fastcollate.check.chat.judged import judged_differences
 from fastcollate.check.chat.rows import ChatRows
-from fastcollate.check.counts import TrainedByMask, order_of, packed_batches, tokenizer_of, trained_by_mask
+from fastcollate.check.counts import (
+    TrainedByMask,
+    order_of,
+    packed_batches,
+    plan_of_store,
+    tokenizer_of,
+    trained_by_mask,
+)
 from fastcollate.check.ids import differing_rows
 from fastcollate.collate import reference
 from fastcollate.errors import InputError
 from fastcollate.load import BatchLoader
-from fastcollate.plan import EpochPlan, plan_epoch
+from fastcollate.plan import EpochPlan
 from fastcollate.progress import progress_bar, renamed_switch
 from fastcollate.sources import find_sources, read_blocks, records
 from fastcollate.store import Example, TokenStore
@@ -121,7 +128,7 @@ def _compare_batches(
 ) -> None:
     loader = BatchLoader(store, **asdict(options), **order)
     loader.set_epoch(epoch)
-    plan = plan_epoch(store.cells, **order, epoch=epoch, max_length=options.max_length)
+    plan = plan_of_store(store, {**order, "max_length": options.max_length}, epoch)
     seen = np.zeros(len(store), bool)
     digest = hashlib.sha256()
     with progress_bar(unit="batches", progress=progress) as bar:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -253,7 +254,11 @@ def canonical(value: object) -> bytes:
 
 def pretty(value: object) -> bytes:
     """What is written of a value."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    plain = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    try:
+        return msgspec.json.format(plain, indent=1) + b"\n"  # in a third of the time: 10,000 shards are 3 MB of it
+    except msgspec.DecodeError:  # NaN
+        return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def verify_checksums(path: str | Path | Objects) -> list[str]:

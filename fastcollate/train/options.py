@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from fastcollate.plan import MixedStore
     from fastcollate.store import TokenStore
 
+_NEWER = ("objective", "beta", "packing", "mask_boundaries", "order", "nodes")  # than some checkpoints
 _AT_LEAST = {
     0: ("warmup", "weight_decay", "clip", "eval_every", "eval_batches", "checkpoint_every", "sample_tokens"),
     1: (
         "epochs", "max_steps", "batch_size", "max_tokens", "max_length", "capacity", "accumulate", "patience",
-        "width_multiple",
+        "width_multiple", "nodes",
     ),
 }  # fmt: skip
 _CHOICES = {
@@ -87,6 +88,9 @@ class OrderOptions:
     batch_size: int = option(8, "Rows (packs) in a batch of one process, as a loader counts (train: of all ranks).")
     capacity: int | None = option(
         None, "With --policy packed, cells a pack; if not given --max-length, or 1024, or the longest row if longer."
+    )
+    order: str = option(
+        "rows", "shards: of a store behind a URL, each shard once an epoch.", choices=("rows", "shards")
     )
     seed: int = option(0, "Seed of the epoch's order.")
 
@@ -157,6 +161,17 @@ class TrainOptions(MaskOptions):
         True, "With --policy packed, a row of a pack sees itself alone, or (documents) the whole pack.",
         "--mask-boundaries/--see-across", fixed=True,
     )  # fmt: skip
+    order: str = option(
+        "rows",
+        "shards: of a store behind a URL, each shard once an epoch, the rows of eight mixed at a time.",
+        fixed=True,
+        choices=("rows", "shards"),
+    )
+    nodes: int = option(
+        1,
+        "With --order shards, parts of the store, one for the ranks of each node, which fetches no other.",
+        fixed=True,
+    )
     accumulate: int = option(1, "Batches an optimizer step.", fixed=True)
     learning_rate: float | None = option(
         None,
@@ -276,7 +291,7 @@ class TrainOptions(MaskOptions):
 
 def _default(item: Any) -> Any:
     """Of an option that a run's release did not have."""
-    return item.default if item.name in ("objective", "beta", "packing", "mask_boundaries") else None
+    return item.default if item.name in _NEWER else None
 
 
 def _given(flag: str, value: Any) -> str:

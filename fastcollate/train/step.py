@@ -336,6 +336,7 @@ def make_loader(
         max_length = context
     if max_length is not None and max_length > context:
         raise InputError(f"--max-length {max_length}: the model's context is {context}; give at most that")
+    nodes = options.nodes if policy is None else 1
     batch_size, capacity = options.batch_size, options.capacity
     if options.objective == "dpo" and capacity is None and max_length is not None:
         capacity = 2 * max_length  # any two rows fit
@@ -357,7 +358,10 @@ def make_loader(
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=ranks.device,
-        tail="uneven",  # every row once an epoch, whatever the number of ranks
+        order=options.order if policy is None else "rows",
+        nodes=nodes,
+        # every row once an epoch, whatever the number of ranks
+        tail="uneven" if nodes == 1 else "repeat",
         balance=balance if packed else None,
         accumulation=options.accumulate if packed else 1,
         cost=6 * width,

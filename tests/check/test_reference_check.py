@@ -133,8 +133,6 @@ def test_a_wrong_width_is_found(prepared: TokenStore, monkeypatch: pytest.Monkey
 
 
 def test_a_row_that_no_batch_holds_is_found(prepared: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastcollate.plan.plan import plan_epoch
-
     class Short:
         def __init__(self, store: TokenStore, **_: Any) -> None:
             self.store = store
@@ -148,8 +146,7 @@ def test_a_row_that_no_batch_holds_is_found(prepared: TokenStore, monkeypatch: p
 
     plan = [np.arange(8), np.arange(8)]
     monkeypatch.setattr(room, "BatchLoader", Short)
-    monkeypatch.setattr(room, "plan_epoch", lambda *_, **__: plan)
-    assert plan_epoch is not room.plan_epoch
+    monkeypatch.setattr(room, "plan_of_store", lambda *_, **__: plan)
     found = verify(prepared, progress=False)
     assert found.num_problems == 15
     assert found.problems[0] == "row 8 is in no batch of the epoch"

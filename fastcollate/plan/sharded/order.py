@@ -1,8 +1,9 @@
 """An order that reads each shard once an epoch: shards are shuffled, and the rows of several are mixed at a time.
 
-The shards of an epoch come in an order of its own. As many as make `MIXED_SHARDS`, and `MIXED_ROWS` rows, are a group;
-a keyed bijection (see `kernels.permute`) spreads a group's rows over its places, and windows are cut from the groups,
-one after another. The shards of each source of a mix come evenly over the epoch, so that each group has its share.
+The shards of an epoch come in an order of its own. As many as make `MIXED_SHARDS`, and `MIXED_ROWS` rows (`FIRST_ROWS`
+in the first), are a group; a keyed bijection (see `kernels.permute`) spreads a group's rows over its places, and windows
+are cut from the groups, one after another. The shards of each source of a mix come evenly over the epoch, so that each
+group has its share.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Rows = range | npt.NDArray[np.int64]
 
 MIXED_SHARDS = 8
 MIXED_ROWS = 1 << 18
+FIRST_ROWS = 1 << 16  # of the first group, so that many small shards keep nobody waiting for the first batch
 _NO_EPOCH = (1 << 64) - 1  # what is the same in each
 
 
@@ -99,7 +101,7 @@ class ShardOrder:
     Example:
         >>> shards = Shards(np.array([0, 3, 5]), np.array([0, 0]))
         >>> ShardOrder(shards, np.uint64(5)).rows(0, 5)
-        array([1, 4, 2, 3, 0])
+        array([3, 0, 1, 2, 4])
     """
 
     def __init__(self, shards: Shards | Stretches, key: np.uint64) -> None:
@@ -220,7 +222,8 @@ def _groups(ends: Int64Array) -> Int64Array:
     shards = 0
     for end in ends.tolist():
         shards += 1
-        if shards >= MIXED_SHARDS and end - bounds[-1] >= MIXED_ROWS:
+        least = MIXED_ROWS if len(bounds) > 1 else min(FIRST_ROWS, MIXED_ROWS)
+        if shards >= MIXED_SHARDS and end - bounds[-1] >= least:
             bounds.append(end)
             shards = 0
     total = int(ends[-1]) if len(ends) else 0

@@ -30,7 +30,7 @@ from fastcollate.store.remote.objects import Objects
 from fastcollate.store.shards import ShardInfo
 
 CHUNK = 8 << 20  # bytes of one request
-FETCHES = 8  # at once
+FETCHES, MOST_FETCHES = 8, 32  # at once: as many small files as the larger number, if they are no more bytes than that
 TRIES = 3  # of a whole file, where what arrives is not what the manifest says
 MOST_WAIT_S = 60.0  # for others to let go of shards
 MOST_SILENCE_S = 600.0  # of another process that is fetching: longer than all tries of one request
@@ -98,7 +98,9 @@ class Cache:
             with open(own, "r+b") as file:
                 self._held = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
         self._own = own.name
-        self._pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fastcollate-fetch")
+        mean = int(self._sizes.mean()) if len(infos) else CHUNK
+        fetches = min(max(FETCHES * CHUNK // max(mean, 1), FETCHES), MOST_FETCHES)
+        self._pool = ThreadPoolExecutor(fetches, thread_name_prefix="fastcollate-fetch")
 
     def let_go(self, numbers: npt.NDArray[np.int64]) -> None:
         """Say that this process does not hold these shards any more."""
