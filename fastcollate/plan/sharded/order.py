@@ -1,9 +1,9 @@
 """An order that reads each shard once an epoch: shards are shuffled, and the rows of several are mixed at a time.
 
 The shards of an epoch come in an order of its own. As many as make `MIXED_SHARDS`, and `MIXED_ROWS` rows (`FIRST_ROWS`
-in the first), are a group; a keyed bijection (see `kernels.permute`) spreads a group's rows over its places, and windows
-are cut from the groups, one after another. The shards of each source of a mix come evenly over the epoch, so that each
-group has its share.
+in the first), are a group; a keyed bijection (see `kernels.permute`) spreads a group's rows over its places, and
+windows are cut from the groups, one after another. The shards of each source of a mix come evenly over the epoch, so
+that each group has its share.
 """
 
 from __future__ import annotations
