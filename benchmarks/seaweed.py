@@ -45,9 +45,12 @@ class Seaweed:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free, and of which those 10,000 above, which weed takes for gRPC, are too."""
+    """Ports that are free, and of which those 10,000 above, which weed takes for gRPC, are too.
+
+    All are below those that a system gives to connections: one would take a port before weed does.
+    """
     found: list[int] = []
-    for port in range(20_000 + os.getpid() % 10_000, 50_000, 7):
+    for port in range(10_000 + os.getpid() % 10_000, 22_700, 7):
         with socket.socket() as one, socket.socket() as other:
             try:
                 one.bind(("127.0.0.1", port))
