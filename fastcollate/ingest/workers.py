@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -17,9 +18,10 @@ from itertools import chain, islice
 from typing import Any
 
 from fastcollate.errors import SourceReadError, import_extra
-from fastcollate.ingest.places import Place
+from fastcollate.ingest.places import FolderPlace, Place
 from fastcollate.ingest.spec import JobSpec
 
+_SLOW_IMPORTS = ("gigatoken", "tiktoken", "tokenizers", "numba", "s3fs", "gcsfs", "adlfs")
 Results = Generator[tuple[Any, Any], None, None]
 Runner = Callable[[Iterator[Any], Place, JobSpec, Any], Results]
 
@@ -37,25 +39,55 @@ def _local_runner(workers: int | None) -> Runner:
         tasks = chain(head, tasks)
         count = workers or _usable_cores()
         if count == 1 or len(head) < place.few:
-            yield from ((task, place.work(task, spec, place.target, token)) for task in tasks)
+            yield from _alone(tasks, place, spec, token)
             return
         tokenizer, template = spec.tools()
         tokenizer.warm(chats=template.end == "in_row")  # forked workers share what is loaded
-        is_safe = sys.platform == "linux" and threading.active_count() == 1
-        context = multiprocessing.get_context("fork" if is_safe else "spawn")
-        with ProcessPoolExecutor(count, context, _begin_worker) as pool:
-            try:
-                submitted = ((task, _submit(pool, place.work, task, spec, place.target, token)) for task in tasks)
-                yield from _in_order(submitted, place.turns * count + 1, Future.result)
-            except BrokenProcessPool as error:
-                raise SourceReadError(
-                    f"{place.root}: a worker process was killed, perhaps for want of memory; what is finished is kept: "
-                    "run the same command again, with fewer workers if need be"
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+        try:
+            if isinstance(place, FolderPlace):
+                with _pool(count) as pool:
+                    submitted = ((task, _submit(pool, place.work, task, spec, place.target, token)) for task in tasks)
+                    yield from _in_order(submitted, place.turns * count + 1, Future.result)
+                return
+            with contextlib.ExitStack() as stack:
+                pools = [stack.enter_context(_pool(1)) for _ in range(count)]
+
+                def call(number: int, task: Any) -> Callable[[], Any]:
+                    return _submit(pools[number], place.ahead, task, spec, place.target, token).result
+
+                yield from _one_behind(tasks, call, count)
+        except BrokenProcessPool as error:
+            raise SourceReadError(
+                f"{place.root}: a worker process was killed, perhaps for want of memory; what is finished is kept: "
+                "run the same command again, with fewer workers if need be"
+            ) from error
 
     return run
+
+
+def _alone(tasks: Iterator[Any], place: Place, spec: JobSpec, token: Any) -> Results:
+    """All in this process."""
+    if isinstance(place, FolderPlace):
+        yield from ((task, place.work(task, spec, place.target, token)) for task in tasks)
+        return
+    with contextlib.closing(place.stream()) as stream:
+        yield from _one_behind(tasks, lambda _, task: partial(stream, task, spec, place.target, token), 1)
+
+
+@contextlib.contextmanager
+def _pool(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes, forked from this one where that has no thread, else from one that has only imported."""
+    is_linux = sys.platform == "linux"
+    context: Any = multiprocessing.get_context(
+        "spawn" if not is_linux else "fork" if threading.active_count() == 1 else "forkserver"
+    )
+    if is_linux:
+        context.set_forkserver_preload([__name__, *(name for name in _SLOW_IMPORTS if name in sys.modules)])
+    with ProcessPoolExecutor(count, context, _begin_worker) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _submit(pool: ProcessPoolExecutor, *task: Any) -> Future[Any]:
@@ -90,6 +122,31 @@ def _in_order(
             task, reference = running.popleft()
             yield task, result_of(reference)
     yield from ((task, result_of(reference)) for task, reference in running)
+
+
+def _one_behind(tasks: Iterator[Any], call: Callable[[int, Any], Callable[[], Any]], count: int) -> Results:
+    """Results in the order of the tasks, of workers that give with a call what became of the call before.
+
+    `call` tells a worker, by its number, its next task, or `None` after the last, and gives what waits for the result.
+    """
+    given: deque[Any] = deque()
+    calls: deque[Callable[[], Any]] = deque()
+
+    def taken(most: int) -> Results:
+        while len(calls) > most:
+            result = calls.popleft()()
+            if result is not None:  # a worker's first
+                yield given.popleft(), result
+
+    number = 0
+    for task in tasks:
+        given.append(task)
+        calls.append(call(number % count, task))
+        number += 1
+        yield from taken(2 * count - 1)
+    for last in range(max(0, number - count), number):
+        calls.append(call(last % count, None))
+    yield from taken(0)
 
 
 def _begin_worker() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeAlias
 
-from fastcollate.ingest.places.folder import FolderPlace
+from fastcollate.ingest.places.folder import FolderPlace as FolderPlace
 from fastcollate.ingest.places.storage import StoragePlace
 from fastcollate.store import remote
 

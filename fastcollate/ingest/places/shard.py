@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,22 +82,70 @@ def store_shard(units: Sequence[Unit], spec: JobSpec, url: str, owner: Owner) ->
     Raises:
         SourceReadError: the source cannot be read any more, the storage failed, or the job has lost the store.
     """
-    folder, number = remote.Objects(url), units[0].shard
-    with tempfile.TemporaryDirectory(prefix="fastcollate-") as name:
-        room = Path(name)
-        encoded = [encode_unit(unit, spec, name, owner.token) for unit in units]
-        results = [one.result for one in encoded]
-        info, tag, lengths = None, "", b""
-        if parts := [result.part for result in results if result.part is not None]:
-            info = shards.merge_shards(room, parts, room, shards.shard_name(number), sync=False)
-            lengths = shards.shard_lengths(room, info).astype("<u4").tobytes()
-            tag = _uploaded(folder, room / info.name, owner)
-    results = [replace(result, part=None, tokenize_seconds=0.0) for result in results]
-    note = Note(merged_shard(number, results, info), results, tag, lengths)
-    folder.write(note_name(number, owner.job), note.encoded())
-    seconds = [one.result.tokenize_seconds for one in encoded]
-    timed = [replace(result, tokenize_seconds=took) for result, took in zip(results, seconds, strict=True)]
-    return Stored(replace(note, units=timed), [one.digests for one in encoded])
+    return _Made(units, spec, owner).sent(url)
+
+
+class Stream:
+    """Shards one after the other: each is encoded while the one before it is on its way.
+
+    A call gives what became of the shard of the call before; `None` at the first. The last call has no units.
+    """
+
+    def __init__(self) -> None:
+        self._uploads = ThreadPoolExecutor(1)
+        self._before: Future[Stored] | None = None
+
+    def __call__(self, units: Sequence[Unit] | None, spec: JobSpec, url: str, owner: Owner) -> Stored | None:
+        """As `store_shard`, one shard behind."""
+        made = None if units is None else _Made(units, spec, owner)
+        before, self._before = self._before, None if made is None else self._uploads.submit(made.sent, url)
+        return None if before is None else before.result()
+
+    def close(self) -> None:
+        """Wait for what is on its way."""
+        self._uploads.shutdown()
+
+
+_stream_of_process = cache(Stream)
+
+
+def stream_shard(units: Sequence[Unit] | None, spec: JobSpec, url: str, owner: Owner) -> Stored | None:
+    """A call of this process's own stream."""
+    return _stream_of_process()(units, spec, url, owner)
+
+
+class _Made:
+    """A shard in a temporary folder of this machine."""
+
+    def __init__(self, units: Sequence[Unit], spec: JobSpec, owner: Owner) -> None:
+        self._owner, self._number, self._info, lengths = owner, units[0].shard, None, b""
+        with contextlib.ExitStack() as stack:
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastcollate-"))
+            self._room = Path(name)
+            encoded = [encode_unit(unit, spec, name, owner.token) for unit in units]
+            results = [one.result for one in encoded]
+            if parts := [result.part for result in results if result.part is not None]:
+                self._info = shards.merge_shards(
+                    self._room, parts, self._room, shards.shard_name(self._number), sync=False
+                )
+                lengths = shards.shard_lengths(self._room, self._info).astype("<u4").tobytes()
+            self._stack = stack.pop_all()
+        self._seconds = [result.tokenize_seconds for result in results]
+        self._digests = [one.digests for one in encoded]
+        results = [replace(result, part=None, tokenize_seconds=0.0) for result in results]
+        self._note = Note(merged_shard(self._number, results, self._info), results, "", lengths)
+
+    def sent(self, url: str) -> Stored:
+        """Upload it, and then its note."""
+        with self._stack:
+            folder = remote.Objects(url)
+            tag = "" if self._info is None else _uploaded(folder, self._room / self._info.name, self._owner)
+            note = replace(self._note, tag=tag)
+            folder.write(note_name(self._number, self._owner.job), note.encoded())
+        timed = zip(note.units, self._seconds, strict=True)
+        return Stored(
+            replace(note, units=[replace(unit, tokenize_seconds=took) for unit, took in timed]), self._digests
+        )
 
 
 def _uploaded(folder: remote.Objects, path: Path, owner: Owner) -> str:

@@ -25,14 +25,13 @@ from fastcollate.ingest.encode import Encoded
 from fastcollate.ingest.journal import MergedShard, skipped_of
 from fastcollate.ingest.lock import is_ours
 from fastcollate.ingest.places.lock import JOB, LOCKS, StorageLock
-from fastcollate.ingest.places.shard import Note, Owner, note_name, pairs, store_shard
+from fastcollate.ingest.places.shard import Note, Owner, Stream, note_name, pairs, store_shard, stream_shard
 from fastcollate.ingest.spec import LostRecord, UnitResult, differences
 from fastcollate.sources import Unit
 from fastcollate.store import manifest as manifests
 from fastcollate.store import remote, shards
 
 _HEADER = f"{JOB}job.json"
-_AT_ONCE = 16  # small objects
 _OTHERWISE = "choose another place, or begin anew with --overwrite (overwrite=True)"
 
 
@@ -43,12 +42,13 @@ class StoragePlace:
         root: where the store is read from and what messages call it.
         stage: a folder of this machine for the leader's own files, until they are published.
         target: what a worker is told of the place.
-        work: what a worker does.
+        work: what a worker does; `stream`, what makes one that does so one task behind; `ahead`, such a call of a
+            process's own.
     """
 
     work = staticmethod(store_shard)
+    stream, ahead = Stream, staticmethod(stream_shard)
     few = 2
-    turns = 1
 
     def __init__(self, root: remote.Objects) -> None:
         self.root, self.target = root, root.url
@@ -116,10 +116,9 @@ class StoragePlace:
     def publish(self, journal: Any, infos: Iterable[shards.ShardInfo]) -> None:
         """Upload what was staged; the manifest last, if all is still as it was noted and the store is this job's."""
         assert self._lock is not None
-        names = sorted(path.name for path in self.stage.iterdir() if not path.name.startswith("."))
-        for name in names:
-            if name != manifests.MANIFEST:
-                self.root.upload(self.stage / name)
+        names = {path.name for path in self.stage.iterdir() if not path.name.startswith(".")} - {manifests.MANIFEST}
+        with ThreadPoolExecutor(remote.AT_ONCE) as pool:
+            list(pool.map(lambda name: self.root.upload(self.stage / name), names))
         journal.check(infos)
         self._lock.check()
         if not self.root.upload(self.stage / manifests.MANIFEST, create=True):
@@ -159,7 +158,7 @@ class StorageJournal(contextlib.AbstractContextManager["StorageJournal"]):
 
     def _load(self, there: Mapping[str, remote.Found]) -> None:
         mine = [name for name in self._root.found(JOB) if name.endswith(f"-{self.token.job}")]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(remote.AT_ONCE) as pool:
             for note in map(Note.of, pool.map(self._root.get, mine)):
                 info = None if note is None else note.shard.info
                 if note is not None and (
@@ -227,8 +226,9 @@ def _header(root: remote.Objects) -> dict[str, Any] | None:
 
 def _remove_job(root: remote.Objects) -> None:
     """Remove a job's notes, what it is last."""
-    names = sorted(root.found(JOB), key=lambda name: name == _HEADER)
-    root.remove(names)
+    names = {*root.found(JOB)}
+    root.remove(names - {_HEADER})
+    root.remove(names & {_HEADER})
 
 
 def _with_content(unit: Unit) -> Unit:

@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +26,7 @@ from fastcollate.sources import remote
 from fastcollate.store.files import FileInfo
 
 PART = 16 << 20  # bytes of one request of a larger upload
+AT_ONCE = 16  # requests for small objects
 _IS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters or more: C:// is a drive
 _NO_STORE = (
     "http",
@@ -193,16 +195,15 @@ class Objects:
         return self.write(name or path.name, path.read_bytes(), create=create)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove objects; those that are not there are no error."""
-        for name in names:
+        """Remove objects, several at once; those that are not there are no error."""
 
-            def action(path: str = self._at(name)) -> None:
-                try:
-                    self._files.rm_file(path)
-                except FileNotFoundError:
-                    return
+        def remove_one(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(self._at(name))
 
-            self._attempt(name, action)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for _ in pool.map(lambda name: self._attempt(name, lambda: remove_one(name)), names):
+                pass
 
     def abort_uploads(self) -> int:
         """Abort uploads in parts that were begun here and never ended, which storage keeps, and bills, unseen.
