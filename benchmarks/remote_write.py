@@ -23,6 +23,7 @@ from pathlib import Path
 
 import fsspec
 import psutil
+from botocore.exceptions import BotoCoreError
 
 from benchmarks.harness import save_part
 from benchmarks.kill import store_hash
@@ -65,6 +66,19 @@ def clear(url: str) -> None:
     folder.remove([name for place in ("", ".job/", ".lock/") for name in folder.found(place)])
 
 
+def make_bucket() -> None:
+    """Make the bucket of a new server, which may not be all up yet."""
+    fsspec.filesystem("s3").clear_instance_cache()  # those of another server
+    for last in (*[False] * 30, True):
+        try:
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+            return
+        except (OSError, BotoCoreError):
+            if last:
+                raise
+            time.sleep(1)
+
+
 def send_only(store: Path, url: str) -> float:
     """Seconds of a client that puts the finished store's files, four at once, and checks nothing."""
     files = fsspec.filesystem("s3")
@@ -88,8 +102,7 @@ def storage(root: Path, cores: set[int]) -> Iterator[None]:
             os.sched_setaffinity(0, mine)
             assert proxy.stdout is not None
             os.environ["AWS_ENDPOINT_URL"] = f"http://{proxy.stdout.readline().decode().strip()}"
-            fsspec.filesystem("s3").clear_instance_cache()  # those of another server
-            fsspec.filesystem("s3").mkdir("bucket")
+            make_bucket()
             yield
             proxy.kill()
 
@@ -170,7 +183,7 @@ def kills(root: Path, num_kills: int) -> None:
     at: list[int] = []
     with Seaweed(root / "weed2") as server, SlowProxy(server.address, latency_s=LATENCY_S) as proxy:
         os.environ["AWS_ENDPOINT_URL"] = f"http://{proxy.address}"
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        make_bucket()
         direct = Objects(url)
         total_s = timed(command(source, url, start=SMALL))
         while sum(done.values()) < num_kills:
