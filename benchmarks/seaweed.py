@@ -22,7 +22,8 @@ class Seaweed:
         self.address = f"127.0.0.1:{s3}"
         command = [shutil.which("weed") or "weed", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         ports = [f"-s3.port={s3}", f"-filer.port={filer}", f"-master.port={master}", f"-volume.port={volume}"]
-        self._command = [*command, *ports, "-s3", "-volume.max=50", "-master.volumeSizeLimitMB=1024"]
+        fixed = ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # else two servers would want the same ports
+        self._command = [*command, *ports, *fixed, "-s3", "-volume.max=50", "-master.volumeSizeLimitMB=1024"]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Seaweed:

@@ -190,8 +190,7 @@ class _Job:
             self._journal = journal
             try:
                 units = self._unfinished(read_units(self.sources))
-                tasks = self.place.tasks(units, apart=asked.engine == "ray")
-                results = run(tasks, self.place, self.spec, journal.token)
+                results = run(self.place.tasks(units), self.place, self.spec, journal.token)
                 # Closed here and now, also after an error: left to the garbage collector, which may run in any thread,
                 # the workers' pool could wait for itself.
                 with contextlib.closing(results):

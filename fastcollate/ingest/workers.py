@@ -1,4 +1,4 @@
-"""Who does the units of work: processes of this machine, or tasks of a Ray cluster; results in order."""
+"""Who does the units of work: processes of this machine, or tasks of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-from fastcollate.errors import SourceReadError, import_extra
+from fastcollate.errors import InputError, SourceReadError, import_extra
 from fastcollate.ingest.places import FolderPlace, Place
 from fastcollate.ingest.spec import JobSpec
 
 _SLOW_IMPORTS = ("gigatoken", "tiktoken", "tokenizers", "numba", "s3fs", "gcsfs", "adlfs")
+_LOOK_S = 1.0  # seconds after which a Ray cluster is looked at again
 Results = Generator[tuple[Any, Any], None, None]
 Runner = Callable[[Iterator[Any], Place, JobSpec, Any], Results]
 
 
 def runner(engine: str, workers: int | None) -> Runner:
-    """What does tasks with this engine: each with what became of it, in order."""
+    """What does tasks with this engine: each with what became of it."""
     return _ray_runner(workers) if engine == "ray" else _local_runner(workers)
 
 
@@ -55,7 +56,7 @@ def _local_runner(workers: int | None) -> Runner:
                 def call(number: int, task: Any) -> Callable[[], Any]:
                     return _submit(pools[number], place.ahead, task, spec, place.target, token).result
 
-                yield from _one_behind(tasks, call, count)
+                yield from _one_behind(tasks, call, count, place.bare)
         except BrokenProcessPool as error:
             raise SourceReadError(
                 f"{place.root}: a worker process was killed, perhaps for want of memory; what is finished is kept: "
@@ -71,7 +72,11 @@ def _alone(tasks: Iterator[Any], place: Place, spec: JobSpec, token: Any) -> Res
         yield from ((task, place.work(task, spec, place.target, token)) for task in tasks)
         return
     with contextlib.closing(place.stream()) as stream:
-        yield from _one_behind(tasks, lambda _, task: partial(stream, task, spec, place.target, token), 1)
+
+        def call(_: int, task: Any) -> Callable[[], Any]:
+            return partial(stream, task, spec, place.target, token)
+
+        yield from _one_behind(tasks, call, 1, place.bare)
 
 
 @contextlib.contextmanager
@@ -124,10 +129,13 @@ def _in_order(
     yield from ((task, result_of(reference)) for task, reference in running)
 
 
-def _one_behind(tasks: Iterator[Any], call: Callable[[int, Any], Callable[[], Any]], count: int) -> Results:
+def _one_behind(
+    tasks: Iterator[Any], call: Callable[[int, Any], Callable[[], Any]], count: int, bare: Callable[[Any], Any]
+) -> Results:
     """Results in the order of the tasks, of workers that give with a call what became of the call before.
 
-    `call` tells a worker, by its number, its next task, or `None` after the last, and gives what waits for the result.
+    `call` tells a worker, by its number, its next task, or `None` after the last, and gives what waits for the result;
+    `bare` is what of a task is kept meanwhile.
     """
     given: deque[Any] = deque()
     calls: deque[Callable[[], Any]] = deque()
@@ -140,7 +148,7 @@ def _one_behind(tasks: Iterator[Any], call: Callable[[int, Any], Callable[[], An
 
     number = 0
     for task in tasks:
-        given.append(task)
+        given.append(bare(task))
         calls.append(call(number % count, task))
         number += 1
         yield from taken(2 * count - 1)
@@ -164,18 +172,55 @@ def _begin_worker() -> None:
 
 
 def _ray_runner(workers: int | None) -> Runner:
-    """The same function as tasks of a Ray cluster; Ray runs a lost task again. Only the driver holds the lock."""
+    """The same function as tasks of a Ray cluster; Ray runs a lost task again. Only the driver holds the lock.
+
+    As many tasks as the cluster has processors, also those that join late, are at work, and one waits (or, where they
+    are small, as many).
+    """
     ray = import_extra("ray", "ray")
 
     def run(tasks: Iterator[Any], place: Place, spec: JobSpec, token: Any) -> Results:
         if not ray.is_initialized():
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+            _join_cluster(ray, workers)
         work = ray.remote(num_cpus=1, max_retries=5)(place.work)
-        count = workers or int(ray.cluster_resources().get("CPU", 1))
-        submitted = ((task, work.remote(task, spec, place.target, token)) for task in tasks)
-        yield from _in_order(submitted, count + 1, partial(_ray_result, ray))
+        running: dict[Any, Any] = {}
+
+        def taken(most: Callable[[], int]) -> Results:
+            while len(running) > most():
+                for reference in ray.wait([*running], timeout=_LOOK_S)[0]:
+                    yield running.pop(reference), _ray_result(ray, reference)
+
+        try:
+            for task in tasks:
+                running[work.remote(place.packed(task), spec, place.target, token)] = place.bare(task)
+                yield from taken(lambda: place.turns * (workers or _num_cpus(ray)))
+            yield from taken(lambda: 0)
+        finally:
+            for reference in running:  # of a job that has failed
+                ray.cancel(reference)
+            if running:
+                ray.wait([*running], num_returns=len(running), timeout=60)
 
     return run
+
+
+def _join_cluster(ray: Any, workers: int | None) -> None:
+    """Begin to use the cluster that there is (`RAY_ADDRESS`, or of this machine), else one of this process's own."""
+    options = {"include_dashboard": False, "log_to_driver": False}
+    try:
+        try:
+            ray.init(num_cpus=workers, **options)
+        except ValueError:  # one that there is has its processors
+            ray.init(**options)
+    except (ConnectionError, ValueError) as error:
+        raise InputError(
+            f"engine='ray': no Ray cluster can be joined ({str(error).splitlines()[0]}); run `ray start` on this "
+            "machine, or unset RAY_ADDRESS for a cluster of this process alone"
+        ) from None
+
+
+def _num_cpus(ray: Any) -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def _ray_result(ray: Any, reference: Any) -> Any:

@@ -64,9 +64,17 @@ class FolderPlace:
         """What is finished of the job."""
         return Journal(self.root, identity, anew=anew)
 
-    def tasks(self, units: Iterator[Unit], *, apart: bool) -> Iterator[Unit]:
-        """What one worker does at once: a unit. `apart` says that workers cannot read this machine's files."""
+    def tasks(self, units: Iterator[Unit]) -> Iterator[Unit]:
+        """What one worker does at once: a unit."""
         return units
+
+    def packed(self, task: Unit) -> Unit:
+        """A task for a worker of another machine, which has the same disk."""
+        return task
+
+    def bare(self, task: Unit) -> Unit:
+        """What is kept of a task that is at work."""
+        return task
 
     def taken(self, journal: Any, task: Any, done: Any) -> Iterator[tuple[Unit, Encoded]]:
         """Note what a worker has done."""

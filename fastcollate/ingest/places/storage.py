@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from fastcollate.ingest.lock import is_ours
 from fastcollate.ingest.places.lock import JOB, LOCKS, StorageLock
 from fastcollate.ingest.places.shard import Note, Owner, Stream, note_name, pairs, store_shard, stream_shard
 from fastcollate.ingest.spec import LostRecord, UnitResult, differences
-from fastcollate.sources import Unit
+from fastcollate.sources import Block, Unit
 from fastcollate.store import manifest as manifests
 from fastcollate.store import remote, shards
 
@@ -49,6 +49,7 @@ class StoragePlace:
     work = staticmethod(store_shard)
     stream, ahead = Stream, staticmethod(stream_shard)
     few = 2
+    turns = 1  # see `FolderPlace`
 
     def __init__(self, root: remote.Objects) -> None:
         self.root, self.target = root, root.url
@@ -98,11 +99,17 @@ class StoragePlace:
         assert self._lock is not None
         return StorageJournal(self.root, self._lock, self.stage, identity, anew=anew)
 
-    def tasks(self, units: Iterator[Unit], *, apart: bool) -> Iterator[tuple[Unit, ...]]:
-        """What one worker does at once: a shard. `apart` says that workers cannot read this machine's files."""
-        for _, of_shard in itertools.groupby(units, key=lambda unit: unit.shard):
-            task = tuple(of_shard)
-            yield tuple(map(_with_content, task)) if apart else task
+    def tasks(self, units: Iterator[Unit]) -> Iterator[tuple[Unit, ...]]:
+        """What one worker does at once: a shard."""
+        return (tuple(of_shard) for _, of_shard in itertools.groupby(units, key=lambda unit: unit.shard))
+
+    def packed(self, task: tuple[Unit, ...]) -> tuple[Unit, ...]:
+        """A task for a worker that cannot read this machine's files."""
+        return tuple(_with(unit, lambda block: replace(block, data=block.read(), path="")) for unit in task)
+
+    def bare(self, task: tuple[Unit, ...]) -> tuple[Unit, ...]:
+        """What is kept of a task that is at work: not its content."""
+        return tuple(_with(unit, lambda block: replace(block, data=b"")) for unit in task)
 
     def taken(self, journal: Any, task: Any, done: Any) -> Iterator[tuple[Unit, Encoded]]:
         """Note what a worker has done."""
@@ -231,6 +238,5 @@ def _remove_job(root: remote.Objects) -> None:
     root.remove(names & {_HEADER})
 
 
-def _with_content(unit: Unit) -> Unit:
-    blocks = (replace(block, data=block.read(), path="") for block in unit.blocks)
-    return replace(unit, blocks=tuple(blocks))
+def _with(unit: Unit, change: Callable[[Block], Block]) -> Unit:
+    return replace(unit, blocks=tuple(map(change, unit.blocks)))
