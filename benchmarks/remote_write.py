@@ -154,7 +154,7 @@ def _interleaved(root: Path, source: Path, workers: int) -> dict[str, object]:
             seconds[name].append(run())
             cpu[name].append(sum(os.times()[:4]) - sum(before[:4]))
         print({name: (took[-1], cpu[name][-1]) for name, took in seconds.items()}, flush=True)
-        assert remote_hash(url) == _hash_of(local), "the store in object storage differs"
+        assert remote_hash(url) == local_hash(local), "the store in object storage differs"
         clear(url)
         clear(sent)
     middle = {name: statistics.median(times) for name, times in seconds.items()}
@@ -169,7 +169,7 @@ def _interleaved(root: Path, source: Path, workers: int) -> dict[str, object]:
     }
 
 
-def _hash_of(local: Path) -> str:
+def local_hash(local: Path) -> str:
     (local / ".lock").unlink(missing_ok=True)
     return store_hash(local)
 
@@ -179,7 +179,7 @@ def kills(root: Path, num_kills: int) -> None:
     source, local, url = root / "killed.jsonl", root / "plain", "s3://bucket/killed"
     write_short(source, KILL_MEGABYTES * 1_000_000)
     subprocess.run(command(source, local, start=SMALL), check=True, stdout=subprocess.DEVNULL)
-    expected, dice, done, compared = _hash_of(local), random.Random(SEED), Counter[str](), 0
+    expected, dice, done, compared = local_hash(local), random.Random(SEED), Counter[str](), 0
     at: list[int] = []
     with Seaweed(root / "weed2") as server, SlowProxy(server.address, latency_s=LATENCY_S) as proxy:
         os.environ["AWS_ENDPOINT_URL"] = f"http://{proxy.address}"
