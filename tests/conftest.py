@@ -13,6 +13,8 @@ import fsspec
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.forks import Forks
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's job in the background has it, and its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -51,6 +53,14 @@ def gsm8k() -> Path:
 def expected_widths() -> Path:
     """Batch widths that the chapter's own loader gives."""
     return SHARED / RECORDS["expected_widths"]
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs scripts of a test in processes that need not import torch."""
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

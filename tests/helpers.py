@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -250,18 +248,6 @@ def save_chat_models(folder: Path) -> None:
     for name, model, template in (("llama3", "Llama-3-8B-Instruct", "llama3"), ("qwen", "Qwen3-8B", "qwen3")):
         made[name].chat_template = (templates()[0].parent / f"{template}.jinja").read_text(encoding="utf-8")
         made[name].save_pretrained(folder / model)
-
-
-def torchrun(script: str, num_ranks: int, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script in so many processes, as `torchrun` starts them; it finds its arguments in `sys.argv[1:]`."""
-    path = folder / "script.py"
-    path.write_text(script)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *launcher, *map(str, arguments)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
 
 
 def numbered_store(path: Path, num_rows: int, *, longest: int = 40) -> TokenStore:

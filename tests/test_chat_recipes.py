@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from inspect import signature
 from itertools import islice
@@ -17,6 +15,7 @@ from test_docs import ROOT, blocks
 
 from benchmarks.chat_exact import chats, templates, theirs_of
 from fastcollate import TokenStore
+from tests.forks import Forks
 from tests.helpers import save_chat_models
 
 PAGE = ROOT / "docs" / "chats.md"
@@ -56,7 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def some_chats(kind: str, seed: int) -> Iterator[dict[str, Any]]:
-    return islice(filter(KINDS[kind][2], chats(4000, seed)), 200)
+    return islice(filter(KINDS[kind][2], chats(4000, seed)), 60)
 
 
 def test_there_is_a_recipe_for_each_kind() -> None:
@@ -66,20 +65,19 @@ def test_there_is_a_recipe_for_each_kind() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_and_masks_of_a_recipe(kind: str, models: Path, tmp_path: Path) -> None:
+def test_ids_and_masks_of_a_recipe(kind: str, models: Path, tmp_path: Path, forks: Forks) -> None:
     from transformers import AutoTokenizer
 
     model, template, _ = KINDS[kind]
     records = list(some_chats(kind, seed=11))
     (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / model).symlink_to(models / model)
-    command = [sys.executable, "-c", RECIPES[kind]]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    result = forks.run(RECIPES[kind], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     source = (templates()[0].parent / f"{template}.jinja").read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(models / model)
     [store] = [TokenStore(path.parent) for path in tmp_path.glob("*/manifest.json")]
-    assert len(store) == len(records) == 200
+    assert len(store) == len(records) == 60
     for row, record in zip(store, records, strict=True):
         found = theirs_of(tokenizer, source, record)
         assert found is not None

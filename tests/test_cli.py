@@ -18,13 +18,8 @@ from fastcollate.ingest.options import PrepareOptions
 from fastcollate.options import flag_of
 from fastcollate.progress import _shown
 from fastcollate.train.options import AnswerOptions, MaskOptions, OrderOptions, TrainOptions
+from tests.forks import Forks
 from tests.helpers import run_cli, store_of_rows
-
-
-def fastcollate(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fastcollate", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, check=False)
-
 
 MISTAKES = {
     "malformed.json": (b'[{"instruction": "a", "output": ', "not valid JSON"),
@@ -40,7 +35,7 @@ MISTAKES = {
     ("command", "name"),
     [*(("prepare", name) for name in (*MISTAKES, "directory")), ("train", "missing.json"), ("train", "directory")],
 )
-def test_a_mistake_is_one_line_and_leaves_no_store(tmp_path: Path, command: str, name: str) -> None:
+def test_a_mistake_is_one_line_and_leaves_no_store(tmp_path: Path, forks: Forks, command: str, name: str) -> None:
     content, says = MISTAKES.get(name, (b"", "is a directory"))
     source = tmp_path / name
     if name == "directory":
@@ -48,7 +43,7 @@ def test_a_mistake_is_one_line_and_leaves_no_store(tmp_path: Path, command: str,
     else:
         source.write_bytes(content)
     arguments = ("prepare", name, "store") if command == "prepare" else ("train", "--data", name, "--out", "run")
-    result = fastcollate(*arguments, cwd=tmp_path)
+    result = forks.run("-m fastcollate", *arguments, cwd=tmp_path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -72,8 +67,8 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_wrong_field_mapping_is_named(tmp_path: Path) -> None:
-    result = fastcollate("prepare", "a.json", "store", "--field", "x", cwd=tmp_path)
+def test_a_wrong_field_mapping_is_named(tmp_path: Path, forks: Forks) -> None:
+    result = forks.run("-m fastcollate", "prepare", "a.json", "store", "--field", "x", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (
         1,
         "error: --field 'x': write it as NAME=SOURCE, such as instruction=question\n",
@@ -95,10 +90,10 @@ def test_ctrl_c_says_so_in_one_line(
 
 
 @pytest.mark.slow
-def test_the_version(tmp_path: Path) -> None:
+def test_the_version(tmp_path: Path, forks: Forks) -> None:
     from fastcollate import __version__
 
-    result = fastcollate("--version", cwd=tmp_path)
+    result = forks.run("-m fastcollate", "--version", cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{__version__}\n", "")
 
 

@@ -2,8 +2,8 @@
 
 `bash` blocks run line by line as they stand, except that installing is left out (the CI script does that), that
 `python` means this interpreter, and that a first run is of few steps (`benchmarks.first_answers` runs it whole).
-`python` blocks run each in a process of its own, forked from one that has imported torch and the package, for that
-takes longer than most blocks; below `<!-- ranks 2 1 -->` in two of `torchrun`, and then again in one. A block below
+`python` blocks and the command `fastcollate` run each in a process of its own, a fork (`tests/forks.py`); a block below
+`<!-- ranks 2 1 -->` in two that find what `torchrun` would tell them, and then again in one. A block below
 `<!-- output -->` is what the block before it prints. Other blocks are text.
 """
 
@@ -12,33 +12,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import PAGES, ROOT, save_chat_models, torchrun
+from tests import forks as forks_module
+from tests.forks import Forks
+from tests.helpers import PAGES, ROOT, save_chat_models
 
 TEST_COMMAND = "<!-- test command -->"
 OUTPUT = "<!-- output -->"
-START = """
-import os, runpy, sys
-import torch, fastcollate.load.loader
-for line in sys.stdin:
-    script = line.rstrip()
-    if not (child := os.fork()):
-        os.chdir(os.path.dirname(script))
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for stream, name in ((1, "block.out"), (2, "block.err")):
-            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-        sys.argv, sys.path[0] = [script], os.path.dirname(script)
-        runpy.run_path(script, run_name="__main__")
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 RANKS = re.compile(r"<!-- ranks ([\d ]+) -->\n$")
 
 
@@ -65,41 +51,21 @@ def shortened(line: str) -> str:
     return re.sub(r"(fastcollate train --out \S+)$", r"\1 --max-steps 20", line)
 
 
-def run_ranks(text: str, cwd: Path, num_ranks: str) -> subprocess.CompletedProcess[str]:
+def run_ranks(text: str, cwd: Path, num_ranks: str, forks: Forks) -> subprocess.CompletedProcess[str]:
     """Run in each of these numbers of processes, one after another."""
     for number in map(int, num_ranks.split()):
-        result = torchrun(text, number, cwd)
+        result = forks.run(text, cwd=cwd, num_ranks=number, environment={"HF_HUB_OFFLINE": "1"})
         if result.returncode:
             break
     return result
 
 
-@pytest.fixture(scope="module")
-def started() -> Iterator[subprocess.Popen[str]]:
-    """A process that has imported what blocks import, and runs scripts in forks of itself."""
-    command = [sys.executable, "-c", START]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
-        yield process
-        os.killpg(process.pid, signal.SIGKILL)  # with what still runs of a script that took too long
-
-
-def run_python(text: str, cwd: Path, started: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    script = cwd / "block.py"
-    script.write_text(text)
-    assert started.stdin is not None
-    assert started.stdout is not None
-    print(script, file=started.stdin, flush=True)
-    status = int(started.stdout.readline())
-    output, errors = ((cwd / name).read_text() for name in ("block.out", "block.err"))
-    return subprocess.CompletedProcess(str(script), status, output, errors)
-
-
-def run_bash(text: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_bash(text: str, cwd: Path, forks: Forks) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    lines = "\n".join(shortened(without_install(line)) for line in text.splitlines())
-    command = ["bash", "-euo", "pipefail", "-c", lines]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    command = shlex.join([sys.executable, "-I", "-S", forks_module.__file__, forks.address])
+    lines = [f'fastcollate() {{ {command} "$@"; }}', *map(shortened, map(without_install, text.splitlines()))]
+    whole = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
+    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 def without_trailing_blanks(text: str) -> str:
@@ -109,7 +75,7 @@ def without_trailing_blanks(text: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_blocks_run(page: Path, tmp_path: Path, started: subprocess.Popen[str]) -> None:
+def test_code_blocks_run(page: Path, tmp_path: Path, forks: Forks) -> None:
     if page.name == "chats.md":
         save_chat_models(tmp_path)
     printed = ""
@@ -118,9 +84,9 @@ def test_code_blocks_run(page: Path, tmp_path: Path, started: subprocess.Popen[s
             assert printed == without_trailing_blanks(text), f"{page.name}, line {line}, is now:\n{printed}"
             continue
         if language.startswith("ranks "):
-            result = run_ranks(text, tmp_path, language.removeprefix("ranks "))
+            result = run_ranks(text, tmp_path, language.removeprefix("ranks "), forks)
         else:
-            result = run_bash(text, tmp_path) if language == "bash" else run_python(text, tmp_path, started)
+            result = run_bash(text, tmp_path, forks) if language == "bash" else forks.run(text, cwd=tmp_path)
         printed = without_trailing_blanks(result.stdout)
         assert result.returncode == 0, f"{page.name}, block at line {line}:\n{text}\n{result.stdout}{result.stderr}"
 

@@ -16,7 +16,8 @@ from test_docs import blocks
 from fastcollate import BatchLoader
 from fastcollate.store.store import TokenStore
 from fastcollate.testing import assert_resumes, rows_of
-from tests.helpers import sample_store, torchrun
+from tests.forks import Forks
+from tests.helpers import sample_store
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "ranks.md"
 NUM_ROWS = 600
@@ -43,7 +44,7 @@ def names_of(word: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Simple
 
 
 @pytest.mark.slow
-def test_fsdp_goes_on_with_another_number_of_ranks(folder: Path, tmp_path: Path) -> None:
+def test_fsdp_goes_on_with_another_number_of_ranks(folder: Path, tmp_path: Path, forks: Forks) -> None:
     """Three steps on two ranks and three on one have the losses of six on one."""
     found = []
     for numbers in ((2, 1), (1, 1)):
@@ -52,7 +53,7 @@ def test_fsdp_goes_on_with_another_number_of_ranks(folder: Path, tmp_path: Path)
         (out / "store").symlink_to(folder / "store")
         text = ""
         for number in numbers:
-            result = torchrun(recipe("fully_shard"), number, out)
+            result = forks.run(recipe("fully_shard"), cwd=out, num_ranks=number)
             assert result.returncode == 0, result.stderr[-3000:]
             text += result.stdout
         found.append([float(loss) for loss in re.findall(r"loss ([\d.]+)", text)])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from test_docs import blocks
 
+from tests.forks import Forks
 from tests.helpers import write_store
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
@@ -33,13 +32,11 @@ assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", LOOPS, ids=["DataLoader", "packed", "Lightning"])
-def test_a_batch_without_a_target_ruins_no_model_of_a_recipe(text: str, tmp_path: Path) -> None:
+def test_a_batch_without_a_target_ruins_no_model_of_a_recipe(text: str, tmp_path: Path, forks: Forks) -> None:
     """No row of this store has a target when prompts are masked; every batch is one whose mean is NaN."""
     if "lightning" in text:
         pytest.importorskip("lightning")
     write_store(tmp_path / "store", [([9, 0], list(range(n, n + 8))) for n in range(200)], shard_rows=20)
-    (tmp_path / "recipe.py").write_text(text + FINITE)
-    command = [sys.executable, "-W", "ignore", "recipe.py"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+    result = forks.run(text + FINITE, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "nan" not in result.stdout

@@ -10,7 +10,8 @@ import pytest
 
 from fastcollate import BucketBatchSampler
 from fastcollate.store.store import TokenStore
-from tests.helpers import numbered_store, torchrun
+from tests.forks import Forks
+from tests.helpers import numbered_store
 
 NUM_ROWS = 203
 
@@ -20,9 +21,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return numbered_store(tmp_path_factory.mktemp("many") / "store", NUM_ROWS)
 
 
-def run(script: str, store: TokenStore, folder: Path, *arguments: object) -> list[dict[str, Any]]:
+def run(forks: Forks, script: str, store: TokenStore, folder: Path, *arguments: object) -> list[dict[str, Any]]:
     """What each of two ranks has noted."""
-    result = torchrun(HEAD + script, 2, folder, store.path, *arguments)
+    result = forks.run(
+        HEAD + script, store.path, *arguments, cwd=folder, num_ranks=2, environment={"HF_HUB_OFFLINE": "1"}
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
@@ -88,8 +91,10 @@ write()
 
 
 @pytest.mark.slow
-def test_loader_and_sampler_take_their_share_when_an_iteration_starts(store: TokenStore, tmp_path: Path) -> None:
-    ranks = run(ALONE, store, tmp_path)
+def test_loader_and_sampler_take_their_share_when_an_iteration_starts(
+    store: TokenStore, tmp_path: Path, forks: Forks
+) -> None:
+    ranks = run(forks, ALONE, store, tmp_path)
     for rank, notes in enumerate(ranks):
         plan = BucketBatchSampler(store, batch_size=8, seed=3, drop_last=True, rank=rank, world_size=2)
         own = list(plan)
@@ -157,10 +162,10 @@ DIVIDING: list[dict[str, Any]] = [
 
 
 @pytest.mark.slow
-def test_accelerate_gives_each_rank_its_own_rows_or_is_refused(store: TokenStore, tmp_path: Path) -> None:
+def test_accelerate_gives_each_rank_its_own_rows_or_is_refused(store: TokenStore, tmp_path: Path, forks: Forks) -> None:
     """`prepare` deals a batch sampler's batches to the ranks; they were dealt already, and half were lost."""
     pytest.importorskip("accelerate")
-    ranks = run(PREPARED, store, tmp_path, *map(json.dumps, (KINDS, DEALING, DIVIDING)))
+    ranks = run(forks, PREPARED, store, tmp_path, *map(json.dumps, (KINDS, DEALING, DIVIDING)))
     for rank, notes in enumerate(ranks):
         for options in KINDS:
             own = BucketBatchSampler(store, rank=rank, world_size=2, **options)
@@ -233,9 +238,11 @@ write()
 
 
 @pytest.mark.slow
-def test_lightning_and_fabric_give_each_rank_its_own_rows_or_are_refused(store: TokenStore, tmp_path: Path) -> None:
+def test_lightning_and_fabric_give_each_rank_its_own_rows_or_are_refused(
+    store: TokenStore, tmp_path: Path, forks: Forks
+) -> None:
     pytest.importorskip("lightning")
-    ranks = run(LIGHTNING, store, tmp_path)
+    ranks = run(forks, LIGHTNING, store, tmp_path)
     for rank, notes in enumerate(ranks):
         own = BucketBatchSampler(store, batch_size=8, seed=3, tail="uneven", rows=range(192), rank=rank, world_size=2)
         plan = [*own, *own]
@@ -290,9 +297,9 @@ TRAINER_CONFIGURATIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.slow
-def test_trainers_on_two_ranks_train_each_row_once(store: TokenStore, tmp_path: Path) -> None:
+def test_trainers_on_two_ranks_train_each_row_once(store: TokenStore, tmp_path: Path, forks: Forks) -> None:
     pytest.importorskip("transformers")
-    ranks = run(TRAINER, store, tmp_path, json.dumps(TRAINER_CONFIGURATIONS))
+    ranks = run(forks, TRAINER, store, tmp_path, json.dumps(TRAINER_CONFIGURATIONS))
     for name in ("plain", "bucketed"):
         for configuration in TRAINER_CONFIGURATIONS:
             batches = [notes[f"{name} {configuration}"] for notes in ranks]

@@ -6,8 +6,6 @@ import json
 import math
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +24,7 @@ from fastcollate.train.preference.dpo import DPOLoss, answer_log_probs
 from fastcollate.train.preference.reference import Reference, reference_for, reference_of
 from fastcollate.train.ranks import Ranks
 from fastcollate.train.step import as_micro_batch, split_rows
+from tests.forks import Forks
 from tests.helpers import losses, metrics, run_cli
 
 CPU = torch.device("cpu")
@@ -279,15 +278,14 @@ def test_pairs_that_the_limit_makes_alike_are_said(folder: Path, tmp_path: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", [[], ["--policy", "packed", "--global-batch-size", "2", "--max-length", "40"]])
 def test_two_ranks_learn_as_one_does(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: list[str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: list[str], forks: Forks
 ) -> None:
     prepare(str(folder / "pairs.json"), tmp_path / "pairs", template="preference")
     common = ["--store", str(tmp_path / "pairs"), "--objective", "dpo", "--reference-checkpoint", str(folder / "sft")]
     common += ["--device", "cpu", "--no-tensorboard", "--sample-tokens", "0", "--max-steps", "4", "--eval-every", "2"]
     common += ["--learning-rate", "1e-3", *policy]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command = [*launcher, "fastcollate", "train", "--out", str(tmp_path / "two"), *common]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    two = ["train", "--out", tmp_path / "two", *common]
+    forks.run("-m fastcollate", *two, cwd=tmp_path, num_ranks=2).check_returncode()
     assert run_cli(monkeypatch, "train", "--out", tmp_path / "one", *common) == 0
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)

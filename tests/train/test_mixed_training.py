@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from fastcollate.train.model import CONFIGS, GPT2, GPT2Config
 from fastcollate.train.options import TrainOptions
 from fastcollate.train.ranks import Ranks
 from fastcollate.train.step import make_loader, split_mix
+from tests.forks import Forks
 from tests.helpers import metrics, run_cli, write_store
 
 TINY = {"name": "gpt2", "fingerprint": "00", "vocab_size": 300, "pad_token_id": 299}
@@ -102,35 +101,15 @@ def test_the_loss_of_each_source_is_that_of_its_rows(
 
 @pytest.mark.slow
 def test_two_ranks_tell_the_same_of_each_source_and_a_run_goes_on(
-    stores: dict[str, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stores: dict[str, TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: Forks
 ) -> None:
     mix = stores["one"].path.parent / "mix.json"
-    common: list[object] = [
-        "--mix",
-        mix,
-        "--policy",
-        "shuffled",
-        "--batch-size",
-        8,
-        "--device",
-        "cpu",
-        "--no-tensorboard",
-    ]
+    common = ["--mix", mix, "--policy", "shuffled", "--batch-size", 8, "--device", "cpu", "--no-tensorboard"]
     common += ["--schedule", "constant", "--sample-tokens", 0, "--eval-every", 0]
     assert run_cli(monkeypatch, "train", "--out", tmp_path / "one", *common, "--max-steps", 6) == 0
-    arguments = [str(part) for part in common]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "fastcollate",
-    ]
-    for steps in ("3", "6"):
-        command = [*launcher, "train", "--out", str(tmp_path / "two"), *arguments, "--max-steps", steps, "--resume"]
-        subprocess.run(command, check=True, capture_output=True, timeout=240)
+    for steps in (3, 6):
+        two = ["train", "--out", tmp_path / "two", *common, "--max-steps", steps, "--resume"]
+        forks.run("-m fastcollate", *two, cwd=tmp_path, num_ranks=2).check_returncode()
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 6
     for own, other in zip(one, two, strict=True):

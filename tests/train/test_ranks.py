@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from fastcollate.store.store import TokenStore
 from fastcollate.train import ranks as parallel
+from tests.forks import Forks
 from tests.helpers import losses, metrics, write_store
 
 # Train on a tiny vocabulary, note each row that a rank is given by its first token, and fail where a test wants it.
@@ -79,16 +80,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 def launch(
-    num_ranks: int, store: TokenStore, out: Path, *, fail_at: int = 0, restarts: int = 0, **values: object
+    forks: Forks, num_ranks: int, store: TokenStore, out: Path, *, fail_at: int = 0, restarts: int = 0, **values: object
 ) -> int:
-    script = out.parent / "script.py"
-    script.write_text(SCRIPT)
-    arguments = [str(script), str(store.path), str(out), str(fail_at), json.dumps(values)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    launcher += [f"--max-restarts={restarts}"]
-    process = subprocess.run(
-        [sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=240, check=False
-    )
+    """Train on so many ranks; with `restarts` under `torchrun` itself."""
+    arguments = [str(store.path), str(out), str(fail_at), json.dumps(values)]
+    if restarts:
+        script = out.parent / "script.py"
+        script.write_text(SCRIPT)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+        command = [sys.executable, *launcher, f"--max-restarts={restarts}", str(script), *arguments]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    else:
+        process = forks.run(SCRIPT, *arguments, cwd=out.parent, num_ranks=num_ranks)
     if process.returncode and not fail_at:
         pytest.fail(process.stderr[:3000])
     return process.returncode
@@ -106,10 +109,10 @@ COMMON = {"train_share": 1.0, "test_share": 0.0, "batch_size": 8, "schedule": "c
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_losses_of_one(tmp_path: Path, store: TokenStore) -> None:
+def test_two_ranks_give_the_losses_of_one(forks: Forks, tmp_path: Path, store: TokenStore) -> None:
     values = {**COMMON, "epochs": 2, "mask_prompt": True, "accumulate": 2}
-    launch(1, store, tmp_path / "one", **values)
-    launch(2, store, tmp_path / "two", **values)
+    launch(forks, 1, store, tmp_path / "one", **values)
+    launch(forks, 2, store, tmp_path / "two", **values)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 14  # 13 batches an epoch, the last of 5 rows: three for one rank, two for the other
     assert two == pytest.approx(one, abs=1e-5)
@@ -137,30 +140,30 @@ def part_of(store: TokenStore, path: Path, num_rows: int) -> TokenStore:
     ],
 )
 def test_ranks_end_together_where_the_last_batch_has_fewer_rows_than_ranks(
-    tmp_path: Path, store: TokenStore, num_ranks: int, num_rows: int, values: dict[str, Any]
+    forks: Forks, tmp_path: Path, store: TokenStore, num_ranks: int, num_rows: int, values: dict[str, Any]
 ) -> None:
     part = part_of(store, tmp_path / "store", num_rows)
     values = {**COMMON, **values}
-    launch(1, part, tmp_path / "one", **values)
-    launch(num_ranks, part, tmp_path / "many", **values)
+    launch(forks, 1, part, tmp_path / "one", **values)
+    launch(forks, num_ranks, part, tmp_path / "many", **values)
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert rows_seen(tmp_path / "many") == rows_seen(tmp_path / "one")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, store: TokenStore) -> list[float | None]:
+def whole(forks: Forks, tmp_path_factory: pytest.TempPathFactory, store: TokenStore) -> list[float | None]:
     """The losses of an epoch in one process."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    launch(1, store, out, epochs=1, **COMMON)
+    launch(forks, 1, store, out, epochs=1, **COMMON)
     return losses(out)
 
 
 @pytest.mark.slow
 def test_a_killed_rank_restarts_from_the_checkpoint(
-    tmp_path: Path, store: TokenStore, whole: list[float | None]
+    forks: Forks, tmp_path: Path, store: TokenStore, whole: list[float | None]
 ) -> None:
     values = {**COMMON, "epochs": 1, "checkpoint_every": 3, "resume": True}
-    assert launch(2, store, tmp_path / "run", fail_at=8, restarts=1, **values) == 0
+    assert launch(forks, 2, store, tmp_path / "run", fail_at=8, restarts=1, **values) == 0
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-5)
     assert [step["step"] for step in metrics(tmp_path / "run")] == list(range(1, 14))
 
@@ -186,11 +189,11 @@ def test_a_restarted_rank_waits_out_the_address_of_the_attempt_before(monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks_gets_exactly_the_rows_not_yet_seen(
-    tmp_path: Path, store: TokenStore, whole: list[float | None], before: int, after: int
+    forks: Forks, tmp_path: Path, store: TokenStore, whole: list[float | None], before: int, after: int
 ) -> None:
     values = {**COMMON, "resume": True}
-    launch(before, store, tmp_path / "run", max_steps=5, **values)
+    launch(forks, before, store, tmp_path / "run", max_steps=5, **values)
     assert sum(rows_seen(tmp_path / "run").values()) == 40
-    launch(after, store, tmp_path / "run", epochs=1, **values)
+    launch(forks, after, store, tmp_path / "run", epochs=1, **values)
     assert rows_seen(tmp_path / "run") == Counter(range(101))
     assert losses(tmp_path / "run") == pytest.approx(whole, abs=1e-5)
