@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = [
     "fastcollate.load.loader", "fastcollate.train.loop", "fastcollate.cli.app", "torch.distributed.tensor", "gigatoken",
-    "matplotlib.pyplot",
+    "matplotlib.pyplot", "torch._dynamo",
 ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def test_a_batch_without_a_target_ruins_no_model_of_a_recipe(text: str, tmp_path
     """No row of this store has a target when prompts are masked; every batch is one whose mean is NaN."""
     if "lightning" in text:
         pytest.importorskip("lightning")
-    write_store(tmp_path / "store", [([9, 0], list(range(n, n + 8))) for n in range(200)], shard_rows=20)
+    write_store(tmp_path / "store", [([9, 0], list(range(n, n + 8))) for n in range(32)], shard_rows=20)
     result = forks.run(text + FINITE, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "nan" not in result.stdout
