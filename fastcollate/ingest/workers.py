@@ -88,7 +88,7 @@ def _pool(count: int) -> Iterator[ProcessPoolExecutor]:
     )
     if is_linux:
         context.set_forkserver_preload([__name__, *(name for name in _SLOW_IMPORTS if name in sys.modules)])
-    with ProcessPoolExecutor(count, context, _begin_worker) as pool:
+    with ProcessPoolExecutor(count, context, _begin_worker, (dict(os.environ),)) as pool:
         try:
             yield pool
         finally:
@@ -157,9 +157,14 @@ def _one_behind(
     yield from taken(0)
 
 
-def _begin_worker() -> None:
-    """End when the leader ends, however it does: another job may then begin, and this one's work is nobody's."""
+def _begin_worker(environment: dict[str, str]) -> None:
+    """End when the leader ends, however it does: another job may then begin, and this one's work is nobody's.
+
+    What it was forked from may have begun when the leader's environment was another one, without the credentials.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each core has a worker already
     parent = multiprocessing.parent_process()
 

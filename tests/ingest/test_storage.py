@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from test_prepare import SMALL, many, write_lines
 
 from benchmarks.slow_proxy import SlowProxy
 from fastcollate.errors import InputError, SourceReadError
+from fastcollate.ingest import workers as workers_module
 from fastcollate.ingest.job import prepare
 from fastcollate.ingest.places import lock as lock_module
 from fastcollate.ingest.places.lock import StorageLock
@@ -87,6 +89,22 @@ def test_workers_and_the_command_line(source: Path, s3: Any, local: dict[str, by
     result = subprocess.run(command(source, "s3://bucket/store"), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert objects("s3://bucket/store") == local
+
+
+@pytest.mark.slow
+def test_workers_have_the_environment_of_their_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they are forked from begins once, perhaps before somebody in a notebook gave the credentials."""
+    ended = threading.Event()
+    other = threading.Thread(target=ended.wait)  # with a thread beside it, a process is not forked itself
+    other.start()
+    try:
+        for value in ("none yet", "given"):
+            monkeypatch.setenv("AWS_SESSION_TOKEN", value)
+            with workers_module._pool(1) as pool:
+                assert pool.submit(os.getenv, "AWS_SESSION_TOKEN").result() == value
+    finally:
+        ended.set()
+        other.join()
 
 
 def test_bad_records_are_listed_there_and_tokenizers_lie_there(tmp_path: Path, url: str) -> None:
