@@ -35,6 +35,7 @@ class Collator:
         end_token_id: appended to each row as end-of-text; by default the padding, as in the chapter.
         end: `"append"`, or `"in_row"` for rows that hold their end: nothing is appended, a row of `n` ids takes `n - 1`
             columns, inputs are its ids but the last and targets its ids but the first; `mode` is positional.
+            Or one of these for each shard.
         ignore_index: written over targets that are not trained.
         max_length: columns kept, at least 1; `None` keeps all.
         mask_prompt: train the responses only.
@@ -64,7 +65,7 @@ class Collator:
         *,
         pad_token_id: int = 50256,
         end_token_id: int | None = None,
-        end: str = "append",
+        end: str | Sequence[str] = "append",
         ignore_index: int = -100,
         max_length: int | None = None,
         mask_prompt: bool = False,
@@ -84,6 +85,8 @@ class Collator:
             raise InputError(f"inputs_dtype={inputs_dtype}: choose torch.int64 or torch.int32")
         self.table = layout.Table(shards, name=name)
         self._addresses = self.table.array
+        ends = options.ends_of(end, len(self._addresses))
+        self._addresses[:, layout.HOLDS_END] = [word == "in_row" for word in ends]
         self._inputs_dtype = _INT32 if inputs_dtype == torch.int32 else _INT64
         # The kernels are compiled for these.
         self._types = self.table.token, self._inputs_dtype.type(0), self.table.span if mask_prompt else None
@@ -92,7 +95,7 @@ class Collator:
         self.settings = options.make_settings(
             pad_token_id=pad_token_id,
             end_token_id=end_token_id,
-            end=end,
+            end="in_row" if "in_row" in ends else ends[0],
             ignore_index=ignore_index,
             limit=max_length,
             mask_prompt=mask_prompt,
@@ -281,7 +284,7 @@ class Collator:
         limit, multiple = min(int(self.settings[options.LIMIT]), capacity), max(2 * self._cp_size, 1)
         cells = 0
         for i in range(int(packs[pack]), place + 1):
-            length = kernels.widest(self.table.array, self.settings, rows[i : i + 1])
+            length = kernels.widest(self.table.array, rows[i : i + 1])
             first = int(starts[i]) & (layout.FIRST_TOKEN if starts[i] >= 0 else -1) if len(starts) else 0
             most = (int(starts[i]) >> layout.COUNT_AT & layout.MOST_TOKENS if len(starts) else 0) or limit
             if length >= 0 and not 0 <= first <= length:

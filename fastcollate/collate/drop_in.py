@@ -121,7 +121,7 @@ def _collate_rows(rows: _Rows, settings: Int64Array) -> Batch:
     table = np.array(
         [
             [
-                0, num_rows, _address(rows.input_ids), len(rows.input_ids), rows.input_ids.itemsize,
+                0, 0, num_rows, _address(rows.input_ids), len(rows.input_ids), rows.input_ids.itemsize,
                 _address(rows.offsets), _address(rows.spans), len(rows.spans), rows.spans.itemsize,
                 _address(rows.span_offsets),
             ]

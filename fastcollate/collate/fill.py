@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastcollate.collate.masks import mask_row
-from fastcollate.collate.settings import END_ID, IGNORE, IN_ROW, LEFT, LIMIT, MULTIPLE, PAD, REFERENCE
+from fastcollate.collate.settings import END_ID, IGNORE, LEFT, LIMIT, MULTIPLE, PAD, REFERENCE
 from fastcollate.jit import address_of, borrow, kernel, part, prefetch, view
 from fastcollate.store import layout
 
@@ -37,7 +37,7 @@ ALIGNMENT = 8  # int64 cells in a cache line: each batch of a group starts on on
 
 
 @part
-def locate(table: Any, settings: Any, rows: Any, places: Any) -> int:
+def locate(table: Any, rows: Any, places: Any) -> int:
     """Write where each row lies; its offsets are checked here, once.
 
     Returns:
@@ -62,7 +62,7 @@ def locate(table: Any, settings: Any, rows: Any, places: Any) -> int:
         if begin < 0 or end < begin or end > table[shard, layout.NUM_TOKENS]:
             return -1 - i
         places[i, AT] = table[shard, layout.TOKENS] + begin * table[shard, layout.TOKEN_SIZE]
-        length = max(end - begin - settings[IN_ROW], 0)
+        length = max(end - begin - table[shard, layout.HOLDS_END], 0)
         places[i, LENGTH], places[i, SHARD] = length, shard
         longest = max(longest, length)
     return longest
@@ -81,17 +81,17 @@ def prefetch_places(table: Any, places: Any, first: int, stop: int) -> None:
 
 
 @kernel
-def widest(table: Any, settings: Any, rows: Any) -> int:
+def widest(table: Any, rows: Any) -> int:
     """Columns of the longest of `rows`, or `-1 - i` where `rows[i]` does not exist or its offsets are broken."""
-    return locate(table, settings, rows, np.empty((len(rows), PLACE_COLUMNS), np.int64))
+    return locate(table, rows, np.empty((len(rows), PLACE_COLUMNS), np.int64))
 
 
 # ------------------------------------------------------------------------------------------------- filling rows
 
 
 @part
-def fill_row(tokens: Any, start: int, inputs: Any, targets: Any, settings: Any) -> tuple[int, int]:
-    """Fill one row's columns from `start` on; prompts are masked afterwards, by `mask_row`.
+def fill_row(tokens: Any, length: int, start: int, inputs: Any, targets: Any, settings: Any) -> tuple[int, int]:
+    """Fill a row of `length` columns, from column `start` on; prompts are masked afterwards, by `mask_row`.
 
     Column `c` holds token `c` as input and token `c + 1` as target; the last of these is the end-of-text, or in a row
     that holds its own end, its last token. What follows is padding. All inputs, then all targets: two places written
@@ -101,7 +101,7 @@ def fill_row(tokens: Any, start: int, inputs: Any, targets: Any, settings: Any) 
         How many targets are trained, and the corners met.
     """
     pad, end, ignore, reference = settings[PAD], settings[END_ID], settings[IGNORE], settings[REFERENCE]
-    length, width = len(tokens) - settings[IN_ROW], len(targets)
+    width = len(targets)
     copied, shifted = min(max(length - start, 0), width), min(max(len(tokens) - start - 1, 0), width)
     own, following, least = tokens[start : start + copied], tokens[start + 1 : start + 1 + shifted], np.uint64(1)
     for j in range(np.uint64(copied)):  # unsigned: a number that may be negative would count from the end
@@ -164,10 +164,10 @@ def _fill_rows(
             prefetch_places(table, places, i + AHEAD, i + 2 * AHEAD)
         length = places[i, LENGTH]
         start = max(length - kept, 0) if left else 0
-        tokens = view(places[i, AT], length + settings[IN_ROW], token)
+        tokens = view(places[i, AT], length + table[places[i, SHARD], layout.HOLDS_END], token)
         first, stop = i * width, i * width + kept
         own = targets[first:stop]
-        trained, corners = fill_row(tokens, start, inputs[first:stop], own, settings)
+        trained, corners = fill_row(tokens, length, start, inputs[first:stop], own, settings)
         if span is not None:
             masked, more = mask_row(table, places[i, SHARD], rows[i], length, start, padded, settings, own, span)
             if masked < 0:
@@ -208,7 +208,7 @@ def _fill_next(
 ) -> int:
     """Fill one batch at `out[start:]` if it fits; returns where it ends, or `-1 - i` where `rows[i]` is broken."""
     places = np.empty((len(rows), PLACE_COLUMNS), np.int64)
-    padded = locate(table, settings, rows, places)
+    padded = locate(table, rows, places)
     if padded < 0:
         return padded
     limit = settings[LIMIT]

@@ -36,7 +36,7 @@ from fastcollate.collate.fill import (
     rounded_up,
 )
 from fastcollate.collate.masks import ignore_columns, mask_row
-from fastcollate.collate.settings import ACROSS, CP_SIZE, IGNORE, IN_ROW, LEFT, LIMIT, MAX_SEGMENTS, STRIDE
+from fastcollate.collate.settings import ACROSS, CP_SIZE, IGNORE, LEFT, LIMIT, MAX_SEGMENTS, STRIDE
 from fastcollate.jit import address_of, borrow, kernel, part, view
 from fastcollate.store import layout
 
@@ -105,9 +105,10 @@ def _fill_pack(
         if width == 0:
             report[UNTRAINED] += 1
             continue
-        stop, tokens = column + width, view(places[i, AT], length + settings[IN_ROW], token)
+        stop = column + width
+        tokens = view(places[i, AT], length + table[places[i, SHARD], layout.HOLDS_END], token)
         own = targets[column:stop]
-        trained, corners = fill_row(tokens, first, inputs[column:stop], own, settings)
+        trained, corners = fill_row(tokens, length, first, inputs[column:stop], own, settings)
         if span is not None:
             masked, more = mask_row(table, places[i, SHARD], rows[i], length, first, length, settings, own, span)
             if masked < 0:
@@ -145,7 +146,7 @@ def _fill_packs(
     size = num_packs * capacity
     limit = min(settings[LIMIT], capacity)
     places = np.empty((len(rows), PLACE_COLUMNS), np.int64)
-    status = locate(table, settings, rows, places)
+    status = locate(table, rows, places)
     if status < 0:
         return int(status)
     targets_at, positions_at, bounds_at, _ = packed_cells_of(

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import LARGEST_CAPACITY, InputError, choice, integer, shown
 
-_SETTINGS = range(13)
-PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, END_ID, IN_ROW, MULTIPLE, CP_SIZE, MAX_SEGMENTS, ACROSS, STRIDE = _SETTINGS
+_SETTINGS = range(12)
+PAD, IGNORE, LIMIT, MASK, REFERENCE, LEFT, END_ID, MULTIPLE, CP_SIZE, MAX_SEGMENTS, ACROSS, STRIDE = _SETTINGS
 NUM_SETTINGS = len(_SETTINGS)
 NO_LIMIT = 2**62
 MASKED = -100  # what the reference writes over prompts, whatever `ignore_index` is
@@ -22,6 +23,16 @@ MASKED = -100  # what the reference writes over prompts, whatever `ignore_index`
 MODES = ("reference", "positional")
 TRUNCATIONS = ("right", "left")
 ENDS = ("append", "in_row")
+
+
+def ends_of(end: str | Sequence[str], num_shards: int) -> tuple[str, ...]:
+    """How the rows of each shard end, where all end alike, or as given for each."""
+    ends = (end,) * num_shards if isinstance(end, str) else tuple(end)
+    if len(ends) != num_shards:
+        raise InputError(f"{len(ends)} ends of {num_shards} shards: give one for each, or one for all")
+    for word in ends:
+        choice("end", word, ENDS)
+    return ends
 
 
 def clamped(number: int) -> int:
@@ -83,6 +94,5 @@ def make_settings(
         )
     settings[REFERENCE] = mode == "reference"
     settings[LEFT] = truncation == "left"
-    settings[IN_ROW] = end == "in_row"
     settings.flags.writeable = False
     return settings

@@ -46,7 +46,7 @@ def lengths_of(dataset: Any) -> npt.NDArray[np.int64]:
         array([3, 1])
     """
     if isinstance(dataset, StoreDataset):
-        return dataset.lengths.astype(np.int64) + (dataset.store.end == "append")
+        return dataset.lengths.astype(np.int64) + dataset.appended(np.arange(len(dataset)))
     if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
         raise InputError(
             f"{type(dataset).__name__} without a column 'input_ids': tokenize it first, or make a store of it with "

@@ -267,6 +267,15 @@ class StoreDataset(Dataset[StoreRow]):
         """Each row's length in tokens."""
         return self.store.lengths
 
+    def appended(self, rows: npt.ArrayLike) -> Int64Array:
+        """Of some rows, by number: 1 where an end-of-text is appended, 0 where the row holds its end."""
+        rows = np.asarray(rows, np.int64)
+        if isinstance(self.store, MixedStore):
+            return np.array([store.end == "append" for store in self.store.stores], np.int64)[
+                self.store.source_of(rows)
+            ]
+        return np.full(len(rows), getattr(self.store, "end", "append") == "append", np.int64)
+
     def __len__(self) -> int:
         return len(self.store)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -69,6 +69,12 @@ def mode_of(store: Any, mode: str | None) -> str:
     return mode or ("reference" if is_plain else "positional")
 
 
+def _ends_of(store: Any) -> str | Sequence[str]:
+    """How rows end, of a mix where they end in several ways of each shard."""
+    end = getattr(store, "end", "append")
+    return store.ends if end == "mixed" else end
+
+
 def collator_of(store: Any, options: dict[str, Any], kinds: Collection[str] = ("rows", "documents")) -> Collator:
     """A collator of a store's rows, by `CollateKeywords`; refuses stores of other kinds. Of pairs prompts are masked.
 
@@ -84,7 +90,7 @@ def collator_of(store: Any, options: dict[str, Any], kinds: Collection[str] = ("
                 f"{options.get('mask_boundaries', True)} with pairs: their targets are told by position, and their "
                 "rows are not split over ranks, nor see each other; leave these out"
             )
-    options = {"end": getattr(store, "end", "append"), **options, "mode": mode_of(store, options.get("mode"))}
+    options = {"end": _ends_of(store), **options, "mode": mode_of(store, options.get("mode"))}
     if getattr(store, "end_token_id", pad) != pad:  # where it is the same id, another padding is another end too
         options["end_token_id"] = store.end_token_id
     if options.get("pad_token_id") is None:

@@ -8,9 +8,9 @@ from fastcollate.lazy import face
 
 if TYPE_CHECKING:
     from fastcollate.plan.mixing import MixedStore as MixedStore
-    from fastcollate.plan.mixing import Order as Order
     from fastcollate.plan.options import OrderKeywords as OrderKeywords
     from fastcollate.plan.options import PlanOptions as PlanOptions
+    from fastcollate.plan.orders.order import Order as Order
     from fastcollate.plan.packing import pack_lengths as pack_lengths
     from fastcollate.plan.plan import EpochPlan as EpochPlan
     from fastcollate.plan.plan import plan_epoch as plan_epoch
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     **dict.fromkeys(("OrderKeywords", "PlanOptions"), "options"),
-    **dict.fromkeys(("MixedStore", "Order"), "mixing"),
+    "MixedStore": "mixing",
+    "Order": "orders.order",
     **dict.fromkeys(("pack_lengths",), "packing"),
     **dict.fromkeys(("EpochPlan", "plan_epoch"), "plan"),
     "split_rows": "splits",

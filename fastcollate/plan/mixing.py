@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +12,9 @@ import numpy.typing as npt
 from fastcollate.errors import LARGEST, InputError, integer
 from fastcollate.plan import kernels as plan_kernels
 from fastcollate.plan.moving.schedule import Schedule, exact_shares, steps_of, whole_shares, whole_steps
-from fastcollate.plan.options import Int64Array, PlanOptions, as_lengths, row_numbers
-from fastcollate.plan.packing import PackWindow, Window
+from fastcollate.plan.options import Int64Array, row_numbers
 from fastcollate.plan.pairs import units
-from fastcollate.plan.plan import EpochPlan, key_of, plan_with
-from fastcollate.plan.sharded.order import Shards, by_shard, shards_of
+from fastcollate.plan.plan import key_of
 from fastcollate.store import Example, TokenStore, require_served, shards
 
 Rows = range | npt.NDArray[np.int64]
@@ -42,7 +39,8 @@ class MixedStore:
     source are within one of the exact ones (with `policy="bucketed"`, `"packed"` and `max_tokens` up to any window).
 
     Args:
-        stores: by name; all of one tokenizer, and alike in their rows' end and padding.
+        stores: by name, of one tokenizer and padding; chats that hold their end and stores that one is appended to
+            mix, and their targets are then told by position (`mode="positional"`).
         weights: each source's share, any positive numbers, by name; or a table of such lines by step, such as `{0:
             {"chat": 3, "code": 1}, 1000: {"chat": 1, "code": 1}}`, whose shares are linear between its lines and
             constant before and behind them; or
@@ -112,8 +110,10 @@ class MixedStore:
         self._asked: dict[str, Any] = {
             "weights": weights, "temperature": temperature, "num_rows": num_rows, "seed": seed, "step_rows": step_rows,
         }  # fmt: skip
-        first = self._sources[0].store
-        self.end, self.pad_token_id, self.end_token_id = first.end, first.pad_token_id, first.end_token_id
+        self._counts_ends = False
+        first = next((store for store in stores.values() if store.end == "append"), self._sources[0].store)
+        self.end = first.end if len({store.end for store in stores.values()}) == 1 else "mixed"
+        self.pad_token_id, self.end_token_id = first.pad_token_id, first.end_token_id
         self.vocab_size, self.tokenizer_name = first.vocab_size, first.tokenizer_name
         self.kind = next((store.kind for store in stores.values() if store.kind != "rows"), "rows")
         self.max_length = max(store.max_length for store in stores.values())
@@ -143,10 +143,15 @@ class MixedStore:
         stores = [source.store for source in self._sources]
         self.shards: tuple[shards.ShardColumns, ...] = sum((store.shards for store in stores), ())
         self.lengths: npt.NDArray[Any] = np.concatenate([store.lengths for store in stores])
-        self.cells = np.concatenate([store.cells for store in stores]) if self.end == "in_row" else self.lengths
+        self.cells: npt.NDArray[Any] = self.lengths
+        if self._counts_ends:
+            self.cells = np.concatenate([store.lengths.astype(np.int64) + (store.end == "append") for store in stores])
+        elif self.end != "append":
+            self.cells = np.concatenate([store.cells for store in stores])
 
     def _check_tokenizers(self) -> None:
         first = self._sources[0].store
+        appending = [source.store for source in self._sources if source.store.end == "append"][:1]
         for _, store, _ in self._sources:
             require_served(store, (units.KIND,) if first.kind == units.KIND else ("rows", "documents"))
             if store.manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
@@ -154,11 +159,16 @@ class MixedStore:
                     f"{store.path} is tokenized by {store.tokenizer_name}, {first.path} by {first.tokenizer_name}: "
                     "their ids mean different texts; prepare one of them again with the other's tokenizer"
                 )
-            ends = [f"end {s.end}, pad id {s.pad_token_id} and end id {s.end_token_id}" for s in (store, first)]
-            if ends[0] != ends[1]:
+            if store.pad_token_id != first.pad_token_id:
                 raise InputError(
-                    f"{store.path} has {ends[0]}, {first.path} has {ends[1]}: a batch has one of each; prepare one of "
-                    "them again with the other's (--end)"
+                    f"{store.path} is padded with {store.pad_token_id}, {first.path} with {first.pad_token_id}: a "
+                    "batch has one padding; prepare one of them again, with the tokenizer files of the other"
+                )
+            appends = [s for s in (store, *appending) if s.end == "append"]
+            if len({s.end_token_id for s in appends}) > 1:
+                raise InputError(
+                    f"{store.path} is ended by {store.end_token_id}, {appends[1].path} by {appends[1].end_token_id}: "
+                    "a batch appends one end-of-text; prepare one of them again, with the tokenizer files of the other"
                 )
 
     @property
@@ -169,11 +179,30 @@ class MixedStore:
     @property
     def rows(self) -> dict[str, Int64Array]:
         """The row numbers of each store that epochs draw from, by name."""
-        return {source.name: _numbers(source.rows) for source in self._sources}
+        return {source.name: numbers_of(source.rows) for source in self._sources}
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """How the rows of each shard end, as `TokenStore.end`."""
+        return sum(((store.end,) * len(store.shards) for store in self.stores), ())
 
     def with_rows(self, rows: Mapping[str, npt.ArrayLike]) -> MixedStore:
         """The same mix of other rows of its stores."""
         return MixedStore({source.name: source.store for source in self._sources}, rows=rows, **self._asked)
+
+    def for_labels(self, rows: Int64Array | None = None) -> MixedStore:
+        """The same mix for a model that shifts labels itself: each row's end counts in `cells`.
+
+        With `rows`, ascending row numbers in all stores, of those alone.
+        """
+        chosen = self.rows
+        if rows is not None:
+            starts = dict(zip(self.names, self.starts.tolist(), strict=False))
+            chosen = {name: own[np.isin(own + starts[name], rows)] for name, own in chosen.items()}
+        mix = self.with_rows(chosen)
+        mix._counts_ends = True
+        mix._join()
+        return mix
 
     def __len__(self) -> int:
         """Rows in all stores, whether an epoch draws them or not."""
@@ -221,7 +250,7 @@ class MixedStore:
         """All rows that some epoch draws."""
         shares = self.shares if self.schedule is None else self.schedule.most
         chosen = zip(self._sources, self.starts[:-1], shares, strict=True)
-        return np.concatenate([_numbers(source.rows) + start for source, start, share in chosen if share])
+        return np.concatenate([numbers_of(source.rows) + start for source, start, share in chosen if share])
 
     def identity(self) -> dict[str, Any]:
         """What decides the rows that an epoch draws, in plain numbers and strings."""
@@ -237,7 +266,7 @@ class MixedStore:
         parts = []
         while count:
             repeat, place = divmod(first, len(rows))
-            order = _numbers(rows).copy()
+            order = numbers_of(rows).copy()
             with np.errstate(over="ignore"):  # uint64 arithmetic wraps, and plain Python mode would warn of it
                 plan_kernels.shuffle(order, key_of(self._seed, index, repeat))
             parts.append(order[place : place + count])
@@ -251,142 +280,18 @@ def _chosen(name: str, store: TokenStore, rows: Mapping[str, npt.ArrayLike] | No
     return units.first_rows(asked, where) if store.kind == units.KIND else asked
 
 
-def _numbers(rows: Rows) -> Int64Array:
+def numbers_of(rows: Rows) -> Int64Array:
+    """Row numbers as an array."""
     return np.arange(rows.start, rows.stop) if isinstance(rows, range) else rows
-
-
-class Order:
-    """The rows that each epoch takes: all of a store (or of lengths alone), some by number, or what a mix draws.
-
-    Of pairs `rows` are the first rows alone, and stand for both. `lengths` are those of the whole store.
-    """
-
-    def __init__(self, source: Any, rows: npt.ArrayLike | range | None = None) -> None:
-        self._source, self._given = source, rows
-        self.lengths = as_lengths(getattr(source, "cells", getattr(source, "lengths", source)))
-        self.mix = source if isinstance(source, MixedStore) and rows is None else None
-        self.rows: Rows = range(len(self.lengths)) if rows is None else row_numbers(rows, len(self.lengths))
-        self.has_pairs = getattr(source, "kind", "rows") == units.KIND
-        if self.has_pairs:
-            self.rows = units.first_rows(self.rows)
-        self.num_rows = int(self.mix.shares.sum()) if self.mix else len(self.rows)
-        if not self.num_rows:
-            raise InputError("no rows to load: the store, or the choice of rows, is empty")
-        self._last: tuple[Any, Rows, npt.NDArray[Any], Shards | None] | None = None  # an epoch's rows, their lengths
-        self._identity: dict[str, Any] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Order, (self._source, self._given)  # a store is opened again, not copied
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The sources of a mix."""
-        return self.mix.names if self.mix else ()
-
-    def _lengths_of(self, rows: Rows, options: PlanOptions) -> npt.NDArray[Any]:
-        if self.has_pairs:
-            return units.cells_of(self.lengths, _numbers(rows), options)
-        return self.lengths[rows.start : rows.stop] if isinstance(rows, range) else self.lengths[rows]
-
-    def plan(self, options: PlanOptions, epoch: int) -> OrderedPlan:
-        """An epoch's plan, by checked options."""
-        asked = options
-        drawn: Any = epoch if self.mix else 0
-        if self.has_pairs:
-            own = options.capacity, options.max_length, options.pad_to_multiple_of, options.row_multiple
-            drawn, options = (drawn, own, options.long_rows), replace(options, max_length=None)
-        last = self._last
-        if last is None or last[0] != drawn:
-            rows = self.mix.rows_of_epoch(epoch) if self.mix else self.rows
-            rows, shards = by_shard(self._source, rows, options)
-            self._last = last = drawn, rows, self._lengths_of(rows, asked), shards
-        in_order = self.mix is not None and self.mix.schedule is not None
-        plan = plan_with(last[2], options, epoch, in_order=in_order, shards=last[3])
-        return OrderedPlan(plan, last[1], self.mix, self.has_pairs)
-
-    def check(self, options: PlanOptions) -> None:
-        """Refuse options under which a row stands in no batch, or there is no batch at all."""
-        by_shard(self._source, range(0), options)
-        if self.mix is not None and self.mix.schedule is not None:
-            self.mix.schedule.check(options)
-        widest, longest = options.widest, getattr(self._source, "max_length", None)
-        if self.has_pairs:
-            firsts = _numbers(self.mix.rows_drawn() if self.mix else self.rows)
-            units.refuse_what_parts(firsts, self._lengths_of(firsts, options), options)
-        elif widest is not None and all(bound is None or bound > widest for bound in (options.max_length, longest)):
-            rows = self.mix.rows_drawn() if self.mix else self.rows
-            lengths = self._lengths_of(rows, options)
-            place = int(np.argmax(lengths))
-            if int(lengths[place]) > widest:
-                raise options.too_long(int(rows[place]), int(lengths[place]))
-        if options.drop_last or options.long_rows == "drop":
-            plan = self.plan(replace(options, rank=0), 0).plan  # no rank has more batches
-            if not any(map(plan.num_batches, range(plan.num_windows))):
-                raise InputError(
-                    f"drop_last={options.drop_last}, long_rows={options.long_rows!r} leave no batch of the "
-                    f"{self.num_rows} rows, with {options.group} rows (or packs) a step on {options.world_size} ranks "
-                    "together: leave these options out, or give smaller batches"
-                )
-
-    def identity(self, options: PlanOptions | None = None) -> dict[str, Any]:
-        """What a state must agree on, in plain numbers and strings."""
-        if not self._identity:
-            self._identity = {
-                "num_rows": self.num_rows,
-                "store": str(getattr(self._source, "fingerprint", "")) or f"lengths {_digest(self.lengths)}",
-                "rows": identity_of(self.rows),
-                "mix": self.mix.identity() if self.mix else None,
-            }
-        shards = {"shards": _digest(shards_of(self._source).starts)} if options and options.order == "shards" else {}
-        return {**self._identity, **shards}
-
-
-class OrderedPlan:
-    """An epoch's plan over the rows that an order takes: windows of row numbers of the store; `plan` counts from 0."""
-
-    def __init__(self, plan: EpochPlan, rows: Rows, mix: MixedStore | None, has_pairs: bool = False) -> None:
-        self.plan = plan
-        self._has_pairs = has_pairs
-        self._rows = rows
-        self._mix = mix
-        self._sources: dict[int, Int64Array] = {}
-
-    def window(self, index: int) -> Window:
-        """The batches of a window."""
-        window = self.plan.window(index)
-        window = window._replace(rows=self._numbers(window.rows))
-        window = units.both_rows(window) if self._has_pairs else window
-        self._count(index, window.rows, window.bounds)
-        return window
-
-    def packs(self, index: int) -> PackWindow:
-        """The packed batches of a window."""
-        window = self.plan.packs(index)
-        packs = window.packs._replace(rows=self._numbers(window.packs.rows))
-        packs = units.both_rows_of_packs(packs) if self._has_pairs else packs
-        self._count(index, packs.rows, packs.bounds[window.bounds])
-        return window._replace(packs=packs)
-
-    def _numbers(self, rows: Int64Array) -> Int64Array:
-        if isinstance(self._rows, range):
-            return rows + self._rows.start if self._rows.start else rows
-        return self._rows[rows]
-
-    def _count(self, index: int, rows: Int64Array, bounds: Int64Array) -> None:
-        if self._mix is not None:
-            self._sources[index] = self._mix.count_sources_up_to(rows, bounds)
-
-    def take_sources(self, index: int) -> Int64Array | None:
-        """Rows of each source before each batch of a planned window, once; `(num_batches + 1, num_sources)`."""
-        return self._sources.pop(index, None)
 
 
 def identity_of(rows: Rows) -> list[int] | str:
     """Row numbers in short: first and end of a range, else a hash."""
-    return [rows.start, rows.stop] if isinstance(rows, range) else _digest(rows)
+    return [rows.start, rows.stop] if isinstance(rows, range) else digest_of(rows)
 
 
-def _digest(numbers: npt.NDArray[Any]) -> str:
+def digest_of(numbers: npt.NDArray[Any]) -> str:
+    """A hash of numbers, the same on every machine."""
     digest = hashlib.blake2b(digest_size=16)
     for first in range(0, len(numbers), _CHUNK):
         digest.update(numbers[first : first + _CHUNK].astype("<i8").tobytes())

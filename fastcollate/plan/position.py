@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from fastcollate.errors import LARGEST, InputError, integer
-from fastcollate.plan.mixing import Order, OrderedPlan
 from fastcollate.plan.options import Int64Array, OrderKeywords, PlanOptions
+from fastcollate.plan.orders.order import Order, OrderedPlan
 from fastcollate.plan.saved import STATE_VERSION, of_all_ranks
 from fastcollate.plan.saved import Position as Position
 from fastcollate.plan.saved import SavedState as SavedState

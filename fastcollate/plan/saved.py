@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastcollate.errors import LARGEST, InputError, integer, shown
-from fastcollate.plan.mixing import Order
 from fastcollate.plan.options import Int64Array, PlanOptions
+from fastcollate.plan.orders.order import Order
 
 STATE_VERSION = 5
 # May differ, as long as a step holds the same rows.

@@ -2,7 +2,8 @@
 
 A **table** describes the memory that rows are read from: int64 `(num_shards, TABLE_COLUMNS)`, a shard a line, its
 columns named below. It holds addresses, so that one call reads from any number of shards; whoever builds it keeps
-the arrays alive. Shards may come from files, so every row's offsets are checked before they are followed.
+the arrays alive, and says in `HOLDS_END` (1 or 0) where rows have their end among their tokens. Shards may come from
+files, so every row's offsets are checked before they are followed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 Int64Array = npt.NDArray[np.int64]
 
-_TABLE = range(10)
-FIRST_ROW, NUM_ROWS, TOKENS, NUM_TOKENS, TOKEN_SIZE, OFFSETS, SPANS, NUM_SPANS, SPAN_SIZE, SPAN_OFFSETS = _TABLE
+_TABLE = range(11)
+FIRST_ROW, HOLDS_END, NUM_ROWS, TOKENS, NUM_TOKENS, TOKEN_SIZE, OFFSETS, *_SPANS = _TABLE
+SPANS, NUM_SPANS, SPAN_SIZE, SPAN_OFFSETS = _SPANS
 TABLE_COLUMNS = len(_TABLE)
 # A part of a row in one int64: its first token, how many tokens at most (0: all that follow), and whether the rest of
 # the row is left out.

@@ -192,16 +192,21 @@ def test_reference_masks_are_refused(tmp_path: Path) -> None:
         Collator(store.shards, end="both")
 
 
-def test_a_mix_wants_one_kind_of_end_and_padding(tmp_path: Path) -> None:
+def test_a_mix_wants_one_padding_and_one_end_to_append(tmp_path: Path) -> None:
     rows = [[5, 6, 7], [8, 9]]
 
     def store(name: str, **options: Any) -> TokenStore:
         return store_of_rows(tmp_path / name, rows, vocab_size=END + 1, **options)
 
-    first, second, third = store("a", end="in_row"), store("b"), store("c", end="in_row", pad_token_id=0)
-    for other in (second, third):
-        with pytest.raises(InputError, match=r"end in_row, pad id 96 and end id 96.*prepare one of them again"):
-            MixedStore({"one": other, "two": first})
+    first, third = store("a", end="in_row"), store("c", end="in_row", pad_token_id=0)
+    with pytest.raises(InputError, match=r"a is padded with 96, .*c with 0: .*prepare one of them again"):
+        MixedStore({"one": third, "two": first})
+    ended = store("e"), store("f")
+    ended[1].end_token_id = 7
+    with pytest.raises(InputError, match=r"f is ended by 7, .*e by 96: a batch appends one end-of-text"):
+        MixedStore({"chat": first, "one": ended[0], "two": ended[1]})
+    first.end_token_id = 5  # nothing is appended there
+    assert MixedStore({"chat": first, "one": ended[0]}).end_token_id == 96
     mix = MixedStore({"one": third, "two": store("d", end="in_row", pad_token_id=0)}, num_rows=4)
     assert mix.cells.tolist() == [2, 1, 2, 1]
     batch = next(iter(BatchLoader(mix, batch_size=4, policy="sequential")))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcollate import MixedStore, StoreDataset
+from fastcollate import StoreDataset
 from fastcollate.errors import InputError
 from fastcollate.integrations import checks
 from fastcollate.integrations.checks import check_tokenizer
@@ -486,9 +486,6 @@ def test_wrong_use_is_named(store: TokenStore, tmp_path: Path) -> None:
         DataCollator(tokenizer=make_tokenizer(50))(dataset.__getitems__([1]))
     with pytest.raises(InputError, match="embeds 50 ids"):
         Bucketed(make_model(50), arguments(tmp_path), data_collator=DataCollator(), train_dataset=dataset).train()
-    mix = StoreDataset(MixedStore({"a": store, "b": store}, weights={"a": 1, "b": 3}))
-    with pytest.raises(InputError, match="MixedStore, whose weights a Trainer does not keep"):
-        Bucketed(make_model(), arguments(tmp_path), data_collator=DataCollator(), train_dataset=mix).train()
     with pytest.raises(InputError, match="data_collator="):
         Bucketed(make_model(), arguments(tmp_path), train_dataset=dataset).train()
     with pytest.raises(InputError, match="both decide the order"):

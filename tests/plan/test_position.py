@@ -18,8 +18,8 @@ import pytest
 
 from fastcollate import BatchLoader, BucketBatchSampler, MixedStore, StoreDataset, pack_lengths, split_rows
 from fastcollate.errors import InputError
-from fastcollate.plan.mixing import Order
 from fastcollate.plan.options import OrderKeywords, PlanKeywords, PlanOptions
+from fastcollate.plan.orders.order import Order
 from fastcollate.plan.position import Epochs
 from tests.helpers import make_store, random_rows, store_of_rows
 

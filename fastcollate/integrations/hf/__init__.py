@@ -1,0 +1,1 @@
+"""What `fastcollate.integrations.huggingface` offers: the collator, what a `Trainer` takes, loss by source."""

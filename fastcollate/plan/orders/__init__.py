@@ -1,0 +1,1 @@
+"""The rows that each epoch takes of a source, and its plan."""
