@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastcollate.collate.batch import ContextParallelBatch as ContextParallelBatch
     from fastcollate.collate.batch import PackedBatch as PackedBatch
     from fastcollate.collate.drop_in import collate_fn as collate_fn
+    from fastcollate.collate.pairs.batch import AnswerBatch as AnswerBatch
     from fastcollate.collate.pairs.batch import PreferenceBatch as PreferenceBatch
     from fastcollate.ingest.job import prepare as prepare
     from fastcollate.integrations.pytorch import BucketBatchSampler as BucketBatchSampler
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Batch": "collate.batch", "BatchLoader": "load.loader", "BucketBatchSampler": "integrations.pytorch",
     "ContextParallelBatch": "collate.batch", "MixedStore": "plan.mixing", "PackedBatch": "collate.batch",
-    "PreferenceBatch": "collate.pairs.batch",
+    "AnswerBatch": "collate.pairs.batch", "PreferenceBatch": "collate.pairs.batch",
     "StoreDataset": "integrations.pytorch", "TokenStore": "store.store", "balance": "plan.cost.parts",
     "collate_fn": "collate.drop_in", "pack_lengths": "plan.packing", "plan_epoch": "plan.plan",
     "prepare": "ingest.job", "split_rows": "plan.splits",

@@ -31,7 +31,7 @@ TESTS = {
     "collate/collator": ["collate", "plan/test_packing.py", "load", "check/test_reference_check.py"],
     "collate/drop_in": ["collate"],
     "collate/settings": ["collate", "plan/test_packing.py"],
-    "collate/pairs/batch": ["load/test_pair_batches.py"],
+    "collate/pairs/batch": ["load/test_pair_batches.py", "load/test_answer_batches.py"],
     "store/layout": ["collate", "store/test_pages.py", "plan/test_packing.py", "load/test_packed_loader.py"],
     "store/pages": ["store/test_pages.py"],
     "store/store": ["store", "ingest/test_prepare.py"],

@@ -275,6 +275,8 @@ class Collator:
         )
 
     padded_pairs, packed_pairs = staticmethod(pairs.padded_pairs), staticmethod(pairs.packed_pairs)
+    padded_answers, packed_answers = staticmethod(pairs.padded_answers), staticmethod(pairs.packed_answers)
+    rows_of_segments = staticmethod(pairs.rows_of_segments)
 
     def explain_pack(
         self, rows: Int64Array, starts: Int64Array, packs: Int64Array, capacity: int, place: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,11 +46,13 @@ class Job:
 
 
 class Places(NamedTuple):
-    """The rows of a window's pairs: batch `b` is `rows[bounds[b]:bounds[b + 1]]`, or packed the packs of these numbers.
+    """The rows of a window: batch `b` is `rows[bounds[b]:bounds[b + 1]]`, or packed the packs of these numbers.
 
-    Then `packs` bounds each pack's rows, and `cells`, int64 `(num_rows,)`, are what each row takes of a pack.
+    Of pairs, or of answers, whose `verdicts` are given. Packed, `packs` bounds each pack's rows, and `cells`, int64
+    `(num_rows,)`, are what each row takes of a pack.
     """
 
+    verdicts: Mapping[str, npt.NDArray[Any]]
     rows: Int64Array
     bounds: Int64Array
     packs: Int64Array | None = None
@@ -59,12 +61,17 @@ class Places(NamedTuple):
     def name(self, index: int, batch: Any, host: Any) -> Any:
         """A batch of the window with its rows; `host` is the same batch where the host reads it at once."""
         start, stop = self.bounds[index : index + 2].tolist()
+        verdicts = (self.verdicts,) if self.verdicts else ()
         if self.packs is None or self.cells is None:
-            return Collator.padded_pairs(batch, self.rows[start:stop])
+            make: Any = Collator.padded_answers if verdicts else Collator.padded_pairs
+            return make(batch, self.rows[start:stop], *verdicts)
         packs = self.packs[start : stop + 1]
         part = slice(packs[0], packs[-1])
-        bounds = host[-1].numpy()
-        return Collator.packed_pairs(batch, bounds, self.rows[part], packs - packs[0], self.cells[part])
+        rows = Collator.rows_of_segments(
+            host[-1].numpy(), host.inputs.shape[1], self.rows[part], packs - packs[0], self.cells[part]
+        )
+        make = Collator.packed_answers if verdicts else Collator.packed_pairs
+        return make(batch, rows, *verdicts)
 
 
 def padded_job(collator: Collator, rows: Int64Array, bounds: Int64Array, held: object = None) -> Job:

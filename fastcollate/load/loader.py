@@ -28,6 +28,7 @@ from fastcollate.load.options import (
     open_store,
     order_keywords,
     trained_rows,
+    verdicts_of,
 )
 from fastcollate.load.prefetch import Group, fill_groups
 from fastcollate.load.sources import BatchSources
@@ -35,7 +36,7 @@ from fastcollate.load.transfer import Transfer, make_transfer
 from fastcollate.plan import MixedStore, Order, PlanOptions, position
 from fastcollate.store import layout, pages
 
-_KINDS = ("rows", "pairs", "documents")  # of stores
+_KINDS = ("rows", "pairs", "answers", "documents")  # of stores
 
 
 class Store(Protocol):
@@ -201,6 +202,7 @@ class BatchLoader(position.Epochs):
                 f"max_segments={options['max_segments']}: for policy='packed', whose batches have segments"
             )
         self._collator = collator_of(self._store, collate_keywords(options), _KINDS)
+        self._verdicts = verdicts_of(self._store)
         order = Order(self._store, rows)
         if drop_untrained:
             order = self._trained(order, plan_options, collate_keywords(options))
@@ -235,7 +237,7 @@ class BatchLoader(position.Epochs):
         iteration = self._begin()
         self._times()
         costs: dict[int, Any] = {}  # by window
-        places: dict[int, Places] = {}  # the same, of pairs
+        places: dict[int, Places] = {}  # the same, of pairs and answers
         mix = self._store if isinstance(self._store, MixedStore) else None
         mix = None if self._collator.settings[settings.ACROSS] else mix
         sources = None if mix is None else BatchSources(mix, self._collator)
@@ -323,18 +325,18 @@ class BatchLoader(position.Epochs):
         if capacity is not None:
             packs, bounds = planned.packs(index)
             costs[index] = planned.plan.last_step_costs()
-            if self._order.has_pairs:
+            if self._verdicts is not None:
                 limit = min(self._plan_options.max_length or capacity, capacity)
                 cells = np.minimum(self._order.lengths[packs.rows], limit).astype(np.int64)
-                places[index] = Places(packs.rows, bounds, packs.bounds, cells)
+                places[index] = Places(self._verdicts, packs.rows, bounds, packs.bounds, cells)
             held = self._held(packs.rows, iteration)
             if sources is not None:
                 sources.expect_packs(index, packs, bounds)
             return packed_job(self._collator, packs, bounds, capacity, held)
         window = planned.window(index)
         costs[index] = planned.plan.last_step_costs()
-        if self._order.has_pairs:
-            places[index] = Places(*window)
+        if self._verdicts is not None:
+            places[index] = Places(self._verdicts, *window)
         held = self._held(window.rows, iteration)
         if sources is not None:
             sources.expect(index, window.rows, window.bounds)

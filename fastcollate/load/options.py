@@ -18,6 +18,7 @@ from fastcollate.store import TokenStore, require_served
 
 Int64Array = npt.NDArray[np.int64]
 _AT_ONCE = 1 << 12  # rows
+_JUDGED = ("pairs", "answers")
 
 
 class CollateKeywords(TypedDict, total=False):
@@ -76,18 +77,20 @@ def _ends_of(store: Any) -> str | Sequence[str]:
 
 
 def collator_of(store: Any, options: dict[str, Any], kinds: Collection[str] = ("rows", "documents")) -> Collator:
-    """A collator of a store's rows, by `CollateKeywords`; refuses stores of other kinds. Of pairs prompts are masked.
+    """A collator of a store's rows, by `CollateKeywords`; refuses stores of other kinds. Of pairs and answers
+    prompts are masked.
 
     `end` may be given too, to see rows that hold their end as if one was appended: their inputs are then all their ids.
     """
     require_served(store, kinds)
     pad = getattr(store, "pad_token_id", 50256)
-    if getattr(store, "kind", "rows") == "pairs":
+    kind = getattr(store, "kind", "rows")
+    if kind in _JUDGED:
         options = {"mask_prompt": True, **options}
         if options.get("mode") == "reference" or options.get("cp_size") or not options.get("mask_boundaries", True):
             raise InputError(
                 f"mode={options.get('mode')!r}, cp_size={options.get('cp_size')}, mask_boundaries="
-                f"{options.get('mask_boundaries', True)} with pairs: their targets are told by position, and their "
+                f"{options.get('mask_boundaries', True)} with {kind}: their targets are told by position, and their "
                 "rows are not split over ranks, nor see each other; leave these out"
             )
     options = {"end": _ends_of(store), **options, "mode": mode_of(store, options.get("mode"))}
@@ -96,6 +99,14 @@ def collator_of(store: Any, options: dict[str, Any], kinds: Collection[str] = ("
     if options.get("pad_token_id") is None:
         options["pad_token_id"] = pad
     return Collator.of(store.shards, name=str(getattr(store, "path", "the store")), **options)
+
+
+def verdicts_of(store: Any) -> dict[str, npt.NDArray[Any]] | None:
+    """What a store's batches say of its rows: of answers a column, of pairs nothing but which they are, else `None`."""
+    kind = getattr(store, "kind", "rows")
+    if kind not in _JUDGED:
+        return None
+    return {name: store.column(name) for name in ("label", "score") if name in store.columns and kind == "answers"}
 
 
 def row_reports(collator: Collator, rows: Int64Array | range) -> Iterator[tuple[Int64Array, Int64Array]]:

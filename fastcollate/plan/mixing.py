@@ -19,6 +19,7 @@ from fastcollate.store import Example, TokenStore, require_served, shards
 
 Rows = range | npt.NDArray[np.int64]
 _CHUNK = 1 << 20
+ANSWERS = "answers"  # a store's kind
 
 
 class _Source(NamedTuple):
@@ -153,7 +154,11 @@ class MixedStore:
         first = self._sources[0].store
         appending = [source.store for source in self._sources if source.store.end == "append"][:1]
         for _, store, _ in self._sources:
-            require_served(store, (units.KIND,) if first.kind == units.KIND else ("rows", "documents"))
+            require_served(store, (first.kind,) if first.kind in (units.KIND, ANSWERS) else ("rows", "documents"))
+            if first.kind == ANSWERS and store.columns != first.columns:
+                raise InputError(
+                    f"{store.path} has {store.columns} for verdicts, {first.path} {first.columns}: a batch has one kind"
+                )
             if store.manifest["tokenizer"]["fingerprint"] != first.manifest["tokenizer"]["fingerprint"]:
                 raise InputError(
                     f"{store.path} is tokenized by {store.tokenizer_name}, {first.path} by {first.tokenizer_name}: "
@@ -180,6 +185,15 @@ class MixedStore:
     def rows(self) -> dict[str, Int64Array]:
         """The row numbers of each store that epochs draw from, by name."""
         return {source.name: numbers_of(source.rows) for source in self._sources}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The further columns that all stores have."""
+        return tuple(name for name in self.stores[0].columns if all(name in store.columns for store in self.stores))
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A further column of the rows in all stores; see `TokenStore.column`."""
+        return np.concatenate([store.column(name) for store in self.stores])
 
     @property
     def ends(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from fastcollate.store.shards import ShardColumns, ShardInfo, open_shards, shard
 _REMEDIES = {
     "rows": "prepare pairs with --template preference",
     "pairs": "BatchLoader and train --objective dpo take pairs",
-    "answers": "an answer with a verdict is none to learn; store.as_rows() takes each by itself all the same",
+    "answers": "BatchLoader takes answers with their verdicts; store.as_rows() takes each by itself all the same",
     "documents": "documents are batches of rows by themselves",
 }
 _SAMPLED_ROWS = 16  # of a shard, the first and the last among them: each may be a page to read
@@ -196,6 +196,11 @@ class TokenStore:
         found.kind = "rows"
         return found
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the further columns."""
+        return tuple(self.manifest["columns"])
+
     def column(self, name: str) -> npt.NDArray[Any]:
         """A further column of all rows, `(num_rows,)`, such as the labels of answers.
 
@@ -205,7 +210,8 @@ class TokenStore:
         if name not in self.manifest["columns"]:
             have = ", ".join(map(repr, self.manifest["columns"])) or "none"
             raise InputError(f"{self.path}: no column {name!r}; it has {have}")
-        return np.concatenate([shard.extra[name] for shard in self.shards])
+        there = (shard.columns if isinstance(shard, AbsentShard) else shard for shard in self.shards)
+        return np.concatenate([shard.extra[name] for shard in there])
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -254,9 +254,8 @@ def test_answers_are_not_served_as_rows_to_learn(tmp_path: Path) -> None:
     prepare(answers(texts(6)), tmp_path / "store", template="preference")
     store = TokenStore(tmp_path / "store")
     for use in (
-        lambda: BatchLoader(store, batch_size=1),
         lambda: StoreDataset(store),
-        lambda: MixedStore({"a": store}),
+        lambda: BatchLoader(MixedStore({"a": store.as_rows(), "b": store}), batch_size=1),
     ):
         with pytest.raises(InputError, match="a store of answers"):
             use()

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcollate.errors import InputError
-from fastcollate.plan.mixing import MixedStore, Rows, digest_of, identity_of, numbers_of
+from fastcollate.plan.mixing import ANSWERS, MixedStore, Rows, digest_of, identity_of, numbers_of
 from fastcollate.plan.options import Int64Array, PlanOptions, as_lengths, row_numbers
 from fastcollate.plan.packing import PackWindow, Window
 from fastcollate.plan.pairs import units
@@ -71,6 +71,8 @@ class Order:
         by_shard(self._source, range(0), options)
         if self.mix is not None and self.mix.schedule is not None:
             self.mix.schedule.check(options)
+        if getattr(self._source, "kind", "rows") == ANSWERS:
+            units.refuse_parts(options, ANSWERS)
         widest, longest = options.widest, getattr(self._source, "max_length", None)
         if self.has_pairs:
             firsts = numbers_of(self.mix.rows_drawn() if self.mix else self.rows)

@@ -44,13 +44,18 @@ def cells_of(cells: npt.NDArray[Any], firsts: Int64Array, options: PlanOptions) 
 LONGEST = (1 << 30) - 1  # of a row: a plan counts a pair's cells in 31 bits
 
 
-def refuse_what_parts(firsts: Int64Array, cells: Int64Array, options: PlanOptions) -> None:
-    """Refuse options under which a pair stands in no batch, or would be cut to fit."""
+def refuse_parts(options: PlanOptions, kind: str) -> None:
+    """Refuse options that lay parts of rows into packs."""
     if options.long_rows == "split" or options.packing != "best_fit":
         raise InputError(
-            f"long_rows={options.long_rows!r}, packing={options.packing!r} with pairs: a part of a row is no answer; "
+            f"long_rows={options.long_rows!r}, packing={options.packing!r} with {kind}: a part of a row is no answer; "
             "use 'truncate' or 'drop', and 'best_fit'"
         )
+
+
+def refuse_what_parts(firsts: Int64Array, cells: Int64Array, options: PlanOptions) -> None:
+    """Refuse options under which a pair stands in no batch, or would be cut to fit."""
+    refuse_parts(options, KIND)
     room, name = (options.capacity, "capacity") if options.capacity is not None else (options.widest, "max_tokens")
     place = int(np.argmax(cells)) if len(cells) else 0
     if room is None or options.long_rows == "drop" or not len(cells) or int(cells[place]) <= room:
