@@ -54,7 +54,7 @@ def check_objective(source: TokenStore | MixedStore, options: TrainOptions) -> N
         require_served(source)
     elif isinstance(source, MixedStore) or source.kind != "pairs":
         raise InputError(
-            f"{source.path}: --objective dpo needs one store of pairs, whose reference is kept beside it; make it with: "
+            f"{source.path}: --objective dpo needs one store of pairs, with its reference beside it; make it with: "
             "fastcollate prepare --template preference (of several sources together, in place of --mix)"
         )
 
