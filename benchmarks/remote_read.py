@@ -1,8 +1,8 @@
 """Reading a store from object storage: the first batch, waiting, bytes fetched, the cache's limit, injected faults.
 
-Run as `python -m benchmarks.remote_read [PART ...]`, parts `real`, `small`, `faults`; writes a part each of
-`bench_results/remote_read.json`. The storage is SeaweedFS on this machine behind a proxy that adds 20 ms to each
-request and passes on 200 MB/s; server, proxy and reader share this machine's cores.
+Run as `python -m benchmarks.remote_read [PART ...]`, parts `real`, `small`, `faults`, and `peers` where that is asked
+for; writes a part each of `bench_results/remote_read.json`. The storage is SeaweedFS on this machine, behind a proxy
+that adds 20 ms to each request and passes on 200 MB/s; server, proxy and reader share this machine's cores.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import fsspec
 
 from benchmarks.harness import save_part
 from benchmarks.remote_faults import inject_faults, through_faults
+from benchmarks.remote_peers import BATCH, compare
 from benchmarks.remote_stores import OPTIONS, local_digest, make_store, tiny, upload
 from benchmarks.seaweed import ENVIRONMENT, Seaweed
 from benchmarks.slow_proxy import SlowProxy
@@ -58,6 +59,20 @@ def read(what: str, url: str, cache: str, limit: str) -> dict[str, Any]:
     took = time.perf_counter() - start
     share = (loader.stats.wait_s - waited) / took
     return {**found, "seconds": took, "wait_share": share, "batches": count, "digest": digest.hexdigest()}
+
+
+def epoch_of_rows(url: str, cache: str, limit: str) -> dict[str, Any]:
+    """An epoch as the peers are timed."""
+    warnings.simplefilter("ignore")
+    list(BatchLoader(tiny(Path(cache).parent / "tiny"), batch_size=BATCH, order="shards"))  # compiles
+    start = time.perf_counter()
+    first, rows, trained = 0.0, 0, 0
+    store = TokenStore(url, cache=cache, cache_limit=limit or None)
+    for inputs, targets in BatchLoader(store, batch_size=BATCH, order="shards"):
+        first = first or time.perf_counter() - start
+        rows += len(inputs)
+        trained += int((targets != -100).sum())
+    return {"first_batch_s": first, "seconds": time.perf_counter() - start, "rows": rows, "trained": trained}
 
 
 def reader(what: str, url: str, cache: Path, limit: str = "") -> subprocess.Popen[str]:
@@ -144,7 +159,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.reader:
         what, url, cache, limit = given.reader
-        print(json.dumps(through_faults(url, cache) if what == "faults" else read(what, url, cache, limit)))
+        if what == "faults":
+            found = through_faults(url, cache)
+        else:
+            found = epoch_of_rows(url, cache, limit) if what == "rows" else read(what, url, cache, limit)
+        print(json.dumps(found))
         return
     parts = given.parts or ["real", "small", "faults"]
     os.environ |= ENVIRONMENT
@@ -162,6 +181,8 @@ def main() -> None:
         if "small" in parts:
             rows = max(given.megabytes * 1_000_000 // given.shards // row_bytes, 1)
             measure(proxy, root, "small", given.shards, rows)
+        if "peers" in parts:
+            compare(proxy, root, 24, given.megabytes * 1_000_000 // 24 // row_bytes)
         if "faults" in parts:
             inject_faults(proxy, root, given.faults)
 

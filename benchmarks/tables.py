@@ -285,6 +285,33 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
+def remote_table() -> str:
+    """Reading from object storage, a line a store."""
+    found = result("remote_read")
+    lines = [
+        "| store | first batch, s | opening, s | waiting | received in an epoch | the cache's limit, most in it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for part in ("real", "small"):
+        one = found[part]
+        size = f"{one['shards']:,} shards, {one['shard_bytes'] / 1e6:,.0f} MB"
+        spans = " | ".join(f"{min(one[name])} to {max(one[name])}" for name in ("first_batch_s", "opened_s"))
+        lines.append(
+            f"| {size} | {spans} | {one['wait_share']:.2%} | {one['received_over_store']:.3f} × the store "
+            f"| {one['cache_limit'] / 1e6:,.0f} MB, {one['most_in_cache'] / 1e6:,.0f} MB |"
+        )
+    return "\n".join(lines)
+
+
+def remote_peers_table() -> str:
+    """The same rows read by the peers, a line each."""
+    lines = ["| reader | first batch, s | rows a second | received in an epoch |", "|---|---|---|---|"]
+    for name, one in result("remote_read")["peers"]["found"].items():
+        speeds, firsts = (" and ".join(f"{value:,}" for value in one[key]) for key in ("rows_per_s", "first_batch_s"))
+        lines.append(f"| {name} | {firsts} | {speeds} | {one['received_over_store']:.2f} × its files |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "card": card,
@@ -298,6 +325,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing": packing_table,
     "windows": windows_table,
     "gpu": gpu_table,
+    "remote": remote_table,
+    "remote_peers": remote_peers_table,
 }
 
 

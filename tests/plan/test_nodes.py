@@ -9,12 +9,17 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from fastcollate import BatchLoader, BucketBatchSampler, MixedStore
+from fastcollate.check.reference_check import verify
 from fastcollate.errors import InputError
 from fastcollate.plan.sharded import order as module
 from fastcollate.plan.sharded.order import NodesOrder, Shards, parts_of
 from fastcollate.store.store import TokenStore
+from fastcollate.train.options import OrderOptions, TrainOptions
+from fastcollate.train.ranks import Ranks
+from fastcollate.train.step import make_loader
 from tests.helpers import numbered_store
 
 OPTIONS: list[dict[str, Any]] = [
@@ -193,3 +198,26 @@ def test_more_nodes_than_rows(tmp_path: Path) -> None:
                 numbered_store(tmp_path / "s", 5), batch_size=1, order="shards", nodes=8, rank=0, world_size=8
             )
         )
+
+
+@pytest.mark.parametrize("policy", ["bucketed", "packed"])
+def test_the_training_loop_takes_the_order_and_the_nodes(store: TokenStore, policy: str) -> None:
+    options = TrainOptions(order="shards", nodes=2, policy=policy, batch_size=8, seed=3)
+    given = []
+    for rank in range(4):
+        ranks = Ranks(rank, 4, torch.device("cpu"), None)
+        loader = make_loader(store, options, ranks, None, context=64)  # type: ignore[arg-type]
+        state = loader.state_dict()
+        assert (state["order"], state["nodes"], state["tail"]) == ("shards", 2, "repeat")
+        evaluation = make_loader(store, options, ranks, None, context=64, policy="sequential").state_dict()
+        assert (evaluation["order"], evaluation["nodes"], evaluation["tail"]) == ("rows", 1, "uneven")
+        plan = loader._order.plan(loader._plan_options, 0).plan
+        rows = np.concatenate([plan.window(index).rows for index in range(plan.num_windows)])
+        given.append(set((rows // 100).tolist()))
+    assert len(given[0] | given[1]) <= 6
+    assert given[0] | given[1] | given[2] | given[3] == set(range(10))
+
+
+def test_order_by_shards_is_verified(store: TokenStore) -> None:
+    found = verify(store, order=OrderOptions(order="shards", batch_size=8), progress=False)
+    assert found.ok, found.problems
