@@ -303,6 +303,18 @@ def remote_table() -> str:
     return "\n".join(lines)
 
 
+def remote_faults() -> str:
+    """What injected faults did, in a sentence."""
+    found = result("remote_read")["faults"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found["faults"].items()))
+    told, total = sum(found["errors_told"].values()), sum(found["faults"].values())
+    return wrap(
+        f"{total:,} faults in the readers' requests ({kinds}): {found['wrong_rows']} wrong rows, "
+        f"{told} calls that ended in a clear error, after which the reader went on; the longest call took "
+        f"{found['longest_call_s']:.0f} s, and {found['call_limit_s']} s end the process."
+    )
+
+
 def remote_peers_table() -> str:
     """The same rows read by the peers, a line each."""
     lines = ["| reader | first batch, s | rows a second | received in an epoch |", "|---|---|---|---|"]
@@ -326,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "windows": windows_table,
     "gpu": gpu_table,
     "remote": remote_table,
+    "remote_faults": remote_faults,
     "remote_peers": remote_peers_table,
 }
 
