@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -190,9 +191,10 @@ class Hold:
     def __enter__(self) -> Hold:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: object, getpid: Any = os.getpid, is_finalizing: Any = sys.is_finalizing) -> None:
+        # Defaults, since an interpreter that ends has taken the modules away.
         owner, self._owner = self._owner, None
-        if owner is not None and owner._process == os.getpid():
+        if owner is not None and not is_finalizing() and owner._process == getpid():
             owner.let_go(self._numbers)
 
     __del__ = __exit__
