@@ -104,7 +104,7 @@ def most_in(folder: Path, until: threading.Event) -> int:
         for path in folder.rglob("shard-*"):
             if ".locks" not in path.parts:
                 try:
-                    total += path.stat().st_blocks * 512
+                    total += path.stat().st_blocks * 512  # what the disk gives, in blocks
                 except FileNotFoundError:
                     continue
         most = max(most, total)
