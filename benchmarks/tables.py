@@ -289,7 +289,7 @@ def remote_table() -> str:
     """Reading from object storage, a line a store."""
     found = result("remote_read")
     lines = [
-        "| store | first batch, s | opening, s | waiting | received in an epoch | cache's limit, most in it (disk blocks) |",
+        "| store | first batch, s | opening, s | waiting | received in an epoch | cache limit, most on disk |",
         "|---|---|---|---|---|---|",
     ]
     for part in ("real", "small"):
