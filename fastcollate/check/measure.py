@@ -61,13 +61,20 @@ class BenchReport:
 
 
 class _Rows(Dataset[Any]):
-    """The store as the chapter's data set: lists of token ids, where prompts are masked with the prompt's length, or
-    all spans of rows that hold their end."""
+    """The store as the chapter's data set: lists of token ids, where prompts are masked with the prompt's length.
 
-    def __init__(self, store: TokenStore, masked: bool) -> None:
-        self._rows = [example.input_ids.tolist() for example in store]
-        spans = (example.spans.tolist() for example in store)
-        self._prompts = [s if store.end == "in_row" else s[0] for s in spans] if masked else None
+    By position: rows that hold their end, and with masked prompts all spans of each.
+    """
+
+    def __init__(self, store: TokenStore, options: MaskOptions) -> None:
+        self._rows, spans = [row.input_ids.tolist() for row in store], [row.spans.tolist() for row in store]
+        if options.mode == "positional" and store.end == "append":
+            for row, counts in zip(self._rows, spans, strict=True):
+                row.append(store.end_token_id)
+                counts += [len(row) - sum(counts)] if len(counts) % 2 else [0, len(row) - sum(counts)]
+        self._prompts = None
+        if options.mask_prompt:
+            self._prompts = spans if options.mode == "positional" else [counts[0] for counts in spans]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -96,7 +103,7 @@ def bench(
     With a step's time each contender then runs beside steps of that length, which sleep: what it waits is measured.
 
     Args:
-        store: the store.
+        store: the store, whose rows are taken one by one, pairs too.
         options: how rows become targets.
         order: which rows make a batch; packs by default hold what `pack_capacity` says.
         step_ms: a training step's time in milliseconds, for the verdict; or
@@ -114,13 +121,11 @@ def bench(
         'fastcollate'
     """
     progress = renamed_switch(progress, old="silent", given=silent)
-    options = (options or MaskOptions()).of(store)
+    options, store = (options or MaskOptions()).of(store), store.as_rows()
     if step_ms is not None and not step_ms > 0:
         raise InputError(f"step_ms={step_ms}: give a step's time in milliseconds, above 0")
     if rounds < 1 or not seconds > 0:
         raise InputError(f"rounds={rounds}, seconds={seconds}: give at least one round of more than 0 seconds")
-    if options.mode != "reference" and store.end == "append":
-        raise InputError(f"mode={options.mode!r}: the other contenders are the reference; bench compares equal work")
     chosen = order_of(store, options, order)
     sources = _contenders(store, options, chosen)
     with warnings.catch_warnings():
@@ -151,7 +156,7 @@ def _contenders(
     store: TokenStore, options: MaskOptions, order: dict[str, Any]
 ) -> dict[str, Callable[[], Iterable[Any]]]:
     plan = plan_of_store(store, {**order, "max_length": options.max_length})
-    rows = _Rows(store, options.mask_prompt)
+    rows = _Rows(store, options)
     collate = _reference_of(store, options)
     batches: list[list[Any]]
     if plan.capacity is None:
@@ -185,7 +190,7 @@ def _contenders(
 
 def _reference_of(store: TokenStore, options: MaskOptions) -> Callable[[list[Any], int | None], Any]:
     """The plain Python collate of rows, and of the columns to keep."""
-    if store.end == "in_row":
+    if options.mode == "positional":
 
         def collate(batch: list[Any], limit: int | None) -> Any:
             spans, rows = zip(*batch, strict=True) if options.mask_prompt else (None, batch)
@@ -195,7 +200,7 @@ def _reference_of(store: TokenStore, options: MaskOptions) -> Callable[[list[Any
     if store.pad_token_id != store.end_token_id:
         raise InputError(
             f"{store.path}: pads with id {store.pad_token_id} and ends rows with {store.end_token_id}; the chapter's "
-            "collate has one id for both, and bench compares equal work. fastcollate verify compares such a store"
+            "collate has one id for both, and bench compares equal work: give --mode positional"
         )
     chapter = reference.custom_collate_with_masking_fn if options.mask_prompt else reference.custom_collate_fn
     return lambda batch, limit: chapter(batch, pad_token_id=store.pad_token_id, allowed_max_length=limit)

@@ -13,6 +13,7 @@ from fastcollate.check import measure as room
 from fastcollate.check.counts import order_of
 from fastcollate.check.measure import Verdict, bench
 from fastcollate.errors import InputError
+from fastcollate.ingest.job import prepare
 from fastcollate.store.store import TokenStore
 from fastcollate.train import MaskOptions, OrderOptions
 from tests.helpers import run_cli, write_store
@@ -139,9 +140,29 @@ def test_wrong_values(store: TokenStore, options: dict[str, object]) -> None:
         bench(store, progress=False, **options)
 
 
-def test_positional_mode_has_no_contender(store: TokenStore) -> None:
-    with pytest.raises(InputError, match="equal work"):
-        bench(store, MaskOptions(mode="positional"), progress=False)
+@pytest.mark.usefixtures("few_workers")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("order", [SHUFFLED, {"policy": "packed", "batch_size": 2, "capacity": 30}])
+def test_masks_by_position_have_contenders_too(tmp_path: Path, masked: bool, order: dict[str, object]) -> None:
+    """Also where one row's end belongs to its prompt, and another holds the end's id itself."""
+    rows = [([2, n % 9 + 1], list(range(n % 9 + 3))) for n in range(30)]
+    rows += [([3, 1, 2], list(range(5))), ([1, 3], [50256, 7, 50256, 8]), ([4], [1, 2, 3, 4])]
+    store = write_store(tmp_path / "p", rows, shard_rows=9)
+    options = MaskOptions(mask_prompt=masked, mode="positional", max_length=9)
+    sources = room._contenders(store, options, order)
+    for got, expected in zip(sources[room.PIPELINE](), sources[room.REFERENCE](), strict=True):
+        assert all(one.equal(other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_workers")
+@pytest.mark.parametrize("template", ["preference", "document"])
+def test_stores_of_other_kinds_are_measured_row_by_row(tmp_path: Path, template: str) -> None:
+    records = [{"text": f"a {n}", "prompt": f"a {n}", "chosen": " b" * (n % 5), "rejected": " c"} for n in range(40)]
+    kept = [{key: record[key] for key in record if (key == "text") == (template == "document")} for record in records]
+    prepare(kept, tmp_path / "s", template=template, progress=False)
+    report = bench(TokenStore(tmp_path / "s"), step_ms=5.0, rounds=1, seconds=0.02, progress=False)
+    assert len(report.contenders) == 3
 
 
 @pytest.mark.slow
