@@ -83,6 +83,14 @@ def test_the_table_has_one_row_a_folder_in_this_order() -> None:
     assert 1 <= len(page.split("| word | means |", 1)[1].splitlines()[2:]) <= 15, "a glossary of at most 15 words"
 
 
+def test_the_table_names_each_folder_within_a_folder_in_its_row() -> None:
+    table = (PACKAGE.parent / "CONTRIBUTING.md").read_text().split("| folder |", 1)[1].split("\n\n", 1)[0]
+    named = [(row.split("`")[1], inner) for row in table.splitlines() for inner in re.findall(r"`(\w+/\w+)`", row)]
+    found = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/*/__init__.py")}
+    assert {inner for _, inner in named} == found
+    assert all(inner.startswith(f"{folder}/") for folder, inner in named)
+
+
 def test_every_folder_and_file_at_the_top_has_its_place_in_the_order() -> None:
     found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert found - {"__init__", "__main__"} <= {*ORDER, *MOVED}
