@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -75,6 +75,11 @@ class Verification:
         self.num_problems += 1
         if len(self.problems) < _MOST_PROBLEMS:
             self.problems.append(problem)
+
+    def note_all(self, problems: Iterable[str]) -> None:
+        """Count differences as they are found."""
+        for problem in problems:
+            self.note(problem)
 
 
 def verify(
@@ -286,35 +291,9 @@ class _Records:
             for block in read_blocks(self.sources):
                 parsed = ((chunk, i) for chunk in records.read_records(block, block.read()) for i in range(len(chunk)))
                 for position, (chunk, number) in enumerate(parsed, block.first_row):
-                    if row == len(store) or int(store[row].source_row) != position:
-                        continue  # skipped when the store was prepared
-                    if self.tokenizer is None or self.template.name == TOKENIZED:
-                        num_rows, problems = differing_rows(store, row, position, chunk, number)
-                        for problem in problems:
-                            found.note(problem)
-                        row += num_rows
+                    if row < len(store) and int(store[row].source_row) == position:  # else skipped in the job
+                        row += self._compare_record(row, position, chunk, number, found)
                         found.records += 1
-                        continue
-                    try:
-                        if self.template.preference is not None:
-                            num_rows, problems = judged_differences(
-                                store, row, chunk[number], self.template, self.tokenizer
-                            )
-                            for problem in problems:
-                                found.note(problem)
-                            row, found.records = row + num_rows, found.records + 1
-                            continue
-                        if self.chats is not None:
-                            for problem in self.chats.differences(row, chunk[number]):
-                                found.note(problem)
-                            row, found.records = row + 1, found.records + 1
-                            continue
-                        parts = self.template.parts(chunk[number])
-                        _compare_row(store, row, parts, self.tokenizer, self.template.single_turn, found)
-                    except (BadRecordError, ValueError) as error:
-                        found.note(f"row {row}: record {position} of the sources gives no text ({error})")
-                    row += 1
-                    found.records += 1
                 bar.update(task, completed=row)
         if row < len(store):
             where = int(store[row].source_row)
@@ -325,6 +304,27 @@ class _Records:
             names = ", ".join(source.name for source in self.sources)
             most = f"{names}: most records are others than those {store.path} was prepared from"
             found.problems.insert(place, f"{most}; give the same files, in the same order")
+
+    def _compare_record(self, row: int, position: int, chunk: Any, number: int, found: Verification) -> int:
+        """Note what differs between a record, of a chunk, and its rows from `row` on; returns how many these are."""
+        if self.tokenizer is None or self.template.name == TOKENIZED:
+            num_rows, problems = differing_rows(self.store, row, position, chunk, number)
+            found.note_all(problems)
+            return num_rows
+        num_rows = 1
+        try:
+            record = chunk[number]
+            if self.template.preference is not None:
+                num_rows, problems = judged_differences(self.store, row, record, self.template, self.tokenizer)
+                found.note_all(problems)
+            elif self.chats is not None:
+                found.note_all(self.chats.differences(row, record))
+            else:
+                parts = self.template.parts(record)
+                _compare_row(self.store, row, parts, self.tokenizer, self.template.single_turn, found)
+        except (BadRecordError, ValueError) as error:
+            found.note(f"row {row}: record {position} of the sources gives no text ({error})")
+        return num_rows
 
 
 def _compare_row(

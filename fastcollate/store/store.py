@@ -86,25 +86,7 @@ class TokenStore:
         if not is_remote and (cache, cache_limit) != (None, None):
             raise InputError(f"{folder}: cache and cache_limit are for a store behind a URL; leave them out")
         self._again = folder.url if isinstance(folder, Objects) else folder.absolute(), cache, cache_limit
-        try:
-            manifest = read_manifest(folder)
-        except InputError as error:
-            if not is_remote or isinstance(error, SourceReadError):
-                raise
-            manifest = read_manifest(folder)  # it may have been damaged on the way
-        if manifest is None:
-            is_file = isinstance(folder, Path) and folder.is_file()
-            what = f"{self.path} STORE" if is_file else f"SOURCE {self.path}"
-            raise InputError(
-                f"{self.path}: no finished token store here (no {MANIFEST}); make one with: fastcollate prepare {what}"
-            )
-        self.manifest = manifest
-        if "format" in manifest["sources"] and manifest["template"].get("name") == "tokenized":
-            warnings.warn(
-                f"{self.path}: made from ready ids by an older release: an end-of-text that closed a row is taken off, "
-                "and each row gets one, also those that had none; make the store anew where rows differ in that",
-                stacklevel=2,
-            )
+        self.manifest = manifest = _manifest_of(folder)
         self.fingerprint, self.kind, self.end = manifest["fingerprint"], manifest["kind"], manifest["end"]
         self.num_tokens, self.max_length = manifest["num_tokens"], manifest["max_length"]
         tokenizer = manifest["tokenizer"]
@@ -259,6 +241,29 @@ def require_served(store: Any, kinds: Collection[str] = ("rows", "documents")) -
         raise InputError(
             f"{store.path}: a store of {kind}; this makes batches of {' or '.join(kinds)}; {_REMEDIES[kind]}"
         )
+
+
+def _manifest_of(folder: Path | Objects) -> dict[str, Any]:
+    """The manifest of the store that is here."""
+    try:
+        manifest = read_manifest(folder)
+    except InputError as error:
+        if isinstance(folder, Path) or isinstance(error, SourceReadError):
+            raise
+        manifest = read_manifest(folder)  # it may have been damaged on the way
+    if manifest is None:
+        is_file = isinstance(folder, Path) and folder.is_file()
+        what = f"{folder} STORE" if is_file else f"SOURCE {folder}"
+        raise InputError(
+            f"{folder}: no finished token store here (no {MANIFEST}); make one with: fastcollate prepare {what}"
+        )
+    if "format" in manifest["sources"] and manifest["template"].get("name") == "tokenized":
+        warnings.warn(
+            f"{folder}: made from ready ids by an older release: an end-of-text that closed a row is taken off, "
+            "and each row gets one, also those that had none; make the store anew where rows differ in that",
+            stacklevel=3,
+        )
+    return manifest
 
 
 def _cell(values: npt.NDArray[Any], offsets: npt.NDArray[np.int64], row: int, path: object) -> npt.NDArray[Any]:

@@ -200,6 +200,11 @@ class Hold:
     __del__ = __exit__
 
 
+def _fetched(name: str) -> Any:
+    """A column of a shard; see `ShardColumns`."""
+    return property(lambda shard: getattr(shard.columns, name))
+
+
 class RemoteShard(layout.AbsentShard):
     """One shard of a remote store; it looks like `ShardColumns`, and reading a column fetches it."""
 
@@ -212,32 +217,9 @@ class RemoteShard(layout.AbsentShard):
         """All its columns; they stay valid for whoever keeps them."""
         return self._owner.columns(self.number)
 
-    @property
-    def input_ids(self) -> npt.NDArray[Any]:
-        """See `ShardColumns`."""
-        return self.columns.input_ids
-
-    @property
-    def offsets(self) -> Int64Array:
-        """See `ShardColumns`."""
-        return self.columns.offsets
-
-    @property
-    def spans(self) -> npt.NDArray[np.uint32]:
-        """See `ShardColumns`."""
-        return self.columns.spans
-
-    @property
-    def span_offsets(self) -> Int64Array:
-        """See `ShardColumns`."""
-        return self.columns.span_offsets
-
-    @property
-    def source_row(self) -> npt.NDArray[np.uint64]:
-        """See `ShardColumns`."""
-        return self.columns.source_row
-
-    @property
-    def extra(self) -> Mapping[str, npt.NDArray[Any]]:
-        """See `ShardColumns`."""
-        return self.columns.extra
+    input_ids = _fetched("input_ids")
+    offsets = _fetched("offsets")
+    spans = _fetched("spans")
+    span_offsets = _fetched("span_offsets")
+    source_row = _fetched("source_row")
+    extra = _fetched("extra")
