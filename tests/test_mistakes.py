@@ -29,6 +29,18 @@ FILES = {
     "notes.docx": "a",
     "end.jsonl": '{"instruction": "a <|endoftext|> b", "output": "c"}\n',
     "ids.jsonl": '{"input_ids": [1, 2, 3]}\n',
+    "pairs.jsonl": "".join(
+        json.dumps({"prompt": f"a {n}", "chosen": " b", "rejected": " c"}) + "\n" for n in range(40)
+    ),
+    "half.jsonl": '{"prompt": "a", "chosen": " b"}\n',
+    "verdicts.jsonl": '{"prompt": "a", "completion": " b", "label": true}\n',
+    "cut-mix.json": "{",
+    "list-mix.json": '["store", "pairs"]',
+    "step-mix.json": '{"stores": {"a": "store"}, "weights": {"0": {"a": 1}, "end": {"a": 1}}}',
+    "less-mix.json": '{"stores": {"a": "store"}, "weights": {"a": -1}}',
+    "names-mix.json": '{"stores": {"a": "store"}, "weights": {"b": 1}}',
+    "key-mix.json": '{"stores": {"a": "store"}, "weight": {"a": 1}}',
+    "pair-mix.json": '{"stores": {"a": "store", "b": "pairs"}}',
 }
 # a command, and what its message must tell to do
 MISTAKES = """
@@ -50,7 +62,7 @@ prepare ragged.csv new => --on-error skip
 prepare end.jsonl new => --special-text encode
 prepare ids.jsonl new => need the one that made them (--tokenizer)
 prepare tatsu-lab/alpaca new => give NEW.jsonl
-prepare other.jsonl store => choose another directory, or make this one anew with --overwrite
+prepare other.jsonl store => choose another directory, or make this one anew with prepare --overwrite
 prepare records.jsonl new --tokenizer meta-llama/Llama-3.1-8B => then give NEW
 prepare records.jsonl new --tokenizer gpt3 => choose one of gpt2,
 prepare records.jsonl new --template mistral => choose one of alpaca,
@@ -63,6 +75,23 @@ prepare records.jsonl new --workers 0 => give at least 1
 prepare records.jsonl new --split train => leave out split='train'
 prepare records.jsonl https://example.org/store => name a place of object storage, such as s3://
 prepare records.jsonl s3:/bucket/store => give a path of this machine
+prepare pairs.jsonl new => for preferences use --template preference
+prepare half.jsonl new --template preference => name the fields that are to be taken, such as --field chosen=NAME
+prepare verdicts.jsonl new => or use --template preference
+prepare records.jsonl new --template document => map it with --field text=NAME
+prepare pairs.jsonl new --template preference:mistral => choose one of alpaca,
+push store => such as s3://bucket/store
+push store elsewhere => give one, such as s3://bucket/store
+push nowhere memory://bucket/store => make one with: fastcollate prepare SOURCE nowhere
+push memory://bucket/store store => give a path of this machine
+push store memory:// => name a folder of the storage, such as memory://bucket/store
+push store memory://bucket/store?versionId=3 => give credentials as the storage's own library has them
+pull store copy => give one, such as s3://bucket/store
+pull memory://bucket/nothing copy => write one there with: fastcollate push STORE memory://bucket/nothing
+pull https://example.org/store copy => name a place of object storage
+verify nosuch://bucket/store => check how it begins, such as s3://
+inspect memory:/bucket/store => as text with both slashes
+inspect memory://bucket/nothing => make one with: fastcollate prepare SOURCE memory://bucket/nothing
 inspect => see: fastcollate inspect --help
 inspect records.jsonl => make one with: fastcollate prepare records.jsonl STORE
 inspect stor => make one with: fastcollate prepare SOURCE stor
@@ -70,10 +99,11 @@ inspect store --row 40 => has rows 0 to 39; give one of them
 inspect store --row first => see: fastcollate inspect --help
 inspect store --max-length 0 => give at least 1
 verify store --source other.jsonl => give the same files, in the same order
+verify store --capacity 64 => give --policy packed with it
 verify store --policy random => is not one of 'sequential', 'shuffled', 'bucketed', 'packed'; see:
 bench store --step-ms 0 => give a step's time in milliseconds
 bench store --batch-size 0 => give 1 to
-train other.jsonl --store store => give either files of records, or a store
+train other.jsonl --store store => give either files of records, or what is prepared already
 train --store store --tokenizer gpt2 => give it to fastcollate prepare
 train --data nowhere.jsonl => fastcollate sample nowhere.jsonl
 train --store store --polcy packed => Possible options: --epochs, --policy
@@ -83,6 +113,28 @@ train --store store --dropout 1.5 => give 0 or more, below 1
 train --store store --train-share 2 => give more than 0, at most 1
 train --store store --device gpu => choose auto, cpu, cuda or cuda:N
 train --store store --max-steps 0 => give 1 or more
+train --store store --store pairs => give one store, or one --mix
+train --store store --packing concatenate => give --policy packed with it
+train --store store --see-across => give --policy packed with it
+train --store pairs => BatchLoader and train --objective dpo take pairs
+train --store pairs --objective kto => is not one of 'sft', 'dpo'; see:
+train --store pairs --objective dpo => give --reference-checkpoint RUN with it
+train --store pairs --reference-checkpoint runs/first => give --objective dpo with it
+train --store pairs --objective dpo --reference-checkpoint nowhere => train first: fastcollate train --out nowhere
+train --store store --objective dpo --reference-checkpoint runs/first => fastcollate prepare --template preference
+train --objective dpo --reference-checkpoint runs/first => give records that hold some
+train --store store --beta 0.5 => give --objective dpo with it
+train --mix store => write a file such as
+train --mix nowhere.json => write a file such as
+train --mix cut-mix.json => write a file such as
+train --mix list-mix.json => write a file such as
+train --mix step-mix.json => or weights by step
+train --mix less-mix.json => a number of 0 or more
+train --mix names-mix.json => the stores are ['a']
+train --mix key-mix.json => a mix has stores, weights,
+train --mix pair-mix.json => train --objective dpo take pairs
+train --mix key-mix.json --store store => give one store, or one --mix
+train --mix key-mix.json --tokenizer gpt2 => give it to fastcollate prepare
 generate --prompt hello => make one with: fastcollate train --out runs/first
 generate --checkpoint nowhere --prompt hello => train first: fastcollate train --out nowhere
 generate --checkpoint store --prompt hello => train first: fastcollate train --out
@@ -107,6 +159,7 @@ def test_each_mistake_gives_its_message(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare("records.jsonl", "store")
+    prepare("pairs.jsonl", "pairs", template="preference")
     said: list[str] = []
     lacking: list[str] = []  # a remedy
     for command, remedy in (line.split(" => ") for line in MISTAKES):

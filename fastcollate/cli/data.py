@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from fastcollate.errors import InputError, import_extra
 from fastcollate.ingest import PrepareOptions, summary_in_words
 from fastcollate.options import local_path
 from fastcollate.train import MaskOptions, OrderOptions
+
+if TYPE_CHECKING:
+    from fastcollate.store import TokenStore
 
 SAMPLE_RECORDS = 3000
 
@@ -246,9 +249,17 @@ def verify(
         for problem in found.problems:
             print(problem, file=sys.stderr)
         if found.ok:
-            say_next("train", "--store", opened.path)
+            _say_train(opened)
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _say_train(store: TokenStore) -> None:
+    """What one does with a store that is as it should be; of answers with verdicts that is not a command."""
+    if store.kind == "pairs":
+        say_next("train", "--store", store.path, "--objective", "dpo", "--reference-checkpoint", "runs/first")
+    elif store.kind != "answers":
+        say_next("train", "--store", store.path)
 
 
 @app.command()
@@ -279,4 +290,7 @@ def bench(
         print_json(asdict(report))
     else:
         print_report(report)
-        say_next(*(("train", "--store", opened.path) if report.step_ms else ("bench", opened.path, "--model", "tiny")))
+        if report.step_ms:
+            _say_train(opened)
+        else:
+            say_next("bench", opened.path, "--model", "tiny")

@@ -39,7 +39,10 @@ def train(
             "1500 --mask-prompt --eval-every 250, where those are not given."
         ),
     ] = None,
-    store: Annotated[str | None, typer.Option(help="A prepared token store, or its URL, in place of --data.")] = None,
+    store: Annotated[
+        list[str] | None,
+        typer.Option(help="A prepared token store, or its URL, in place of --data.", show_default=False),
+    ] = None,
     mix: Annotated[
         Path | None,
         typer.Option(
@@ -47,7 +50,10 @@ def train(
             "weights, temperature, num_rows, seed, step_rows as MixedStore takes them."
         ),
     ] = None,
-    template: Annotated[str, typer.Option(help="How a record of --data becomes text: alpaca or phi3.")] = "alpaca",
+    template: Annotated[
+        str | None,
+        typer.Option(help="How a record of --data becomes text, as prepare takes it; alpaca, or preference for dpo."),
+    ] = None,
     field: Fields = None,
     *,
     options: TrainOptions,
@@ -60,19 +66,21 @@ def train(
 
     data = [*(files or []), *(data or [])]
     preparing |= {"template": template, "field": field}
-    if store is not None and mix is not None:
-        raise InputError(f"--store {store} and --mix {mix}: give either; a store may stand in the mix")
-    if store is not None or mix is not None:
+    if store and (mix is not None or store[1:]):
+        given = [*(f"--store {one}" for one in store), *([] if mix is None else [f"--mix {mix}"])]
+        raise InputError(f"{' and '.join(given)}: give one store, or one --mix, which is a file that names several")
+    if store or mix is not None:
         _refuse_beside("--store" if mix is None else "--mix", data, preparing, context)
     elif not data:
         options = _for_the_sample(options, context)
+    preparing["template"] = template or ("preference" if options.objective == "dpo" else "alpaca")
     find_checkpoint(options)  # before anything is written
     ranks = join_ranks(options.device)
     try:
         if mix is not None:
             source: Any = _mix_of(mix, (options.batch_size or 8) * options.accumulate)
-        elif store is not None:
-            source = store
+        elif store:
+            source = store[0]
         else:
             source = options.out / "store"
             if ranks.is_first:
@@ -110,28 +118,35 @@ _OF_A_MIX = ("stores", "weights", "temperature", "num_rows", "seed", "step_rows"
 def _mix_of(path: Path, step_rows: int) -> MixedStore:
     """The mix that a JSON file describes; a table of weights is by steps of the run, of so many rows."""
     from fastcollate.plan import MixedStore
-    from fastcollate.store import TokenStore, files
+    from fastcollate.store import TokenStore
 
-    with files.naming(path):
-        text = path.read_text(encoding="utf-8")
     try:
-        asked = json.loads(text)
-        places = asked.pop("stores").items()
-        stores = {name: TokenStore(place if "://" in place else path.parent / place) for name, place in places}
-        weights = asked.get("weights") or {}
-        if any(isinstance(line, dict) for line in weights.values()):
-            asked["weights"] = {int(step): line for step, line in weights.items()}
-            asked.setdefault("step_rows", step_rows)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f'{path}: no mix ({error}); write such as {{"stores": {{"chat": "stores/chat", "code": "stores/code"}}, '
-            '"weights": {"chat": 3, "code": 1}}, or weights by step, {"0": {...}, "1000": {...}}'
-        ) from error
+        asked = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _no_mix(path, getattr(error, "strerror", None) or str(error)) from error
+    places = asked.pop("stores", None) if isinstance(asked, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise _no_mix(path, "no 'stores', which is an object of names and places")
     if unknown := sorted(set(asked) - set(_OF_A_MIX)):
         raise InputError(f"{path}: has {unknown}; a mix has {', '.join(_OF_A_MIX)}")
-    return MixedStore(stores, **asked)
+    stores = {name: TokenStore(place if "://" in place else path.parent / place) for name, place in places.items()}
+    weights = asked.get("weights")
+    if isinstance(weights, dict) and any(isinstance(line, dict) for line in weights.values()):
+        if wrong := [step for step in weights if not step.isdecimal()]:
+            raise _no_mix(path, f"weights of step {wrong[0]!r}")
+        asked["weights"] = {int(step): line for step, line in weights.items()}
+        asked.setdefault("step_rows", step_rows)
+    try:
+        return MixedStore(stores, **asked)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _no_mix(path: Path, why: str) -> InputError:
+    return InputError(
+        f'{path}: no mix ({why}); write a file such as {{"stores": {{"chat": "stores/chat", "code": "stores/code"}}, '
+        '"weights": {"chat": 3, "code": 1}}, or weights by step, {"0": {...}, "1000": {...}}'
+    )
 
 
 def _is_given(name: str, context: typer.Context) -> bool:
@@ -141,6 +156,8 @@ def _is_given(name: str, context: typer.Context) -> bool:
 
 def _for_the_sample(options: TrainOptions, context: typer.Context) -> TrainOptions:
     """The options of a first run, as far as none are given."""
+    if options.objective == "dpo":
+        raise InputError("--objective dpo: the sample holds no pairs; give records that hold some, or --store of pairs")
     wanted = {name: value for name, value in SAMPLE_RUN.items() if not _is_given(name, context)}
     if options.epochs is not None:
         wanted.pop("max_steps", None)

@@ -36,7 +36,7 @@ _FIELDS = {
     **dict.fromkeys(("alpaca", "phi3", "completion"), ("instruction", "input", "output")),
 }
 _SIDE_VERSION = 1
-_REMEDY = "choose another directory, or make this one anew with --overwrite (overwrite=True)"
+_REMEDY = "choose another directory, or make this one anew with prepare --overwrite (overwrite=True)"
 _RECORDED = ("boundary", "max_length", "long_prompt", "special_text")  # of the options: those that change rows
 
 

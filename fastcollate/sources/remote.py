@@ -137,8 +137,9 @@ def _cause(error: BaseException, *, may_show: bool) -> tuple[str, bool]:
         return "no such file; check the address", False
     text = f": {getattr(error, 'strerror', None) or error}" if may_show else ""
     text = re.sub(r"\w[\w+.-]*:/+\S+", "(a URL)", text)
-    what = "not a path or URL that can be read" if isinstance(error, ValueError) else "cannot be read"
-    return f"{what} ({type(error).__name__}{text})", False
+    if isinstance(error, ValueError):
+        return f"not a path or URL that can be read (ValueError{text}); check how it begins, such as s3://", False
+    return f"cannot be read ({type(error).__name__}{text})", False
 
 
 def _status(error: BaseException) -> int:

@@ -94,6 +94,10 @@ class OrderOptions:
     )
     seed: int = option(0, "Seed of the epoch's order.")
 
+    def __post_init__(self) -> None:
+        if self.capacity is not None and self.policy != "packed":
+            raise InputError(f"--capacity {self.capacity}: give --policy packed with it, not {self.policy}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions(MaskOptions):
@@ -223,8 +227,7 @@ class TrainOptions(MaskOptions):
             "cuda_graphs", self.compile or not self.cuda_graphs, "--compile with it, whose kernels it replays"
         )
         self._require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "more than 0")
-        has_reference = self.reference_checkpoint is not None
-        self._require("objective", (self.objective == "dpo") == has_reference, "--reference-checkpoint with dpo only")
+        self._require_effect()
         self._require("beta", self.beta > 0, "more than 0")
         self._require("train_share", 0 < self.train_share <= 1, "more than 0, at most 1")
         left = round(1 - self.train_share, 9)  # 1 - 0.9 is a little less than 0.1
@@ -232,11 +235,22 @@ class TrainOptions(MaskOptions):
         object.__setattr__(self, "test_share", share)
         self._require("test_share", 0 <= share <= left, f"0 to {left}, which is left")
 
+    def _require_effect(self) -> None:
+        """Refuse what another option would pass over."""
+        given = {item.name for item in fields(self) if getattr(self, item.name) != item.default}
+        for name in () if self.policy == "packed" else ("capacity", "long_rows", "packing", "mask_boundaries"):
+            self._require(name, name not in given, f"--policy packed with it, not {self.policy}")
+        for name in () if self.objective == "dpo" else ("reference_checkpoint", "beta"):
+            self._require(name, name not in given, "--objective dpo with it")
+        has_reference = self.objective != "dpo" or self.reference_checkpoint is not None
+        self._require("objective", has_reference, "--reference-checkpoint RUN with it, such as of: fastcollate train")
+
     def _require(self, name: str, is_right: bool, wanted: str) -> None:
         if not is_right:
             value = getattr(self, name)
-            value = value if isinstance(value, str) else shown(value)
-            raise InputError(f"--{name.replace('_', '-')} {value}: give {wanted}")
+            value = value if isinstance(value, (str, Path)) else shown(value)
+            flag = "--see-across" if name == "mask_boundaries" else f"--{name.replace('_', '-')} {value}"
+            raise InputError(f"{flag}: give {wanted}")
 
     @property
     def peak_learning_rate(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -292,12 +291,12 @@ def as_micro_batch(batch: Any, reference: Reference | None = None) -> MicroBatch
 
 def split_rows(num_rows: int, options: TrainOptions) -> dict[str, range]:
     """The rows of `train`, `test` and `validation`: contiguous, in file order, as the chapter splits; pairs whole."""
-    if options.objective == "dpo":
-        pairs = split_rows(num_rows // 2, replace(options, objective="sft", reference_checkpoint=None))
-        return {name: range(2 * part.start, 2 * part.stop) for name, part in pairs.items()}
-    train = max(1, int(num_rows * options.train_share))
-    test = min(train + int(num_rows * (options.test_share or 0.0)), num_rows)
-    return {"train": range(train), "test": range(train, test), "validation": range(test, num_rows)}
+    together = 2 if options.objective == "dpo" else 1
+    num_parts = num_rows // together
+    train = max(1, int(num_parts * options.train_share))
+    test = min(train + int(num_parts * (options.test_share or 0.0)), num_parts)
+    bounds = {"train": (0, train), "test": (train, test), "validation": (test, num_parts)}
+    return {name: range(together * start, together * stop) for name, (start, stop) in bounds.items()}
 
 
 def split_mix(mix: MixedStore, options: TrainOptions) -> tuple[MixedStore, Int64Array]:

@@ -48,7 +48,9 @@ def push(directory: str | os.PathLike[str], url: str, *, progress: bool = False)
     """
     root, folder = local_path(directory), Objects(url)
     if read_manifest(root) is None:
-        raise InputError(f"{root}: no finished token store here (no {MANIFEST})")
+        raise InputError(
+            f"{root}: no finished token store here (no {MANIFEST}); make one with: fastcollate prepare SOURCE {root}"
+        )
     wanted = _checksums(root)
     there = folder.found()
     _refuse_others(folder, root, there, wanted)

@@ -38,14 +38,17 @@ def pull(url: str, directory: str | os.PathLike[str], *, progress: bool = False)
     objects, root = Objects(url), local_path(directory)
     manifest = read_manifest(objects)
     if manifest is None:
-        raise InputError(f"{objects}: no finished token store here (no {MANIFEST})")
+        raise InputError(
+            f"{objects}: no finished token store here (no {MANIFEST}); check the address, or write one there with: "
+            f"fastcollate push STORE {objects}"
+        )
     _refuse_others(objects, root, manifest)
     files = [_info(entry) for entry in [*manifest["files"], *manifest["shards"]]]
     cache = Cache(objects, root / STAGE, [], None, lambda: _is_current(objects, manifest))
     missing = [info for info in files if not _is_there(root / info.name, info)]
     there, num_bytes = len(files) - len(missing), sum(info.num_bytes for info in missing)
     with progress_bar(unit="MB", progress=progress) as bar:
-        task, done = bar.add_task("pull", total=(num_bytes + 999_999) // 1_000_000), 0
+        task, done = bar.add_task("pull", total=max((num_bytes + 999_999) // 1_000_000, 1)), 0
         for first in range(0, len(missing), FETCHES):
             part = missing[first : first + FETCHES]
             cache.fetch_all(part)
@@ -59,10 +62,11 @@ def pull(url: str, directory: str | os.PathLike[str], *, progress: bool = False)
         raw = objects.get(MANIFEST)
         if raw is None or not _is_current(objects, manifest):
             raise InputError(f"{objects}: the store was changed there while it was read; pull it again")
+        is_new = not (root / MANIFEST).is_file()
         write_file(root / MANIFEST, raw)
         bar.update(task, completed=bar.tasks[task].total)
     shutil.rmtree(root / STAGE)
-    return CopyReport(str(root), len(missing) + 1, num_bytes + len(raw), there)
+    return CopyReport(str(root), len(missing) + is_new, num_bytes + len(raw) * is_new, there + (not is_new))
 
 
 def _info(entry: dict[str, Any]) -> FileInfo:
