@@ -124,7 +124,7 @@ def cluster(root: Path, megabytes: int) -> dict[str, object]:
             if len(notes) >= 1 and len(nodes) == 2:
                 events["notes_when_c_joined"] = len(notes)
                 nodes.append(Node(root, "c", *join))
-            if len(nodes) == 3 and len(nodes[2].shards) >= 2 and nodes[0].process.poll() is None:
+            if len(nodes) == 3 and len(nodes[2].shards) >= 1 and nodes[0].process.poll() is None:
                 events["notes_when_a_was_killed"] = len(notes)
                 nodes[0].kill()
         seconds = time.perf_counter() - started

@@ -5,6 +5,7 @@ Nothing here tells a URL as it was given, which may hold a secret: only its name
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import hashlib
@@ -38,7 +39,7 @@ _NO_STORE = (
     "zip",
     "tar",
 )  # where no store can be written or ranged over
-_TAGS = ("ETag", "etag", "md5", "content_md5", "generation", "LastModified", "mtime", "created")
+_TAGS = ("md5Hash", "ETag", "etag", "md5", "content_md5", "generation", "LastModified", "mtime", "created")
 Result = TypeVar("Result")
 
 
@@ -274,12 +275,16 @@ def _found(info: dict[str, Any]) -> Found:
 
 
 def _md5_tags(content: bytes) -> Iterator[str]:
-    """What S3 calls an object of this content that came in parts, if it would, and one that came at once."""
+    """What S3 calls an object of this content that came in parts, if it would, and one that came at once; what Google's
+    storage has as its MD5.
+    """
     if len(content) >= 2 * PART:
         view = memoryview(content)
         parts = [hashlib.md5(view[at : at + PART], usedforsecurity=False).digest() for at in range(0, len(view), PART)]
         yield f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
-    yield hashlib.md5(content, usedforsecurity=False).hexdigest()
+    whole = hashlib.md5(content, usedforsecurity=False)
+    yield whole.hexdigest()
+    yield base64.b64encode(whole.digest()).decode()
 
 
 def _code(error: BaseException) -> str:
