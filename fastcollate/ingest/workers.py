@@ -106,6 +106,8 @@ def _submit(pool: ProcessPoolExecutor, *task: Any) -> Future[Any]:
     main["__spec__"] = None
     try:
         return pool.submit(*task)
+    except (EOFError, ConnectionError) as error:  # what workers are forked from was killed
+        raise BrokenProcessPool from error
     finally:
         main.update(kept)
         if has_masks:
