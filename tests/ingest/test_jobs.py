@@ -19,7 +19,7 @@ from test_prepare import many, store_hash, write_lines
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.prepare_race import race, run_kills, run_races
-from fastcollate.errors import InputError
+from fastcollate.errors import InputError, SourceReadError
 from fastcollate.ingest import job as job_module
 from fastcollate.ingest import lock as lock_module
 from fastcollate.ingest.job import prepare
@@ -271,6 +271,20 @@ def test_a_script_that_guards_nothing_may_call_it(tmp_path: Path, source: Path, 
     assert (ran.stdout, ran.stderr) == (f"once None {how != '-c'}\n", "")
     prepare(source, tmp_path / "plain")
     assert store_hash(tmp_path / "s") == store_hash(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_the_process_that_workers_are_forked_from_may_be_killed_as_it_starts(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: int) -> int:
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr("multiprocessing.forkserver.read_signed", killed)
+    with ThreadPoolExecutor(1) as pool:  # with a thread, workers are not forked from this process
+        job = pool.submit(prepare, source, tmp_path / "s", workers=2)
+        with pytest.raises(SourceReadError, match="a worker process was killed"):
+            job.result()
 
 
 def test_the_keywords_are_the_options(tmp_path: Path) -> None:
