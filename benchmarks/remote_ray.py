@@ -42,7 +42,7 @@ class Node:
         self.process = subprocess.Popen(
             [ray, "start", "--block", "--disable-usage-stats", f"--temp-dir={self.folder}", memory, *options],
             cwd=self.folder,
-            env={**os.environ, "TMPDIR": str(self.folder / "tmp")},
+            env={**os.environ, "TMPDIR": str(self.folder / "tmp"), "RAY_worker_niceness": "0"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -74,10 +74,11 @@ def note_name(number: int, job: str) -> str:
     return f"{JOB}{number:05}-{job}"
 
 
-def store_shard(units: Sequence[Unit], spec: JobSpec, url: str, owner: Owner) -> Stored:
+def store_shard(units: list[Unit], spec: JobSpec, url: str, owner: Owner) -> Stored:
     """Encode a shard's units in a temporary folder, upload the shard, then the note that it is finished.
 
-    It can be done again, also at the same time by another worker: the bytes are the same.
+    Units are taken out of the list. It can be done again, also at the same time by another worker: the bytes are the
+    same.
 
     Raises:
         SourceReadError: the source cannot be read any more, the storage failed, or the job has lost the store.
@@ -95,7 +96,7 @@ class Stream:
         self._uploads = ThreadPoolExecutor(1)
         self._before: Future[Stored] | None = None
 
-    def __call__(self, units: Sequence[Unit] | None, spec: JobSpec, url: str, owner: Owner) -> Stored | None:
+    def __call__(self, units: list[Unit] | None, spec: JobSpec, url: str, owner: Owner) -> Stored | None:
         """As `store_shard`, one shard behind."""
         made = None if units is None else _Made(units, spec, owner)
         before, self._before = self._before, None if made is None else self._uploads.submit(made.sent, url)
@@ -109,20 +110,22 @@ class Stream:
 _stream_of_process = cache(Stream)
 
 
-def stream_shard(units: Sequence[Unit] | None, spec: JobSpec, url: str, owner: Owner) -> Stored | None:
+def stream_shard(units: list[Unit] | None, spec: JobSpec, url: str, owner: Owner) -> Stored | None:
     """A call of this process's own stream."""
     return _stream_of_process()(units, spec, url, owner)
 
 
 class _Made:
-    """A shard in a temporary folder of this machine."""
+    """A shard in a temporary folder of this machine; its units are taken out of the list, and their content let go."""
 
-    def __init__(self, units: Sequence[Unit], spec: JobSpec, owner: Owner) -> None:
+    def __init__(self, units: list[Unit], spec: JobSpec, owner: Owner) -> None:
         self._owner, self._number, self._info, lengths = owner, units[0].shard, None, b""
         with contextlib.ExitStack() as stack:
             name = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastcollate-"))
             self._room = Path(name)
-            encoded = [encode_unit(unit, spec, name, owner.token) for unit in units]
+            encoded = []
+            while units:
+                encoded.append(encode_unit(units.pop(0), spec, name, owner.token))
             results = [one.result for one in encoded]
             if parts := [result.part for result in results if result.part is not None]:
                 self._info = shards.merge_shards(

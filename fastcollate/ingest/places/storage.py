@@ -99,17 +99,17 @@ class StoragePlace:
         assert self._lock is not None
         return StorageJournal(self.root, self._lock, self.stage, identity, anew=anew)
 
-    def tasks(self, units: Iterator[Unit]) -> Iterator[tuple[Unit, ...]]:
+    def tasks(self, units: Iterator[Unit]) -> Iterator[list[Unit]]:
         """What one worker does at once: a shard."""
-        return (tuple(of_shard) for _, of_shard in itertools.groupby(units, key=lambda unit: unit.shard))
+        return (list(of_shard) for _, of_shard in itertools.groupby(units, key=lambda unit: unit.shard))
 
-    def packed(self, task: tuple[Unit, ...]) -> tuple[Unit, ...]:
+    def packed(self, task: list[Unit]) -> list[Unit]:
         """A task for a worker that cannot read this machine's files."""
-        return tuple(_with(unit, lambda block: replace(block, data=block.read(), path="")) for unit in task)
+        return [_with(unit, lambda block: replace(block, data=block.read(), path="")) for unit in task]
 
-    def bare(self, task: tuple[Unit, ...]) -> tuple[Unit, ...]:
+    def bare(self, task: list[Unit]) -> list[Unit]:
         """What is kept of a task that is at work: not its content."""
-        return tuple(_with(unit, lambda block: replace(block, data=b"")) for unit in task)
+        return [_with(unit, lambda block: replace(block, data=b"")) for unit in task]
 
     def taken(self, journal: Any, task: Any, done: Any) -> Iterator[tuple[Unit, Encoded]]:
         """Note what a worker has done."""

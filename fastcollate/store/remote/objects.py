@@ -27,6 +27,7 @@ from fastcollate.sources import remote
 from fastcollate.store.files import FileInfo
 
 PART = 16 << 20  # bytes of one request of a larger upload
+PARTS_AT_ONCE = 2  # each is a copy in memory
 AT_ONCE = 16  # requests for small objects
 _IS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters or more: C:// is a drive
 _NO_STORE = (
@@ -243,7 +244,8 @@ class Objects:
         """Whether it was written; `False` where `create` found another."""
         try:
             if isinstance(self._files, AsyncFileSystem):
-                options: dict[str, Any] = {"chunksize": PART} if "s3" in self._files.protocol else {}
+                is_s3 = "s3" in self._files.protocol
+                options: dict[str, Any] = {"chunksize": PART, "max_concurrency": PARTS_AT_ONCE} if is_s3 else {}
                 self._files.pipe_file(path, content, **options, **({"mode": "create"} if create else {}))
             else:
                 self._files.makedirs(self._files._parent(path), exist_ok=True)
