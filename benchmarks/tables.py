@@ -240,6 +240,41 @@ def windows_table() -> str:
     return "\n".join(lines)
 
 
+def writing_table() -> str:
+    """Seconds of prepare to a folder and to object storage, and of a client that only sends."""
+    lines = ["| | prepare, local | only sending | prepare to storage | of the lower rate |", "|---|---|---|---|---|"]
+    rates = result("remote_write")["rates"]
+    for name, title in (("apart", "one worker on one core, server and proxy on the other"), ("shared", "two workers")):
+        cells = [f"{rates[name]['source_mb_per_s'][kind]} MB/s" for kind in ("local", "send", "remote")]
+        lines.append(f"| {title} | " + " | ".join(cells) + f" | {rates[name]['share_of_the_lower']:.2f} |")
+    return "\n".join(lines)
+
+
+def writing_kills() -> str:
+    """What kills did, in a sentence."""
+    found = result("remote_write")["kills"]
+    kinds = ", ".join(f"{count} of {kind}" for kind, count in found["kills"].items())
+    return wrap(
+        f"{sum(found['kills'].values())} kills at random moments ({kinds}); {found['finished_stores_compared']} stores "
+        "were finished, and each was byte for byte the local one."
+    )
+
+
+def writing_on_ray() -> str:
+    """What nodes of a Ray cluster did, in a sentence."""
+    found = result("remote_ray")["nodes"]
+    workers = [one for one in found["most_megabytes"] if one["whose"] != "driver"]
+    own = max(one["RssAnon"] + one["RssFile"] for one in workers)
+    shared = [one["RssShmem"] for one in workers]
+    begun = sum(found["shards_begun"].values())
+    return wrap(
+        f"On Ray, {found['num_shards']} shards on nodes of one processor each: one joined after the first shard and "
+        f"made {found['shards_begun']['c']}, one was killed; {begun} shards were begun, and the store was the local "
+        f"one. A worker's own memory was {own} MB at most, pages of Ray's object store that it shares with the node's "
+        f"other processes {min(shared)} to {max(shared)} MB more."
+    )
+
+
 GPU_DATA = {"dense": "rows of 1,024", "t0": "T0-like lengths", "chat": "chat lengths to 8,192"}
 GPU = {
     ("dense", "padded_compiled"): "rows of 1,024, padded, compiled",
@@ -336,6 +371,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "chats": chats_table,
     "packing": packing_table,
     "windows": windows_table,
+    "writing": writing_table,
+    "writing_kills": writing_kills,
+    "writing_on_ray": writing_on_ray,
     "gpu": gpu_table,
     "remote": remote_table,
     "remote_faults": remote_faults,
