@@ -55,51 +55,54 @@ def read(peer: str, cache: str, limit: int) -> dict[str, Any]:
 
 
 def compare(proxy: Any, root: Path, num_shards: int, rows: int) -> None:
-    """Write, upload and read each, in turn, without a limit of the cache and with one."""
+    """Write, upload and read each, in turn, without a limit of the cache and with one; saved after each round."""
     import numpy as np
 
     from benchmarks.harness import save_part
-    from benchmarks.remote_read import fetched, reader
     from benchmarks.remote_stores import make_store, upload, upload_files
     from fastcollate import TokenStore
 
     size = make_store(root / "ours", num_shards, rows)
     upload(root / "ours", proxy)
-    store = TokenStore(root / "ours")
+    store, limit = TokenStore(root / "ours"), 17 * size // num_shards
     np.save(root / "ids.npy", np.concatenate([shard.input_ids for shard in store.shards]))
     np.save(root / "offsets.npy", np.cumsum([0, *store.lengths]))
     sizes = {"fastcollate": size}
     for peer in PEERS:
         run("write", peer, root, str(size // num_shards))
         sizes[peer] = upload_files(root / peer, proxy)
-    found: dict[str, Any] = {}
-    for limit in (0, 17 * size // num_shards):
-        for turn in range(2):
-            for name in sizes:
-                cache = root / f"cache-{name}-{limit}-{turn}"
-                if name == "fastcollate":
-                    process = reader("rows", "s3://bucket/ours", cache, str(limit or ""))
-                else:
-                    process = start("read", name, root, str(cache), str(limit))
-                one, received = fetched(proxy, process)
-                if (one["rows"], one["trained"]) != (len(store), store.num_tokens):
-                    raise SystemExit(f"{name} gave {one}, and there are {len(store)} rows of {store.num_tokens} tokens")
-                line = found.setdefault(
-                    f"{name}, {'limit' if limit else 'no limit'}", {"first_batch_s": [], "rows_per_s": []}
-                )
-                line["first_batch_s"].append(round(one["first_batch_s"], 2))
-                line["rows_per_s"].append(round(len(store) / one["seconds"]))
-                line["received_over_store"] = round(received / sizes[name], 3)
-                print(name, limit, one, line, flush=True)
     what = (
         f"an epoch of the same rows, shuffled, batch {BATCH}, from opening on; 20 ms a request, 200 MB/s; two workers "
         "of a DataLoader each, fastcollate order='shards' and one thread; shards of one size; each run a process of "
         "its own with an empty cache, the limit that of 17 shards"
     )
-    save_part("remote_read", "peers", {
-        "what": what, "rows": len(store), "shards": num_shards, "bytes": sizes, "limit": 17 * size // num_shards,
-        "versions": run("versions", "", root), "found": found,
-    })  # fmt: skip
+    found: dict[str, Any] = {}
+    for own_limit in (0, limit):
+        for name in sizes:
+            one = epoch_of(name, proxy, root, own_limit, (len(store), store.num_tokens))
+            one["received_over_store"] = round(one.pop("received") / sizes[name], 3)
+            found[f"{name}, {'limit' if own_limit else 'no limit'}"] = one
+            print(name, own_limit, one, flush=True)
+        save_part("remote_read", "peers", {
+            "what": what, "rows": len(store), "shards": num_shards, "bytes": sizes, "limit": limit,
+            "versions": run("versions", "", root), "found": found,
+        })  # fmt: skip
+
+
+def epoch_of(name: str, proxy: Any, root: Path, limit: int, expected: tuple[int, int]) -> dict[str, Any]:
+    """One reader's epoch, of as many rows and trained tokens as there are."""
+    from benchmarks.remote_read import fetched, reader
+
+    cache = root / f"cache-{name}-{limit}"
+    if name == "fastcollate":
+        process = reader("rows", "s3://bucket/ours", cache, str(limit or ""))
+    else:
+        process = start("read", name, root, str(cache), str(limit))
+    one, received = fetched(proxy, process)
+    if (one["rows"], one["trained"]) != expected:
+        raise SystemExit(f"{name} gave {one}, and there are {expected} rows and tokens")
+    rates = {"first_batch_s": round(one["first_batch_s"], 2), "rows_per_s": round(one["rows"] / one["seconds"])}
+    return {**rates, "received": received}
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
