@@ -354,9 +354,8 @@ def remote_peers_table() -> str:
     """The same rows read by the peers, a line each."""
     lines = ["| reader | first batch, s | rows a second | received in an epoch |", "|---|---|---|---|"]
     for name, one in result("remote_read")["peers"]["found"].items():
-        lines.append(
-            f"| {name} | {one['first_batch_s']} | {one['rows_per_s']:,} | {one['received_over_store']:.2f} × its files |"
-        )
+        figures = f"{one['first_batch_s']} | {one['rows_per_s']:,} | {one['received_over_store']:.2f} × its files"
+        lines.append(f"| {name} | {figures} |")
     return "\n".join(lines)
 
 
