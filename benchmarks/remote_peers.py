@@ -27,6 +27,7 @@ def batches_of(peer: str, cache: str, limit: int) -> Any:
     if peer == "litdata":
         import litdata
 
+        os.environ["AWS_ALLOW_HTTP"] = "true"  # of the server on this machine
         options = {"max_cache_size": limit} if limit else {}
         data = litdata.StreamingDataset(
             "s3://bucket/litdata", cache_dir=cache, shuffle=True, drop_last=False, **options
