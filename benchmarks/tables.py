@@ -263,15 +263,12 @@ def writing_kills() -> str:
 def writing_on_ray() -> str:
     """What nodes of a Ray cluster did, in a sentence."""
     found = result("remote_ray")["nodes"]
-    workers = [one for one in found["most_megabytes"] if one["whose"] != "driver"]
-    own = max(one["RssAnon"] + one["RssFile"] for one in workers)
-    shared = [one["RssShmem"] for one in workers]
+    most = max(one["VmRSS"] for one in found["most_megabytes"] if one["whose"] != "driver")
     begun = sum(found["shards_begun"].values())
     return wrap(
         f"On Ray, {found['num_shards']} shards on nodes of one processor each: one joined after the first shard and "
         f"made {found['shards_begun']['c']}, one was killed; {begun} shards were begun, and the store was the local "
-        f"one. A worker's own memory was {own} MB at most, pages of Ray's object store that it shares with the node's "
-        f"other processes {min(shared)} to {max(shared)} MB more."
+        f"one. A worker had {most} MB in memory at most, with the pages of Ray's object store that it shares."
     )
 
 

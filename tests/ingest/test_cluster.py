@@ -77,7 +77,7 @@ def test_blocks_travel_with_their_content(tmp_path: Path) -> None:
     units = list(read_units(find_sources(str(source))))
     assert not all(block.data for unit in units for block in unit.blocks)
     place = StoragePlace(Objects(f"memory://{tmp_path}/store"))
-    sent = [unit for task in place.tasks(iter(units)) for unit in place.packed(task)]
+    sent = [packed.unit() for task in place.tasks(iter(units)) for packed in place.packed(task)]
     assert not any(block.data for task in place.tasks(iter(sent)) for unit in place.bare(task) for block in unit.blocks)
     assert all(block.data is not None and not block.path for unit in sent for block in unit.blocks)
     contents = [[block.read() for unit in given for block in unit.blocks] for given in (units, sent)]

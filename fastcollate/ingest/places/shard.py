@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import pickle
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import pyarrow as pa
 
 from fastcollate.errors import SourceReadError
 from fastcollate.ingest.encode import Encoded, encode_unit
 from fastcollate.ingest.journal import MergedShard, merged_shard
 from fastcollate.ingest.places.lock import JOB, holds_lock
 from fastcollate.ingest.spec import JobSpec, UnitResult
-from fastcollate.sources import Unit
+from fastcollate.sources import Block, Unit
 from fastcollate.store import remote, shards
 
 
@@ -74,16 +76,39 @@ def note_name(number: int, job: str) -> str:
     return f"{JOB}{number:05}-{job}"
 
 
-def store_shard(units: list[Unit], spec: JobSpec, url: str, owner: Owner) -> Stored:
+class Packed(NamedTuple):
+    """A unit as it travels to a worker of another machine: its bytes before they were compressed, and after."""
+
+    num_bytes: int
+    data: bytes
+
+    @classmethod
+    def of(cls, unit: Unit) -> Packed:
+        """A unit with the content of its blocks."""
+        raw = pickle.dumps(with_blocks(unit, lambda block: replace(block, data=block.read(), path="")))
+        return cls(len(raw), pa.compress(raw, codec="lz4", asbytes=True))
+
+    def unit(self) -> Unit:
+        """The unit."""
+        unit = pickle.loads(pa.decompress(self.data, self.num_bytes, codec="lz4", asbytes=True))
+        assert isinstance(unit, Unit)
+        return unit
+
+
+def with_blocks(unit: Unit, change: Callable[[Block], Block]) -> Unit:
+    """A unit whose blocks are others."""
+    return replace(unit, blocks=tuple(map(change, unit.blocks)))
+
+
+def store_shard(units: Sequence[Packed], spec: JobSpec, url: str, owner: Owner) -> Stored:
     """Encode a shard's units in a temporary folder, upload the shard, then the note that it is finished.
 
-    Units are taken out of the list. It can be done again, also at the same time by another worker: the bytes are the
-    same.
+    It can be done again, also at the same time by another worker: the bytes are the same.
 
     Raises:
         SourceReadError: the source cannot be read any more, the storage failed, or the job has lost the store.
     """
-    return _Made(units, spec, owner).sent(url)
+    return _Made(map(Packed.unit, units), spec, owner).sent(url)
 
 
 class Stream:
@@ -96,9 +121,9 @@ class Stream:
         self._uploads = ThreadPoolExecutor(1)
         self._before: Future[Stored] | None = None
 
-    def __call__(self, units: list[Unit] | None, spec: JobSpec, url: str, owner: Owner) -> Stored | None:
-        """As `store_shard`, one shard behind."""
-        made = None if units is None else _Made(units, spec, owner)
+    def __call__(self, units: Sequence[Unit] | None, spec: JobSpec, url: str, owner: Owner) -> Stored | None:
+        """Encode a shard, begin to upload it, and give the one before; see `store_shard`."""
+        made = None if units is None else _Made(iter(units), spec, owner)
         before, self._before = self._before, None if made is None else self._uploads.submit(made.sent, url)
         return None if before is None else before.result()
 
@@ -110,22 +135,23 @@ class Stream:
 _stream_of_process = cache(Stream)
 
 
-def stream_shard(units: list[Unit] | None, spec: JobSpec, url: str, owner: Owner) -> Stored | None:
+def stream_shard(units: Sequence[Unit] | None, spec: JobSpec, url: str, owner: Owner) -> Stored | None:
     """A call of this process's own stream."""
     return _stream_of_process()(units, spec, url, owner)
 
 
 class _Made:
-    """A shard in a temporary folder of this machine; its units are taken out of the list, and their content let go."""
+    """A shard in a temporary folder of this machine."""
 
-    def __init__(self, units: list[Unit], spec: JobSpec, owner: Owner) -> None:
-        self._owner, self._number, self._info, lengths = owner, units[0].shard, None, b""
+    def __init__(self, units: Iterator[Unit], spec: JobSpec, owner: Owner) -> None:
+        self._owner, self._info, lengths = owner, None, b""
         with contextlib.ExitStack() as stack:
             name = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastcollate-"))
             self._room = Path(name)
             encoded = []
-            while units:
-                encoded.append(encode_unit(units.pop(0), spec, name, owner.token))
+            for unit in units:
+                encoded.append(encode_unit(unit, spec, name, owner.token))
+                self._number = unit.shard
             results = [one.result for one in encoded]
             if parts := [result.part for result in results if result.part is not None]:
                 self._info = shards.merge_shards(

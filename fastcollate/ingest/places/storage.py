@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +25,19 @@ from fastcollate.ingest.encode import Encoded
 from fastcollate.ingest.journal import MergedShard, skipped_of
 from fastcollate.ingest.lock import is_ours
 from fastcollate.ingest.places.lock import JOB, LOCKS, StorageLock
-from fastcollate.ingest.places.shard import Note, Owner, Stream, note_name, pairs, store_shard, stream_shard
+from fastcollate.ingest.places.shard import (
+    Note,
+    Owner,
+    Packed,
+    Stream,
+    note_name,
+    pairs,
+    store_shard,
+    stream_shard,
+    with_blocks,
+)
 from fastcollate.ingest.spec import LostRecord, UnitResult, differences
-from fastcollate.sources import Block, Unit
+from fastcollate.sources import Unit
 from fastcollate.store import manifest as manifests
 from fastcollate.store import remote, shards
 
@@ -103,13 +113,13 @@ class StoragePlace:
         """What one worker does at once: a shard."""
         return (list(of_shard) for _, of_shard in itertools.groupby(units, key=lambda unit: unit.shard))
 
-    def packed(self, task: list[Unit]) -> list[Unit]:
+    def packed(self, task: list[Unit]) -> list[Packed]:
         """A task for a worker that cannot read this machine's files."""
-        return [_with(unit, lambda block: replace(block, data=block.read(), path="")) for unit in task]
+        return [*map(Packed.of, task)]
 
     def bare(self, task: list[Unit]) -> list[Unit]:
         """What is kept of a task that is at work: not its content."""
-        return [_with(unit, lambda block: replace(block, data=b"")) for unit in task]
+        return [with_blocks(unit, lambda block: replace(block, data=b"")) for unit in task]
 
     def taken(self, journal: Any, task: Any, done: Any) -> Iterator[tuple[Unit, Encoded]]:
         """Note what a worker has done."""
@@ -236,7 +246,3 @@ def _remove_job(root: remote.Objects) -> None:
     names = {*root.found(JOB)}
     root.remove(names - {_HEADER})
     root.remove(names & {_HEADER})
-
-
-def _with(unit: Unit, change: Callable[[Block], Block]) -> Unit:
-    return replace(unit, blocks=tuple(map(change, unit.blocks)))
