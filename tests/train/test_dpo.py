@@ -305,8 +305,8 @@ def test_splits_part_no_pair() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "dpo"}, "give --reference-checkpoint with dpo only"),
-        ({"reference_checkpoint": Path("x")}, "give --reference-checkpoint with dpo only"),
+        ({"objective": "dpo"}, "give --reference-checkpoint RUN with it"),
+        ({"reference_checkpoint": Path("x")}, "give --objective dpo with it"),
         ({"objective": "ppo"}, "give sft or dpo"),
         ({"objective": "dpo", "reference_checkpoint": Path("x"), "beta": 0}, "--beta 0: give more than 0"),
     ],
