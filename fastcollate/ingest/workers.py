@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from fastcollate.ingest.spec import JobSpec
 
 _SLOW_IMPORTS = ("gigatoken", "tiktoken", "tokenizers", "numba", "s3fs", "gcsfs", "adlfs")
 _LOOK_S = 1.0  # seconds after which a Ray cluster is looked at again
+_LONGEST_SOCKET = 107  # bytes of a Unix socket's path
 Results = Generator[tuple[Any, Any], None, None]
 Runner = Callable[[Iterator[Any], Place, JobSpec, Any], Results]
 
@@ -81,18 +83,24 @@ def _alone(tasks: Iterator[Any], place: Place, spec: JobSpec, token: Any) -> Res
 
 @contextlib.contextmanager
 def _pool(count: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes, forked from this one where that has no thread, else from one that has only imported."""
-    is_linux = sys.platform == "linux"
-    context: Any = multiprocessing.get_context(
-        "spawn" if not is_linux else "fork" if threading.active_count() == 1 else "forkserver"
-    )
-    if is_linux:
+    context: Any = multiprocessing.get_context(_start_method())
+    if context.get_start_method() == "forkserver":
         context.set_forkserver_preload([__name__, *(name for name in _SLOW_IMPORTS if name in sys.modules)])
     with ProcessPoolExecutor(count, context, _begin_worker, (dict(os.environ),)) as pool:
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_method() -> str:
+    """Workers are forked from this process where that has no thread, else from one that has only imported."""
+    if sys.platform != "linux":
+        return "spawn"
+    if threading.active_count() == 1:
+        return "fork"
+    socket = os.path.join(multiprocessing.util.get_temp_dir(), "listener-12345678")  # of such a process
+    return "forkserver" if len(os.fsencode(socket)) < _LONGEST_SOCKET else "spawn"
 
 
 def _submit(pool: ProcessPoolExecutor, *task: Any) -> Future[Any]:

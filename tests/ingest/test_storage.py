@@ -107,6 +107,18 @@ def test_workers_have_the_environment_of_their_job(monkeypatch: pytest.MonkeyPat
         other.join()
 
 
+def test_where_a_folder_for_temporary_files_has_a_long_name_workers_are_spawned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What they would be forked from listens on a socket there, whose path has at most 107 bytes."""
+    monkeypatch.setattr(threading, "active_count", lambda: 2)
+    found = []
+    for length in (70, 91):
+        monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda length=length: "/" + length * "x")
+        found.append(workers_module._start_method())
+    assert found == ["forkserver", "spawn"]
+
+
 def test_bad_records_are_listed_there_and_tokenizers_lie_there(tmp_path: Path, url: str) -> None:
     records: list[Any] = many(500)
     records[17] = records[300] = BAD

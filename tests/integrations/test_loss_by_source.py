@@ -15,7 +15,8 @@ from fastcollate import MixedStore, StoreDataset
 from fastcollate.errors import InputError
 from fastcollate.integrations.huggingface import BucketedTrainerMixin, DataCollator
 from fastcollate.store.store import TokenStore
-from tests.helpers import store_of_rows, torchrun
+from tests.forks import Forks
+from tests.helpers import store_of_rows
 from tests.integrations.test_huggingface import VOCAB, arguments, make_model
 
 transformers = pytest.importorskip("transformers")
@@ -151,12 +152,12 @@ Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps(lines))
 
 
 @pytest.mark.slow
-def test_two_ranks_log_what_one_logs(mix: MixedStore, tmp_path: Path) -> None:
+def test_two_ranks_log_what_one_logs(mix: MixedStore, tmp_path: Path, forks: Forks) -> None:
     paths = json.dumps({name: str(store.path) for name, store in zip(mix.names, mix.stores, strict=True)})
     found = {}
     for world in (1, 2):
         (folder := tmp_path / str(world)).mkdir()
-        result = torchrun(TWO, world, folder, paths)
+        result = forks.run(TWO, paths, cwd=folder, num_ranks=world, environment={"HF_HUB_OFFLINE": "1"})
         assert result.returncode == 0, result.stderr[-3000:]
         found[world] = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
     assert found[2][0] == found[2][1]
