@@ -94,12 +94,12 @@ def options_in(column: int, table: str) -> set[str]:
 
 
 def test_the_table_of_trl_s_options_names_options_of_trl() -> None:
-    found = options_in(1, "TRL") - {"chat_template_kwargs", "tools"}  # columns
+    found = options_in(1, "TRL, `SFTConfig`") - {"chat_template_kwargs", "tools"}  # columns
     assert len(found) > 8
     assert found <= pytest.importorskip("trl", minversion="1").SFTConfig.__dataclass_fields__.keys()
 
 
-@pytest.mark.parametrize("table", ["TRL", "axolotl", "LLaMA-Factory", "torchtune"])
+@pytest.mark.parametrize("table", ["TRL, `SFTConfig`", "axolotl", "LLaMA-Factory", "torchtune"])
 def test_what_options_become_are_options_of_ours(table: str) -> None:
     from fastcollate import BatchLoader, prepare
     from fastcollate.ingest.options import PrepareKeywords
@@ -107,7 +107,17 @@ def test_what_options_become_are_options_of_ours(table: str) -> None:
 
     known = {*PrepareKeywords.__annotations__, *LoaderKeywords.__annotations__}
     known |= {*signature(prepare).parameters, *signature(BatchLoader).parameters}
-    fields = {"instruction", "input", "output", "history", "system", "chat_template_kwargs"}
+    fields = {
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "system",
+        "chat_template_kwargs",
+        "prompt",
+        "chosen",
+        "rejected",
+    }
     fields |= {"train", "training", "train_on_turn", "weight", "reasoning_content", "thinking", "reasoning"}
     words = {"all", "last", "none", "drop", "raise", "False", "BatchLoader", "DataCollator"}
     found = options_in(2, table)

@@ -24,6 +24,7 @@ from fastcollate import BatchLoader, BucketBatchSampler, MixedStore, StoreDatase
 from fastcollate.collate.collator import Collator
 from fastcollate.errors import InputError
 from fastcollate.sources import remote
+from fastcollate.store import layout
 from fastcollate.store.remote import cache as module
 from fastcollate.store.remote.cache import bytes_of
 from fastcollate.store.remote.objects import Objects
@@ -164,7 +165,7 @@ def test_what_was_removed_is_refused_again_and_what_the_user_keeps_stays(
     store = TokenStore(url, cache=tmp_path / "cache", cache_limit=int(2.5 * size))
     kept = store[0]
     unguarded = Collator(store.shards)
-    assert unguarded.table.array[0, 1] == 100
+    assert unguarded.table.array[0, layout.NUM_ROWS] == 100
     for row in (150, 250, 350):
         assert np.array_equal(store[row].input_ids, local[row].input_ids)
     with pytest.raises(InputError, match=r"row 5 of the store has not been fetched"):

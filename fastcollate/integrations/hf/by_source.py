@@ -30,19 +30,21 @@ class LossBySource(_TrainerCallback):  # type: ignore[misc]
         totals: by source, the trained tokens of all lines so far.
 
     Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainingArguments
         >>> from fastcollate import MixedStore, StoreDataset, TokenStore
         >>> from fastcollate.integrations.huggingface import BucketedTrainerMixin, DataCollator, LossBySource
         >>> class Mixing(BucketedTrainerMixin, Trainer):
         ...     pass
         >>> mix = MixedStore({"a": TokenStore("store"), "b": TokenStore("store")}, weights={"a": 3, "b": 1})
         >>> args = TrainingArguments(
-        ...     "runs/mix", max_steps=2, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no"
+        ...     "runs/mix", max_steps=2, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no",
+        ...     disable_tqdm=True,
         ... )
         >>> trainer = Mixing(
         ...     GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1)), args,
         ...     train_dataset=StoreDataset(mix), data_collator=DataCollator(), callbacks=[LossBySource()],
         ... )
+        >>> trainer.remove_callback(PrinterCallback)
         >>> _ = trainer.train()
         >>> [name for name in trainer.state.log_history[0] if "/" in name]
         ['loss/a', 'loss/b', 'trained_tokens/a', 'trained_tokens/b']
