@@ -330,7 +330,7 @@ def test_the_ray_engine_gives_the_same_bytes_even_when_a_worker_is_killed(
     source = write_lines(tmp_path / "a.jsonl", many(600))
     prepare(source, tmp_path / "s", workers=1)
     monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         killed = []
 
